@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS ?= dev# dev,tpu also compiles the step for TPUs, with the compiler that jax[tpu] brings
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	$(BIN)/jaxtrain quickstart
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# torch is a reference for the tests; pip's plain index is asked for the pinned version, so no accelerator build comes.
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,154 @@
+"""What dense decoders (Llama, Qwen2, Qwen3) have in common: tensor names, config keys, layer windows.
+
+A family's file picks from these; nothing here knows a family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.families.keys import Keys, read_rope, rope_parameters
+from converters.rows import PadVocab, Split, Transpose, Weight
+from jaxtrain.nn.config import Activation, LayerKind, ModelConfig
+
+_LAYER = "model.layers.{layer}"
+_HEADS_OUT = (Split(0), Transpose((2, 0, 1)))  # [N*H, D] -> [D, N, H]
+_HEADS_IN = (Transpose((1, 0)), Split(0))  # [D, N*H] -> [N, H, D]
+_MATRIX = (Transpose((1, 0)),)  # [out, in] -> [in, out]
+
+BASE = (
+    Weight("embed.weight", "model.embed_tokens.weight", (PadVocab(0),)),
+    Weight("layers.input_norm.scale", f"{_LAYER}.input_layernorm.weight"),
+    Weight("layers.attn.q_proj.kernel", f"{_LAYER}.self_attn.q_proj.weight", _HEADS_OUT),
+    Weight("layers.attn.k_proj.kernel", f"{_LAYER}.self_attn.k_proj.weight", _HEADS_OUT),
+    Weight("layers.attn.v_proj.kernel", f"{_LAYER}.self_attn.v_proj.weight", _HEADS_OUT),
+    Weight("layers.attn.o_proj.kernel", f"{_LAYER}.self_attn.o_proj.weight", _HEADS_IN),
+    Weight("layers.mlp_norm.scale", f"{_LAYER}.post_attention_layernorm.weight"),
+    Weight("layers.mlp.gate_proj.kernel", f"{_LAYER}.mlp.gate_proj.weight", _MATRIX),
+    Weight("layers.mlp.up_proj.kernel", f"{_LAYER}.mlp.up_proj.weight", _MATRIX),
+    Weight("layers.mlp.down_proj.kernel", f"{_LAYER}.mlp.down_proj.weight", _MATRIX),
+    Weight("norm.scale", "model.norm.weight"),
+    Weight("lm_head.kernel", "lm_head.weight", (PadVocab(0), Transpose((1, 0)))),
+    Weight("embed.weight", "lm_head.weight", (PadVocab(0),), alias=True),  # some tied checkpoints store it twice
+)
+QKV_BIAS = (
+    Weight("layers.attn.q_proj.bias", f"{_LAYER}.self_attn.q_proj.bias", (Split(0),)),
+    Weight("layers.attn.k_proj.bias", f"{_LAYER}.self_attn.k_proj.bias", (Split(0),)),
+    Weight("layers.attn.v_proj.bias", f"{_LAYER}.self_attn.v_proj.bias", (Split(0),)),
+)
+O_BIAS = (Weight("layers.attn.o_proj.bias", f"{_LAYER}.self_attn.o_proj.bias"),)
+MLP_BIAS = (
+    Weight("layers.mlp.gate_proj.bias", f"{_LAYER}.mlp.gate_proj.bias"),
+    Weight("layers.mlp.up_proj.bias", f"{_LAYER}.mlp.up_proj.bias"),
+    Weight("layers.mlp.down_proj.bias", f"{_LAYER}.mlp.down_proj.bias"),
+)
+QK_NORM = (
+    Weight("layers.attn.q_norm.scale", f"{_LAYER}.self_attn.q_norm.weight"),
+    Weight("layers.attn.k_norm.scale", f"{_LAYER}.self_attn.k_norm.weight"),
+)
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+
+
+def read_sizes(keys: Keys) -> dict[str, Any]:
+    """The fields of ModelConfig that dense decoders read under the same keys."""
+    heads = keys.size("num_attention_heads")
+    return {
+        "vocab_size": keys.size("vocab_size"),
+        "hidden_size": keys.size("hidden_size"),
+        "intermediate_size": keys.size("intermediate_size"),
+        "num_layers": keys.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": heads if keys.get("num_key_value_heads") is None else keys.size("num_key_value_heads"),
+        "head_dim": keys.size("hidden_size") // heads if keys.get("head_dim") is None else keys.size("head_dim"),
+        "norm_eps": keys.number("rms_norm_eps"),
+        "rope": read_rope(keys),
+        "activation": keys.one_of("hidden_act", ACTIVATIONS),
+        "tied": keys.flag("tie_word_embeddings"),
+        "init_std": keys.number("initializer_range"),
+    }
+
+
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_sizes`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope_parameters(config.rope),
+        "hidden_act": next(name for name, activation in ACTIVATIONS.items() if activation == config.activation),
+        "tie_word_embeddings": config.tied,
+        "initializer_range": config.init_std,
+    }
+
+
+def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
+    """Qwen's sliding windows: one width, on the layers that `layer_types` names, else on those from
+    `max_window_layers` up; `use_sliding_window` switches all of it (transformers' Qwen2Config)."""
+    layers = keys.size("num_hidden_layers")
+    used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
+    window = keys.size("sliding_window") if used else None
+    types = keys.get("layer_types")
+    if types is None:
+        first = keys.get("max_window_layers")
+        return tuple(LayerKind(window if layer >= first else None) for layer in range(layers))
+    if len(types) != layers:
+        raise CheckpointError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
+    strange = set(types) - {"full_attention", "sliding_attention"}
+    if strange:
+        raise CheckpointError(f"config.json: layer_types holds {min(strange)!r}, which this family does not know")
+    if "sliding_attention" in types and window is None:
+        raise CheckpointError("config.json: layer_types holds sliding_attention, but no sliding_window is in use")
+    return tuple(LayerKind(window if kind == "sliding_attention" else None) for kind in types)
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_windows`."""
+    windows = [kind.window for kind in config.pattern]
+    used = next((window for window in windows if window is not None), None)
+    return {
+        "use_sliding_window": used is not None,
+        "sliding_window": used,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+    }
+
+
+def overlay(
+    config: ModelConfig,
+    base: Mapping[str, Any] | None,
+    read: Callable[[Mapping[str, Any], int], ModelConfig],
+    write: Callable[[ModelConfig], dict[str, Any]],
+) -> dict[str, Any]:
+    """`base` with those keys rewritten whose meaning differs from `config`: untouched, it comes back as it was,
+    with `architectures` if it had none.
+
+    Raises CheckpointError where the family's config.json cannot express `config`.
+    """
+    hf = dict(base or {})
+    before = write(read(hf, config.vocab_multiple)) if base else {}
+    changed = {key: value for key, value in write(config).items() if key not in before or before[key] != value}
+    if "rope_parameters" in changed:
+        hf = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling")}
+    hf = {"architectures": write(config)["architectures"], **hf, **changed}
+    again = read(hf, config.vocab_multiple)
+    lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
+    if lost:
+        raise CheckpointError(
+            f"a config.json of family {config.family} cannot say {lost[0]}={getattr(config, lost[0])}"
+        )
+    return hf

@@ -1,0 +1,66 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and sliding windows on the upper layers of some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.families.dense import BASE, QKV_BIAS, overlay, read_sizes, read_windows, write_sizes, write_windows
+from converters.families.keys import Keys
+from jaxtrain.nn.config import ModelConfig
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+MODEL_TYPE = "qwen2"
+WEIGHTS = (*BASE, *QKV_BIAS)
+DERIVED = ()
+
+# transformers.Qwen2Config (5.23)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+# The modelling code of transformers has these biases built in, whatever config.json says.
+INERT = {"attention_bias": (None, True), "mlp_bias": (None, False)}
+
+
+def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    keys = Keys(hf, DEFAULTS, INERT)
+    return ModelConfig(
+        family=MODEL_TYPE,
+        **read_sizes(keys),
+        qkv_bias=True,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        pattern=read_windows(keys),
+        vocab_multiple=vocab_multiple,
+    )
+
+
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    return overlay(config, base, from_hf, _keys)
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **write_sizes(config),
+        **write_windows(config),
+    }

@@ -1,0 +1,72 @@
+"""Tokenizers from and to Hugging Face folders, and the byte-level one that the quickstart makes for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face folder, chat template included.
+
+    Reads tokenizer.json itself, which needs no torch and no class of the model's own. A tokenizer without a padding
+    token pads with its end-of-sequence token, which is safe here: padding is told by the segment ids, never by the id.
+
+    Raises ValueError for a folder without tokenizer.json, or with one that cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(_why_missing(folder))
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: str | Path) -> None:
+    """Write a tokenizer and its chat template into a Hugging Face folder."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+
+
+def write_byte_tokenizer(out: str | Path) -> PreTrainedTokenizerFast:
+    """Write (and return) a tokenizer of 256 bytes and ChatML's three special tokens: any text, nothing to download.
+
+    Its end-of-sequence token is <|im_end|>, which ends turns and texts alike, so a sampler stops after either.
+    """
+    bytes_in_order = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(bytes_in_order)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in (END_OF_TEXT, TURN_START, TURN_END)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+    save_tokenizer(tokenizer, out)
+    return tokenizer
+
+
+def _why_missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: there is no such folder to read a tokenizer from"
+    if (folder / "tokenizer.model").is_file():
+        return f"{folder}: holds only a sentencepiece model; save it once with transformers to get a tokenizer.json"
+    return f"{folder}: there is no tokenizer.json in this folder; model.tokenizer can name another one"

@@ -1,0 +1,91 @@
+"""The `jaxtrain` command: arguments in, a recipe called, errors on one line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Post-train open-weight language models in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Overrides = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="print the resolved config and stop")] = False,
+    resume: Annotated[bool, typer.Option(help="go on where the run folder's newest checkpoint ends")] = True,
+) -> None:
+    """Train, or go on training, as CONFIG says."""
+    from jaxtrain.config import dump_config, load_config
+
+    run = load_config(config, overrides)
+    if print_config:
+        typer.echo(dump_config(run), nl=False)
+        return
+    from jaxtrain.recipes import sft
+
+    sys.exit(sft.run(run, resume=resume).exit_code)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's own")] = None,
+) -> None:
+    """Write a run's model as a Hugging Face folder, adapters merged."""
+    from jaxtrain.recipes.export import export_run
+
+    export_run(run, out, dtype=dtype)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+) -> None:
+    """Import and export a checkpoint without training: a test that it survives, tensor by tensor."""
+    from jaxtrain.recipes.export import convert_checkpoint
+
+    convert_checkpoint(source, out)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def quickstart(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")] = Path("configs/quickstart/sft.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """Teach a small model arithmetic, export it, load the export and ask it something. Needs no downloads."""
+    from jaxtrain.config import load_config
+    from jaxtrain.recipes.quickstart import run
+
+    sys.exit(run(load_config(config, overrides)))
+
+
+def main() -> None:
+    """Entry point. A ValueError is the user's to mend, so it is printed without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("absl", "jax", "orbax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

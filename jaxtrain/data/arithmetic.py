@@ -1,0 +1,80 @@
+"""Conversations about sums and differences, worked digit by digit: what the quickstart learns from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Files(NamedTuple):
+    train: Path
+    eval: Path
+
+
+def write_arithmetic(out_dir: str | Path, train_rows: int, eval_rows: int, seed: int, *, digits: int = 2) -> Files:
+    """Write `train.jsonl` and `eval.jsonl` of `messages`; no held-out problem is ever trained on.
+
+    Problems have numbers of up to `digits` digits and are all different. Raises ValueError where there are too few.
+    """
+    numbers = 10**digits
+    most = numbers**2 + numbers * (numbers + 1) // 2
+    if train_rows + eval_rows > most // 2:
+        raise ValueError(
+            f"{train_rows} + {eval_rows} rows: only {most} problems have numbers of {digits} digits, and at most half "
+            "of them are drawn, so that the held-out ones are not forced by the others"
+        )
+    rng = np.random.default_rng(seed)
+    problems: dict[tuple[int, str, int], None] = {}
+    while len(problems) < train_rows + eval_rows:
+        a, b = (int(number) for number in rng.integers(0, numbers, 2))
+        sign = "+" if rng.random() < 0.5 else "-"
+        problems[(a, sign, b) if sign == "+" or a >= b else (b, sign, a)] = None
+    rows = [conversation(*problem) for problem in problems]
+    files = Files(Path(out_dir) / "train.jsonl", Path(out_dir) / "eval.jsonl")
+    files.train.parent.mkdir(parents=True, exist_ok=True)
+    _write(files.eval, rows[:eval_rows])
+    _write(files.train, rows[eval_rows:])
+    return files
+
+
+def conversation(a: int, sign: str, b: int) -> dict[str, list[dict[str, str]]]:
+    """One problem as a row. The answer's last word is the result."""
+    steps, result = _sum(a, b) if sign == "+" else _difference(a, b)
+    answer = f"{', '.join(steps)}. The answer is {result}"
+    return {
+        "messages": [
+            {"role": "user", "content": f"What is {a} {sign} {b}?"},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def _sum(a: int, b: int) -> tuple[list[str], int]:
+    steps, carry = [], 0
+    for x, y in _columns(a, b):
+        total = x + y + carry
+        steps.append(f"{x}+{y}+{carry}={total}")
+        carry = total // 10
+    return steps, a + b
+
+
+def _difference(a: int, b: int) -> tuple[list[str], int]:
+    steps, borrow = [], 0
+    for x, y in _columns(a, b):
+        lent = 10 if x - y - borrow < 0 else 0
+        steps.append(f"{x + lent}-{y}-{borrow}={x + lent - y - borrow}")
+        borrow = lent // 10
+    return steps, a - b
+
+
+def _columns(a: int, b: int) -> list[tuple[int, int]]:
+    """The digits of two numbers, units first, as many as the longer one has."""
+    places = max(len(str(a)), len(str(b)))
+    return [(a // 10**place % 10, b // 10**place % 10) for place in range(places)]
+
+
+def _write(path: Path, rows: list[dict[str, list[dict[str, str]]]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

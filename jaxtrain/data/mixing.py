@@ -1,0 +1,82 @@
+"""Which row comes next: shuffled epochs, weighted mixtures, virtual shards. Pure functions of small counts.
+
+Every source is one long sequence, its epochs one after the other, each in an order of its own. Virtual shard `v` of `V`
+owns the places v, v + V, v + 2V, ... of that sequence. So every row comes exactly once an epoch whatever the number of
+hosts is, sources smaller than the number of shards included, and all that a shard has to remember is how many rows it
+has drawn from each source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from jaxtrain.data.sources import Source
+
+_ROUNDS = 4  # of the block cipher behind index_shuffle; grain's own default
+_TABLE = 1 << 14  # rows; the cipher works on blocks of 2**16 and walks on until it hits a row, long where rows are few
+
+
+class Draw(NamedTuple):
+    source: int
+    row: int
+    counts: tuple[int, ...]  # rows drawn from every source, this one included
+
+
+class Mixture:
+    """The order in which one virtual shard draws the rows of its sources.
+
+    The next row comes from the source whose share is furthest behind (stride scheduling), so that counts follow the
+    weights within one row. Where in its stride a source begins is random per shard: otherwise all shards would draw
+    from the same source at the same time. A source that has run dry is left out and the others go on.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seed: int, shuffle: bool, shard: int, num_shards: int):
+        self._lengths = [len(source) for source in sources]
+        self._epochs = [source.section.epochs for source in sources]
+        self._weights = [source.section.weight for source in sources]
+        self._offsets = np.random.default_rng([seed, shard]).random(len(sources)).tolist()
+        self._seed, self._shuffle, self._shard, self._num_shards = seed, shuffle, shard, num_shards
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return (0,) * len(self._lengths)
+
+    @property
+    def total_rows(self) -> int:
+        return sum(self._lengths)
+
+    def draw(self, counts: tuple[int, ...]) -> Draw | None:
+        """The draw after `counts`; None when every source has run dry."""
+        live = [source for source in range(len(counts)) if not self._dry(source, counts[source])]
+        if not live:
+            return None
+        source = min(live, key=lambda s: (counts[s] + self._offsets[s]) / self._weights[s])
+        epoch, place = divmod(self._place(counts[source]), self._lengths[source])
+        after = tuple(count + (s == source) for s, count in enumerate(counts))
+        return Draw(source, self._row(source, epoch, place), after)
+
+    def _place(self, count: int) -> int:
+        return self._shard + count * self._num_shards
+
+    def _dry(self, source: int, count: int) -> bool:
+        epochs = self._epochs[source]
+        return epochs is not None and self._place(count) >= epochs * self._lengths[source]
+
+    def _row(self, source: int, epoch: int, place: int) -> int:
+        if not self._shuffle:
+            return place
+        return _order(self._lengths[source], self._seed, source, epoch)(place)
+
+
+@lru_cache(maxsize=128)
+def _order(rows: int, *seed: int) -> Callable[[int], int]:
+    """A permutation of the rows: a table where they are few, else a block cipher, which needs no memory."""
+    if rows <= _TABLE:
+        return np.random.default_rng(seed).permutation(rows).tolist().__getitem__
+    key = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return lambda place: index_shuffle(place, max_index=rows - 1, seed=key, rounds=_ROUNDS)

@@ -1,0 +1,190 @@
+"""One virtual shard: draws -> rows -> examples -> packed rows, with a state that resumes it in the middle of a row."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any, NamedTuple
+
+from jaxtrain.config import DataSection
+from jaxtrain.data.mixing import Draw, Mixture
+from jaxtrain.data.packing import BestFit, Example, Pieces, fit, make_row
+from jaxtrain.data.sources import DataError, Row, Source
+from jaxtrain.types import Batch
+
+Encode = Callable[[Row], Example]
+State = dict[str, Any]
+
+COUNTERS = ("truncated", "dropped", "split", "bad_rows")  # rows of the files, counted when they are read
+
+_CHUNK = 16  # rows that a worker thread takes at a time
+_CHUNKS_AHEAD = 2
+
+
+class _Key(NamedTuple):
+    """Where a packed example comes from: all that a state needs to hold of it."""
+
+    source: int
+    row: int
+    piece: int
+
+
+class _Read(NamedTuple):
+    """What became of one row."""
+
+    pieces: list[Example]
+    event: str | None  # the counter it adds to
+
+
+class Reader:
+    """Rows by number -> pieces that fit, in the threads of an executor."""
+
+    def __init__(self, sources: list[Source], data: DataSection, encode: Encode):
+        self.sources, self._data, self._encode = sources, data, encode
+        self._warned = False
+
+    def submit(self, executor: Executor, rows: list[tuple[int, int]]) -> Future[list[_Read | DataError]]:
+        """`rows` are (source, row). An error is a result: it is raised in its turn, when the rows before it are out."""
+        return executor.submit(lambda: [self._read(*row) for row in rows])
+
+    def check_first_rows(self) -> None:
+        """Raises DataError where the first row of a source cannot be trained on, unless bad rows are skipped."""
+        for source in self.sources if self._data.on_bad_row == "error" else []:
+            self._pieces(source, 0)
+
+    def _read(self, source: int, row: int) -> _Read | DataError:
+        try:
+            return _Read(*self._pieces(self.sources[source], row))
+        except DataError as error:
+            if self._data.on_bad_row == "error":
+                return error
+            self._warn(error)
+            return _Read([], "bad_rows")
+
+    def _pieces(self, source: Source, row: int) -> Pieces:
+        content = source[row]
+        try:
+            example = self._encode(content)
+        except ValueError as error:
+            raise DataError(f"{source.place(row)}: {error}") from error
+        return fit(example, self._data.max_length, self._data.overlong)
+
+    def _warn(self, error: DataError) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"skipped a bad row, more are only counted: {error}", stacklevel=2)
+
+
+class Shard:
+    """Iterator over the packed rows of one virtual shard: `Batch` of arrays [T]."""
+
+    def __init__(self, mixture: Mixture, reader: Reader, data: DataSection):
+        self._mixture, self._reader = mixture, reader
+        self._length = data.max_length
+        self._most_open = data.packing_bins if data.packing else 0
+        start = {"counts": list(mixture.start), "piece": 0} | dict.fromkeys(COUNTERS, 0)
+        self._restored: State = {"next": start, "open": []}
+        self._examples: _Examples | None = None
+        self._packer: BestFit[tuple[_Key, Example]] = BestFit(self._length, self._most_open)
+
+    def state(self) -> State:
+        """`next`: the row to read next, and the counters; `open`: where the examples in open rows come from."""
+        if self._examples is None:
+            return self._restored
+        return {
+            "next": self._examples.state,
+            "open": [[list(key) for key, _ in row] for row in self._packer.open_rows],
+        }
+
+    def restore(self, state: State) -> None:
+        """Raises ValueError for the state of another number of sources."""
+        sources = len(self._reader.sources)
+        if len(state["next"]["counts"]) != sources:
+            raise ValueError(
+                f"the saved data state has {len(state['next']['counts'])} sources and data.train has {sources}: "
+                "resume with the sources it was saved with"
+            )
+        self._restored, self._examples = state, None
+
+    def rows(self, executor: Executor) -> Iterator[Batch]:
+        """The rows from here on; examples are read and encoded in `executor`."""
+        self._packer = BestFit(self._length, self._most_open, self._reopened(executor))
+        self._examples = _Examples(self._mixture, self._reader, executor, self._restored["next"])
+        for keyed in self._examples:
+            row = self._packer.add(keyed, len(keyed[1].input_ids))
+            if row is not None:
+                yield self._row(row)
+        while (row := self._packer.take()) is not None:
+            yield self._row(row)
+
+    def _row(self, row: list[tuple[_Key, Example]]) -> Batch:
+        return make_row([example for _, example in row], self._length)
+
+    def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Example], int]]]:
+        """The open rows of the state, read again."""
+        rows = [[_Key(*key) for key in row] for row in self._restored["open"]]
+        futures = [self._reader.submit(executor, [key[:2] for key in row]) for row in rows]
+        return [
+            [_reread(*pair) for pair in zip(row, f.result(), strict=True)] for row, f in zip(rows, futures, strict=True)
+        ]
+
+
+def _reread(key: _Key, read: _Read | DataError) -> tuple[tuple[_Key, Example], int]:
+    if isinstance(read, DataError):
+        raise read
+    if key.piece >= len(read.pieces):
+        raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
+    example = read.pieces[key.piece]
+    return (key, example), len(example.input_ids)
+
+
+class _Examples:
+    """The examples of a shard in the order of its mixture, read ahead."""
+
+    def __init__(self, mixture: Mixture, reader: Reader, executor: Executor, state: State):
+        self._mixture, self._reader, self._executor = mixture, reader, executor
+        self.state = state  # after the last example; replaced and never changed, since batches under way hold it
+        self._drawn = tuple(state["counts"])
+        self._ahead: deque[tuple[list[Draw], Future[list[_Read | DataError]]]] = deque()
+
+    def __iter__(self) -> Iterator[tuple[_Key, Example]]:
+        first_piece, fruitless = self.state["piece"], 0
+        for draw, read in self._reads():
+            after = self.state | {"counts": list(draw.counts), "piece": 0}
+            if read.event is not None:
+                after[read.event] += 1
+            for piece in range(first_piece, len(read.pieces)):
+                self.state = self.state | {"piece": piece + 1} if piece + 1 < len(read.pieces) else after
+                yield _Key(draw.source, draw.row, piece), read.pieces[piece]
+            fruitless = 0 if read.pieces else fruitless + 1
+            if fruitless > self._mixture.total_rows:
+                raise DataError(_nothing_left(after))
+            self.state, first_piece = after, 0
+
+    def _reads(self) -> Iterator[tuple[Draw, _Read]]:
+        while self._read_ahead():
+            draws, future = self._ahead.popleft()
+            for draw, read in zip(draws, future.result(), strict=True):
+                if isinstance(read, DataError):
+                    raise read
+                yield draw, read
+
+    def _read_ahead(self) -> bool:
+        """Keep the threads busy. False when nothing is left."""
+        while len(self._ahead) < _CHUNKS_AHEAD and (draws := self._draw()):
+            self._ahead.append((draws, self._reader.submit(self._executor, [draw[:2] for draw in draws])))
+        return bool(self._ahead)
+
+    def _draw(self) -> list[Draw]:
+        draws: list[Draw] = []
+        while len(draws) < _CHUNK and (draw := self._mixture.draw(self._drawn)) is not None:
+            self._drawn = draw.counts
+            draws.append(draw)
+        return draws
+
+
+def _nothing_left(state: State) -> str:
+    counts = ", ".join(f"{name} {state[name]}" for name in COUNTERS)
+    return f"no row gives an example to train on ({counts}): look at data.on_bad_row and data.max_length"

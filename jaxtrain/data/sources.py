@@ -1,0 +1,283 @@
+"""Rows of JSON-lines and Parquet files by their number, read when they are asked for.
+
+A training run reads rows in shuffled order, so every file must give any row at once. Plain JSON lines do: they are
+memory-mapped, and only the offsets of their lines are held. What cannot be addressed by row (gzip, zstd, Parquet) is
+unpacked once, piece by piece, into an unnamed temporary file that the system removes with the process, and that one
+is memory-mapped. Memory stays small either way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import mmap
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxtrain.config import SourceSection
+
+Row = dict[str, Any]
+
+FORMATS = {  # the columns of each kind of example, in the order in which they are looked for
+    "input_ids": ("input_ids",),
+    "messages": ("messages",),
+    "prompt+completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONAL_COLUMNS = ("labels", "tools", "chat_template_kwargs")
+COLUMNS = (*(column for columns in FORMATS.values() for column in columns), *OPTIONAL_COLUMNS)
+
+_SCAN_BYTES, _UNPACK_BYTES = 1 << 26, 1 << 20
+_BLANK = 4  # a line of fewer bytes may be a blank one
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on. The message names the file and, where there is one, the line."""
+
+
+class Rows(Protocol):
+    """One file's rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row:
+        """Raises DataError where the row is no JSON object."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Where a row stands, as an error names it: `file:line`."""
+        ...
+
+
+class Source:
+    """All rows of a `SourceSection`, under our column names."""
+
+    def __init__(self, section: SourceSection):
+        """Raises DataError for missing or broken files, for no rows at all, and for unknown names in `columns`."""
+        _check_column_map(section.columns)
+        self.section = section
+        self._files: list[Rows] = []
+        self._ends: list[int] = []  # the number of rows up to the end of each file
+        for path in find_files(section.path):
+            left = None if section.limit is None else section.limit - len(self)
+            if left == 0:
+                break
+            self._files.append(_open_rows(path, left))
+            self._ends.append(len(self) + len(self._files[-1]))
+        if not len(self):
+            raise DataError(f"{section.path}: holds no rows")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Row:
+        """Raises DataError that names file and line where the row cannot be read or lacks a mapped column."""
+        rows, local = self._locate(index)
+        row = rows[local]
+        missing = [theirs for theirs in self.section.columns.values() if theirs not in row]
+        if missing:
+            raise DataError(f"{rows.place(local)}: there is no column {missing[0]!r}" + _nearest(missing[0], list(row)))
+        return rename_columns(row, self.section.columns)
+
+    def place(self, index: int) -> str:
+        rows, local = self._locate(index)
+        return rows.place(local)
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = bisect_right(self._ends, index)
+        return self._files[file], index - (self._ends[file - 1] if file else 0)
+
+
+def rename_columns(row: Row, columns: dict[str, str]) -> Row:
+    """`row` under our names. A map also says which kind of example is meant where a row could be several."""
+    mapped = {ours: row[theirs] for ours, theirs in columns.items()}
+    meant = {name for names in FORMATS.values() if mapped.keys() & names for name in names}
+    if not meant:
+        return row | mapped
+    return {name: value for name, value in row.items() if name in meant or name in OPTIONAL_COLUMNS} | mapped
+
+
+def find_files(path: str) -> list[Path]:
+    """The files behind a file name, a folder (all data files in it) or a glob, sorted. Raises DataError if none."""
+    where = Path(path)
+    if where.is_file():
+        if _reader(where) is None:
+            raise DataError(f"{path}: unknown kind of file; known: {', '.join(_READERS)}")
+        return [where]
+    if where.is_dir():
+        found = [file for file in sorted(where.rglob("*")) if file.is_file() and _reader(file)]
+        if not found:
+            raise DataError(f"{path}: the folder holds no data file ({', '.join(_READERS)})")
+        return found
+    found = [Path(file) for file in sorted(glob.glob(path, recursive=True)) if _reader(Path(file))]
+    if not found:
+        raise DataError(f"{path}: no such file" + _nearest_file(where))
+    return found
+
+
+def _check_column_map(columns: dict[str, str]) -> None:
+    for ours in columns:
+        if ours not in COLUMNS:
+            raise DataError(
+                f"columns: {ours!r} is no column of ours{_nearest(ours, list(COLUMNS))}; a map is written ours: theirs"
+            )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(map(repr, known))}"
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    if folder != path.parent:
+        return f" (the nearest folder that exists is {folder})"
+    near = difflib.get_close_matches(path.name, [file.name for file in folder.iterdir()], 1, cutoff=0.4)
+    return f"; did you mean {folder / near[0]}?" if near else f" in the folder {folder}"
+
+
+class _JsonLines:
+    def __init__(self, path: Path, file: IO[bytes], limit: int | None):
+        self._path = path
+        size = file.seek(0, 2)
+        self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        starts = _line_starts(self._bytes, None if limit is None else limit + 1)
+        # One start more than there are rows: where the last of them ends.
+        self._starts = starts if limit is not None and len(starts) > limit else np.append(starts, size)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        line = self._bytes[self._starts[index] : self._starts[index + 1]]
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # broken JSON, or bytes that are no UTF-8
+            raise DataError(f"{self.place(index)}: broken JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{self.place(index)}: a row must be a JSON object, not {type(row).__name__}")
+        return row
+
+    def place(self, index: int) -> str:
+        start = int(self._starts[index])
+        blocks = range(0, start, _SCAN_BYTES)
+        line = 1 + sum(self._bytes[at : min(at + _SCAN_BYTES, start)].count(b"\n") for at in blocks)
+        return f"{self._path}:{line}"
+
+
+def _line_starts(data: mmap.mmap | bytes, most: int | None) -> np.ndarray:
+    """Offsets [rows] int64 of the lines that are not blank, of the first `most` only."""
+    parts, rows = [np.zeros(1, np.int64)], 0
+    for at in range(0, len(data), _SCAN_BYTES):
+        block = np.frombuffer(data, np.uint8, min(_SCAN_BYTES, len(data) - at), at)
+        parts.append(np.flatnonzero(block == ord("\n")) + at + 1)
+        rows += np.count_nonzero(np.diff(parts[-1]) >= _BLANK)
+        if most is not None and rows > most:
+            break
+    starts = np.concatenate(parts)
+    starts = starts[starts < len(data)]
+    ends = np.append(starts[1:], len(data))
+    short = np.flatnonzero(ends - starts < _BLANK)
+    blank = [i for i in short if not data[starts[i] : ends[i]].strip()]
+    return np.delete(starts, blank)[:most]
+
+
+class _ParquetRows:
+    def __init__(self, path: Path, limit: int | None):
+        self._path = path
+        self._batches = _unpack_parquet(path, limit)
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Row:
+        batch = int(np.searchsorted(self._ends, index, side="right"))
+        local = index - (int(self._ends[batch - 1]) if batch else 0)
+        (row,) = self._batches[batch].slice(local, 1).to_pylist()
+        return _without_nulls(row)
+
+    def place(self, index: int) -> str:
+        return f"{self._path}:row {index + 1}"
+
+
+def _without_nulls(value: Any) -> Any:
+    # A Parquet column has one struct type, so every message and every tool carries the fields of all others as null.
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _unpack_parquet(path: Path, limit: int | None) -> list[pa.RecordBatch]:
+    """The first `limit` rows as memory-mapped Arrow batches."""
+    left = limit
+    with tempfile.TemporaryFile() as file:
+        try:
+            parquet = pq.ParquetFile(path, memory_map=True)
+            with pa.ipc.new_file(file, parquet.schema_arrow) as writer:
+                for batch in parquet.iter_batches(batch_size=1024):
+                    writer.write_batch(batch if left is None else batch.slice(0, left))
+                    left = left and max(0, left - batch.num_rows)
+                    if left == 0:
+                        break
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: broken Parquet file: {error}") from None
+        file.flush()
+        reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+
+def _plain(path: Path, limit: int | None) -> Rows:
+    with path.open("rb") as file:
+        return _JsonLines(path, file, limit)
+
+
+def _compressed(path: Path, limit: int | None) -> Rows:
+    with tempfile.TemporaryFile() as file, pa.OSFile(str(path)) as packed:
+        for block in _unpacked(path, packed):
+            file.write(block)
+        file.flush()
+        return _JsonLines(path, file, limit)
+
+
+def _unpacked(path: Path, packed: pa.NativeFile) -> Iterator[bytes]:
+    stream = pa.CompressedInputStream(packed, "zstd" if path.suffix == ".zst" else "gzip")
+    try:
+        while block := stream.read(_UNPACK_BYTES):
+            yield block
+    except OSError as error:
+        raise DataError(f"{path}: broken compressed file: {error}") from None
+
+
+_READERS = {".jsonl": _plain, ".jsonl.gz": _compressed, ".jsonl.zst": _compressed, ".parquet": _ParquetRows}
+
+
+def _reader(path: Path):
+    return next((reader for suffix, reader in _READERS.items() if path.name.endswith(suffix)), None)
+
+
+def _open_rows(path: Path, limit: int | None) -> Rows:
+    reader = _reader(path)
+    assert reader is not None, path
+    return reader(path, limit)
+
+
+def read_rows(section: SourceSection) -> Iterator[Row]:
+    """All rows once, in the order of the files."""
+    source = Source(section)
+    for index in range(len(source)):
+        yield source[index]

@@ -1,0 +1,85 @@
+"""Adapters as tree functions: which leaves are adapters, and what the model is once they are merged."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxtrain.nn.config import Lora
+from jaxtrain.types import Params
+
+
+def split_adapters(params: Params) -> tuple[Params, Params]:
+    """(adapters, base): two trees that share no leaf and together hold them all."""
+    adapters: Params = {}
+    base: Params = {}
+    for name, node in params.items():
+        if isinstance(node, dict):
+            inside = split_adapters(node)
+            for part, found in zip((adapters, base), inside, strict=True):
+                if found:
+                    part[name] = found
+        else:
+            (adapters if name in ("lora_a", "lora_b") else base)[name] = node
+    return adapters, base
+
+
+def join(one: Params, other: Params) -> Params:
+    """The union of two trees that share no leaf; `split_adapters` undone."""
+    joined = dict(one)
+    for name, node in other.items():
+        if name in joined:
+            assert isinstance(node, dict) and isinstance(joined[name], dict), f"both trees hold {name}"
+            joined[name] = join(joined[name], node)
+        else:
+            joined[name] = node
+    return joined
+
+
+def merge_adapters(params: Params, lora: Lora) -> Params:
+    """The same model without adapters: `kernel + scale * a @ b` in float32, in the kernel's dtype."""
+    merged: Params = {}
+    for name, node in params.items():
+        if not isinstance(node, dict):
+            merged[name] = node
+        elif "lora_a" in node:
+            rest = {key: leaf for key, leaf in node.items() if key not in ("lora_a", "lora_b")}
+            merged[name] = rest | {"kernel": _merged_kernel(node, lora)}
+        else:
+            merged[name] = merge_adapters(node, lora)
+    return merged
+
+
+def _merged_kernel(linear: dict[str, Any], lora: Lora) -> Any:
+    kernel, a, b = linear["kernel"], linear["lora_a"], linear["lora_b"]
+    layers = kernel.shape[0]
+    product = jnp.einsum(
+        "lir,lro->lio",
+        *(
+            leaf.astype(jnp.float32).reshape(shape)
+            for leaf, shape in ((a, (layers, -1, lora.rank)), (b, (layers, lora.rank, -1)))
+        ),
+    )
+    return (kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+
+
+def check_targets(targets: list[str], params: Params) -> None:
+    """Raise ValueError for a target that is no linear of the model."""
+    known = sorted(_linears(params["layers"]))
+    for target in targets:
+        if target not in known:
+            near = difflib.get_close_matches(target, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"model.lora.targets: the model has no linear {target!r}{hint} (it has {', '.join(known)})"
+            )
+
+
+def _linears(node: Params) -> set[str]:
+    found: set[str] = set()
+    for name, inner in node.items():
+        if isinstance(inner, dict):
+            found |= {name} if "kernel" in inner else _linears(inner)
+    return found

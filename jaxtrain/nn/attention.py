@@ -1,0 +1,104 @@
+"""Grouped-query attention: projections, head norms and rope around the one `attend`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtrain.nn.cache import LayerCache
+from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
+from jaxtrain.nn.linear import Linear
+from jaxtrain.nn.norm import RMSNorm
+from jaxtrain.nn.rope import RopeTable, apply_rope
+from jaxtrain.ops.attend import Impl, attend
+from jaxtrain.types import Array
+
+
+class AttentionInputs(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    positions: Array  # [B, T]
+    segment_ids: Array  # [B, T]
+    rope: RopeTable
+    kv_segment_ids: Array | None = None  # [B, S] of the cache; None: keys are the tokens themselves
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
+        stream = ((config.hidden_size,), ("embed",))
+        heads = ((config.num_heads, config.head_dim), ("heads", "head_dim"))
+        kv_heads = ((config.num_kv_heads, config.head_dim), ("kv_heads", "head_dim"))
+
+        def linear(name: str, inside: tuple, outside: tuple, bias: bool) -> Linear:
+            return Linear(
+                *(inside[0], outside[0], inside[1], outside[1]),
+                rngs=rngs,
+                dtype=dtype,
+                std=config.init_std,
+                bias=bias,
+                lora=lora if lora and name in lora.targets else None,
+            )
+
+        self.q_proj = linear("q_proj", stream, heads, config.qkv_bias)
+        self.k_proj = linear("k_proj", stream, kv_heads, config.qkv_bias)
+        self.v_proj = linear("v_proj", stream, kv_heads, config.qkv_bias)
+        self.o_proj = linear("o_proj", heads, stream, config.o_bias)
+        self.q_norm = self.k_norm = nnx.data(None)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
+        self.scale = 1 / math.sqrt(config.head_dim)
+
+    def __call__(
+        self,
+        x: Array,
+        inputs: AttentionInputs,
+        kinds: tuple[LayerKind, ...],
+        kind: Array | int,
+        cache: LayerCache | None,
+        keys: list[Array | None],
+        impl: Impl,
+        mesh: jax.sharding.Mesh | None,
+    ) -> tuple[Array, LayerCache | None]:
+        """x [B, T, D] -> [B, T, D] and the cache with this call's keys and values in it.
+
+        `kinds[kind]` says how far this layer looks; `kind` may be traced, since stacked layers share one body.
+        """
+        q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, inputs.rope), apply_rope(k, inputs.rope)
+        kv_pos = kv_seg = None
+        if cache is not None:
+            assert inputs.kv_segment_ids is not None
+            cache = cache.write(k, v, inputs.positions)
+            k, v = cache
+            impl = "xla"  # the kernels are made for whole rows; a few queries over a cache need none
+            kv_pos = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
+            kv_seg = inputs.kv_segment_ids
+
+        def looking(window: int | None):
+            def branch(q: Array, k: Array, v: Array) -> Array:
+                return attend(
+                    q,
+                    k,
+                    v,
+                    q_pos=inputs.positions,
+                    kv_pos=kv_pos,
+                    q_seg=inputs.segment_ids,
+                    kv_seg=kv_seg,
+                    window=window,
+                    scale=self.scale,
+                    impl=impl,
+                    mesh=mesh,
+                )
+
+            return branch
+
+        branches = [looking(each.window) for each in kinds]
+        out = branches[0](q, k, v) if len(branches) == 1 else jax.lax.switch(kind, branches, q, k, v)
+        return self.o_proj(out, keys[3]), cache

@@ -1,0 +1,90 @@
+"""`ModelConfig`: what a decoder is, without saying whose it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+FLOAT32 = np.dtype("float32")
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's frequency-dependent rope scaling (transformers' `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation (transformers' `rope_type: linear`): positions are divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    theta: float
+    scaling: Llama3Scaling | LinearScaling | None = None
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ between layers whose parameters are stacked together."""
+
+    window: int | None = None  # a token attends to itself and the `window - 1` tokens before it; None: to all before
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a decoder. Nothing has a default that a checkpoint could contradict."""
+
+    family: str  # names the file under converters/families that reads and writes it
+    vocab_size: int  # V as the tokenizer and the checkpoint know it
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    norm_eps: float
+    rope: Rope
+    activation: Activation
+    tied: bool  # the head is the embedding, transposed
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMS norm over each head of q and k, before rope
+    init_std: float  # standard deviation of random weights
+    pattern: tuple[LayerKind, ...]  # one per layer
+    vocab_multiple: int = 64  # the stored vocabulary is rounded up to this; the rest is inert
+
+    def __post_init__(self) -> None:
+        assert len(self.pattern) == self.num_layers, (len(self.pattern), self.num_layers)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def padded_vocab(self) -> int:
+        """V as stored: `vocab_size` rounded up to `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the linears whose name is in `targets` (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank

@@ -1,0 +1,155 @@
+"""`Decoder`: one transformer for all families. Parameters are stacked over layers.
+
+Training scans the layers (one compiled body, rematerialised by policy); decoding walks them with one cache buffer each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtrain.nn.attention import Attention, AttentionInputs
+from jaxtrain.nn.cache import KVCache, LayerCache
+from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig
+from jaxtrain.nn.mlp import GatedMLP
+from jaxtrain.nn.norm import RMSNorm
+from jaxtrain.nn.rope import rope_table
+from jaxtrain.ops.attend import Impl
+from jaxtrain.ops.blockwise import RESIDUALS
+from jaxtrain.parallel.sharding import constrain_rows
+from jaxtrain.types import Array
+
+# What the backward pass finds saved; it computes the rest again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a forward pass runs, as opposed to what it computes."""
+
+    dtype: np.dtype = FLOAT32
+    remat: str = "none"
+    attention: Impl = "auto"
+    mesh: jax.sharding.Mesh | None = None
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
+        self.input_norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
+        self.attn = Attention(config, rngs=rngs, dtype=dtype, lora=lora)
+        self.mlp_norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype, lora=lora)
+
+    def __call__(
+        self,
+        x: Array,
+        inputs: AttentionInputs,
+        kinds: tuple[LayerKind, ...],
+        kind: Array | int,
+        run: Execution,
+        cache: LayerCache | None = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Array, LayerCache | None]:
+        """x [B, T, D] -> [B, T, D] and the layer's cache, if one was given."""
+        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        out, cache = self.attn(self.input_norm(x), inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
+        x = x + out
+        x = x + self.mlp(self.mlp_norm(x), keys[4:])
+        return constrain_rows(x, run.mesh), cache
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        weight = nnx.initializers.normal(config.init_std)(rngs.params(), (config.padded_vocab, config.hidden_size))
+        real = jnp.arange(config.padded_vocab)[:, None] < config.vocab_size
+        self.weight = nnx.Param(jnp.where(real, weight, 0).astype(dtype), out_sharding=("vocab", "embed"))
+
+    def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:
+        # Looked up before it is cast, so that the gradient of a frequent token is summed in the weight's own dtype.
+        return self.weight[...][tokens].astype(dtype)
+
+
+class Head(nnx.Module):
+    """The projection onto the vocabulary. It is never applied here: `token_scores` walks it in chunks."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        kernel = nnx.initializers.normal(config.init_std)(rngs.params(), (config.hidden_size, config.padded_vocab))
+        real = jnp.arange(config.padded_vocab) < config.vocab_size
+        self.kernel = nnx.Param(jnp.where(real, kernel, 0).astype(dtype), out_sharding=("embed", "vocab"))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None = None):
+        self.config = config
+        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs, dtype=dtype, lora=lora)
+
+        self.layers = blocks(rngs)
+        self.norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
+        self.lm_head = nnx.data(None) if config.tied else Head(config, rngs=rngs, dtype=dtype)
+        # Layers that differ only in kind stay stacked: `kind_of` [L] is scanned along with their parameters.
+        self.kinds = tuple(dict.fromkeys(config.pattern))
+        self.kind_of = tuple(self.kinds.index(kind) for kind in config.pattern)
+
+    def hidden(
+        self, tokens: Array, positions: Array, segment_ids: Array, run: Execution, dropout_key: Array | None = None
+    ) -> Array:
+        """Final hidden states [B, T, D] of packed tokens [B, T], after the last norm."""
+        inputs = AttentionInputs(positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions))
+        x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(x: Array, layer: tuple) -> tuple[Array, None]:
+            params, kind, index = layer
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            x, _ = nnx.merge(graphdef, params)(x, inputs, self.kinds, kind, run, dropout_key=key)
+            return x, None
+
+        if run.remat != "none":
+            # Inside a scan nothing can be merged away across iterations, so the barrier against it is not needed.
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
+        layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
+        x, _ = jax.lax.scan(body, x, layers)
+        return self.norm(x)
+
+    def extend(
+        self, tokens: Array, positions: Array, segment_ids: Array, cache: KVCache, run: Execution
+    ) -> tuple[Array, KVCache]:
+        """Hidden states [B, T, D] of tokens that continue what `cache` holds, and the cache with them in it."""
+        cache = cache.mark(segment_ids, positions)
+        inputs = AttentionInputs(
+            positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions), cache.segment_ids
+        )
+        x = self.embed(tokens, run.dtype)
+        graphdef, stacked = nnx.split(self.layers)
+        written = []
+        for index, layer_cache in enumerate(cache.layers):
+            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+            x, layer_cache = layer(x, inputs, (self.kinds[self.kind_of[index]],), 0, run, layer_cache)
+            written.append(layer_cache)
+        return self.norm(x), cache._replace(layers=tuple(written))
+
+    def head(self) -> Array:
+        """The head's kernel: [Vp, D] (the embedding) if tied, else [D, Vp]."""
+        return self.embed.weight[...] if self.lm_head is None else self.lm_head.kernel[...]
+
+    def logits(self, hidden: Array) -> Array:
+        """float32 logits [..., V] of hidden states [..., D]: for decoding and tests, where few tokens are asked for."""
+        kernel = self.head().astype(hidden.dtype)
+        contract = ((hidden.ndim - 1,), (1 if self.config.tied else 0,))
+        logits = jax.lax.dot_general(hidden, kernel, (contract, ((), ())), preferred_element_type=jnp.float32)
+        return logits[..., : self.config.vocab_size]

@@ -1,0 +1,80 @@
+"""`Model`: the decoder as pure functions of a nested dict of arrays.
+
+NNX modules build parameters and hold the forward maths; they are split once, here. Everything else (steps, converters,
+checkpoints, adapters) sees plain trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxtrain.nn.cache import KVCache, empty_cache
+from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig
+from jaxtrain.nn.decoder import Decoder, Execution
+from jaxtrain.types import Array, Batch, Params
+
+
+@dataclass(frozen=True)
+class Model:
+    config: ModelConfig
+    lora: Lora | None = None
+    run: Execution = field(default_factory=Execution)
+    param_dtype: np.dtype = FLOAT32
+
+    @cached_property
+    def _split(self) -> tuple[Any, nnx.State]:
+        """The module's graph, and its abstract state."""
+        with nnx.use_eager_sharding(False):
+            return nnx.split(nnx.eval_shape(self._build(jax.random.key(0))))
+
+    def _build(self, key: Array) -> Callable[[], Decoder]:
+        return lambda: Decoder(self.config, rngs=nnx.Rngs(key), dtype=self.param_dtype, lora=self.lora)
+
+    def init(self, key: Array) -> Params:
+        """Random parameters. Jit it with `out_shardings` so that no device ever holds more than its part."""
+        with nnx.use_eager_sharding(False):
+            return nnx.to_pure_dict(nnx.state(self._build(key)()))
+
+    def abstract(self) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s."""
+        return nnx.to_pure_dict(self._split[1])
+
+    def axes(self) -> Params:
+        """The parameter tree with each leaf's tuple of logical axis names."""
+        names = jax.tree.map(
+            lambda variable: variable.get_metadata()["out_sharding"],
+            self._split[1],
+            is_leaf=lambda node: isinstance(node, nnx.Variable),
+        )
+        return nnx.to_pure_dict(names)
+
+    def hidden(self, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
+        """Final hidden states [B, T, D] of packed rows."""
+        return self._merge(params).hidden(batch.tokens, batch.positions, batch.segment_ids, self.run, dropout_key)
+
+    def extend(
+        self, params: Params, tokens: Array, positions: Array, segment_ids: Array, cache: KVCache
+    ) -> tuple[Array, KVCache]:
+        """Hidden states [B, T, D] of tokens that continue `cache`, and the cache with them in it."""
+        return self._merge(params).extend(tokens, positions, segment_ids, cache, self.run)
+
+    def empty_cache(self, rows: int, length: int) -> KVCache:
+        return empty_cache(self.config, rows, length, self.run.dtype)
+
+    def head(self, params: Params) -> Array:
+        """The head's kernel: [Vp, D] if `config.tied`, else [D, Vp]."""
+        return self._merge(params).head()
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """float32 logits [..., V]; the chunked head is `ops.token_scores`."""
+        return self._merge(params).logits(hidden)
+
+    def _merge(self, params: Params) -> Any:
+        return nnx.merge(self._split[0], params)

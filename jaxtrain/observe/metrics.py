@@ -1,0 +1,75 @@
+"""Metrics of a run on disk: `metrics.jsonl`, one object per line, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import jax
+from tensorboardX import SummaryWriter
+
+
+class MetricLog:
+    """Writes metrics.jsonl (and tensorboard/) into `run_dir`, on process 0 only.
+
+    `resumed_from` is the step of the checkpoint that the run goes on from, None for a run from the start. Whatever a
+    killed run logged after that step will be logged again, so it is dropped: every line of the file belongs to the
+    one sequence of steps that led to the final parameters. For this to hold, log a step before its checkpoint is saved.
+    """
+
+    def __init__(self, run_dir: str | Path, tensorboard: bool, resumed_from: int | None = None) -> None:
+        self._file = self._board = None
+        if jax.process_index() != 0:
+            return
+        path = Path(run_dir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        last = -1 if resumed_from is None else resumed_from
+        _drop_after(path, last)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=last + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
+        """Write and flush one line, `step` first. JSON knows finite numbers only: any other is written as null."""
+        if self._file is None:
+            return
+        named = {prefix + name: float(value) for name, value in metrics.items()}
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in named.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in named.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_after(path: Path, last: int) -> None:
+    """Keep the lines up to step `last`, atomically; a line that was cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= last]
+    rewritten = path.with_suffix(".jsonl.tmp")
+    rewritten.write_text("".join(kept), encoding="utf-8")
+    os.replace(rewritten, path)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except json.JSONDecodeError:
+        return math.inf

@@ -1,0 +1,59 @@
+"""A linear map whose weight gradient is a fast matrix product on every platform."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtrain.types import Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Array, kernel: Array, rank: int) -> Array:
+    """x [..., *in] @ kernel [*in, *out] over the last `rank` axes of x -> [..., *out]. Differentiable once."""
+    return jnp.tensordot(x, kernel, rank)
+
+
+def _project_fwd(x: Array, kernel: Array, rank: int) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel, rank), (x, kernel)
+
+
+def _project_bwd(rank: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    out_rank = kernel.ndim - rank
+    d_x = lax.dot_general(g, kernel, ((_last(g, out_rank), _last(kernel, out_rank)), ((), ())))
+    # Resolved when the program is lowered, so a CPU host compiles for other platforms what they would run.
+    d_kernel = lax.platform_dependent(
+        x, g, cpu=functools.partial(_on_cpu, rank=rank), default=functools.partial(_anywhere, rank=rank)
+    )
+    return d_x, d_kernel
+
+
+project.defvjp(_project_fwd, _project_bwd)
+
+
+def _anywhere(x: Array, g: Array, rank: int) -> Array:
+    leading = tuple(range(x.ndim - rank))
+    return lax.dot_general(x, g, ((leading, leading), ((), ())))
+
+
+def _on_cpu(x: Array, g: Array, rank: int) -> Array:
+    """XLA's CPU kernels are half as fast over a leading axis of both sides as on rows times columns.
+
+    So the narrower side is transposed first; the barriers keep XLA from folding that into the product again.
+    """
+    in_shape, out_shape = x.shape[x.ndim - rank :], g.shape[x.ndim - rank :]
+    x, g = x.reshape(-1, math.prod(in_shape)), g.reshape(-1, math.prod(out_shape))
+    if x.shape[1] <= g.shape[1]:
+        d_kernel = lax.optimization_barrier(x.T) @ g
+    else:
+        d_kernel = lax.optimization_barrier(lax.optimization_barrier(g.T) @ x).T
+    return d_kernel.reshape(*in_shape, *out_shape)
+
+
+def _last(x: Array, rank: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - rank, x.ndim))

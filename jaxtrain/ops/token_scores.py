@@ -1,0 +1,286 @@
+"""The head that never builds [B, T, V]: log-probabilities of tokens, chunk by chunk.
+
+The positions whose weight is not zero are gathered to the front (per data shard) and walked in chunks, so prompts and
+padding cost nothing and the largest temporary is one chunk of logits. With z = h W, p = softmax(z) and y the token,
+
+    d logp / d h = W[:, y] - W p         needs no cotangent: computed in the forward pass, scaled in the backward pass;
+    d logp / d W = h (onehot(y) - p)^T   is summed over the tokens, so it needs their cotangents.
+
+For a loss that is linear in `logp` with the given weights (SFT) the cotangents are known up to one factor, and the
+second sum too is taken in the forward pass: three matrix products instead of four. A frozen head needs two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.types import Array, TokenScores
+
+VOCAB_AXIS = "tensor"
+MESH_AXES = (*ROWS, VOCAB_AXIS)
+
+# Logits of the padded vocabulary: finite, so that a probability of exactly 0 times one of them is 0 and no NaN.
+_MASKED = -1e30
+
+
+def token_scores(
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    weights: Array,
+    *,
+    transposed: bool,
+    vocab_size: int,
+    mesh: Mesh | None = None,
+    chunk: int = 512,
+    linear: bool = False,
+) -> TokenScores:
+    """Score every token whose weight is not zero by the hidden state before it.
+
+    Args:
+        hidden: [B, T, D], after the final norm, in the compute dtype; products accumulate in float32.
+        head: [D, Vp], or [Vp, D] where `transposed` (a tied embedding). Its gradient is summed in float32.
+        tokens: [B, T] integers below `vocab_size`.
+        weights: [B, T] float32. The scores only ask whether it is zero; the first column counts as zero.
+        transposed: which of the two shapes `head` has.
+        vocab_size: V. Columns from V to Vp have no probability and get no gradient.
+        mesh: with axes data, fsdp and tensor. Rows lie over (data, fsdp), the head's D over fsdp, its Vp over tensor.
+        chunk: tokens whose logits exist at once, on each device.
+        linear: expect a loss c * sum(weights * logp) and sum the head's gradient while scoring. Any other loss gets its
+            right gradient too, but pays for that sum a second time.
+
+    Returns:
+        TokenScores of [B, T] float32. `logp` is differentiable by `hidden` and `head`, once.
+    """
+    assert hidden.shape[:2] == tokens.shape == weights.shape, (hidden.shape, tokens.shape, weights.shape)
+    padded = head.shape[0 if transposed else 1]
+    plan = _Plan(transposed, vocab_size, vocab_size < padded, min(chunk, tokens.size), linear, mesh is not None)
+    score = functools.partial(_score_rows, plan)
+    if mesh is None:
+        return score(hidden, head, tokens, weights)
+    rows = PartitionSpec(ROWS)
+    head_spec = PartitionSpec(VOCAB_AXIS, "fsdp") if transposed else PartitionSpec("fsdp", VOCAB_AXIS)
+    return jax.shard_map(score, mesh=mesh, in_specs=(rows, head_spec, rows, rows), out_specs=rows)(
+        hidden, head, tokens, weights
+    )
+
+
+class _Plan(NamedTuple):
+    """What is fixed when the program is compiled, and where one device's arithmetic meets the others'."""
+
+    transposed: bool
+    vocab_size: int
+    padded: bool  # there are columns beyond the vocabulary
+    chunk: int
+    linear: bool
+    sharded: bool  # inside shard_map
+
+    def gather(self, head: Array, dtype: jnp.dtype) -> Array:
+        """The head in the compute dtype, whole but for the vocabulary's split.
+
+        Once, before the loop: trip counts differ between data shards, so no collective may join them inside it.
+        """
+        head = head.astype(dtype)
+        if not self.sharded:
+            return head
+        return self.varying(lax.all_gather(head, "fsdp", axis=1 if self.transposed else 0, tiled=True))
+
+    def scatter(self, d_head: Array, dtype: jnp.dtype) -> Array:
+        """The transpose of `gather` for a float32 gradient [D, V]."""
+        d_head = d_head.T if self.transposed else d_head
+        if self.sharded:
+            axis = 1 if self.transposed else 0
+            d_head = lax.psum(lax.psum_scatter(d_head, "fsdp", scatter_dimension=axis, tiled=True), "data")
+        return d_head.astype(dtype)
+
+    def over_vocab(self, reduce: Callable[..., Array], x: Array) -> Array:
+        return reduce(x, VOCAB_AXIS) if self.sharded else x
+
+    def varying(self, x: Array, axes: tuple[str, ...] = MESH_AXES) -> Array:
+        """Mark `x` as differing between devices along `axes`, as shard_map wants to know."""
+        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying) if self.sharded else ()
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _score_rows(plan: _Plan, hidden: Array, head: Array, tokens: Array, weights: Array) -> TokenScores:
+    """Shift, so that a hidden state meets the token after it, and shift the scores back."""
+    rows, length, width = hidden.shape
+    plan = plan._replace(chunk=min(plan.chunk, rows * length))
+    targets, ahead = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))).reshape(-1) for x in (tokens, weights))
+    # Each part of the vocabulary has its share of the hidden states' gradient: the transpose of `varying` sums them.
+    scores: tuple[Array, ...] = _scores(plan, plan.varying(hidden.reshape(-1, width)), head, targets, ahead)
+    return TokenScores(*(jnp.pad(s.reshape(rows, length)[:, :-1], ((0, 0), (1, 0))) for s in scores))
+
+
+class _Compact(NamedTuple):
+    """The positions that carry weight, in order, and the way back."""
+
+    source: Array  # [M] position of the i-th weighted token, M a multiple of the chunk; out of range after the last
+    rank: Array  # [n] which weighted token a position is
+    present: Array  # [n] whether it is one
+    trips: Array  # [] chunks that hold a weighted token
+
+    @staticmethod
+    def of(weights: Array, chunk: int) -> _Compact:
+        present = weights != 0
+        size = -(-len(weights) // chunk) * chunk
+        (source,) = jnp.nonzero(present, size=size, fill_value=len(weights))
+        return _Compact(source, jnp.cumsum(present) - 1, present, -(-jnp.sum(present) // chunk))
+
+    def take(self, i: Array, chunk: int, *arrays: Array) -> list[Array]:
+        """The i-th chunk of arrays [n, ...]; zeros after the last weighted token."""
+        source = lax.dynamic_slice(self.source, (i * chunk,), (chunk,))
+        return [x.at[source].get(mode="fill", fill_value=0) for x in arrays]
+
+    def expand(self, x: Array) -> Array:
+        """[M, ...] -> [n, ...], zero where a position carries no weight."""
+        return jnp.where(self.present.reshape(-1, *[1] * (x.ndim - 1)), x[self.rank], 0)
+
+
+class _Stats(NamedTuple):
+    """Of weighted tokens, [C] or [M] float32."""
+
+    logp: Array
+    entropy: Array
+    correct: Array
+    logsumexp: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(plan: _Plan, hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """hidden [n, D], targets and weights [n] -> logp, entropy, correct [n]."""
+    compact = _Compact.of(weights, plan.chunk)
+    stats, _, _ = _walk(plan, compact, hidden, plan.gather(head, hidden.dtype), targets, None, want_hidden=False)
+    return tuple(map(compact.expand, stats[:3]))
+
+
+def _scores_fwd(plan: _Plan, hidden, head, targets, weights):
+    train_head = head.perturbed
+    hidden, head, targets, weights = hidden.value, head.value, targets.value, weights.value
+    compact = _Compact.of(weights, plan.chunk)
+    whole = plan.gather(head, hidden.dtype)
+    guess = weights if plan.linear and train_head else None
+    stats, d_hidden, d_head = _walk(plan, compact, hidden, whole, targets, guess, want_hidden=True)
+    # An empty array carries the parameter's dtype.
+    again = (hidden, whole, targets, weights, stats.logsumexp, head[:0]) if train_head else None
+    return tuple(map(compact.expand, stats[:3])), (compact, d_hidden, d_head, again)
+
+
+def _scores_bwd(plan: _Plan, residuals, cotangents):
+    compact, d_hidden, d_head, again = residuals
+    g = cotangents[0]
+    if isinstance(g, SymbolicZero):
+        return None, None, None, None
+    d_hidden = compact.expand(d_hidden) * plan.varying(g)[:, None].astype(d_hidden.dtype)
+    if again is None:
+        return d_hidden, None, None, None
+    hidden, whole, targets, weights, logsumexp, like = again
+    recompute = functools.partial(_head_gradient, plan, compact, hidden, whole, targets, g, logsumexp)
+    if d_head is None:
+        d_head = recompute()
+    else:
+        factor = jnp.vdot(g, weights) / jnp.maximum(jnp.vdot(weights, weights), jnp.finfo(jnp.float32).tiny)
+        as_expected = jnp.all(jnp.abs(g - factor * weights) <= 1e-6 * jnp.abs(factor * weights))
+        d_head = lax.cond(as_expected, lambda: factor * d_head, recompute)
+    return d_hidden, plan.scatter(d_head, like.dtype), None, None
+
+
+_scores.defvjp(_scores_fwd, _scores_bwd, symbolic_zeros=True)
+
+
+def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, guess, *, want_hidden: bool):
+    """Stats [M]; d logp / d hidden [M, D] if wanted; d head [D, V] for the cotangents `guess` [n], if given."""
+    chunk, size, width = plan.chunk, len(compact.source), hidden.shape[1]
+
+    def body(i: Array, carry: tuple) -> tuple:
+        stats, d_hidden, d_head = carry
+        x, y = compact.take(i, chunk, hidden, targets)
+        logits, column = _logits(plan, x, head), _column(plan, y, head)
+        new, p = _stats(plan, logits, column)
+        stats = _Stats(*(lax.dynamic_update_slice(old, s, (i * chunk,)) for old, s in zip(stats, new, strict=True)))
+        if want_hidden:
+            residue = _residue(p, column, x.dtype)
+            dx = _dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
+            d_hidden = lax.dynamic_update_slice(d_hidden, dx, (i * chunk, 0))
+            if guess is not None:
+                d_head += _outer(x, residue, *compact.take(i, chunk, guess))
+        return stats, d_hidden, d_head
+
+    start = (
+        _Stats(*[plan.varying(jnp.zeros(size), ROWS)] * len(_Stats._fields)),
+        plan.varying(jnp.zeros((size, width), hidden.dtype)) if want_hidden else None,
+        _no_gradient(plan, head) if guess is not None else None,
+    )
+    return lax.fori_loop(0, compact.trips, body, start)
+
+
+def _head_gradient(plan: _Plan, compact: _Compact, hidden, head, targets, g, logsumexp) -> Array:
+    """sum_t g[t] * d logp[t] / d head, [D, V] float32, from logits computed again."""
+    chunk = plan.chunk
+
+    def body(i: Array, d_head: Array) -> Array:
+        x, y, scale = compact.take(i, chunk, hidden, targets, g)
+        lse = lax.dynamic_slice(logsumexp, (i * chunk,), (chunk,))
+        p = jnp.exp(_logits(plan, x, head) - lse[:, None])
+        return d_head + _outer(x, _residue(p, _column(plan, y, head), x.dtype), scale)
+
+    return lax.fori_loop(0, compact.trips, body, _no_gradient(plan, head))
+
+
+def _logits(plan: _Plan, x: Array, head: Array) -> Array:
+    """x [C, D] -> float32 logits [C, V] over this device's part of the vocabulary."""
+    logits = _dot(x, head, 1, 1 if plan.transposed else 0)
+    if plan.padded:
+        end = _column(plan, jnp.asarray(plan.vocab_size), head)
+        logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < end, logits, _MASKED)
+    return logits
+
+
+def _column(plan: _Plan, token: Array, head: Array) -> Array:
+    """Where a token stands in this device's part of the vocabulary; out of range if it is in another's."""
+    part = head.shape[0 if plan.transposed else 1]
+    return token - lax.axis_index(VOCAB_AXIS) * part if plan.sharded else token
+
+
+def _stats(plan: _Plan, logits: Array, column: Array) -> tuple[_Stats, Array]:
+    """Of the tokens at `column` [C], and the probabilities [C, V]."""
+    top = plan.over_vocab(lax.pmax, logits.max(1))
+    below = logits - top[:, None]
+    exps = jnp.exp(below)
+    total = plan.over_vocab(lax.psum, exps.sum(1))
+    mean_below = plan.over_vocab(lax.psum, (exps * below).sum(1)) / total
+    here = (column >= 0) & (column < logits.shape[1])
+    target = jnp.take_along_axis(logits, column[:, None], 1, mode="clip")[:, 0]
+    target = plan.over_vocab(lax.psum, jnp.where(here, target, 0))
+    spread = jnp.log(total)
+    correct = (target >= top).astype(jnp.float32)
+    stats = _Stats(target - top - spread, spread - mean_below, correct, top + spread)
+    return stats, exps * (1 / total)[:, None]
+
+
+def _residue(p: Array, column: Array, dtype: jnp.dtype) -> Array:
+    """d logp / d logits [C, V]."""
+    is_target = lax.broadcasted_iota(jnp.int32, p.shape, 1) == column[:, None]
+    return jnp.where(is_target, 1 - p, -p).astype(dtype)
+
+
+def _outer(x: Array, residue: Array, scale: Array) -> Array:
+    """sum_t scale[t] x[t] residue[t]^T: [D, V], whichever way the head lies, because this product is the faster one."""
+    return _dot(x * scale[:, None].astype(x.dtype), residue, 0, 0)
+
+
+def _no_gradient(plan: _Plan, head: Array) -> Array:
+    return plan.varying(jnp.zeros(head.shape[::-1] if plan.transposed else head.shape, jnp.float32))
+
+
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)

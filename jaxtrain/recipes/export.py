@@ -1,0 +1,53 @@
+"""From a run's checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from converters.export_hf import convert, export_hf
+from converters.import_hf import read_config
+from jaxtrain.config import MeshSection
+from jaxtrain.lora import join, merge_adapters
+from jaxtrain.nn.model import Model
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipes.run_folder import read_run_config
+from jaxtrain.recipes.setup import base_params, make_policy, tokenizer_folder
+from jaxtrain.train.checkpoint import Checkpoints
+
+
+def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
+    """Write the model of a run's newest checkpoint to `out`, adapters merged, on whatever devices there are here.
+
+    `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
+    Raises ValueError where `run` holds no run or no checkpoint, or `out` is not empty.
+    """
+    config = read_run_config(run)
+    policy = make_policy(config, make_mesh(MeshSection(preset=config.mesh.preset)))
+    target: dict[str, Any] = {"params": policy.trained}
+    with Checkpoints(str(run / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore(target, partial=True)
+    if restored is None:
+        raise ValueError(f"{run} holds no checkpoint yet")
+    params = restored.state["params"]
+    lora = policy.model.lora
+    if lora:
+        base = base_params(config.model, policy, config.run.seed)
+        merge = jax.jit(lambda adapters, base: merge_adapters(join(adapters, base), lora))
+        params = merge(params, base)
+    export_hf(
+        params,
+        policy.model.config,
+        policy.hf,
+        out,
+        dtype=dtype or policy.hf.get("dtype") or policy.hf.get("torch_dtype"),
+        tokenizer_from=tokenizer_folder(config.model),
+    )
+
+
+def convert_checkpoint(source: Path, out: Path) -> None:
+    """Import and export a Hugging Face folder without training: every tensor, name and dtype as it was."""
+    config, hf = read_config(source)
+    convert(source, config, hf, Model(config).abstract(), out)

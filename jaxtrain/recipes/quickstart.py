@@ -1,0 +1,75 @@
+"""The quickstart: everything from nothing. Data and tokenizer are made, a model learns, is exported and is asked."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.import_hf import import_params, read_config
+from converters.tokenizer import load_tokenizer, write_byte_tokenizer
+from jaxtrain.config import RunConfig
+from jaxtrain.data.arithmetic import write_arithmetic
+from jaxtrain.data.formats import Encoder
+from jaxtrain.nn.model import Model
+from jaxtrain.recipes import sft
+from jaxtrain.recipes.export import export_run
+from jaxtrain.sample.decode import greedy
+
+QUESTION = "What is 47 + 38?"
+_TRAIN_ROWS, _EVAL_ROWS = 6000, 300
+_NEW_TOKENS = 48
+
+
+def run(config: RunConfig) -> int:
+    """Make what `config` names, train, export, load the export with what is installed and ask it a question.
+
+    Returns the exit code. Starts over each time: an older run of the quickstart is removed.
+    """
+    data, folder = config.data.train, Path(config.run.dir)
+    if isinstance(data, list) or config.model.tokenizer is None:
+        raise ValueError("the quickstart needs one data.train.path and a model.tokenizer to write to")
+    shutil.rmtree(folder, ignore_errors=True)
+    write_byte_tokenizer(config.model.tokenizer)
+    write_arithmetic(Path(data.path).parent, _TRAIN_ROWS, _EVAL_ROWS, config.run.seed)
+
+    outcome = sft.run(config)
+    if outcome.exit_code:
+        return outcome.exit_code
+    export = folder / "export"
+    export_run(folder, export)
+    print(f"\nheld-out exact match: {outcome.metrics['eval_exact_match']:.1%}")
+    library, answer = ask(export, QUESTION)
+    print(f"exported to {export}, which {library} loads and answers from:\n  {QUESTION}\n  {answer}")
+    return 0
+
+
+def ask(folder: Path, question: str) -> tuple[str, str]:
+    """Who answered (transformers, if it has torch to run on; else jaxtrain) and the greedy answer."""
+    tokenizer = load_tokenizer(folder)
+    prompt = Encoder(tokenizer).prompt({"prompt": question, "completion": "?"}).input_ids
+    has_torch = importlib.util.find_spec("torch") is not None
+    reply = _with_transformers(folder, prompt) if has_torch else _with_jaxtrain(folder, prompt, tokenizer)
+    (text,) = tokenizer.batch_decode([reply], skip_special_tokens=True)
+    return "transformers" if has_torch else "jaxtrain", text
+
+
+def _with_transformers(folder: Path, prompt: np.ndarray) -> list[int]:
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(prompt[None].tolist())
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_NEW_TOKENS)
+    return output[0, len(prompt) :].tolist()
+
+
+def _with_jaxtrain(folder: Path, prompt: np.ndarray, tokenizer: Any) -> list[int]:
+    config, _ = read_config(folder)
+    model = Model(config)
+    params = import_params(folder, config, model.abstract())
+    stops = [tokenizer.eos_token_id]
+    return greedy(model, params, [prompt.tolist()], max_new_tokens=_NEW_TOKENS, stop_ids=stops, rows=1)[0]

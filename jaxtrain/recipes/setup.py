@@ -1,0 +1,144 @@
+"""What every recipe begins with: a mesh, a model on it, its parameters, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from converters.import_hf import import_params, read_config
+from converters.tokenizer import load_tokenizer
+from jaxtrain.config import ModelSection, RunConfig, SourceSection
+from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
+from jaxtrain.lora import check_targets, split_adapters
+from jaxtrain.nn.config import Lora
+from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.model import Model
+from jaxtrain.parallel.batches import local_shards
+from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.types import Params
+
+
+class Policy(NamedTuple):
+    """A model that is trained, and where its parameters lie."""
+
+    model: Model
+    hf: dict[str, Any]  # config.json as it was read
+    target: Params  # shapes, dtypes and shardings of all parameters, adapters included
+
+    @property
+    def trained(self) -> Params:
+        """The part of `target` that the optimizer sees."""
+        return split_adapters(self.target)[0] if self.model.lora else self.target
+
+    @property
+    def frozen(self) -> Params:
+        return split_adapters(self.target)[1] if self.model.lora else {}
+
+    @property
+    def trained_axes(self) -> Params:
+        """Logical axes of the trained parameters."""
+        return split_adapters(self.model.axes())[0] if self.model.lora else self.model.axes()
+
+
+def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
+    """The model that `config.model` describes, laid out by `config.mesh.preset`; no parameter is made or read yet."""
+    section = config.model
+    origin = section.config if section.path is None else section.path
+    assert origin is not None
+    multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
+    model_config, hf = read_config(origin, vocab_multiple=multiple)
+    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh)
+    model = Model(model_config, _lora(section), run, jnp.dtype(section.param_dtype))
+    shapes = model.abstract()
+    if section.lora:
+        check_targets(section.lora.targets, shapes)
+    shardings = param_specs(model.axes(), shapes, RULES[config.mesh.preset], mesh)
+    return Policy(model, hf, jax.tree.map(_placed, shapes, shardings))
+
+
+def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
+    """Every parameter but the adapters: read from the checkpoint, or random where there is none."""
+    target = split_adapters(policy.target)[1]
+    if section.path is not None:
+        return import_params(section.path, policy.model.config, target)
+    return _random(policy.model, 1, target, seed)
+
+
+def adapter_params(policy: Policy, seed: int) -> Params:
+    """Fresh adapters, which change nothing yet; {} without LoRA."""
+    return _random(policy.model, 0, split_adapters(policy.target)[0], seed) if policy.model.lora else {}
+
+
+def tokenizer_folder(section: ModelSection) -> str:
+    folder = section.tokenizer or section.path
+    assert folder is not None
+    return folder
+
+
+def make_tokenizer(section: ModelSection) -> Any:
+    """The model's tokenizer, with `model.chat_template` instead of its own template where that is given."""
+    tokenizer = load_tokenizer(tokenizer_folder(section))
+    if section.chat_template is not None:
+        path = Path(section.chat_template)
+        if not path.is_file():
+            raise ValueError(f"model.chat_template: there is no file {path}")
+        tokenizer.chat_template = path.read_text()
+    return tokenizer
+
+
+def stop_ids(section: ModelSection, policy: Policy, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: those of generation_config.json and config.json, and the tokenizer's."""
+    generation = Path(tokenizer_folder(section)) / "generation_config.json"
+    named = [json.loads(generation.read_text()).get("eos_token_id")] if generation.is_file() else []
+    named += [policy.hf.get("eos_token_id"), tokenizer.eos_token_id]
+    return sorted({token for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])})
+
+
+def as_list(sources: SourceSection | list[SourceSection]) -> list[SourceSection]:
+    return sources if isinstance(sources, list) else [sources]
+
+
+def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError where the rows of a microbatch cannot be dealt to the devices."""
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, pieces = config.train.batch_size, config.train.microbatches
+    if rows % (shares * pieces):
+        nearest = max(round(rows / (shares * pieces)), 1) * shares * pieces
+        raise ValueError(
+            f"train.batch_size={rows} rows cannot be dealt to mesh.data x mesh.fsdp = {shares} devices in "
+            f"train.microbatches={pieces}; the nearest batch_size that can is {nearest}"
+        )
+
+
+def open_stream(config: RunConfig, encode: Encode, mesh: jax.sharding.Mesh) -> TrainStream:
+    """This host's part of the training data."""
+    rows = config.train.batch_size
+    shards = count_shards(config.data, rows)
+    return TrainStream(
+        as_list(config.data.train),
+        config.data,
+        encode,
+        rows=rows,
+        seed=config.run.seed,
+        shards=local_shards(mesh, rows, shards),
+        num_shards=shards,
+    )
+
+
+def _random(model: Model, part: int, target: Params, seed: int) -> Params:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    return jax.jit(lambda key: split_adapters(model.init(key))[part], out_shardings=shardings)(jax.random.key(seed))
+
+
+def _lora(section: ModelSection) -> Lora | None:
+    lora = section.lora
+    return lora and Lora(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
+
+
+def _placed(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -1,0 +1,154 @@
+"""`make_step`: the only step builder. Every algorithm is a loss over token scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.lora import join
+from jaxtrain.nn.model import Model
+from jaxtrain.ops.token_scores import token_scores
+from jaxtrain.optim import Schedule
+from jaxtrain.parallel.mesh import compiler_options
+from jaxtrain.parallel.sharding import constrain_rows
+from jaxtrain.types import Array, Batch, Mean, Norm, Params, TokenScores, TrainState
+
+Loss = Callable[[TokenScores, Batch, Norm], tuple[Array, dict[str, Mean]]]
+Metrics = dict[str, Mean]
+
+
+class StepReport(NamedTuple):
+    """What a step says of itself: all on the device until somebody reads it."""
+
+    means: Metrics  # of the loss function
+    grad_norm: Array  # [] before clipping
+    learning_rate: Array  # []
+    num_tokens: Array  # [] int32, tokens of the global batch that are no padding
+    skipped: Array  # [] int32, steps skipped so far
+    skipped_in_a_row: Array  # [] int32
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
+
+
+def score(
+    model: Model, params: Params, batch: Batch, dropout_key: Array | None = None, *, linear: bool = False
+) -> TokenScores:
+    """Scores of every weighted token of packed rows. `linear` only changes their cost: see `token_scores`."""
+    return token_scores(
+        model.hidden(params, batch, dropout_key),
+        model.head(params),
+        batch.tokens,
+        batch.loss_weights,
+        transposed=model.config.tied,
+        vocab_size=model.config.vocab_size,
+        mesh=model.run.mesh,
+        linear=linear,
+    )
+
+
+def make_step(
+    model: Model,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    loss: Loss,
+    *,
+    linear: bool = False,
+    microbatches: int = 1,
+    max_grad_norm: float | None = None,
+) -> Step:
+    """A pure `(state, batch) -> (state, report)`; jit it with the state donated.
+
+    `linear` says that the loss is a multiple of sum(loss_weights * logp), as in SFT: its head costs a quarter less.
+    The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
+    A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+
+    def objective(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
+        dropout_key = key if model.lora and model.lora.dropout else None
+        scores = score(model, join(params, frozen), batch, dropout_key, linear=linear)
+        return loss(scores, batch, norm)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        key = jax.random.fold_in(state.key, state.step)
+        norm = batch_norm(batch)
+
+        def of_microbatch(index: Array | int, rows: Batch) -> tuple[Params, Array, Metrics]:
+            (value, metrics), grads = gradient(state.params, state.frozen, rows, norm, jax.random.fold_in(key, index))
+            return grads, value, metrics
+
+        if microbatches == 1:
+            grads, value, metrics = of_microbatch(0, batch)
+        else:
+            pieces = cut(batch, microbatches, model.run.mesh)
+            shapes = jax.eval_shape(of_microbatch, 0, jax.tree.map(lambda leaf: leaf[0], pieces))
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+            def accumulate(total: tuple, piece: tuple[Array, Batch]) -> tuple[tuple, None]:
+                return jax.tree.map(jnp.add, total, of_microbatch(*piece)), None
+
+            (grads, value, metrics), _ = jax.lax.scan(accumulate, nothing, (jnp.arange(microbatches), pieces))
+
+        grad_norm = optax.tree.norm(grads)
+        ok = jnp.isfinite(grad_norm) & jnp.isfinite(value)
+        if max_grad_norm is not None:
+            shrink = jnp.minimum(1, max_grad_norm / jnp.maximum(grad_norm, 1e-9))
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        state = TrainState(
+            step=state.step + 1,
+            params=_choose(ok, params, state.params),
+            frozen=state.frozen,
+            opt_state=_choose(ok, opt_state, state.opt_state),
+            key=state.key,
+            skipped=state.skipped + ~ok,
+            skipped_in_a_row=jnp.where(ok, 0, state.skipped_in_a_row + 1),
+        )
+        report = StepReport(
+            means=metrics,
+            grad_norm=grad_norm,
+            learning_rate=schedule(state.step - 1),
+            num_tokens=jnp.sum(batch.segment_ids > 0),
+            skipped=state.skipped,
+            skipped_in_a_row=state.skipped_in_a_row,
+        )
+        return state, report
+
+    return step
+
+
+def jit_step(step: Step, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    """The compiled step. The state is donated and comes back lying as it lay, so that it is compiled once."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options(mesh))
+
+
+def batch_norm(batch: Batch) -> Norm:
+    """Counts of a whole batch: weighted tokens, and segments that hold one."""
+    weights, segments = batch.loss_weights, batch.segment_ids
+    rows = jnp.arange(segments.shape[0])[:, None] * (segments.shape[1] + 1)
+    weighted = jnp.zeros(segments.shape[0] * (segments.shape[1] + 1), bool)
+    weighted = weighted.at[rows + segments].max(weights > 0)
+    return Norm(jnp.sum(weights), jnp.sum(weighted, dtype=jnp.float32))
+
+
+def cut(batch: Batch, pieces: int, mesh: jax.sharding.Mesh | None) -> Batch:
+    """[B, ...] -> [pieces, B / pieces, ...]. Strided, so that every device cuts the rows it already has."""
+
+    def cut_leaf(leaf: Array) -> Array:
+        strided = leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:])
+        return jnp.moveaxis(constrain_rows(strided, mesh), 1, 0)
+
+    return jax.tree.map(cut_leaf, batch)
+
+
+def _choose(ok: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

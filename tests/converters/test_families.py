@@ -1,0 +1,201 @@
+"""config.json is honoured or refused, key by key."""
+
+import dataclasses
+
+import hf_folders
+import pytest
+import transformers
+
+from converters.errors import CheckpointError
+from converters.families import llama, qwen2, qwen3
+from converters.families.keys import INERT_VALUES
+from converters.families.registry import FAMILIES
+from converters.import_hf import read_config
+from jaxtrain.nn.config import LayerKind, LinearScaling, Llama3Scaling, Rope
+
+CLASSES = {
+    "llama": (llama, transformers.LlamaConfig),
+    "qwen2": (qwen2, transformers.Qwen2Config),
+    "qwen3": (qwen3, transformers.Qwen3Config),
+}
+# Fields of transformers' classes that say nothing about the maths of a forward pass.
+SILENT = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "rope_parameters"}
+MINIMAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+def hf_dict(case: str, **changes) -> dict:
+    hf = hf_folders.hf_config(case).to_dict()
+    hf["architectures"] = [hf_folders.CASES[case][0] + "ForCausalLM"]
+    return {**hf, **changes}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_defaults_are_those_of_transformers(name):
+    family, theirs = CLASSES[name]
+    fields = {field.name: field.default for field in dataclasses.fields(theirs)}
+    expected = {key: fields.get(key, theirs.default_theta) for key in family.DEFAULTS}
+    assert expected == family.DEFAULTS
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_key_of_transformers_class_is_known(name):
+    """A field that a later transformers adds must be looked at before it is passed over."""
+    family, theirs = CLASSES[name]
+    own = {f.name for f in dataclasses.fields(theirs)} - {
+        f.name for f in dataclasses.fields(transformers.PreTrainedConfig)
+    }
+    assert own - family.DEFAULTS.keys() - family.INERT.keys() - INERT_VALUES.keys() - SILENT == set()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_config_json_omits_is_as_transformers_has_it(name):
+    family, theirs = CLASSES[name]
+    config, full = family.from_hf({}), family.from_hf(theirs().to_dict())
+    assert config == full
+
+
+@pytest.mark.parametrize("case", hf_folders.CASES)
+def test_config_goes_there_and_back(case):
+    hf = hf_dict(case)
+    config, _ = read_config(hf)
+    family = FAMILIES[config.family]
+    assert family.to_hf(config, hf) == hf
+    alone = family.to_hf(config)
+    assert read_config(alone)[0] == config
+    assert alone["architectures"] == hf["architectures"]
+
+
+def test_only_what_changed_is_rewritten():
+    hf = hf_dict("qwen3", a_key_of_nobody=[1, 2])
+    config, _ = read_config(hf)
+    changed = dataclasses.replace(config, vocab_size=140)
+    assert qwen3.to_hf(changed, hf) == {**hf, "vocab_size": 140}
+
+
+def test_a_changed_rope_replaces_the_old_spelling():
+    hf = {**MINIMAL, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config, _ = read_config(hf)
+    written = llama.to_hf(dataclasses.replace(config, rope=Rope(3e5)), hf)
+    assert written == {**MINIMAL, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5}}
+
+
+def test_what_a_family_cannot_say_is_refused():
+    config, _ = read_config(hf_dict("qwen2"))
+    with pytest.raises(CheckpointError, match="family qwen2 cannot say qk_norm=True"):
+        qwen2.to_hf(dataclasses.replace(config, qk_norm=True))
+
+
+LLAMA3_SCALING = Llama3Scaling(4.0, 1.0, 4.0, 64)
+SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({}, Rope(10_000.0)),
+        ({"rope_theta": 5e5}, Rope(5e5)),
+        ({"rope_theta": 1000000}, Rope(1e6)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, Rope(5e5)),
+        ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 5e5}}, Rope(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, Rope(5e5, LinearScaling(2.0))),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}}, Rope(5e5, LLAMA3_SCALING)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}}, Rope(5e5, LLAMA3_SCALING)),
+    ],
+    ids=str,
+)
+def test_rope_in_both_spellings(keys, rope):
+    assert read_config({**MINIMAL, **keys})[0].rope == rope
+    theirs = transformers.LlamaConfig(**{**MINIMAL, **keys}).to_dict()
+    assert read_config({**MINIMAL, "rope_parameters": theirs["rope_parameters"]})[0].rope == rope
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({}, [None] * 4),
+        ({"sliding_window": 9}, [None] * 4),
+        ({"use_sliding_window": True, "sliding_window": None}, [None] * 4),
+        ({"use_sliding_window": True, "sliding_window": 9}, [None] * 4),  # max_window_layers is 28
+        ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}, [None, None, None, 9]),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            [9, None, 9, None],
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_windows(name, keys, windows):
+    family, theirs = CLASSES[name]
+    keys = {"num_hidden_layers": 4, **keys}
+    assert family.from_hf(keys).pattern == tuple(map(LayerKind, windows))
+    reference = theirs(**keys)
+    assert [kind == "sliding_attention" for kind in reference.layer_types] == [w is not None for w in windows]
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type='yarn'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor must be a number"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 3}},
+            "rope_parameters.beta_fast is not understood",
+        ),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta must be a number"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
+        ("llama", {"hidden_act": "xielu"}, "hidden_act='xielu'.*known: silu"),
+        ("llama", {"sliding_window": 4096}, "sliding_window=4096"),
+        ("llama", {"num_local_experts": 8}, "num_local_experts=8"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"hidden_size": "56"}, "hidden_size must be a positive integer, not '56'"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps must be a number"),
+        ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ("llama", {"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ("qwen2", {"attention_bias": False}, "attention_bias=False"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers is 3"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types holds 'linear_attention'"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"architectures": ["LamaForCausalLM"]}, "LamaForCausalLM is not supported.*mean LlamaForCausalLM"),
+        ("llama", {"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supp"),
+        (
+            "llama",
+            {"architectures": None, "model_type": "gpt2"},
+            "gpt2 is not supported; supported: llama, qwen2, qwen3",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused_by_name(case, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_config(hf_dict(case, **changes))
+
+
+def test_model_type_stands_in_for_missing_architectures():
+    assert read_config({"model_type": "qwen2"})[0].family == "qwen2"
+
+
+def test_missing_folder_and_config(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        read_config(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="must be an object, not list"):
+        read_config(tmp_path)

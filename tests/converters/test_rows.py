@@ -1,0 +1,82 @@
+"""Ops undo themselves, and work on rectangles as on whole tensors."""
+
+import hf_folders
+import numpy as np
+import pytest
+
+from converters.errors import CheckpointError
+from converters.families.registry import FAMILIES
+from converters.import_hf import read_config
+from converters.rows import Transpose, Weight, bind, flatten, unflatten
+from jaxtrain.nn.config import ModelConfig
+
+
+def config_of(case: str) -> ModelConfig:
+    return read_config(hf_folders.hf_config(case, architectures=None).to_dict())[0]
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten(hf_folders.target(config)).items()}
+
+
+def whole(shape):
+    return tuple(slice(0, size) for size in shape)
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3"])
+def test_every_row_comes_back_as_it_was(case):
+    config = config_of(case)
+    rng = np.random.default_rng(0)
+    for tensor in bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config):
+        stored = rng.standard_normal(tensor.shape)
+        ours = tensor.to_ours(stored, whole(tensor.shapes[-1]))
+        assert ours.shape == tensor.shapes[-1]
+        np.testing.assert_array_equal(tensor.to_hf(ours), stored)
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3"])
+def test_a_rectangle_of_ours_needs_only_its_rectangle_of_theirs(case):
+    config = config_of(case)
+    rng = np.random.default_rng(0)
+    for tensor in bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config):
+        stored = rng.standard_normal(tensor.shape)
+        shape = tensor.shapes[-1]
+        ours = tensor.to_ours(stored, whole(shape))
+        for _ in range(20):
+            starts = [int(rng.integers(0, size)) for size in shape]
+            index = tuple(slice(a, int(rng.integers(a + 1, size + 1))) for a, size in zip(starts, shape, strict=True))
+            if "_proj" in tensor.ours:  # the width of a head is never split
+                index = tuple(slice(0, 16) if size == 16 else s for s, size in zip(index, shape, strict=True))
+            block = stored[tensor.hf_index(index)]
+            np.testing.assert_array_equal(tensor.to_ours(block, index), ours[index])
+
+
+def test_padded_vocabulary_rows_are_zero():
+    config = config_of("qwen3")
+    (embed,) = (t for t in bind(FAMILIES["qwen3"].WEIGHTS, shapes_of(config), config) if t.ours == "embed.weight")
+    ours = embed.to_ours(np.ones(embed.shape), whole(embed.shapes[-1]))
+    assert ours.shape == (128, 56)
+    assert ours[:101].all()
+    assert not ours[101:].any()
+
+
+def test_a_name_can_stack_two_axes():
+    """As experts will: `layers.{layer}.experts.{expert}` fills [L, E, ...]."""
+    row = Weight("layers.moe.up.kernel", "model.layers.{layer}.experts.{expert}.up.weight", (Transpose((1, 0)),))
+    tensors = bind([row], {"layers.moe.up.kernel": (2, 3, 5, 7)}, config_of("qwen3"))
+    assert [t.stack for t in tensors] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert tensors[4].name == "model.layers.1.experts.1.up.weight"
+    assert tensors[4].shape == (7, 5)
+
+
+def test_a_parameter_without_a_row_is_an_error():
+    config = config_of("qwen3")
+    shapes = {**shapes_of(config), "layers.attn.q_proj.lora_a": (3, 56, 4)}
+    with pytest.raises(CheckpointError, match=r"layers\.attn\.q_proj\.lora_a; adapters must be merged"):
+        bind(FAMILIES["qwen3"].WEIGHTS, shapes, config)
+
+
+def test_flatten_comes_back():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": 3}
+    assert unflatten(flatten(tree)) == tree

@@ -1,0 +1,117 @@
+import random
+
+import numpy as np
+import pytest
+
+from jaxtrain.data.packing import BestFit, Example, fit, make_row, stack_rows
+
+
+def example(length, weights=None, first=1):
+    weights = np.ones(length, np.float32) if weights is None else np.array(weights, np.float32)
+    return Example(np.arange(first, first + length, dtype=np.int32), weights)
+
+
+def pack(lengths, capacity, most_open):
+    packer = BestFit(capacity, most_open)
+    rows = [row for item, length in enumerate(lengths) if (row := packer.add(item, length)) is not None]
+    while (row := packer.take()) is not None:
+        rows.append(row)
+    return rows
+
+
+def log_normal(count, capacity):
+    lengths = np.random.default_rng(0).lognormal(np.log(150), 1.0, count)
+    return np.clip(lengths, 1, capacity).astype(int).tolist()
+
+
+@pytest.mark.parametrize("most_open", [0, 1, 5, 64])
+def test_every_item_is_packed_once_and_no_row_overflows(most_open):
+    lengths = log_normal(2000, 512)
+    rows = pack(lengths, 512, most_open)
+    assert sorted(item for row in rows for item in row) == list(range(2000))
+    assert max(sum(lengths[item] for item in row) for row in rows) <= 512
+    assert most_open or all(len(row) == 1 for row in rows)
+
+
+@pytest.mark.parametrize("most_open", [8, 16, 64])
+def test_rows_of_skewed_lengths_are_denser_than_98_percent(most_open):
+    lengths = log_normal(20_000, 4096)
+    assert sum(lengths) / (4096 * len(pack(lengths, 4096, most_open))) > 0.98
+
+
+def test_an_item_goes_where_it_fits_best():
+    packer = BestFit(10, 4)
+    for item, size in enumerate([5, 6, 4]):
+        packer.add(item, size)
+    assert packer.open_rows == [[0]]  # 6 + 4 filled a row
+    packer.add(3, 7)
+    packer.add(4, 3)
+    assert packer.open_rows == [[0]]
+    assert packer.add(5, 5) == [0, 5]
+
+
+def test_a_packer_goes_on_from_its_open_rows():
+    lengths = log_normal(500, 256)
+    whole = pack(lengths, 256, 8)
+    for cut in (1, 99, 250):
+        packer = BestFit(256, 8)
+        rows = [row for item in range(cut) if (row := packer.add(item, lengths[item])) is not None]
+        resumed = BestFit(256, 8, [[(item, lengths[item]) for item in row] for row in packer.open_rows])
+        rows += [row for item in range(cut, 500) if (row := resumed.add(item, lengths[item])) is not None]
+        while (row := resumed.take()) is not None:
+            rows.append(row)
+        assert rows == whole
+
+
+def test_a_row_holds_segments_from_1_with_restarted_positions():
+    row = make_row([example(3, [0, 1, 1]), example(2, [0, 1], first=7)], 8)
+    assert row.tokens.tolist() == [1, 2, 3, 7, 8, 0, 0, 0]
+    assert row.segment_ids.tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
+    assert row.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
+    assert row.loss_weights.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
+    assert [array.dtype for array in row[:4]] == [np.int32, np.int32, np.int32, np.float32]
+    assert not any(array.any() for array in make_row([], 4)[:4])
+
+
+def test_rows_stack_to_a_batch():
+    batch = stack_rows([make_row([example(3)], 4), make_row([], 4)])
+    assert batch.tokens.tolist() == [[1, 2, 3, 0], [0, 0, 0, 0]]
+    assert all(array.shape == (2, 4) for array in batch[:4])
+
+
+def test_the_first_token_of_a_segment_carries_no_weight():
+    given = example(4)
+    (piece,), event = fit(given, 4, "truncate")
+    assert piece.loss_weights.tolist() == [0, 1, 1, 1] and event is None
+    assert given.loss_weights[0] == 1  # the caller's example is left alone
+
+
+@pytest.mark.parametrize(
+    ("overlong", "pieces", "event"),
+    [
+        ("truncate", [[1, 2, 3, 4]], "truncated"),
+        ("drop", [], "dropped"),
+        ("split", [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]], "split"),
+    ],
+)
+def test_what_is_too_long_is_cut_by_policy(overlong, pieces, event):
+    fitted = fit(example(10), 4, overlong)
+    assert [piece.input_ids.tolist() for piece in fitted.examples] == pieces
+    assert all(piece.loss_weights.tolist() == [0, 1, 1, 1][: len(piece.input_ids)] for piece in fitted.examples)
+    assert fitted.event == event
+
+
+def test_pieces_without_loss_are_left_out():
+    late = example(9, [0] * 6 + [1] * 3)
+    assert fit(late, 4, "truncate") == ([], "dropped")
+    fitted = fit(late, 4, "split")
+    assert [piece.input_ids[0] for piece in fitted.examples] == [5] and fitted.event == "split"  # the last is one token
+
+
+def test_random_items_keep_the_packers_order():
+    rng = random.Random(0)
+    packer = BestFit(100, 10)
+    for item in range(1000):
+        packer.add(item, rng.randint(1, 100))
+        room = packer._room
+        assert room == sorted(room) and len(room) == len(packer.open_rows) <= 10

@@ -1,0 +1,134 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from jaxtrain.config import SourceSection
+from jaxtrain.data.sources import DataError, Source, read_rows
+
+ROWS = [{"text": f"row {number} é\u2028"} for number in range(20)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def write(path, rows=ROWS):
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    elif path.suffix == ".zst":
+        path.write_bytes(zstandard.compress(lines))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+def read(path, **section):
+    return list(read_rows(SourceSection(path=str(path), **section)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("limit", [None, 1, 8, 99])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, limit):
+    assert read(write(tmp_path / name), limit=limit) == ROWS[:limit]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_rows_are_given_in_any_order(tmp_path, name):
+    source = Source(SourceSection(path=str(write(tmp_path / name))))
+    assert [source[i] for i in (19, 0, 7, 6)] == [ROWS[i] for i in (19, 0, 7, 6)]
+
+
+def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "b.jsonl", ROWS[8:15])
+    write(tmp_path / "a.parquet", ROWS[:8])
+    write(tmp_path / "inner" / "c.jsonl.gz", ROWS[15:])
+    (tmp_path / "README.md").write_text("not data")
+    assert read(tmp_path) == ROWS
+    assert read(tmp_path / "*.jsonl") == ROWS[8:15]
+    assert read(tmp_path / "**" / "*.jsonl*") == ROWS[8:]
+    assert read(tmp_path, limit=10) == ROWS[:10]
+
+
+def test_blank_lines_and_a_missing_last_line_break_are_no_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n\r\n" + LINES.replace(b"\n", b"\r\n\n") + b"{}")
+    assert read(path) == [*ROWS, {}]
+    assert read(path, limit=20) == ROWS
+
+
+def test_a_broken_line_is_named_with_its_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"text": "good"}\n{"text": "bad\n[1]\n\xff\n')
+    source = Source(SourceSection(path=str(path)))
+    assert source[0] == {"text": "good"}
+    faults = [(1, 3, "broken JSON"), (2, 4, "a row must be a JSON object, not list"), (3, 5, "broken JSON")]
+    for index, line, message in faults:
+        with pytest.raises(DataError, match=rf"a\.jsonl:{line}: {message}"):
+            source[index]
+
+
+def test_the_line_is_the_files_own_where_there_are_several(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[:3])
+    (tmp_path / "b.jsonl").write_text('{}\n{"text"\n')
+    source = Source(SourceSection(path=str(tmp_path)))
+    assert source.place(4).endswith("b.jsonl:2")
+    with pytest.raises(DataError, match=r"b\.jsonl:2"):
+        source[4]
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path):
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean .*/train\.jsonl\?"):
+        read(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match=f"nearest folder that exists is {tmp_path}"):
+        read(tmp_path / "no" / "such" / "train.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_file_without_rows_is_an_error(tmp_path, name):
+    with pytest.raises(DataError, match="holds no rows"):
+        read(write(tmp_path / name, []))
+
+
+def test_an_unknown_kind_of_file_names_the_known_ones(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"\.jsonl, \.jsonl\.gz, \.jsonl\.zst, \.parquet"):
+        read(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="holds no data file"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_cut_off_file_is_an_error_that_names_it(tmp_path, name, keep):
+    path = write(tmp_path / name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)] or b"x")
+    with pytest.raises(DataError, match=rf"{name}: broken"):
+        read(path)
+
+
+def test_columns_are_renamed(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a", "messages": 1, "tools": 2}])
+    assert read(path, columns={"prompt": "question", "completion": "answer"}) == [
+        {"prompt": "q", "completion": "a", "tools": 2}
+    ]
+    assert read(path, columns={"prompt": "question"}) == [{"prompt": "q", "tools": 2}]
+
+
+def test_a_column_map_that_fits_nothing_names_the_nearest(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: there is no column 'questoin'; did you mean 'question'"):
+        read(path, columns={"prompt": "questoin"})
+    with pytest.raises(DataError, match="'promt' is no column of ours; did you mean 'prompt'"):
+        read(path, columns={"promt": "question"})
+
+
+def test_the_nulls_that_parquet_adds_are_left_out(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}]
+    assert read(write(tmp_path / "a.parquet", rows)) == rows

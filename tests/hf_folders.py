@@ -1,0 +1,119 @@
+"""Tiny random checkpoints, written by transformers: the reference for what a folder looks like and computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from converters.import_hf import import_params, read_config
+from jaxtrain.nn.config import ModelConfig
+from jaxtrain.nn.model import Model
+from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.types import Params
+
+# Nothing here is anybody's default: a key that is not read shows. 101 is no multiple of 64, 16 is not 56 / 4.
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 56,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 3e-4,
+    "initializer_range": 0.1,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 1}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-3.1-rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": LINEAR}),
+    "llama-gelu-derived-head": ("Llama", {"hidden_act": "gelu_pytorch_tanh", "head_dim": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", WINDOW),
+    "qwen3": ("Qwen3", {}),
+    "qwen3-tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3", {"attention_bias": True}),
+    "qwen3-window": ("Qwen3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+}
+
+
+def hf_config(case: str, **changes: Any) -> transformers.PreTrainedConfig:
+    family, extra = CASES[case]
+    return getattr(transformers, f"{family}Config")(**json.loads(json.dumps({**SIZES, **extra, **changes})))
+
+
+def hf_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """Random everywhere: a norm of ones or a bias of zeros would hide a mistake."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(hf_config(case, **changes), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def save(folder: Path, case: str = "qwen3", dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any):
+    """Write a checkpoint folder; returns it."""
+    hf_model(case, **changes).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def edit_config(folder: Path, *removed: str, **changes: Any) -> Path:
+    hf = {key: value for key, value in read_json(folder / "config.json").items() if key not in removed}
+    (folder / "config.json").write_text(json.dumps({**hf, **changes}))
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder, as the safetensors package reads it."""
+    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def target(config: ModelConfig, dtype: Any = jnp.float32, preset: str | None = None) -> Params:
+    """The abstract tree to import into: on one device, or on eight as a preset of `RULES` says."""
+    model = Model(config)
+    if preset is None:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.abstract())
+    sizes = (1, 8, 1) if preset == "fsdp" else (1, 4, 2)
+    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    specs = param_specs(model.axes(), model.abstract(), RULES[preset], mesh)
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=spec), model.abstract(), specs
+    )
+
+
+def load(folder: Path, dtype: Any = jnp.float32, preset: str | None = None) -> tuple[Params, ModelConfig, dict]:
+    config, hf = read_config(folder)
+    return import_params(folder, config, target(config, dtype, preset)), config, hf

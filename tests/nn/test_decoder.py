@@ -1,0 +1,95 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxtrain.nn.config import LayerKind
+from jaxtrain.train.step import batch_norm, score
+
+MIXED = (LayerKind(window=5), LayerKind(), LayerKind(window=5))
+
+
+def loss_and_grad(model, params, batch):
+    def loss(params):
+        return -jnp.sum(score(model, params, batch).logp * batch.loss_weights)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_close(one, other, tolerance=1e-5):
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(other), strict=True):
+        scale = np.abs(a).max() + 1e-6
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
+def test_packed_rows_equal_the_same_segments_alone(pattern):
+    model = tiny.model(pattern=pattern)
+    params = tiny.random_params(model)
+    packed = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
+    alone = []
+    for row in range(2):
+        for segment in range(1, packed.segment_ids[row].max() + 1):
+            where = np.flatnonzero(packed.segment_ids[row] == segment)
+            leaves = [leaf[row, where] for leaf in packed[:4]]
+            alone.append([np.pad(leaf, (0, 32 - len(where))) for leaf in leaves])
+    unpacked = packed._replace(**dict(zip(packed._fields, map(np.stack, zip(*alone, strict=True)), strict=False)))
+
+    together = np.asarray(score(model, params, packed).logp)
+    apart = np.asarray(score(model, params, unpacked).logp)
+    weighted = packed.loss_weights > 0
+    np.testing.assert_allclose(together[weighted], apart[unpacked.loss_weights > 0], atol=1e-5)
+    assert_close(loss_and_grad(model, params, packed), loss_and_grad(model, params, unpacked))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat):
+    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
+    model = tiny.model()
+    params = tiny.random_params(model)
+    assert_close(loss_and_grad(model, params, batch), loss_and_grad(tiny.model(remat=remat), params, batch))
+
+
+@pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
+def test_cached_decoding_equals_the_whole_row(pattern):
+    model = tiny.model(pattern=pattern)
+    params = tiny.random_params(model)
+    batch = tiny.packed_batch([[20], [20]], 20)
+    whole = model.hidden(params, batch)
+    tokens, positions, segments = batch.tokens, batch.positions, batch.segment_ids
+    hidden, cache = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], model.empty_cache(2, 24))
+    parts = [hidden]
+    for t in range(7, 20):
+        at = slice(t, t + 1)
+        hidden, cache = model.extend(params, tokens[:, at], positions[:, at], segments[:, at], cache)
+        parts.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padded_vocabulary_is_inert(tied):
+    model = tiny.model(tied=tied)
+    wider = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_multiple=256))
+    params = tiny.random_params(model)
+    grown = jax.tree.map(lambda leaf: leaf, params)
+    extra = wider.config.padded_vocab - model.config.padded_vocab
+    grown["embed"]["weight"] = jnp.pad(params["embed"]["weight"], ((0, extra), (0, 0)))
+    if not tied:
+        grown["lm_head"]["kernel"] = jnp.pad(params["lm_head"]["kernel"], ((0, 0), (0, extra)))
+    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
+    value, _ = loss_and_grad(model, params, batch)
+    grown_value, grads = loss_and_grad(wider, grown, batch)
+    np.testing.assert_allclose(value, grown_value, rtol=1e-6)
+    assert not np.any(grads["embed"]["weight"][model.config.vocab_size :])
+
+
+def test_batch_norm_counts_tokens_and_segments_with_weight():
+    batch = tiny.packed_batch([[9, 20, 3], [14, 1]], 32)
+    norm = batch_norm(batch)
+    weighted = {(row, segment) for row, segment in zip(*np.nonzero(batch.loss_weights > 0), strict=True)}
+    segments = {(row, batch.segment_ids[row, column]) for row, column in weighted}
+    assert norm.tokens == batch.loss_weights.sum()
+    assert norm.segments == len(segments) == 4  # the segment of one token has none to predict

@@ -1,0 +1,35 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.ops.project import project
+
+SHAPES = {
+    "widening": ((3, 5, 4), (4, 7), 1),
+    "narrowing": ((3, 5, 7), (7, 4), 1),
+    "into heads": ((3, 5, 4), (4, 2, 6), 1),
+    "out of heads": ((3, 5, 2, 6), (2, 6, 4), 2),
+}
+
+
+@pytest.mark.parametrize(("x_shape", "kernel_shape", "rank"), SHAPES.values(), ids=SHAPES)
+def test_value_and_both_gradients_are_tensordots(x_shape, kernel_shape, rank):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x_shape, kernel_shape))
+    cotangent = jnp.asarray(rng.normal(size=(3, 5, *kernel_shape[rank:])), jnp.float32)
+    actual, pull = jax.vjp(lambda x, kernel: project(x, kernel, rank), x, kernel)
+    expected, pull_expected = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, rank), x, kernel)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    for a, e in zip(jax.jit(pull)(cotangent), pull_expected(cotangent), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", True), ("tpu", False)])
+def test_only_a_cpu_transposes_by_itself(platform, barriers):
+    def loss(x, kernel):
+        return project(x, kernel, 1).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 16, 4), (4, 6))]
+    lowered = jax.jit(jax.grad(loss, 1)).trace(*shapes).lower(lowering_platforms=(platform,))
+    assert ("optimization_barrier" in lowered.as_text()) == barriers

@@ -1,0 +1,193 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from jaxtrain.ops.token_scores import token_scores
+
+ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 33, 16, 90, 96
+CHUNK = 16
+
+HEADS = pytest.mark.parametrize("transposed", [True, False], ids=["tied", "untied"])
+LINEAR = pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])
+
+
+def problem(seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights of every size and sign on a third of the tokens; one row carries none, one all."""
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), dtype)
+    head = jnp.zeros((PADDED, WIDTH)).at[:VOCAB].set(rng.normal(size=(VOCAB, WIDTH)))
+    tokens = jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
+    weights = rng.normal(size=(ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) < 1 / 3)
+    weights[3], weights[5] = 0, 1
+    return hidden, head, tokens, jnp.asarray(weights, jnp.float32)
+
+
+def naive(hidden: jax.Array, head: jax.Array, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, V] and all; `head` [Vp, D]."""
+    logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden[:, :-1], head[:VOCAB]))
+    of_token = jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0]
+    entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
+    correct = jnp.argmax(logp, -1) == tokens[:, 1:]
+    scored = weights[:, 1:] != 0
+    return tuple(jnp.pad(jnp.where(scored, x, 0), ((0, 0), (1, 0))) for x in (of_token, entropy, correct))
+
+
+def scorer(tokens, weights, transposed, mesh=None, linear=False, chunk=CHUNK):
+    def score(hidden, head):
+        head = head if transposed else head.T
+        return token_scores(
+            hidden,
+            head,
+            tokens,
+            weights,
+            transposed=transposed,
+            vocab_size=VOCAB,
+            mesh=mesh,
+            chunk=chunk,
+            linear=linear,
+        )
+
+    return score
+
+
+def losses(weights):
+    """One linear in logp with the weights, as SFT has it, and one of per-token factors, as RL has it."""
+    factors = jnp.asarray(np.random.default_rng(9).normal(size=weights.shape), jnp.float32)
+    return {
+        "linear": lambda logp: -jnp.sum(logp * weights) / 7,
+        "any": lambda logp: jnp.sum(jnp.exp(0.1 * logp) * factors * (weights != 0)),
+    }
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_against_naive(transposed: bool, linear: bool, mesh: Mesh | None = None) -> None:
+    hidden, head, tokens, weights = problem()
+    score = scorer(tokens, weights, transposed, mesh, linear)
+    expected = naive(hidden, head, tokens, weights)
+    assert_close(jax.jit(score)(hidden, head), expected)
+    for loss in losses(weights).values():
+        actual = jax.jit(jax.value_and_grad(lambda h, w, loss=loss: loss(score(h, w).logp), (0, 1)))(hidden, head)
+        assert_close(
+            actual,
+            jax.value_and_grad(lambda h, w, loss=loss: loss(naive(h, w, tokens, weights)[0]), (0, 1))(hidden, head),
+        )
+        assert not actual[1][1][VOCAB:].any(), "the padded vocabulary has a gradient"
+
+
+@LINEAR
+@HEADS
+def test_equals_the_naive_head_in_scores_and_gradients(transposed, linear):
+    check_against_naive(transposed, linear)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@LINEAR
+@HEADS
+def test_sharded_equals_single(transposed, linear, shape):
+    check_against_naive(transposed, linear, make_mesh(*shape))
+
+
+def test_data_shards_may_differ_in_how_many_chunks_they_walk():
+    hidden, head, tokens, weights = problem()
+    weights = weights.at[0].set(1).at[1:].set(0)  # one device walks three chunks, seven walk none
+    score = scorer(tokens, weights, True, make_mesh(1, 8, 1))
+    gradient = jax.grad(lambda h, w: score(h, w).logp.sum(), (0, 1))
+    expected = jax.grad(lambda h, w: naive(h, w, tokens, weights)[0].sum(), (0, 1))
+    assert_close(jax.jit(gradient)(hidden, head), expected(hidden, head))
+
+
+@HEADS
+def test_result_does_not_depend_on_the_chunk(transposed):
+    hidden, head, tokens, weights = problem()
+    one, many = (scorer(tokens, weights, transposed, chunk=chunk)(hidden, head) for chunk in (4096, 7))
+    assert_close(many, one)
+
+
+def test_nothing_weighted_gives_zeros_and_no_gradient():
+    hidden, head, tokens, weights = problem()
+    score = scorer(tokens, jnp.zeros_like(weights).at[:, 0].set(1), True, linear=True)
+    value, gradients = jax.value_and_grad(lambda h, w: score(h, w).logp.sum(), (0, 1))(hidden, head)
+    assert value == 0 and not any(g.any() for g in gradients)
+
+
+def test_positions_without_weight_may_hold_anything():
+    """Not even a NaN in the hidden state of a position that scores nothing reaches the others."""
+    hidden, head, tokens, weights = problem()
+    idle = jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))[..., None] == 0
+    score = scorer(tokens, weights, True, linear=True)
+    gradient = jax.value_and_grad(lambda h, w: jnp.sum(score(h, w).logp * weights), (0, 1))
+    assert_close(gradient(jnp.where(idle, jnp.nan, hidden), head), gradient(hidden, head), 0)
+
+
+def test_entropy_and_correct_carry_no_gradient():
+    hidden, head, tokens, weights = problem()
+    score = scorer(tokens, weights, True)
+    gradients = jax.grad(lambda h, w: score(h, w).entropy.sum() + score(h, w).correct.sum(), (0, 1))(hidden, head)
+    assert not any(g.any() for g in gradients)
+
+
+@LINEAR
+def test_a_frozen_head_costs_no_product_of_its_own(linear):
+    hidden, head, tokens, weights = problem()
+    score = scorer(tokens, weights, True, linear=linear)
+
+    def products(argnums):
+        gradient = jax.grad(lambda h, w: jnp.sum(score(h, w).logp * weights), argnums)
+        return str(jax.make_jaxpr(gradient)(hidden, head)).count("dot_general")
+
+    assert products(0) == 2
+    assert products((0, 1)) > 2
+
+
+def test_bfloat16_follows_float32_and_sums_the_head_gradient_in_float32():
+    hidden, head, tokens, weights = problem(dtype="bfloat16")
+    score = scorer(tokens, weights, True, linear=True)
+
+    def loss(h, w):
+        return jnp.sum(score(h, w).logp * weights)
+
+    value, (d_hidden, d_head) = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+    exact = jax.value_and_grad(lambda h, w: jnp.sum(naive(h, w, tokens, weights)[0] * weights), (0, 1))
+    expected, (expected_hidden, expected_head) = exact(hidden.astype(jnp.float32), rounded)
+    assert d_hidden.dtype == jnp.bfloat16 and d_head.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-5)  # products of bfloat16 numbers are exact in float32
+    for actual, wanted in ((d_hidden, expected_hidden), (d_head, expected_head)):
+        error = jnp.linalg.norm(actual.astype(jnp.float32) - wanted) / jnp.linalg.norm(wanted)
+        assert error < 2**-7, error
+
+
+@HEADS
+def test_temporaries_are_a_fraction_of_the_naive_heads(transposed):
+    """Compiled, not run: T = 4096, V = 128k."""
+    length, width, vocab = 4096, 512, 128 * 1024
+    hidden = jax.ShapeDtypeStruct((1, length, width), jnp.float32)
+    head = jax.ShapeDtypeStruct((vocab, width) if transposed else (width, vocab), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
+
+    def chunked(hidden, head, tokens, weights):
+        scores = token_scores(hidden, head, tokens, weights, transposed=transposed, vocab_size=vocab, linear=True)
+        return jnp.sum(scores.logp * weights)
+
+    def whole(hidden, head, tokens, weights):
+        logits = jnp.einsum("btd,vd->btv" if transposed else "btd,dv->btv", hidden[:, :-1], head)
+        logp = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0] * weights[:, 1:])
+
+    def temporaries(loss):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, tokens, weights).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(chunked) < 0.15 * temporaries(whole)

@@ -1,0 +1,24 @@
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jaxtrain.config import MeshSection
+from jaxtrain.parallel.batches import local_rows, local_shards, place_batch
+from jaxtrain.parallel.mesh import make_mesh
+
+
+@pytest.mark.parametrize("section", [MeshSection(), MeshSection(preset="fsdp_tensor", data=2, tensor=2)])
+def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
+    mesh = make_mesh(section)
+    batch = tiny.packed_batch([[4, 4]] * 8, 8)
+    held = local_rows(mesh, 8)
+    placed = place_batch(batch, mesh, held, 8)
+    assert held == range(8)
+    for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.addressable_shards[0].data.shape[0] == 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def test_one_host_reads_all_virtual_shards():
+    assert local_shards(make_mesh(MeshSection()), rows=16, shards=4) == range(4)

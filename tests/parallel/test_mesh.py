@@ -1,0 +1,81 @@
+import jax
+import pytest
+
+from jaxtrain.config import MeshSection
+from jaxtrain.parallel.mesh import compiler_options, initialize_distributed, make_mesh
+
+
+def section(**sizes):
+    return MeshSection(preset="fsdp_tensor", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (1, 8, 1)),
+        ({"tensor": 2}, (1, 4, 2)),
+        ({"data": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 8}, (8, 1, 1)),
+        ({"data": 2, "fsdp": 4}, (2, 4, 1)),
+    ],
+)
+def test_fsdp_takes_the_devices_that_are_left(sizes, shape):
+    mesh = make_mesh(section(**sizes))
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_a_mesh_can_take_some_of_the_devices():
+    some = jax.devices()[2:6]
+    assert set(make_mesh(MeshSection(), some).devices.flat) == set(some)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"tensor": 3}, ["mesh.tensor=3", "8 devices", "mesh.data=1 mesh.fsdp=4 mesh.tensor=2"]),
+        ({"data": 3}, ["mesh.data=3", "8 devices", "mesh.data=2 mesh.fsdp=4 mesh.tensor=1"]),
+        ({"fsdp": 3}, ["mesh.fsdp=3", "8 devices", "mesh.data=1 mesh.fsdp=8 mesh.tensor=1"]),
+        ({"data": 2, "fsdp": 2}, ["= 4", "8 devices", "mesh.data=2 mesh.fsdp=4 mesh.tensor=1"]),
+        ({"tensor": 16}, ["mesh.tensor=16", "8 devices", "mesh.data=1 mesh.fsdp=1 mesh.tensor=8"]),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_an_error_with_a_way_out(sizes, words):
+    with pytest.raises(ValueError) as error:
+        make_mesh(section(**sizes))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_tensor_axis_that_would_split_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"mesh.tensor=2 splits nothing .* mesh.preset=fsdp_tensor"):
+        make_mesh(MeshSection(preset="fsdp", tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("environ", "joins"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "one"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "one:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "one"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "one"}, True),
+    ],
+)
+def test_only_a_job_of_several_processes_is_joined(environ, joins, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    initialize_distributed(environ)
+    assert bool(calls) == joins
+
+
+def test_a_coordinator_without_a_place_in_the_job_is_an_error():
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID"):
+        initialize_distributed({"JAX_COORDINATOR_ADDRESS": "one:1234"})
+
+
+def test_compiler_options_are_those_of_the_mesh_and_not_of_the_host():
+    assert compiler_options(make_mesh(MeshSection())) == {}

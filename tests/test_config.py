@@ -1,0 +1,129 @@
+import pytest
+import yaml
+
+from jaxtrain.config import ALIASES, ConfigError, dump_config, load_config, parse_config
+
+GOOD = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "train.jsonl"}}}
+
+
+def fault(tree):
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree, "run.yaml")
+    return str(error.value)
+
+
+def with_section(**sections):
+    return GOOD | sections
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (
+            with_section(optimizer={"learning_rte": 1e-5}),
+            "optimizer.learning_rte; did you mean optimizer.learning_rate?",
+        ),
+        (with_section(optimizer={"lr": 1e-5}), "optimizer.lr; did you mean optimizer.learning_rate?"),
+        (with_section(train={"gradient_accumulation_steps": 2}), "did you mean train.microbatches?"),
+        (with_section(learning_rate=1e-5), "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+        (with_section(optimiser={}), "unknown key optimiser; did you mean optimizer?"),
+        (with_section(train={"steps": "many"}), "train.steps: Input should be a valid integer (got 'many')"),
+        (with_section(train={"steps": 0}), "train.steps: Input should be greater than 0 (got 0)"),
+        (
+            with_section(optimizer={"name": "sgd"}),
+            "optimizer.name: Input should be 'adamw', 'adafactor' or 'muon' (got 'sgd')",
+        ),
+        (with_section(model={}), "model: give either `path`"),
+        (with_section(model={"path": "a", "config": {}}), "model: give either `path`"),
+        (with_section(model={"path": "a", "lora": {"r": 8}}), "model.lora.r; did you mean model.lora.rank?"),
+        (
+            with_section(train={"batch_size": 8, "microbatches": 3}),
+            "train: batch_size=8 is no multiple of microbatches=3",
+        ),
+        (
+            with_section(train={"steps": 5}, optimizer={"warmup_steps": 6}),
+            "optimizer.warmup_steps=6 is more than train.steps=5",
+        ),
+        (with_section(data={"train": {"pth": "x"}}), "data.train.pth; did you mean data.train.path?"),
+        (
+            with_section(data={"train": [{"path": "x"}, {"path": "y", "wight": 2}]}),
+            "data.train.1.wight; did you mean data.train.1.weight?",
+        ),
+        ({"recipe": "sft", "model": {"path": "a"}}, "data is missing"),
+        (with_section(recipe="stf"), "recipe: Input should be 'sft'"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_a_fault_names_the_full_key_and_the_nearest_right_one(tree, expected):
+    assert expected in fault(tree)
+
+
+def test_all_faults_are_reported_at_once_and_each_once():
+    message = fault(
+        with_section(train={"steps": "x", "stps": 1}, optimizer={"name": "sgd"}, data={"train": {"pth": "x"}})
+    )
+    lines = message.splitlines()[1:]
+    assert len(lines) == 5, message  # pth unknown, path missing, steps, stps, name
+
+
+def test_overrides_reach_into_sections_and_lists(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(GOOD | {"data": {"train": [{"path": "a"}, {"path": "b"}]}}))
+    overrides = ["data.train.1.path=c", "optimizer.learning_rate=2e-5", "model.lora.rank=4", "train.max_grad_norm=null"]
+    config = load_config(file, overrides)
+    assert config.data.train[1].path == "c"
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.model.lora.rank == 4
+    assert config.train.max_grad_norm is None
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train.steps.x=3", "data.train.7.path=x", "a=[1"])
+def test_a_malformed_override_is_an_error_that_quotes_it(tmp_path, override):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(GOOD | {"train": {"steps": 3}, "data": {"train": [{"path": "a"}]}}))
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace("[", r"\[") or "="):
+        load_config(file, [override])
+
+
+def test_a_dumped_config_reads_back_equal(tmp_path):
+    config = parse_config(
+        with_section(model={"path": "a", "lora": {"rank": 4}}, optimizer={"learning_rate": 3e-7}), "x"
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    (tmp_path / "smollm2.yaml").write_text("recipe: [")
+    with pytest.raises(ConfigError, match=r"smolm2\.yaml; did you mean .*smollm2\.yaml"):
+        load_config(tmp_path / "smolm2.yaml")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "smollm2.yaml")
+
+
+def test_every_alias_leads_to_a_key_that_exists():
+    from jaxtrain.config import RunConfig, _known_keys
+
+    assert set(ALIASES.values()) <= dict(_known_keys(RunConfig, "")).keys()
+
+
+def test_the_surface_of_the_config_is_deliberate():
+    """Adding or renaming a key is a decision about the users' files: change this list with it."""
+    from jaxtrain.config import RunConfig, _known_keys
+
+    keys = sorted(key for key, _ in _known_keys(RunConfig, ""))
+    assert keys == (EXPECTED_KEYS.split()), sorted(set(keys) ^ set(EXPECTED_KEYS.split()))
+
+
+EXPECTED_KEYS = """
+checkpoint checkpoint.every checkpoint.keep data data.eval data.eval.columns data.eval.epochs data.eval.limit
+data.eval.path data.eval.weight data.loss_on data.max_length data.on_bad_row data.overlong data.packing
+data.packing_bins data.prompt_format data.shuffle data.train data.train.columns data.train.epochs data.train.limit
+data.train.path data.train.weight data.virtual_shards data.workers eval eval.batches eval.every eval.generate
+eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.fsdp mesh.preset mesh.tensor model
+model.attention model.chat_template model.compute_dtype model.config model.lora model.lora.alpha model.lora.dropout
+model.lora.rank model.lora.targets model.param_dtype model.path model.remat model.tokenizer model.vocab_multiple
+optimizer optimizer.b1 optimizer.b2 optimizer.eps optimizer.final_learning_rate optimizer.learning_rate optimizer.name
+optimizer.schedule optimizer.state_dtype optimizer.warmup_steps optimizer.weight_decay recipe run run.dir run.seed
+train train.batch_size train.max_grad_norm train.max_skipped_in_a_row train.microbatches train.steps
+"""

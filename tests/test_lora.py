@@ -1,0 +1,20 @@
+import jax
+import pytest
+import tiny
+
+from jaxtrain.lora import check_targets, join, split_adapters
+
+
+def test_split_and_join_are_inverse():
+    params = tiny.model(lora=tiny.LORA).abstract()
+    adapters, base = split_adapters(params)
+    assert join(adapters, base) == params
+    assert jax.tree.structure(base) == jax.tree.structure(tiny.model().abstract())
+    assert len(jax.tree.leaves(adapters)) == 2 * len(tiny.LORA.targets)
+
+
+def test_an_unknown_target_names_the_nearest_linear():
+    shapes = tiny.model().abstract()
+    check_targets(["q_proj", "down_proj"], shapes)
+    with pytest.raises(ValueError, match="no linear 'qproj'; did you mean q_proj"):
+        check_targets(["qproj"], shapes)

@@ -1,0 +1,106 @@
+"""Compile the SFT step for a TPU that is not there, and say what it needs. Run as a program; prints one line of JSON.
+
+libtpu must be told what it stands on before it is loaded, and aborts the process where something is wrong: so
+`test_tpu_compile.py` starts this file in a process of its own.
+"""
+
+import json
+import os
+import sys
+
+os.environ.pop("XLA_FLAGS", None)  # the tests' own are for code that is run on this host
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on a chip, so several of us may compile side by side
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxtrain.config import MeshSection, OptimizerSection
+from jaxtrain.losses.sft import sft_loss
+from jaxtrain.nn.config import LayerKind, ModelConfig, Rope
+from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.model import Model
+from jaxtrain.optim import make_optimizer, make_schedule
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
+from jaxtrain.train.state import new_state, state_shardings
+from jaxtrain.train.step import jit_step, make_step
+from jaxtrain.types import Batch
+
+
+def qwen3(vocab: int, width: int, hidden: int, layers: int, heads: int, head_dim: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        family="qwen3",
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        norm_eps=1e-6,
+        rope=Rope(theta=1e6),
+        activation="silu",
+        tied=tied,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+        init_std=0.02,
+        pattern=(LayerKind(),) * layers,
+        vocab_multiple=256,
+    )
+
+
+SHAPES = {
+    "tiny": qwen3(1000, 256, 512, layers=2, heads=16, head_dim=64, tied=True),
+    "8b": qwen3(151936, 4096, 12288, layers=36, heads=32, head_dim=128, tied=False),  # Qwen/Qwen3-8B's config.json
+}
+
+
+def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int) -> jax.stages.Compiled:
+    """The step as a run takes it: bf16 compute, fp32 parameters and AdamW moments, full remat, donated state."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    section = MeshSection(preset="fsdp_tensor" if tensor > 1 else "fsdp", tensor=tensor)
+    mesh = make_mesh(section, devices)
+    model = Model(SHAPES[shape], run=Execution(jnp.dtype("bfloat16"), "full", "auto", mesh))
+    schedule = make_schedule(OptimizerSection(), 10)
+    tx = make_optimizer(OptimizerSection(), schedule, model.axes())
+
+    shardings = param_specs(model.axes(), model.abstract(), RULES[section.preset], mesh)
+    params = jax.tree.map(placed, model.abstract(), shardings)
+    state = jax.eval_shape(lambda p: new_state(p, {}, tx, jax.random.key(0)), params)._replace(params=params)
+    shardings = state_shardings(state, mesh)
+    state = jax.tree.map(placed, state, shardings)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
+    batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding))
+    step = make_step(model, tx, schedule, sft_loss, linear=True, max_grad_norm=1.0)
+    return jit_step(step, state, mesh).lower(state, batch).compile()
+
+
+def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def report(compiled: jax.stages.Compiled) -> dict[str, int]:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    text = compiled.as_text()
+    assert text is not None
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "not_donated": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "splash_calls": len([line for line in text.splitlines() if "splash_mha" in line and "custom-call(" in line]),
+    }
+
+
+if __name__ == "__main__":
+    shape, topology, *numbers = sys.argv[1:]
+    print(json.dumps(report(compile_step(shape, topology, *map(int, numbers)))))

@@ -1,0 +1,154 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxtrain.config import MeshSection, OptimizerSection
+from jaxtrain.lora import join, merge_adapters, split_adapters
+from jaxtrain.losses.sft import sft_loss
+from jaxtrain.optim import make_optimizer, make_schedule
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
+from jaxtrain.train.state import new_state, state_shardings
+from jaxtrain.train.step import make_step, score
+
+LENGTHS = [[9, 20, 3], [14, 14], [31], [5, 5, 5], [1, 30], [16, 16], [2, 2, 2, 2], [32]]
+
+
+def after_steps(model, params, batch, *, steps=3, microbatches=1, optimizer="adamw", frozen=None, axes=None):
+    # Adam divides a gradient by its own size: with a small eps, rounding noise around 0 would become a whole step.
+    section = OptimizerSection(name=optimizer, learning_rate=1e-2, weight_decay=0.1, schedule="constant", eps=1e-3)
+    schedule = make_schedule(section, 10)
+    tx = make_optimizer(section, schedule, model.axes() if axes is None else axes)
+    step = make_step(model, tx, schedule, sft_loss, microbatches=microbatches, max_grad_norm=1.0)
+    state = new_state(params, frozen or {}, tx, jax.random.key(0))
+    step, reports = jax.jit(step), []
+    for _ in range(steps):
+        state, report = step(state, batch)
+        reports.append(jax.device_get(report))
+    return state, reports
+
+
+def assert_close(one, other, tolerance=2e-5):
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_equal_one_batch(microbatches):
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    params = tiny.random_params(model)
+    whole, one = after_steps(model, params, batch)
+    cut, many = after_steps(model, params, batch, microbatches=microbatches)
+    for a, b in zip(one, many, strict=True):
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
+        np.testing.assert_allclose(a.means["loss"].value, b.means["loss"].value, rtol=1e-5)
+        assert a.num_tokens == b.num_tokens
+    assert_close(whole.params, cut.params)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshSection(preset="fsdp"),
+        MeshSection(preset="fsdp", data=2),
+        MeshSection(preset="fsdp_tensor", tensor=2),
+        MeshSection(preset="fsdp_tensor", data=2, tensor=2),
+    ],
+    ids=["fsdp8", "data2-fsdp4", "fsdp4-tensor2", "data2-fsdp2-tensor2"],
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_sharded_equals_single(mesh, tied):
+    batch = tiny.packed_batch(LENGTHS, 32)
+    single = tiny.model(tied=tied)
+    params = tiny.random_params(single)
+    expected, reports = after_steps(single, params, batch)
+
+    devices = make_mesh(mesh)
+    sharded = tiny.model(mesh=devices, tied=tied)
+    specs = param_specs(sharded.axes(), sharded.abstract(), RULES[mesh.preset], devices)
+    placed = jax.device_put(batch, batch_sharding(devices))
+    state, sharded_reports = after_steps(sharded, jax.device_put(params, specs), placed)
+    for a, b in zip(reports, sharded_reports, strict=True):
+        np.testing.assert_allclose(a.means["loss"].value, b.means["loss"].value, rtol=1e-5)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
+    assert_close(expected.params, state.params)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_every_optimizer_lowers_the_loss(optimizer):
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    _, reports = after_steps(model, tiny.random_params(model), batch, steps=8, optimizer=optimizer)
+    losses = [float(report.means["loss"].value) for report in reports]
+    assert losses[-1] < losses[0] - 0.3, losses
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    section = OptimizerSection(schedule="constant")
+    schedule = make_schedule(section, 10)
+    tx = make_optimizer(section, schedule, model.axes())
+    step = jax.jit(make_step(model, tx, schedule, sft_loss, max_grad_norm=1.0))
+    state = new_state(tiny.random_params(model), {}, tx, jax.random.key(0))
+    poisoned = batch._replace(loss_weights=np.where(batch.loss_weights > 0, np.inf, 0).astype(np.float32))
+
+    after, _ = step(state, poisoned)
+    twice, report = step(after, poisoned)
+    assert (int(report.skipped), int(report.skipped_in_a_row)) == (2, 2)
+    for old, new in zip(
+        jax.tree.leaves((state.params, state.opt_state)), jax.tree.leaves((twice.params, twice.opt_state)), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
+    good, report = step(twice, batch)
+    assert (int(report.skipped), int(report.skipped_in_a_row)) == (2, 0)
+    assert int(good.step) == 3
+    assert np.any(good.params["norm"]["scale"] != state.params["norm"]["scale"])
+
+
+def test_lora_trains_the_adapters_alone_and_merges_into_the_same_model():
+    model, batch = tiny.model(lora=tiny.LORA), tiny.packed_batch(LENGTHS, 32)
+    adapters, base = split_adapters(tiny.random_params(model))
+    axes, _ = split_adapters(model.axes())
+    state, reports = after_steps(model, adapters, batch, frozen=base, axes=axes)
+    assert float(reports[-1].means["loss"].value) < float(reports[0].means["loss"].value)
+    for before, after in zip(jax.tree.leaves(base), jax.tree.leaves(state.frozen), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+    full = join(state.params, state.frozen)
+    merged = merge_adapters(full, tiny.LORA)
+    assert jax.tree.structure(merged) == jax.tree.structure(tiny.model().abstract())
+    unmerged_logp = np.asarray(score(model, full, batch).logp)
+    np.testing.assert_allclose(score(tiny.model(), merged, batch).logp, unmerged_logp, atol=2e-5)
+
+
+def test_fresh_adapters_are_the_base_model():
+    model, batch = tiny.model(lora=tiny.LORA), tiny.packed_batch(LENGTHS, 32)
+    params = model.init(jax.random.key(0))
+    with_adapters = score(model, params, batch).logp
+    np.testing.assert_array_equal(with_adapters, score(tiny.model(), split_adapters(params)[1], batch).logp)
+
+
+def test_adapter_dropout_is_drawn_anew_each_step_and_repeats_with_the_key():
+    lora = tiny.Lora(4, 8.0, 0.5, ("q_proj", "down_proj"))
+    model, batch = tiny.model(lora=lora), tiny.packed_batch(LENGTHS, 32)
+    params = tiny.random_params(model)
+    one, again, other = (score(model, params, batch, jax.random.key(seed)).logp for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(np.asarray(one) - np.asarray(other)).max() > 1e-3
+
+
+def test_moments_lie_where_their_parameters_lie():
+    mesh = make_mesh(MeshSection(preset="fsdp_tensor", tensor=2))
+    model = tiny.model(mesh=mesh)
+    specs = param_specs(model.axes(), model.abstract(), RULES["fsdp_tensor"], mesh)
+    params = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), model.abstract(), specs)
+    section = OptimizerSection()
+    tx = make_optimizer(section, make_schedule(section, 10), model.axes())
+    state = jax.eval_shape(lambda p: new_state(p, {}, tx, jax.random.key(0)), params)
+    shardings = state_shardings(state._replace(params=params), mesh)
+    adam = shardings.opt_state[0]
+    assert adam.mu == specs
+    assert adam.nu == specs
+    assert adam.count.is_fully_replicated
+    assert jnp.ndim(state.step) == 0
