@@ -102,16 +102,16 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 
 def test_every_alias_leads_to_a_key_that_exists():
-    from jaxtrain.config import RunConfig, _known_keys
+    from jaxtrain.config import RunConfig, known_keys
 
-    assert set(ALIASES.values()) <= dict(_known_keys(RunConfig, "")).keys()
+    assert set(ALIASES.values()) <= dict(known_keys(RunConfig, "")).keys()
 
 
 def test_the_surface_of_the_config_is_deliberate():
     """Adding or renaming a key is a decision about the users' files: change this list with it."""
-    from jaxtrain.config import RunConfig, _known_keys
+    from jaxtrain.config import RunConfig, known_keys
 
-    keys = sorted(key for key, _ in _known_keys(RunConfig, ""))
+    keys = sorted(key for key, _ in known_keys(RunConfig, ""))
     assert keys == (EXPECTED_KEYS.split()), sorted(set(keys) ^ set(EXPECTED_KEYS.split()))
 
 

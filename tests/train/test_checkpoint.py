@@ -86,15 +86,14 @@ def test_an_empty_folder_restores_nothing(tmp_path):
     assert Checkpoints(tmp_path / "none", 1, 1).restore(abstract(make_state())) is None
 
 
-def test_arrays_may_be_donated_right_after_save(tmp_path):
+def test_arrays_may_be_given_up_right_after_save(tmp_path):
     state = make_state(width=4096)
     before = jax.tree.map(lambda leaf: np.array(leaf), state._replace(key=jax.random.key_data(state.key)))
-    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
     with Checkpoints(tmp_path, 1, 1) as checkpoints:
         checkpoints.save(1, state, DATA, META)
-        overwritten = overwrite(state.params), overwrite(state.opt_state)
-        jax.block_until_ready(overwritten)
-    assert state.params["embed"]["weight"].is_deleted()
+        # A donating step would do no more, and less where something still looks at the buffers: it copies them then.
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
     restored = Checkpoints(tmp_path, 1, 1).restore(abstract(make_state(width=4096)))
     assert restored is not None
     assert_same(restored.state._replace(key=jax.random.key_data(restored.state.key)), before)

@@ -1,0 +1,170 @@
+"""The sections of a run's YAML file, and what must fit together in them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def _size_or_rest(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("should be greater than 0, or -1 for all devices that are left")
+    return value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    dir: str = "runs/default"  # everything the run writes
+    seed: NonNegativeInt = 0
+
+
+class LoraSection(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class ModelSection(Section):
+    path: str | None = None  # a Hugging Face folder: config.json, *.safetensors, tokenizer
+    config: dict[str, Any] | None = None  # instead of `path`: a config.json's content, random weights
+    tokenizer: str | None = None  # a tokenizer's folder; default: `path`
+    chat_template: str | None = None  # a jinja file that replaces the tokenizer's own template
+    compute_dtype: DType = "bfloat16"
+    param_dtype: DType = "float32"
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    lora: LoraSection | None = None
+    vocab_multiple: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either `path` (a checkpoint) or `config` (random weights), not both and not neither")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("`config` (random weights) also needs `tokenizer`")
+        return self
+
+
+class SourceSection(Section):
+    path: str  # .jsonl (.gz, .zst) or .parquet: a file, a folder of them or a glob
+    columns: dict[str, str] = {}  # our column name -> the file's, e.g. {prompt: question, completion: answer}
+    weight: PositiveFloat = 1.0  # share of the mixture, over the sum of the weights
+    epochs: PositiveInt | None = None  # passes over this source before it runs dry; default: without end
+    limit: PositiveInt | None = None  # use only the first rows
+
+
+# The tag picks one branch, so that a fault is reported for what the user wrote and not for both.
+Sources = Annotated[
+    Annotated[SourceSection, Tag("<one>")] | Annotated[list[SourceSection], Tag("<mixture>")],
+    Discriminator(lambda value: "<mixture>" if isinstance(value, list) else "<one>"),
+]
+
+
+class DataSection(Section):
+    train: Sources
+    eval: Sources | None = None
+    max_length: PositiveInt = 2048  # T: tokens of a packed row, and so the longest example
+    overlong: Literal["truncate", "drop", "split"] = "truncate"
+    on_bad_row: Literal["error", "skip"] = "error"
+    loss_on: Literal["assistant", "all"] = "assistant"  # `all` trains on prompts too
+    prompt_format: Literal["chat", "plain"] = "chat"  # what a prompt and a completion that are strings become
+    packing: bool = True  # False: one example a row, padded
+    packing_bins: PositiveInt = 16  # open rows of a virtual shard: more pack denser and start later
+    virtual_shards: PositiveInt | None = None  # default: the largest power of two up to 8 that divides train.batch_size
+    shuffle: bool = True
+    workers: PositiveInt = 2  # threads that read and tokenise
+
+
+class TrainSection(Section):
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 8  # packed rows of the global batch
+    microbatches: PositiveInt = 1  # the batch is computed in so many pieces (gradient accumulation)
+    max_grad_norm: PositiveFloat | None = 1.0
+    max_skipped_in_a_row: PositiveInt = 5  # non-finite gradients in a row that end the run
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSection:
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of microbatches={self.microbatches}")
+        return self
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    learning_rate: PositiveFloat = 2e-5
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_learning_rate: Fraction = 0.0  # as a share of learning_rate, where the schedule ends
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # matrices only: norms, biases and embeddings never decay
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    state_dtype: DType = "float32"  # of the first moment
+
+
+class MeshSection(Section):
+    preset: Literal["fsdp", "fsdp_tensor"] = "fsdp"  # how parameters lie on the axes
+    data: PositiveInt = 1  # replicas
+    fsdp: Annotated[
+        int, AfterValidator(_size_or_rest)
+    ] = -1  # parameters and rows are split; -1: all devices that are left
+    tensor: PositiveInt = 1  # heads, hidden width and vocabulary are split
+
+
+class CheckpointSection(Section):
+    every: PositiveInt = 500
+    keep: PositiveInt = 2
+
+
+class EvalSection(Section):
+    every: PositiveInt = 500
+    batches: PositiveInt | None = None  # of train.batch_size rows; default: all of data.eval
+    generate: NonNegativeInt = 0  # held-out prompts to answer greedily; their exact-match accuracy is logged
+    max_new_tokens: PositiveInt = 64
+
+
+class LogSection(Section):
+    every: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    recipe: Literal["sft"]
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    mesh: MeshSection = MeshSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}"
+            )
+        if self.eval.generate and self.data.eval is None:
+            raise ValueError("eval.generate needs data.eval")
+        return self
