@@ -1,0 +1,164 @@
+"""The words of reinforcement learning, and their way into packed rows and back.
+
+A `Prompt` is asked of a `Sampler`, which answers with a group of `Trajectory`s; rewards and advantages are filled in
+later. Everything here lives on the host, in numpy. One convention, as in `Batch`: a per-token value at `t` belongs to
+the token at `t`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxtrain.data.packing import BestFit, Example, make_row, stack_rows
+from jaxtrain.types import Batch, Params
+
+NO_ID = -1  # fills a token's support up to the width of the widest
+SUPPORT = "supports"  # the signal of that name: [B, T, k] ids that could have been drawn, NO_ID where there are fewer
+
+
+class Prompt(NamedTuple):
+    """A question of the prompt data."""
+
+    number: int  # in the order drawn, from 0, all epochs counted: with a sample's index it seeds that sample
+    ids: np.ndarray  # [P] int32
+    columns: Mapping[str, Any]  # the row, its prompt included: what rewards and environments are given
+
+
+class Trajectory(NamedTuple):
+    """One sample of a prompt. C counts the completion's tokens: the model's own and, in between, the environment's."""
+
+    prompt: Prompt
+    sample: int  # its index among the samples of the prompt
+    completion_ids: np.ndarray  # [C] int32, the stop token that ended it included; never tokenised again
+    loss_mask: np.ndarray  # [C] bool: the model wrote the token (and not the environment)
+    sampler_logps: np.ndarray  # [C] float32, under the distribution drawn from: temperature and filters applied
+    raw_logps: np.ndarray  # [C] float32, under the model's plain softmax
+    versions: np.ndarray  # [C] int32, optimizer steps of the weights that drew the token
+    text: str  # of the completion, special tokens left out
+    finish_reason: str  # "stop"; "length" where it was cut off; else an environment's word
+    supports: np.ndarray | None = None  # [C, k] int32, ids left by top-k, top-p, min-p; None: the whole vocabulary
+    rewards: Mapping[str, float] = {}  # by part, unweighted; NaN where a part does not apply or failed
+    reward: float = float("nan")  # weighted sum of the parts; NaN before scoring, and where no part could say
+    token_rewards: np.ndarray | None = None  # [C] float32, an environment's rewards at the turns' last tokens
+    advantages: np.ndarray | None = None  # [C] float32
+    timings: Mapping[str, float] = {}  # seconds by part, e.g. rollout, reward
+    info: Mapping[str, Any] = {}  # what an environment or a reward notes: turns, tool calls, errors
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt.ids) + len(self.completion_ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+class Sampler(Protocol):
+    """Whatever answers prompts: an engine in this process, on other devices or in other processes."""
+
+    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
+        """`samples` unscored trajectories of each prompt, in order. The same call gives the same answer."""
+        ...
+
+    def set_params(self, params: Params, version: int) -> None:
+        """Draw from these weights from now on; `version` counts the optimizer steps behind them."""
+        ...
+
+
+class Scorer(Protocol):
+    """Fills in `rewards` and `reward` (and their timings), in order. A reward that fails costs its sample only."""
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]: ...
+
+
+class Span(NamedTuple):
+    """Where a trajectory's completion stands in the packed rows."""
+
+    row: int
+    start: int
+    stop: int
+
+
+class Packed(NamedTuple):
+    """Trajectories as rows: prompts and completions side by side, loss on the model's own tokens."""
+
+    batch: Batch  # [B, T]
+    spans: tuple[Span, ...]  # of the completions, in the order of the trajectories
+
+    def spread(self, **values: Sequence[np.ndarray]) -> Packed:
+        """Add signals: one array [C] or [C, k] a trajectory becomes [B, T] or [B, T, k], 0 outside the completions."""
+        signals = dict(self.batch.signals)
+        for name, pieces in values.items():
+            whole = np.zeros((*self.batch.tokens.shape, *pieces[0].shape[1:]), pieces[0].dtype)
+            for (row, start, stop), piece in zip(self.spans, pieces, strict=True):
+                whole[row, start:stop] = piece
+            signals[name] = whole
+        return self._replace(batch=self.batch._replace(signals=signals))
+
+    def gather(self, values: np.ndarray) -> list[np.ndarray]:
+        """The inverse: [B, T, ...] -> the completion's part [C, ...] of each trajectory."""
+        return [values[row, start:stop] for row, start, stop in self.spans]
+
+
+def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None = None) -> Packed:
+    """Best-fit decreasing into rows of `max_length`, filled up to `rows` rows of which the rest is padding.
+
+    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. Trajectories longer than a row are the
+    sampler's mistake: it is told the limit.
+    """
+    too_long = max((t.length for t in trajectories), default=0)
+    assert too_long <= max_length, f"a trajectory of {too_long} tokens does not fit into a row of {max_length}"
+    packer: BestFit[int] = BestFit(max_length, most_open=len(trajectories))
+    layout: list[list[int]] = []
+    # Longest first; ties in order, so that the same trajectories always give the same rows.
+    for index in sorted(range(len(trajectories)), key=lambda i: -trajectories[i].length):
+        full = packer.add(index, trajectories[index].length)
+        layout += [full] if full else []
+    while (row := packer.take()) is not None:
+        layout.append(row)
+    assert rows is None or len(layout) <= rows, f"{len(layout)} rows of trajectories and room for {rows}"
+
+    spans: dict[int, Span] = {}
+    for number, row in enumerate(layout):
+        end = 0
+        for index in row:
+            start, end = end, end + trajectories[index].length
+            spans[index] = Span(number, start + len(trajectories[index].prompt.ids), end)
+    padding = [[]] * ((rows or len(layout)) - len(layout))
+    made = [make_row([_example(trajectories[index]) for index in row], max_length) for row in [*layout, *padding]]
+    packed = Packed(stack_rows(made), tuple(spans[index] for index in range(len(trajectories))))
+    packed = packed.spread(
+        sampler_logps=[t.sampler_logps for t in trajectories],
+        versions=[t.versions for t in trajectories],
+    )
+    widths = {t.supports.shape[1] for t in trajectories if t.supports is not None}
+    return packed.spread(**{SUPPORT: [_support(t, max(widths)) for t in trajectories]}) if widths else packed
+
+
+def rows_needed(trajectories: Sequence[Trajectory], max_length: int, multiple: int) -> int:
+    """Rows that `pack` fills, rounded up to a multiple of `multiple` and then to one of few sizes.
+
+    Every number of rows is a program of its own to compile, so there are four sizes to an octave: at most a fifth of
+    the rows is padding once there are many.
+    """
+    pieces = -(-len(pack(trajectories, max_length).batch.tokens) // multiple)
+    grain = max(1 << (pieces.bit_length() - 3), 1) if pieces > 4 else 1
+    return -(-pieces // grain) * grain * multiple
+
+
+def _example(trajectory: Trajectory) -> Example:
+    prompt = trajectory.prompt.ids
+    weights = np.concatenate([np.zeros(len(prompt)), trajectory.loss_mask]).astype(np.float32)
+    return Example(np.concatenate([prompt, trajectory.completion_ids]).astype(np.int32), weights)
+
+
+def _support(trajectory: Trajectory, width: int) -> np.ndarray:
+    """[C, width]; the whole vocabulary, where a sample has no support of its own, is a row of NO_ID."""
+    whole = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
+    if trajectory.supports is not None:
+        whole[:, : trajectory.supports.shape[1]] = trajectory.supports
+    return whole
