@@ -1,0 +1,44 @@
+"""Sections of `rl:` about the world around the policy: rewards, environment, placement."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from jaxtrain.config.sections import NonNegativeInt, Section
+
+
+class RewardSection(Section):
+    function: str  # package.module:name, file.py:name, or a ready one of jaxtrain.rl.rewards by its bare name
+    weight: float = 1.0
+    seconds: PositiveFloat = 30.0  # the limit of one call
+    args: dict[str, Any] = Field(default_factory=dict)  # further keywords for the function
+
+    @property
+    def name(self) -> str:
+        """What metrics call it."""
+        return self.function.rpartition(":")[2]
+
+
+class EnvironmentSection(Section):
+    factory: str  # package.module:name, file.py:name, or a ready one of jaxtrain.rl.environments by its bare name
+    args: dict[str, Any] = Field(default_factory=dict)  # keywords for the factory
+    weight: float = 1.0  # of the environment's own rewards, beside those of rl.rewards
+    max_turns: PositiveInt = 8
+    max_tokens: PositiveInt | None = None  # of all turns, the environment's tokens included; default: what fits
+
+
+class PlacementSection(Section):
+    kind: Literal["colocated", "disjoint", "ray"] = "colocated"
+    rollout_devices: PositiveInt | None = None  # disjoint: so many of the devices sample, the others train
+    workers: PositiveInt = 1  # ray: processes that sample
+    worker_seconds: PositiveFloat = 600.0  # ray: a worker that takes longer for its share is given up
+    resources: dict[str, float] = Field(default_factory=dict)  # ray: what a worker asks of the cluster, e.g. {GPU: 1}
+    staleness: NonNegativeInt = 0  # optimizer steps that a rollout's policy may lie behind; 0: on policy
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PlacementSection:
+        if (self.rollout_devices is None) == (self.kind == "disjoint"):
+            raise ValueError(f"kind={self.kind} with rollout_devices={self.rollout_devices}: they belong to `disjoint`")
+        return self

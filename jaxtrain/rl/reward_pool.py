@@ -1,0 +1,213 @@
+"""Reward functions in processes of their own, with a time limit each: they cost a sample and never the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+
+from jaxtrain.config.rollouts import RewardSection
+
+log = logging.getLogger(__name__)
+
+Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite", "not_applicable"]
+FAILURES: tuple[Failure, ...] = ("timeout", "died", "error", "wrong_length", "not_finite", "not_applicable")
+
+_START_SECONDS = 120.0  # to import a user's modules
+
+
+class Scores(NamedTuple):
+    total: np.ndarray  # [n] float64, weighted sum of the parts that apply; NaN where a sample is lost
+    parts: dict[str, np.ndarray]  # name -> [n] float64, unweighted; NaN where it does not apply or failed
+    failures: Counter[tuple[str, Failure]]  # (reward's name, kind) -> samples lost to it
+
+    @property
+    def lost(self) -> np.ndarray:
+        """[n] bool: samples without a reward, which must not train."""
+        return np.isnan(self.total)
+
+
+class RewardPool:
+    """`workers` processes that all know all functions. Make it before JAX starts, or at any time: nothing is forked.
+
+    A call that does not return is killed with its process, which is replaced. Samples of a call that failed as a whole
+    are tried one by one, so that only those that fail alone are lost.
+    """
+
+    def __init__(self, rewards: Sequence[RewardSection], workers: int = 2):
+        """Raises ValueError for two rewards of one name, or one that cannot be imported."""
+        names = Counter(reward.name for reward in rewards)
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ValueError(f"two rewards are named {twice[0]!r}: metrics tell rewards by the function's name")
+        self._rewards = {reward.name: reward for reward in rewards}
+        paths = [reward.function for reward in rewards]
+        self._workers = [_Worker(paths) for _ in range(workers if rewards else 0)]
+        try:
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: dict[str, Sequence[Any]],
+    ) -> Scores:
+        """Every reward of every sample; all arguments are [n]. Takes as long as the slowest function, at most about
+        four times its limit however many of its calls hang."""
+        if not self._rewards:
+            return Scores(np.zeros(len(completions)), {}, Counter())
+        samples = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        count = len(completions)
+        parts = {name: np.full(count, np.nan) for name in self._rewards}
+        failures: Counter[tuple[str, Failure]] = Counter()
+        lost = np.zeros(count, bool)
+        tasks = [task for name in self._rewards for task in _cut(name, count, len(self._workers))]
+        for task, values, failure, said in self._run(tasks, samples):
+            for sample, value in zip(task.samples, values or [math.nan] * len(task.samples), strict=True):
+                if value is None:
+                    continue
+                parts[task.name][sample] = value
+                if not math.isfinite(value):
+                    failures[task.name, failure or "not_finite"] += 1
+                    lost[sample], parts[task.name][sample] = True, np.nan
+            if failure is not None:
+                log.warning("the reward %s lost sample %d: %s", task.name, task.samples[0], said)
+        without = np.all([np.isnan(part) for part in parts.values()], axis=0) & ~lost
+        failures["all", "not_applicable"] += int(np.sum(without))
+        weighted = [self._rewards[name].weight * np.nan_to_num(part) for name, part in parts.items()]
+        return Scores(np.where(lost | without, np.nan, np.sum(weighted, axis=0)), parts, +failures)
+
+    def _run(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]):
+        """Answers to all tasks; those of more than one sample that fail are cut up and tried again."""
+        waiting, idle = deque(tasks), deque(self._workers)
+        busy: dict[Connection, tuple[_Worker, _Task, float]] = {}
+        hung: Counter[str] = Counter()
+        while waiting or busy:
+            while waiting and idle:
+                task, worker = waiting.popleft(), idle.popleft()
+                # A function that hangs on everything must not hold the step for the number of samples times its limit.
+                if hung[task.name] > 2 * len(self._workers):
+                    idle.appendleft(worker)
+                    yield from (
+                        _Answer(one, None, "timeout", "not tried: too many others hung") for one in task.singles()
+                    )
+                    continue
+                worker.send(self._rewards[task.name], task, samples)
+                busy[worker.connection] = worker, task, time.monotonic() + self._rewards[task.name].seconds
+            soonest = min((deadline for _, _, deadline in busy.values()), default=time.monotonic())
+            ready = wait(list(busy), max(soonest - time.monotonic(), 0))
+            now = time.monotonic()
+            for connection, (worker, task, deadline) in list(busy.items()):
+                if connection not in ready and now < deadline:
+                    continue
+                del busy[connection]
+                answer = worker.answer(task) if connection in ready else _Answer(task, None, "timeout", "took too long")
+                if answer.failure in ("timeout", "died"):
+                    hung[task.name] += answer.failure == "timeout"
+                    worker.restart()
+                idle.append(worker)
+                if answer.failure is not None and len(task.samples) > 1:
+                    waiting.extend(task.singles())
+                else:
+                    yield answer
+
+
+class _Task(NamedTuple):
+    name: str
+    samples: Sequence[int]
+
+    def singles(self) -> list[_Task]:
+        return [_Task(self.name, [sample]) for sample in self.samples]
+
+
+class _Answer(NamedTuple):
+    task: _Task
+    values: list[float | None] | None  # one per sample of the task, unless it failed
+    failure: Failure | None
+    said: str
+
+
+def _cut(name: str, count: int, pieces: int) -> list[_Task]:
+    """Neighbours stay together: they are samples of one prompt."""
+    bounds = np.linspace(0, count, min(pieces, count) + 1).astype(int)
+    return [_Task(name, range(a, b)) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
+
+
+class _Worker:
+    def __init__(self, paths: list[str]):
+        self._paths = paths
+        self._start()
+
+    def _start(self) -> None:
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-m", "jaxtrain.rl.reward_worker", str(theirs.fileno())]
+        # A session of its own: Ctrl-C is for the trainer, which then ends its workers.
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=environ)
+        theirs.close()
+        self.connection.send(self._paths)
+
+    def wait_until_ready(self) -> None:
+        """Raises ValueError with what importing a function raised."""
+        problem = "importing the functions took too long"
+        if self.connection.poll(_START_SECONDS):
+            try:
+                problem = self.connection.recv()
+            except EOFError:
+                problem = "importing the functions ended the process"
+        if problem is not None:
+            raise ValueError(f"the reward functions cannot be loaded: {problem}")
+
+    def send(self, reward: RewardSection, task: _Task, samples: dict[str, Sequence[Any]]) -> None:
+        chosen = {name: [values[sample] for sample in task.samples] for name, values in samples.items()}
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: reading the answer will say so
+            self.connection.send((reward.function, chosen | reward.args))
+
+    def answer(self, task: _Task) -> _Answer:
+        try:
+            values, said = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return _Answer(task, None, "died", "it ended its process")
+        if values is None:
+            return _Answer(task, None, "error", said)
+        if len(values) != len(task.samples):
+            return _Answer(task, None, "wrong_length", f"{len(values)} values for {len(task.samples)} samples")
+        return _Answer(task, values, None, "")
+
+    def restart(self) -> None:
+        self.kill()
+        self._start()
+        self.wait_until_ready()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with the processes that a function started
+        self._process.wait()
+        self.connection.close()

@@ -1,0 +1,63 @@
+"""Reward functions that behave and that do not, for the tests of the pool. Imported by its worker processes."""
+
+import asyncio
+import math
+import os
+import sys
+import time
+
+
+def length(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+async def length_later(completions, **_):
+    await asyncio.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+
+def only_even(completions, **_):
+    return [1.0 if len(text) % 2 == 0 else None for text in completions]
+
+
+def raises(completions, **_):
+    if "bad" in completions:
+        raise RuntimeError("no reward for this")
+    return [1.0] * len(completions)
+
+
+def hangs(completions, **_):
+    while "bad" in completions:
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+
+
+def hangs_always(completions, **_):
+    time.sleep(3600)
+
+
+def dies(completions, **_):
+    if "bad" in completions:
+        os._exit(3)
+    return [1.0] * len(completions)
+
+
+def not_a_number(completions, **_):
+    return [math.nan if text == "bad" else 1.0 for text in completions]
+
+
+def one_too_many(completions, **_):
+    return [1.0] * (len(completions) + ("bad" in completions))
+
+
+def no_jax(completions, **_):
+    return [float("jax" not in sys.modules)] * len(completions)
+
+
+def columns(prompts, completions, completion_ids, answer, bonus, **_):
+    return [float(len(p) + len(ids) + a) + bonus for p, ids, a in zip(prompts, completion_ids, answer, strict=True)]
+
+
+def noisy(completions, **_):
+    print("hello from a reward function")
+    return [1.0] * len(completions)

@@ -1,0 +1,49 @@
+import importlib.util
+
+import pytest
+
+from jaxtrain.rl.rewards import exact_answer, final_number, format_match, length_penalty, math_equal, repetition_penalty
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 1,234 eggs", 1234),
+        ("16 - 3 = 13 eggs.\n#### 18", 18),
+        ("#### 18 eggs of 20", 18),
+        ("it costs $3.50.", 3.5),
+        ("-7", -7),
+        ("10-3", 3),
+        ("#### 1\n#### 2", 2),
+        ("#### nothing after 5", 5),
+        ("no number", None),
+    ],
+)
+def test_the_final_number(text, number):
+    assert final_number(text) == number
+
+
+def test_exact_answer_takes_strings_and_messages():
+    answers = ["48 / 2 = 24\n#### 24", "24", "none", "24"]
+    assert exact_answer(["so 24", said("24.0"), "24", "25 or 24 or 26"], answer=answers) == [1, 1, None, 0]
+
+
+def test_format_match_wants_the_whole_completion():
+    pattern = "<think>.*</think>.+"
+    assert format_match(["<think>a\nb</think>c", "x<think></think>c", said("<think></think>!")], pattern) == [1, 0, 1]
+
+
+def test_penalties_grow_with_length_and_repetition():
+    assert length_penalty([[0] * 5, [0] * 10, [0] * 15, [0] * 30], most=10) == [0, 0, -0.5, -2]
+    assert repetition_penalty([[1, 2, 3, 4], [7] * 12, [1]], ngram=3) == [0, pytest.approx(-0.9), 0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
+def test_math_equal_knows_equal_mathematics():
+    completions = [r"so $\frac{1}{2}$", "0.5", r"\boxed{x^2+2x+1}", "it is 3", said("$2$")]
+    answers = ["1/2", "1/2", "$(x+1)^2$", "4", "#### 2"]
+    assert math_equal(completions, answer=answers) == [1, 1, 1, 0, 1]
