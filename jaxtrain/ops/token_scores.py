@@ -40,6 +40,8 @@ def token_scores(
     *,
     transposed: bool,
     vocab_size: int,
+    supports: Array | None = None,
+    temperature: float = 1.0,
     mesh: Mesh | None = None,
     chunk: int = 512,
     linear: bool = False,
@@ -53,6 +55,10 @@ def token_scores(
         weights: [B, T] float32. The scores only ask whether it is zero; the first column counts as zero.
         transposed: which of the two shapes `head` has.
         vocab_size: V. Columns from V to Vp have no probability and get no gradient.
+        supports: [B, T, k] int32, the ids among which the token was drawn, which then share all probability; a negative
+            id is none, and no id at all means the whole vocabulary. So a sample that top-k, top-p or min-p filtered is
+            scored under the distribution that it came from.
+        temperature: divides the logits, as it did when the token was drawn.
         mesh: with axes data, fsdp and tensor. Rows lie over (data, fsdp), the head's D over fsdp, its Vp over tensor.
         chunk: tokens whose logits exist at once, on each device.
         linear: expect a loss c * sum(weights * logp) and sum the head's gradient while scoring. Any other loss gets its
@@ -63,14 +69,16 @@ def token_scores(
     """
     assert hidden.shape[:2] == tokens.shape == weights.shape, (hidden.shape, tokens.shape, weights.shape)
     padded = head.shape[0 if transposed else 1]
-    plan = _Plan(transposed, vocab_size, vocab_size < padded, min(chunk, tokens.size), linear, mesh is not None)
+    assert supports is None or supports.shape[:2] == tokens.shape, (supports.shape, tokens.shape)
+    chunk = min(chunk, tokens.size)
+    plan = _Plan(transposed, vocab_size, vocab_size < padded, temperature, chunk, linear, mesh is not None)
     score = functools.partial(_score_rows, plan)
     if mesh is None:
-        return score(hidden, head, tokens, weights)
+        return score(hidden, head, tokens, weights, supports)
     rows = PartitionSpec(ROWS)
     head_spec = PartitionSpec(VOCAB_AXIS, "fsdp") if transposed else PartitionSpec("fsdp", VOCAB_AXIS)
-    return jax.shard_map(score, mesh=mesh, in_specs=(rows, head_spec, rows, rows), out_specs=rows)(
-        hidden, head, tokens, weights
+    return jax.shard_map(score, mesh=mesh, in_specs=(rows, head_spec, rows, rows, rows), out_specs=rows)(
+        hidden, head, tokens, weights, supports
     )
 
 
@@ -80,6 +88,7 @@ class _Plan(NamedTuple):
     transposed: bool
     vocab_size: int
     padded: bool  # there are columns beyond the vocabulary
+    temperature: float
     chunk: int
     linear: bool
     sharded: bool  # inside shard_map
@@ -111,13 +120,17 @@ class _Plan(NamedTuple):
         return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _score_rows(plan: _Plan, hidden: Array, head: Array, tokens: Array, weights: Array) -> TokenScores:
+def _score_rows(
+    plan: _Plan, hidden: Array, head: Array, tokens: Array, weights: Array, supports: Array | None
+) -> TokenScores:
     """Shift, so that a hidden state meets the token after it, and shift the scores back."""
     rows, length, width = hidden.shape
     plan = plan._replace(chunk=min(plan.chunk, rows * length))
     targets, ahead = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))).reshape(-1) for x in (tokens, weights))
+    if supports is not None:
+        supports = jnp.pad(supports[:, 1:], ((0, 0), (0, 1), (0, 0))).reshape(rows * length, -1)
     # Each part of the vocabulary has its share of the hidden states' gradient: the transpose of `varying` sums them.
-    scores: tuple[Array, ...] = _scores(plan, plan.varying(hidden.reshape(-1, width)), head, targets, ahead)
+    scores: tuple[Array, ...] = _scores(plan, plan.varying(hidden.reshape(-1, width)), head, targets, ahead, supports)
     return TokenScores(*(jnp.pad(s.reshape(rows, length)[:, :-1], ((0, 0), (1, 0))) for s in scores))
 
 
@@ -156,22 +169,26 @@ class _Stats(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scores(plan: _Plan, hidden: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """hidden [n, D], targets and weights [n] -> logp, entropy, correct [n]."""
+def _scores(
+    plan: _Plan, hidden: Array, head: Array, targets: Array, weights: Array, supports: Array | None
+) -> tuple[Array, Array, Array]:
+    """hidden [n, D], targets and weights [n], supports [n, k] -> logp, entropy, correct [n]."""
     compact = _Compact.of(weights, plan.chunk)
-    stats, _, _ = _walk(plan, compact, hidden, plan.gather(head, hidden.dtype), targets, None, want_hidden=False)
+    head = plan.gather(head, hidden.dtype)
+    stats, _, _ = _walk(plan, compact, hidden, head, targets, supports, None, want_hidden=False)
     return tuple(map(compact.expand, stats[:3]))
 
 
-def _scores_fwd(plan: _Plan, hidden, head, targets, weights):
+def _scores_fwd(plan: _Plan, hidden, head, targets, weights, supports):
     train_head = head.perturbed
     hidden, head, targets, weights = hidden.value, head.value, targets.value, weights.value
+    supports = None if supports is None else supports.value
     compact = _Compact.of(weights, plan.chunk)
     whole = plan.gather(head, hidden.dtype)
     guess = weights if plan.linear and train_head else None
-    stats, d_hidden, d_head = _walk(plan, compact, hidden, whole, targets, guess, want_hidden=True)
+    stats, d_hidden, d_head = _walk(plan, compact, hidden, whole, targets, supports, guess, want_hidden=True)
     # An empty array carries the parameter's dtype.
-    again = (hidden, whole, targets, weights, stats.logsumexp, head[:0]) if train_head else None
+    again = (hidden, whole, targets, weights, supports, stats.logsumexp, head[:0]) if train_head else None
     return tuple(map(compact.expand, stats[:3])), (compact, d_hidden, d_head, again)
 
 
@@ -179,36 +196,36 @@ def _scores_bwd(plan: _Plan, residuals, cotangents):
     compact, d_hidden, d_head, again = residuals
     g = cotangents[0]
     if isinstance(g, SymbolicZero):
-        return None, None, None, None
+        return None, None, None, None, None
     d_hidden = compact.expand(d_hidden) * plan.varying(g)[:, None].astype(d_hidden.dtype)
     if again is None:
-        return d_hidden, None, None, None
-    hidden, whole, targets, weights, logsumexp, like = again
-    recompute = functools.partial(_head_gradient, plan, compact, hidden, whole, targets, g, logsumexp)
+        return d_hidden, None, None, None, None
+    hidden, whole, targets, weights, supports, logsumexp, like = again
+    recompute = functools.partial(_head_gradient, plan, compact, hidden, whole, targets, supports, g, logsumexp)
     if d_head is None:
         d_head = recompute()
     else:
         factor = jnp.vdot(g, weights) / jnp.maximum(jnp.vdot(weights, weights), jnp.finfo(jnp.float32).tiny)
         as_expected = jnp.all(jnp.abs(g - factor * weights) <= 1e-6 * jnp.abs(factor * weights))
         d_head = lax.cond(as_expected, lambda: factor * d_head, recompute)
-    return d_hidden, plan.scatter(d_head, like.dtype), None, None
+    return d_hidden, plan.scatter(d_head, like.dtype), None, None, None
 
 
 _scores.defvjp(_scores_fwd, _scores_bwd, symbolic_zeros=True)
 
 
-def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, guess, *, want_hidden: bool):
+def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, supports, guess, *, want_hidden: bool):
     """Stats [M]; d logp / d hidden [M, D] if wanted; d head [D, V] for the cotangents `guess` [n], if given."""
     chunk, size, width = plan.chunk, len(compact.source), hidden.shape[1]
 
     def body(i: Array, carry: tuple) -> tuple:
         stats, d_hidden, d_head = carry
-        x, y = compact.take(i, chunk, hidden, targets)
-        logits, column = _logits(plan, x, head), _column(plan, y, head)
+        x, y, *support = compact.take(i, chunk, hidden, targets, *_given(supports))
+        logits, column = _logits(plan, x, head, *support), _column(plan, y, head)
         new, p = _stats(plan, logits, column)
         stats = _Stats(*(lax.dynamic_update_slice(old, s, (i * chunk,)) for old, s in zip(stats, new, strict=True)))
         if want_hidden:
-            residue = _residue(p, column, x.dtype)
+            residue = _residue(plan, p, column, x.dtype)
             dx = _dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
             d_hidden = lax.dynamic_update_slice(d_hidden, dx, (i * chunk, 0))
             if guess is not None:
@@ -223,26 +240,36 @@ def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, guess, *, want_
     return lax.fori_loop(0, compact.trips, body, start)
 
 
-def _head_gradient(plan: _Plan, compact: _Compact, hidden, head, targets, g, logsumexp) -> Array:
+def _head_gradient(plan: _Plan, compact: _Compact, hidden, head, targets, supports, g, logsumexp) -> Array:
     """sum_t g[t] * d logp[t] / d head, [D, V] float32, from logits computed again."""
     chunk = plan.chunk
 
     def body(i: Array, d_head: Array) -> Array:
-        x, y, scale = compact.take(i, chunk, hidden, targets, g)
+        x, y, scale, *support = compact.take(i, chunk, hidden, targets, g, *_given(supports))
         lse = lax.dynamic_slice(logsumexp, (i * chunk,), (chunk,))
-        p = jnp.exp(_logits(plan, x, head) - lse[:, None])
-        return d_head + _outer(x, _residue(p, _column(plan, y, head), x.dtype), scale)
+        p = jnp.exp(_logits(plan, x, head, *support) - lse[:, None])
+        return d_head + _outer(x, _residue(plan, p, _column(plan, y, head), x.dtype), scale)
 
     return lax.fori_loop(0, compact.trips, body, _no_gradient(plan, head))
 
 
-def _logits(plan: _Plan, x: Array, head: Array) -> Array:
-    """x [C, D] -> float32 logits [C, V] over this device's part of the vocabulary."""
-    logits = _dot(x, head, 1, 1 if plan.transposed else 0)
+def _given(supports: Array | None) -> tuple[Array, ...]:
+    return () if supports is None else (supports,)
+
+
+def _logits(plan: _Plan, x: Array, head: Array, support: Array | None = None) -> Array:
+    """x [C, D], support [C, k] -> float32 logits [C, V] over this device's part of the vocabulary."""
+    logits = _dot(x, head, 1, 1 if plan.transposed else 0) * (1 / plan.temperature)
     if plan.padded:
         end = _column(plan, jnp.asarray(plan.vocab_size), head)
         logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < end, logits, _MASKED)
-    return logits
+    if support is None:
+        return logits
+    columns = jnp.where(support < 0, -1, _column(plan, support, head))
+    columns = jnp.where(columns < 0, logits.shape[1], columns)  # out of range, where a negative index would not be
+    within = jnp.broadcast_to(jnp.all(support < 0, 1)[:, None], logits.shape)
+    within = within.at[jnp.arange(len(support))[:, None], columns].set(True, mode="drop")
+    return jnp.where(within, logits, _MASKED)
 
 
 def _column(plan: _Plan, token: Array, head: Array) -> Array:
@@ -267,10 +294,10 @@ def _stats(plan: _Plan, logits: Array, column: Array) -> tuple[_Stats, Array]:
     return stats, exps * (1 / total)[:, None]
 
 
-def _residue(p: Array, column: Array, dtype: jnp.dtype) -> Array:
-    """d logp / d logits [C, V]."""
+def _residue(plan: _Plan, p: Array, column: Array, dtype: jnp.dtype) -> Array:
+    """d logp / d logits [C, V], of the logits before the temperature."""
     is_target = lax.broadcasted_iota(jnp.int32, p.shape, 1) == column[:, None]
-    return jnp.where(is_target, 1 - p, -p).astype(dtype)
+    return (jnp.where(is_target, 1 - p, -p) * (1 / plan.temperature)).astype(dtype)
 
 
 def _outer(x: Array, residue: Array, scale: Array) -> Array:

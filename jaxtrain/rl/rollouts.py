@@ -16,7 +16,7 @@ from jaxtrain.data.packing import BestFit, Example, make_row, stack_rows
 from jaxtrain.types import Batch, Params
 
 NO_ID = -1  # fills a token's support up to the width of the widest
-SUPPORT = "supports"  # the signal of that name: [B, T, k] ids that could have been drawn, NO_ID where there are fewer
+SUPPORTS = "supports"  # the signal of that name: [B, T, k] ids that could have been drawn, NO_ID where there are fewer
 
 
 class Prompt(NamedTuple):
@@ -136,7 +136,7 @@ def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None =
         versions=[t.versions for t in trajectories],
     )
     widths = {t.supports.shape[1] for t in trajectories if t.supports is not None}
-    return packed.spread(**{SUPPORT: [_support(t, max(widths)) for t in trajectories]}) if widths else packed
+    return packed.spread(**{SUPPORTS: [_support(t, max(widths)) for t in trajectories]}) if widths else packed
 
 
 def rows_needed(trajectories: Sequence[Trajectory], max_length: int, multiple: int) -> int:

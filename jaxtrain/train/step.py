@@ -36,9 +36,18 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
 
 
 def score(
-    model: Model, params: Params, batch: Batch, dropout_key: Array | None = None, *, linear: bool = False
+    model: Model,
+    params: Params,
+    batch: Batch,
+    dropout_key: Array | None = None,
+    *,
+    linear: bool = False,
+    temperature: float = 1.0,
 ) -> TokenScores:
-    """Scores of every weighted token of packed rows. `linear` only changes their cost: see `token_scores`."""
+    """Scores of every weighted token of packed rows, each among its signal `supports` where the batch has that one.
+
+    `linear` only changes their cost: see `token_scores`.
+    """
     return token_scores(
         model.hidden(params, batch, dropout_key),
         model.head(params),
@@ -46,6 +55,8 @@ def score(
         batch.loss_weights,
         transposed=model.config.tied,
         vocab_size=model.config.vocab_size,
+        supports=batch.signals.get("supports"),
+        temperature=temperature,
         mesh=model.run.mesh,
         linear=linear,
     )
@@ -58,6 +69,7 @@ def make_step(
     loss: Loss,
     *,
     linear: bool = False,
+    temperature: float = 1.0,
     microbatches: int = 1,
     max_grad_norm: float | None = None,
 ) -> Step:
@@ -70,7 +82,7 @@ def make_step(
 
     def objective(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
-        scores = score(model, join(params, frozen), batch, dropout_key, linear=linear)
+        scores = score(model, join(params, frozen), batch, dropout_key, linear=linear, temperature=temperature)
         return loss(scores, batch, norm)
 
     gradient = jax.value_and_grad(objective, has_aux=True)

@@ -107,6 +107,48 @@ def test_data_shards_may_differ_in_how_many_chunks_they_walk():
     assert_close(jax.jit(gradient)(hidden, head), expected(hidden, head))
 
 
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=str)
+@HEADS
+def test_temperature_and_supports_make_the_distribution_that_was_drawn_from(transposed, shape):
+    """Also of a token without a support, and with the vocabulary split over devices."""
+    hidden, head, tokens, weights = problem()
+    rng = np.random.default_rng(1)
+    supports = rng.integers(0, VOCAB, (ROWS, LENGTH, 7)).astype(np.int32)
+    supports[..., 0] = tokens  # what was drawn could be drawn
+    supports[:, :, 5:][rng.random((ROWS, LENGTH)) < 0.5] = -1
+    supports[2, :20] = -1
+    allowed = np.zeros((ROWS, LENGTH, VOCAB), bool)
+    for (row, place, _), token in np.ndenumerate(supports):
+        allowed[row, place, token] |= token >= 0
+    allowed[2, :20] = True
+
+    def expected(h, w):
+        logits = jnp.einsum("btd,vd->btv", h[:, :-1], w[:VOCAB]) / 0.7
+        logp = jax.nn.log_softmax(jnp.where(allowed[:, 1:], logits, -jnp.inf))
+        of_token = jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0]
+        entropy = -jnp.sum(jnp.where(allowed[:, 1:], jnp.exp(logp) * jnp.where(allowed[:, 1:], logp, 0), 0), -1)
+        return tuple(jnp.pad(jnp.where(weights[:, 1:] != 0, x, 0), ((0, 0), (1, 0))) for x in (of_token, entropy))
+
+    def score(h, w):
+        return token_scores(
+            h,
+            w if transposed else w.T,
+            tokens,
+            weights,
+            transposed=transposed,
+            vocab_size=VOCAB,
+            supports=jnp.asarray(supports),
+            temperature=0.7,
+            mesh=shape and make_mesh(*shape),
+            chunk=CHUNK,
+        )
+
+    assert_close(jax.jit(score)(hidden, head)[:2], expected(hidden, head))
+    loss = losses(weights)["any"]
+    actual = jax.jit(jax.grad(lambda h, w: loss(score(h, w).logp), (0, 1)))(hidden, head)
+    assert_close(actual, jax.grad(lambda h, w: loss(expected(h, w)[0]), (0, 1))(hidden, head))
+
+
 @HEADS
 def test_result_does_not_depend_on_the_chunk(transposed):
     hidden, head, tokens, weights = problem()
