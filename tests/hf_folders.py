@@ -15,8 +15,10 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from converters.import_hf import import_params, read_config
+from jaxtrain.config import MeshSection
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.model import Model
+from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, param_specs
 from jaxtrain.types import Params
 
@@ -101,13 +103,12 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
 
 
-def target(config: ModelConfig, dtype: Any = jnp.float32, preset: str | None = None) -> Params:
+def target(config: ModelConfig, dtype: Any = jnp.float32, preset: Any = None) -> Params:
     """The abstract tree to import into: on one device, or on eight as a preset of `RULES` says."""
     model = Model(config)
     if preset is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.abstract())
-    sizes = (1, 8, 1) if preset == "fsdp" else (1, 4, 2)
-    mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshSection(preset=preset, **{} if preset == "fsdp" else {preset.removeprefix("fsdp_"): 2}))
     specs = param_specs(model.axes(), model.abstract(), RULES[preset], mesh)
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=spec), model.abstract(), specs

@@ -122,11 +122,12 @@ class OptimizerSection(Section):
 
 
 class MeshSection(Section):
-    preset: Literal["fsdp", "fsdp_tensor"] = "fsdp"  # how parameters lie on the axes
+    preset: Literal["fsdp", "fsdp_tensor", "fsdp_expert"] = "fsdp"  # how parameters lie on the axes
     data: PositiveInt = 1  # replicas
     fsdp: Annotated[
         int, AfterValidator(_size_or_rest)
     ] = -1  # parameters and rows are split; -1: all devices that are left
+    expert: PositiveInt = 1  # experts and rows are split
     tensor: PositiveInt = 1  # heads, hidden width and vocabulary are split
 
 

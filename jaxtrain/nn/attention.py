@@ -51,6 +51,10 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
+        self.sinks = nnx.data(None)
+        if config.sinks:
+            sinks = nnx.initializers.normal(config.init_std)(rngs.params(), (config.num_heads,), dtype)
+            self.sinks = nnx.Param(sinks, out_sharding=("heads",))
         self.scale = 1 / math.sqrt(config.head_dim)
 
     def __call__(
@@ -81,6 +85,8 @@ class Attention(nnx.Module):
             kv_pos = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
             kv_seg = inputs.kv_segment_ids
 
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
+
         def looking(window: int | None):
             def branch(q: Array, k: Array, v: Array) -> Array:
                 return attend(
@@ -93,6 +99,7 @@ class Attention(nnx.Module):
                     kv_seg=kv_seg,
                     window=window,
                     scale=self.scale,
+                    sinks=sinks,
                     impl=impl,
                     mesh=mesh,
                 )

@@ -63,6 +63,7 @@ class ModelConfig:
     qk_norm: bool  # RMS norm over each head of q and k, before rope
     init_std: float  # standard deviation of random weights
     pattern: tuple[LayerKind, ...]  # one per layer
+    sinks: bool = False  # every head has a learned score of a key without value, which all its queries see
     vocab_multiple: int = 64  # the stored vocabulary is rounded up to this; the rest is inert
 
     def __post_init__(self) -> None:

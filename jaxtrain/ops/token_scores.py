@@ -27,6 +27,7 @@ from jaxtrain.types import Array, TokenScores
 
 VOCAB_AXIS = "tensor"
 MESH_AXES = (*ROWS, VOCAB_AXIS)
+_REPLICAS = tuple(axis for axis in ROWS if axis != "fsdp")  # each of them holds the whole head
 
 # Logits of the padded vocabulary: finite, so that a probability of exactly 0 times one of them is 0 and no NaN.
 _MASKED = -1e30
@@ -59,7 +60,7 @@ def token_scores(
             id is none, and no id at all means the whole vocabulary. So a sample that top-k, top-p or min-p filtered is
             scored under the distribution that it came from.
         temperature: divides the logits, as it did when the token was drawn.
-        mesh: with axes data, fsdp and tensor. Rows lie over (data, fsdp), the head's D over fsdp, its Vp over tensor.
+        mesh: with the axes of `make_mesh`. Rows lie over `ROWS`, the head's D over fsdp, its Vp over tensor.
         chunk: tokens whose logits exist at once, on each device.
         linear: expect a loss c * sum(weights * logp) and sum the head's gradient while scoring. Any other loss gets its
             right gradient too, but pays for that sum a second time.
@@ -108,7 +109,7 @@ class _Plan(NamedTuple):
         d_head = d_head.T if self.transposed else d_head
         if self.sharded:
             axis = 1 if self.transposed else 0
-            d_head = lax.psum(lax.psum_scatter(d_head, "fsdp", scatter_dimension=axis, tiled=True), "data")
+            d_head = lax.psum(lax.psum_scatter(d_head, "fsdp", scatter_dimension=axis, tiled=True), _REPLICAS)
         return d_head.astype(dtype)
 
     def over_vocab(self, reduce: Callable[..., Array], x: Array) -> Array:

@@ -18,7 +18,7 @@ def local_rows(mesh: Mesh, rows: int) -> range:
     if len(span) != len(held):
         raise ValueError(
             f"process {jax.process_index()} holds rows {sorted(held)} of the batch, which are not adjacent: "
-            "choose mesh.data and mesh.fsdp so that a host's devices are neighbours"
+            "choose mesh.data, mesh.fsdp and mesh.expert so that a host's devices are neighbours"
         )
     return span
 

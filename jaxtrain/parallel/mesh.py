@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,12 +13,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxtrain.config import MeshSection
+from jaxtrain.parallel.sharding import RULES, splits
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes ("data", "fsdp", "tensor") over `devices` (default: all of this run), all of them `Auto`.
+    """A mesh with the axes `AXES` over `devices` (default: all of this run), all of them `Auto`.
 
     On TPU the devices are ordered so that neighbours on an axis are neighbours on the wires. Several TPU slices,
     which only a slow network joins, are joined along "data".
@@ -66,46 +68,48 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> None:
         jax.distributed.initialize()
 
 
-def _resolve(section: MeshSection, count: int) -> tuple[int, int, int]:
-    if section.tensor > 1 and section.preset == "fsdp":
-        raise ValueError(
-            f"mesh.tensor={section.tensor} splits nothing under mesh.preset=fsdp; "
-            "use mesh.preset=fsdp_tensor or mesh.tensor=1"
-        )
-    others = section.data * section.tensor
-    if section.fsdp == -1:
-        if count % others:
+def _resolve(section: MeshSection, count: int) -> tuple[int, ...]:
+    sizes = {axis: getattr(section, axis) for axis in AXES}
+    for axis in ("expert", "tensor"):
+        if sizes[axis] > 1 and not splits(RULES[section.preset], axis):
             raise ValueError(
-                f"mesh.data={section.data} x mesh.tensor={section.tensor} = {others} does not divide "
-                f"the {count} devices; {_nearest(section, count)}"
+                f"mesh.{axis}={sizes[axis]} splits nothing under mesh.preset={section.preset}; "
+                f"use mesh.preset=fsdp_{axis} or mesh.{axis}=1"
             )
-        return section.data, count // others, section.tensor
-    if others * section.fsdp != count:
-        raise ValueError(
-            f"mesh.data={section.data} x mesh.fsdp={section.fsdp} x mesh.tensor={section.tensor} = "
-            f"{others * section.fsdp}, but there are {count} devices; {_nearest(section, count)}"
-        )
-    return section.data, section.fsdp, section.tensor
+    given = {axis: size for axis, size in sizes.items() if size != -1}
+    # "expert" and "tensor" go without saying where they are not in use.
+    told = " x ".join(f"mesh.{axis}={size}" for axis, size in given.items() if size > 1 or axis in ("data", "fsdp"))
+    product = math.prod(given.values())
+    if "fsdp" not in given:
+        if count % product:
+            raise ValueError(f"{told} = {product} does not divide the {count} devices; {_nearest(section, count)}")
+        sizes["fsdp"] = count // product
+    elif product != count:
+        raise ValueError(f"{told} = {product}, but there are {count} devices; {_nearest(section, count)}")
+    return tuple(sizes.values())
 
 
 def _nearest(section: MeshSection, count: int) -> str:
-    """The change that helps: keep `tensor` if it can be kept, then `data`, and leave the rest to `fsdp`."""
-    tensor = _nearest_divisor(section.tensor, count)
-    data = _nearest_divisor(section.data, count // tensor)
-    return f"nearest: mesh.data={data} mesh.fsdp={count // (data * tensor)} mesh.tensor={tensor}"
+    """The change that helps: keep `tensor` and `expert` if they can be kept, then `data`; leave the rest to `fsdp`."""
+    sizes, left = {}, count
+    for axis in ("tensor", "expert", "data"):
+        sizes[axis] = _nearest_divisor(getattr(section, axis), left)
+        left //= sizes[axis]
+    sizes["fsdp"] = left
+    return "nearest: " + " ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES if axis != "expert" or sizes[axis] > 1)
 
 
 def _nearest_divisor(wanted: int, count: int) -> int:
     return min((d for d in range(1, count + 1) if count % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def _arrange(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
+def _arrange(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        data, fsdp, tensor = sizes
+        data, *others = sizes
         if data % slices:
             raise ValueError(f"mesh.data={data} must be a multiple of the {slices} TPU slices that it joins")
-        return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
+        return mesh_utils.create_hybrid_device_mesh((data // slices, *others), (slices, *[1] * len(others)), devices)
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:  # no whole axis of the torus has one of the sizes: part of one must do

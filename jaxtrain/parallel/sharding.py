@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 
-ROWS = ("data", "fsdp")
+ROWS = ("data", "fsdp", "expert")
 """The mesh axes that the rows of a batch are split over; "tensor" sees every row."""
 
 _REPLICATED = {
@@ -26,6 +26,7 @@ _REPLICATED = {
     "heads": None,
     "kv_heads": None,
     "mlp": None,
+    "expert": None,
 }
 RULES: dict[str, Rules] = {
     "fsdp": {**_REPLICATED, "embed": "fsdp"},
@@ -37,6 +38,7 @@ RULES: dict[str, Rules] = {
         "kv_heads": "tensor",
         "mlp": "tensor",
     },
+    "fsdp_expert": {**_REPLICATED, "embed": "fsdp", "expert": "expert"},
 }
 """Preset -> logical axis -> the mesh axis (or axes) that split it; None: every device holds all of it."""
 
@@ -57,8 +59,18 @@ def param_specs(axes: Any, shapes: Any, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
+def splits(rules: Rules, mesh_axis: str) -> bool:
+    """Whether any parameter is split over `mesh_axis`."""
+    return any(mesh_axis in ((axes,) if isinstance(axes, str) else axes or ()) for axes in rules.values())
+
+
+def row_shares(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return _parts(ROWS, mesh)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lies: rows (the first axis) over "data" and "fsdp", all else whole."""
+    """Where a batch lies: rows (the first axis) over `ROWS`, all else whole."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 

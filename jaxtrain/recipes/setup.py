@@ -19,7 +19,7 @@ from jaxtrain.nn.config import Lora
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.batches import local_shards
-from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
 from jaxtrain.types import Params
 
 
@@ -105,12 +105,13 @@ def as_list(sources: SourceSection | list[SourceSection]) -> list[SourceSection]
 
 def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raise ValueError where the rows of a microbatch cannot be dealt to the devices."""
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = row_shares(mesh)
     rows, pieces = config.train.batch_size, config.train.microbatches
     if rows % (shares * pieces):
+        axes = " x ".join(f"mesh.{axis}" for axis in ROWS)
         nearest = max(round(rows / (shares * pieces)), 1) * shares * pieces
         raise ValueError(
-            f"train.batch_size={rows} rows cannot be dealt to mesh.data x mesh.fsdp = {shares} devices in "
+            f"train.batch_size={rows} rows cannot be dealt to {axes} = {shares} devices in "
             f"train.microbatches={pieces}; the nearest batch_size that can is {nearest}"
         )
 

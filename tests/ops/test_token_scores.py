@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jaxtrain.ops.token_scores import token_scores
+from jaxtrain.parallel.mesh import AXES
 
 ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 33, 16, 90, 96
 CHUNK = 16
@@ -66,9 +69,9 @@ def assert_close(actual, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+def make_mesh(*sizes: int) -> Mesh:
+    devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def check_against_naive(transposed: bool, linear: bool, mesh: Mesh | None = None) -> None:
@@ -91,7 +94,7 @@ def test_equals_the_naive_head_in_scores_and_gradients(transposed, linear):
     check_against_naive(transposed, linear)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 2, 2)], ids=str)
 @LINEAR
 @HEADS
 def test_sharded_equals_single(transposed, linear, shape):
@@ -101,13 +104,13 @@ def test_sharded_equals_single(transposed, linear, shape):
 def test_data_shards_may_differ_in_how_many_chunks_they_walk():
     hidden, head, tokens, weights = problem()
     weights = weights.at[0].set(1).at[1:].set(0)  # one device walks three chunks, seven walk none
-    score = scorer(tokens, weights, True, make_mesh(1, 8, 1))
+    score = scorer(tokens, weights, True, make_mesh(1, 8, 1, 1))
     gradient = jax.grad(lambda h, w: score(h, w).logp.sum(), (0, 1))
     expected = jax.grad(lambda h, w: naive(h, w, tokens, weights)[0].sum(), (0, 1))
     assert_close(jax.jit(gradient)(hidden, head), expected(hidden, head))
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2)], ids=str)
 @HEADS
 def test_temperature_and_supports_make_the_distribution_that_was_drawn_from(transposed, shape):
     """Also of a token without a support, and with the vocabulary split over devices."""

@@ -6,9 +6,13 @@ import tiny
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.batches import local_rows, local_shards, place_batch
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import row_shares
 
 
-@pytest.mark.parametrize("section", [MeshSection(), MeshSection(preset="fsdp_tensor", data=2, tensor=2)])
+@pytest.mark.parametrize(
+    "section",
+    [MeshSection(), MeshSection(preset="fsdp_tensor", data=2, tensor=2), MeshSection(preset="fsdp_expert", expert=4)],
+)
 def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
     mesh = make_mesh(section)
     batch = tiny.packed_batch([[4, 4]] * 8, 8)
@@ -17,7 +21,7 @@ def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
     assert held == range(8)
     for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-        assert ours.addressable_shards[0].data.shape[0] == 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
+        assert ours.addressable_shards[0].data.shape[0] == 8 // row_shares(mesh)
 
 
 def test_one_host_reads_all_virtual_shards():

@@ -12,16 +12,16 @@ def section(**sizes):
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (1, 8, 1)),
-        ({"tensor": 2}, (1, 4, 2)),
-        ({"data": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 8}, (8, 1, 1)),
-        ({"data": 2, "fsdp": 4}, (2, 4, 1)),
+        ({}, (1, 8, 1, 1)),
+        ({"tensor": 2}, (1, 4, 1, 2)),
+        ({"data": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": 8}, (8, 1, 1, 1)),
+        ({"data": 2, "fsdp": 4}, (2, 4, 1, 1)),
     ],
 )
 def test_fsdp_takes_the_devices_that_are_left(sizes, shape):
     mesh = make_mesh(section(**sizes))
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.devices.flat) == set(jax.devices())
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -52,6 +52,17 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_an_error_with_a_way_out(s
 def test_a_tensor_axis_that_would_split_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"mesh.tensor=2 splits nothing .* mesh.preset=fsdp_tensor"):
         make_mesh(MeshSection(preset="fsdp", tensor=2))
+    with pytest.raises(ValueError, match=r"mesh.expert=2 splits nothing .* mesh.preset=fsdp_expert"):
+        make_mesh(MeshSection(preset="fsdp_tensor", tensor=2, expert=2))
+
+
+def test_rows_are_split_over_experts_too():
+    mesh = make_mesh(MeshSection(preset="fsdp_expert", expert=4))
+    assert mesh.devices.shape == (1, 2, 4, 1)
+    with pytest.raises(
+        ValueError, match=r"mesh.data=1 x mesh.expert=3 = 3 does not divide .*mesh.fsdp=4 mesh.expert=2"
+    ):
+        make_mesh(MeshSection(preset="fsdp_expert", expert=3))
 
 
 @pytest.mark.parametrize(
