@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from converters.errors import CheckpointError
-from converters.families.registry import FAMILIES
+from converters.families.registry import FAMILIES, for_head, weight_rows
 from converters.import_hf import bind_checkpoint
 from converters.rows import bind, flatten
 from converters.safetensors_io import Spec, open_checkpoint, plan_files, write_checkpoint
@@ -27,6 +27,7 @@ from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
+CUSTOM_HEAD = "custom_head.safetensors"  # what transformers has no place for, under our names
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,7 +63,8 @@ def export_hf(
     """
     folder = _empty(Path(out))
     family, leaves = FAMILIES[config.family], flatten(params)
-    tensors = bind(family.WEIGHTS, {ours: leaf.shape for ours, leaf in leaves.items()}, config)
+    own_head = {ours: leaves.pop(ours) for ours in list(leaves) if ours.startswith("custom_head.")}
+    tensors = bind(weight_rows(config), {ours: leaf.shape for ours, leaf in leaves.items()}, config)
     by_name = {t.name: t for t in tensors if not t.alias}
     cast = {ours: np.dtype(dtype or leaf.dtype) for ours, leaf in leaves.items()}
     files = plan_files([Spec(t.name, cast[t.ours], t.shape) for t in by_name.values()], max_shard_bytes)
@@ -75,10 +77,16 @@ def export_hf(
         # A tensor that is spread over hosts is gathered by all of them.
         for spec in (spec for shard in files.values() for spec in shard):
             fetch(spec.name)
+        for leaf in own_head.values():
+            _gather(leaf, ())
         return folder
-    config_json = _with_dtype(family.to_hf(config, hf), cast["embed.weight"])
+    scalar = "value_head.kernel" in leaves
+    config_json = _with_dtype(for_head(family.to_hf(config, hf), config, scalar), cast["embed.weight"])
     with _written_aside(folder) as partial:
         write_checkpoint(partial, files, fetch)
+        if own_head:
+            specs = [Spec(name, leaf.dtype, leaf.shape) for name, leaf in own_head.items()]
+            write_checkpoint(partial, {CUSTOM_HEAD: specs}, lambda name: _gather(own_head[name], ()))
         _write_rest(partial, config_json, Path(tokenizer_from) if tokenizer_from is not None else None)
     return folder
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from converters.errors import CheckpointError, nearest
-from converters.families.registry import FAMILIES, family_of
+from converters.families.registry import FAMILIES, family_of, weight_rows
 from converters.rows import Index, Shape, Tensor, bind, flatten, unflatten
 from converters.safetensors_io import Checkpoint, check_folder, open_checkpoint
 from jaxtrain.nn.config import ModelConfig
@@ -44,39 +44,44 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return hf
 
 
-def import_params(path: str | Path, config: ModelConfig, target: Params) -> Params:
+def import_params(path: str | Path, config: ModelConfig, target: Params, *, partial: bool = False) -> Params:
     """Read a checkpoint into the tree of `target`: `jax.ShapeDtypeStruct`s with the dtype and sharding wanted.
 
     Each process reads what its own devices hold; a shard that several devices hold is read once. The largest
     parameters go first: while one is read it is in memory beside those already placed, so the peak stays near the
     size of the parameters themselves. Leaves without a sharding go to the first device.
 
+    `partial` lets the checkpoint hold more than the target: a head that is not wanted.
+
     Raises CheckpointError for a missing, left-over or misshapen tensor and for unreadable files.
     """
     leaves = flatten(target)
     with open_checkpoint(path) as checkpoint:
-        tensors = bind_checkpoint(checkpoint, config, {ours: leaf.shape for ours, leaf in leaves.items()})
+        shapes = {ours: leaf.shape for ours, leaf in leaves.items()}
+        tensors = bind_checkpoint(checkpoint, config, shapes, partial=partial)
         params = {}
         for ours, leaf in sorted(leaves.items(), key=lambda item: -math.prod(item[1].shape)):
             params[ours] = _place(checkpoint, leaf, [t for t in tensors if t.ours == ours and not t.alias])
     return unflatten({ours: params[ours] for ours in leaves})
 
 
-def bind_checkpoint(checkpoint: Checkpoint, config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Tensor]:
+def bind_checkpoint(
+    checkpoint: Checkpoint, config: ModelConfig, shapes: Mapping[str, Shape], *, partial: bool = False
+) -> list[Tensor]:
     """The tensors that make up a tree of `shapes`, each one checked against the checkpoint; aliases only where stored.
 
     Raises CheckpointError, naming the tensor and the nearest name, for one that is missing, left over, of another
     shape, or an alias of other values.
     """
     family = FAMILIES[config.family]
-    tensors = bind(family.WEIGHTS, shapes, config)
-    tensors = [t for t in tensors if not t.alias or t.name in checkpoint.entries]
+    tensors = bind(weight_rows(config), shapes, config)
+    tensors = [t for t in tensors if not t.alias or (t.name in checkpoint.entries and not partial)]
     expected = {t.name for t in tensors}
     skipped = {name.format(layer=layer) for name in family.DERIVED for layer in range(config.num_layers)}
     stored = checkpoint.entries.keys() - skipped
     for name in sorted(expected - stored):
         raise CheckpointError(f"{checkpoint.folder} lacks tensor {name}" + nearest(name, stored - expected))
-    for name in sorted(stored - expected):
+    for name in sorted(stored - expected) if not partial else ():
         raise CheckpointError(
             f"{checkpoint.folder} holds tensor {name}, which config.json leaves no place for"
             + nearest(name, expected - stored)

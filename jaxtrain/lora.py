@@ -10,19 +10,24 @@ import jax.numpy as jnp
 from jaxtrain.nn.config import Lora
 from jaxtrain.types import Params
 
+NEW = ("lora_a", "lora_b", "value_head", "custom_head")
+"""What a base checkpoint does not hold: adapters, and heads that are put on a language model."""
+
 
 def split_adapters(params: Params) -> tuple[Params, Params]:
-    """(adapters, base): two trees that share no leaf and together hold them all."""
+    """(adapters and new heads, base): two trees that share no leaf and together hold them all."""
     adapters: Params = {}
     base: Params = {}
     for name, node in params.items():
-        if isinstance(node, dict):
+        if name in NEW:
+            adapters[name] = node
+        elif isinstance(node, dict):
             inside = split_adapters(node)
             for part, found in zip((adapters, base), inside, strict=True):
                 if found:
                     part[name] = found
         else:
-            (adapters if name in ("lora_a", "lora_b") else base)[name] = node
+            base[name] = node
     return adapters, base
 
 

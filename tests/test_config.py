@@ -121,9 +121,10 @@ data.eval.path data.eval.weight data.loss_on data.max_length data.on_bad_row dat
 data.packing_bins data.prompt_format data.shuffle data.train data.train.columns data.train.epochs data.train.limit
 data.train.path data.train.weight data.virtual_shards data.workers eval eval.batches eval.every eval.generate
 eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model
-model.attention model.chat_template model.compute_dtype model.config model.lora model.lora.alpha model.lora.dropout
-model.lora.rank model.lora.targets model.param_dtype model.path model.remat model.tokenizer model.vocab_multiple
-optimizer optimizer.b1 optimizer.b2 optimizer.eps optimizer.final_learning_rate optimizer.learning_rate optimizer.name
-optimizer.schedule optimizer.state_dtype optimizer.warmup_steps optimizer.weight_decay recipe run run.dir run.seed
-train train.batch_size train.max_grad_norm train.max_skipped_in_a_row train.microbatches train.steps
+model.attention model.chat_template model.compute_dtype model.config model.head model.lora model.lora.alpha
+model.lora.dropout model.lora.rank model.lora.targets model.param_dtype model.path model.remat model.tokenizer
+model.vocab_multiple optimizer optimizer.b1 optimizer.b2 optimizer.eps optimizer.final_learning_rate
+optimizer.learning_rate optimizer.name optimizer.schedule optimizer.state_dtype optimizer.warmup_steps
+optimizer.weight_decay recipe run run.dir run.seed train train.batch_size train.max_grad_norm train.max_skipped_in_a_row
+train.microbatches train.steps
 """

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from converters.errors import CheckpointError, nearest
 from converters.families import llama, qwen2, qwen3
-from converters.rows import Weight
+from converters.rows import Transpose, Weight
 from jaxtrain.nn.config import ModelConfig
 
 
@@ -39,6 +39,37 @@ class Family(Protocol):
 
 _ALL: tuple[Family, ...] = (llama, qwen2, qwen3)
 FAMILIES = {family.MODEL_TYPE: family for family in _ALL}
+_SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))
+_CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"
+
+
+def weight_rows(config: ModelConfig) -> tuple[Weight, ...]:
+    """The family's rows, and that of a scalar head, which transformers calls the same in all of them."""
+    return (*FAMILIES[config.family].WEIGHTS, _SCORE)
+
+
+def has_scalar_head(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a reward model: one label a sequence (`...ForSequenceClassification`).
+
+    Raises CheckpointError for a classifier with several labels.
+    """
+    if not str((hf.get("architectures") or [""])[0]).endswith(_SCALAR):
+        return False
+    labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
+    if labels != 1:
+        raise CheckpointError(f"config.json: a classifier of {labels} labels is not supported; only one (a score) is")
+    return True
+
+
+def for_head(hf: Mapping[str, Any], config: ModelConfig, scalar: bool) -> dict[str, Any]:
+    """config.json for a model with a scalar head, or with one over the vocabulary."""
+    if not scalar and not has_scalar_head(hf):
+        return dict(hf)
+    causal = FAMILIES[config.family].ARCHITECTURE
+    if not scalar:
+        return {key: v for key, v in hf.items() if key not in ("id2label", "label2id")} | {"architectures": [causal]}
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**hf, **labels, "architectures": [causal.replace(_CAUSAL, _SCALAR)]}
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
@@ -49,6 +80,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     known, name = FAMILIES, str(hf.get("model_type"))
     if hf.get("architectures"):
         known, name = {family.ARCHITECTURE: family for family in _ALL}, str(hf["architectures"][0])
+        name = name.replace(_SCALAR, _CAUSAL)
     if name not in known:
         raise CheckpointError(
             f"config.json: architecture {name} is not supported; supported: {', '.join(known)}" + nearest(name, known)

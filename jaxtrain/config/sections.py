@@ -52,6 +52,7 @@ class ModelSection(Section):
     param_dtype: DType = "float32"
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
     lora: LoraSection | None = None
     vocab_multiple: PositiveInt = 64
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtrain.nn.attention import Attention, AttentionInputs
 from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig
+from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head
 from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.rope import rope_table
@@ -79,17 +80,16 @@ class Embedding(nnx.Module):
         return self.weight[...][tokens].astype(dtype)
 
 
-class Head(nnx.Module):
-    """The projection onto the vocabulary. It is never applied here: `token_scores` walks it in chunks."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        kernel = nnx.initializers.normal(config.init_std)(rngs.params(), (config.hidden_size, config.padded_vocab))
-        real = jnp.arange(config.padded_vocab) < config.vocab_size
-        self.kernel = nnx.Param(jnp.where(real, kernel, 0).astype(dtype), out_sharding=("embed", "vocab"))
-
-
 class Decoder(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        lora: Lora | None = None,
+        output: str = LANGUAGE,
+    ):
         self.config = config
         self.embed = Embedding(config, rngs=rngs, dtype=dtype)
 
@@ -100,7 +100,13 @@ class Decoder(nnx.Module):
 
         self.layers = blocks(rngs)
         self.norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
-        self.lm_head = nnx.data(None) if config.tied else Head(config, rngs=rngs, dtype=dtype)
+        self.lm_head = self.value_head = self.custom_head = nnx.data(None)
+        if output == SCALAR:
+            self.value_head = ScalarHead(config, rngs=rngs, dtype=dtype)
+        elif output != LANGUAGE:
+            self.custom_head = custom_head(output, config, rngs=rngs, dtype=dtype)
+        elif not config.tied:
+            self.lm_head = LanguageHead(config, rngs=rngs, dtype=dtype)
         # Layers that differ only in kind stay stacked: `kind_of` [L] is scanned along with their parameters.
         self.kinds = tuple(dict.fromkeys(config.pattern))
         self.kind_of = tuple(self.kinds.index(kind) for kind in config.pattern)
@@ -108,7 +114,7 @@ class Decoder(nnx.Module):
     def hidden(
         self, tokens: Array, positions: Array, segment_ids: Array, run: Execution, dropout_key: Array | None = None
     ) -> Array:
-        """Final hidden states [B, T, D] of packed tokens [B, T], after the last norm."""
+        """Final hidden states [B, T, D] of packed tokens [B, T], as the head takes them: after the last norm."""
         inputs = AttentionInputs(positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions))
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         graphdef, stacked = nnx.split(self.layers)
@@ -124,7 +130,7 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
         layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
         x, _ = jax.lax.scan(body, x, layers)
-        return self.norm(x)
+        return self._features(x)
 
     def extend(
         self, tokens: Array, positions: Array, segment_ids: Array, cache: KVCache, run: Execution
@@ -141,15 +147,26 @@ class Decoder(nnx.Module):
             layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
             x, layer_cache = layer(x, inputs, (self.kinds[self.kind_of[index]],), 0, run, layer_cache)
             written.append(layer_cache)
-        return self.norm(x), cache._replace(layers=tuple(written))
+        return self._features(x), cache._replace(layers=tuple(written))
+
+    def _features(self, x: Array) -> Array:
+        return self.norm(x) if self.custom_head is None else self.custom_head.features(self.norm(x))
 
     def head(self) -> Array:
         """The head's kernel: [Vp, D] (the embedding) if tied, else [D, Vp]."""
+        assert self.value_head is None, "a scalar head has no vocabulary"
+        if self.custom_head is not None:
+            return self.custom_head.kernel[...]
         return self.embed.weight[...] if self.lm_head is None else self.lm_head.kernel[...]
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V] of hidden states [..., D]: for decoding and tests, where few tokens are asked for."""
         kernel = self.head().astype(hidden.dtype)
-        contract = ((hidden.ndim - 1,), (1 if self.config.tied else 0,))
+        contract = ((hidden.ndim - 1,), (1 if self.lm_head is self.custom_head is None else 0,))
         logits = jax.lax.dot_general(hidden, kernel, (contract, ((), ())), preferred_element_type=jnp.float32)
         return logits[..., : self.config.vocab_size]
+
+    def values(self, hidden: Array) -> Array:
+        """float32 [...]: what the scalar head says of hidden states [..., D]."""
+        assert self.value_head is not None, "this model has no scalar head"
+        return self.value_head(hidden)

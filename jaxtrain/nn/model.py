@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtrain.nn.cache import KVCache, empty_cache
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig
 from jaxtrain.nn.decoder import Decoder, Execution
+from jaxtrain.nn.heads import LANGUAGE
 from jaxtrain.types import Array, Batch, Params
 
 
@@ -27,6 +28,7 @@ class Model:
     lora: Lora | None = None
     run: Execution = field(default_factory=Execution)
     param_dtype: np.dtype = FLOAT32
+    output: str = LANGUAGE  # the head, by name: see `nn.heads`
 
     @cached_property
     def _split(self) -> tuple[Any, nnx.State]:
@@ -35,7 +37,9 @@ class Model:
             return nnx.split(nnx.eval_shape(self._build(jax.random.key(0))))
 
     def _build(self, key: Array) -> Callable[[], Decoder]:
-        return lambda: Decoder(self.config, rngs=nnx.Rngs(key), dtype=self.param_dtype, lora=self.lora)
+        return lambda: Decoder(
+            self.config, rngs=nnx.Rngs(key), dtype=self.param_dtype, lora=self.lora, output=self.output
+        )
 
     def init(self, key: Array) -> Params:
         """Random parameters. Jit it with `out_shardings` so that no device ever holds more than its part."""
@@ -69,12 +73,21 @@ class Model:
         return empty_cache(self.config, rows, length, self.run.dtype)
 
     def head(self, params: Params) -> Array:
-        """The head's kernel: [Vp, D] if `config.tied`, else [D, Vp]."""
+        """The head's kernel: [Vp, D] if `tied`, else [D, Vp]."""
         return self._merge(params).head()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.config.tied and self.output == LANGUAGE
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """float32 logits [..., V]; the chunked head is `ops.token_scores`."""
         return self._merge(params).logits(hidden)
+
+    def values(self, params: Params, hidden: Array) -> Array:
+        """float32 [B, T]: what a scalar head says of hidden states [B, T, D]."""
+        return self._merge(params).values(hidden)
 
     def _merge(self, params: Params) -> Any:
         return nnx.merge(self._split[0], params)

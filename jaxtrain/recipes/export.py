@@ -8,9 +8,11 @@ from typing import Any
 import jax
 
 from converters.export_hf import convert, export_hf
+from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
 from jaxtrain.config import MeshSection
 from jaxtrain.lora import join, merge_adapters
+from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes.run_folder import read_run_config
@@ -35,7 +37,7 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
     lora = policy.model.lora
     if lora:
         base = base_params(config.model, policy, config.run.seed)
-        merge = jax.jit(lambda adapters, base: merge_adapters(join(adapters, base), lora))
+        merge = jax.jit(lambda trained, base: merge_adapters(join(trained, base), lora))
         params = merge(params, base)
     export_hf(
         params,
@@ -50,4 +52,4 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
 def convert_checkpoint(source: Path, out: Path) -> None:
     """Import and export a Hugging Face folder without training: every tensor, name and dtype as it was."""
     config, hf = read_config(source)
-    convert(source, config, hf, Model(config).abstract(), out)
+    convert(source, config, hf, Model(config, output=SCALAR if has_scalar_head(hf) else LANGUAGE).abstract(), out)

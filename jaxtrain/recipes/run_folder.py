@@ -11,6 +11,7 @@ import optax
 
 from jaxtrain.config import RunConfig, dump_config, load_config
 from jaxtrain.data.pipeline import TrainStream
+from jaxtrain.lora import join
 from jaxtrain.recipes.setup import Policy, adapter_params, base_params
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.train.loop import StepResult
@@ -76,7 +77,8 @@ def restore_or_begin(
             )
         stream.set_state(restored.data_state)
         return restored.state._replace(frozen=base), restored.meta["num_tokens"]
-    trained, frozen = (adapter_params(policy, seed), base) if policy.model.lora else (base, {})
+    new = adapter_params(config.model, policy, seed)
+    trained, frozen = (new, base) if policy.model.lora else (join(new, base), {})
 
     def born(params: Params) -> TrainState:
         return new_state(params, {}, tx, jax.random.key(seed))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from converters.families.registry import has_scalar_head
 from converters.import_hf import import_params, read_config
 from converters.tokenizer import load_tokenizer
 from jaxtrain.config import ModelSection, RunConfig, SourceSection
@@ -17,6 +18,7 @@ from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
 from jaxtrain.lora import check_targets, split_adapters
 from jaxtrain.nn.config import Lora
 from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.batches import local_shards
 from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
@@ -53,7 +55,7 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     model_config, hf = read_config(origin, vocab_multiple=multiple)
     run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh)
-    model = Model(model_config, _lora(section), run, jnp.dtype(section.param_dtype))
+    model = Model(model_config, _lora(section), run, jnp.dtype(section.param_dtype), section.head)
     shapes = model.abstract()
     if section.lora:
         check_targets(section.lora.targets, shapes)
@@ -62,16 +64,25 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
 
 
 def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
-    """Every parameter but the adapters: read from the checkpoint, or random where there is none."""
+    """Every parameter but adapters and new heads: read from the checkpoint, or random where there is none."""
     target = split_adapters(policy.target)[1]
     if section.path is not None:
-        return import_params(section.path, policy.model.config, target)
+        # A head that the run does not use may be left over in the checkpoint.
+        partial = policy.model.output != LANGUAGE or has_scalar_head(policy.hf)
+        return import_params(section.path, policy.model.config, target, partial=partial)
     return _random(policy.model, 1, target, seed)
 
 
-def adapter_params(policy: Policy, seed: int) -> Params:
-    """Fresh adapters, which change nothing yet; {} without LoRA."""
-    return _random(policy.model, 0, split_adapters(policy.target)[0], seed) if policy.model.lora else {}
+def adapter_params(section: ModelSection, policy: Policy, seed: int) -> Params:
+    """Fresh adapters, which change nothing yet, and a scalar or custom head: random, or the reward model's own."""
+    target = split_adapters(policy.target)[0]
+    if not target:
+        return {}
+    params = _random(policy.model, 0, target, seed)
+    if section.path is not None and policy.model.output == SCALAR and has_scalar_head(policy.hf):
+        head = {"value_head": target["value_head"]}
+        params |= import_params(section.path, policy.model.config, head, partial=True)
+    return params
 
 
 def tokenizer_folder(section: ModelSection) -> str:

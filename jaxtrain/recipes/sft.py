@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder
 from jaxtrain.losses.sft import sft_loss
+from jaxtrain.nn.heads import SCALAR
 from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.progress import Progress
 from jaxtrain.optim import make_optimizer, make_schedule
@@ -38,6 +39,8 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
     rows = config.train.batch_size
     check_batch(config, mesh)
     policy = make_policy(config, mesh)
+    if policy.model.output == SCALAR:
+        raise ValueError("model.head=scalar gives numbers, no tokens: recipe sft needs a head over the vocabulary")
     tokenizer = make_tokenizer(config.model)
     encode = Encoder(
         tokenizer,

@@ -53,7 +53,7 @@ def score(
         model.head(params),
         batch.tokens,
         batch.loss_weights,
-        transposed=model.config.tied,
+        transposed=model.tied,
         vocab_size=model.config.vocab_size,
         supports=batch.signals.get("supports"),
         temperature=temperature,
