@@ -51,7 +51,7 @@ class Norm(NamedTuple):
 class Mean(NamedTuple):
     """A metric as numerator and denominator, so that it adds exactly over microbatches and hosts.
 
-    Add with `jax.tree.map(operator.add, one, other)`: `+` would join the tuples.
+    Add with `train.step.add_metrics`: `+` would join the tuples.
     """
 
     total: Array
@@ -61,6 +61,21 @@ class Mean(NamedTuple):
     def value(self) -> Array:
         """The mean; 0 where nothing was counted."""
         return self.total / (self.weight + (self.weight == 0))
+
+
+class Max(NamedTuple):
+    """A metric that keeps the largest of its values over microbatches and steps."""
+
+    value: Array
+
+
+class Min(NamedTuple):
+    """A metric that keeps the smallest."""
+
+    value: Array
+
+
+Metric = Mean | Max | Min
 
 
 class TrainState(NamedTuple):

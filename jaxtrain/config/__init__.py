@@ -7,6 +7,8 @@ from jaxtrain.config.load import dump_config as dump_config
 from jaxtrain.config.load import known_keys as known_keys
 from jaxtrain.config.load import load_config as load_config
 from jaxtrain.config.load import parse_config as parse_config
+from jaxtrain.config.rl import RLSection as RLSection
+from jaxtrain.config.run import RunConfig as RunConfig
 from jaxtrain.config.sections import CheckpointSection as CheckpointSection
 from jaxtrain.config.sections import DataSection as DataSection
 from jaxtrain.config.sections import EvalSection as EvalSection
@@ -15,7 +17,6 @@ from jaxtrain.config.sections import LoraSection as LoraSection
 from jaxtrain.config.sections import MeshSection as MeshSection
 from jaxtrain.config.sections import ModelSection as ModelSection
 from jaxtrain.config.sections import OptimizerSection as OptimizerSection
-from jaxtrain.config.sections import RunConfig as RunConfig
 from jaxtrain.config.sections import RunSection as RunSection
 from jaxtrain.config.sections import SourceSection as SourceSection
 from jaxtrain.config.sections import TrainSection as TrainSection

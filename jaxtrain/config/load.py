@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from jaxtrain.config.sections import RunConfig
+from jaxtrain.config.run import RunConfig
 
 
 class ConfigError(ValueError):

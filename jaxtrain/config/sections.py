@@ -147,26 +147,3 @@ class EvalSection(Section):
 class LogSection(Section):
     every: PositiveInt = 10
     tensorboard: bool = True
-
-
-class RunConfig(Section):
-    recipe: Literal["sft"]
-    run: RunSection = RunSection()
-    model: ModelSection
-    data: DataSection
-    train: TrainSection = TrainSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    mesh: MeshSection = MeshSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    eval: EvalSection = EvalSection()
-    log: LogSection = LogSection()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> RunConfig:
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}"
-            )
-        if self.eval.generate and self.data.eval is None:
-            raise ValueError("eval.generate needs data.eval")
-        return self

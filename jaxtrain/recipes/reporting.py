@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from jaxtrain.nn.model import Model
 from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.train.loop import StepResult
-from jaxtrain.train.step import StepReport
+from jaxtrain.train.step import StepReport, add_metrics
 
 
 class Window:
@@ -46,7 +45,7 @@ class Window:
         self.num_tokens += tokens
         means = reports[0].means
         for report in reports[1:]:
-            means = jax.tree.map(operator.add, means, report.means)
+            means = add_metrics(means, report.means)
         metrics = {name: float(mean.value) for name, mean in means.items()}
         metrics |= {
             "grad_norm": float(sum(report.grad_norm for report in reports) / len(reports)),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
 
 import jax
 
 from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
-from jaxtrain.train.step import Loss, Metrics, batch_norm, score
+from jaxtrain.train.step import Loss, Metrics, add_metrics, batch_norm, score
 from jaxtrain.types import Batch, Params
 
 
@@ -31,7 +30,7 @@ def evaluate(
     total: Metrics = {}
     for batch in batches:
         metrics = eval_step(params, frozen, batch)
-        total = jax.tree.map(operator.add, total, metrics) if total else metrics
+        total = add_metrics(total, metrics) if total else metrics
     means = {f"eval_{name}": float(mean.value) for name, mean in jax.device_get(total).items()}
     if "eval_loss" in means:
         means["eval_perplexity"] = math.exp(min(means["eval_loss"], 700))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,11 @@ from jaxtrain.ops.token_scores import token_scores
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
-from jaxtrain.types import Array, Batch, Mean, Norm, Params, TokenScores, TrainState
+from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, TokenScores, TrainState
 
-Loss = Callable[[TokenScores, Batch, Norm], tuple[Array, dict[str, Mean]]]
-Metrics = dict[str, Mean]
+# The scores are those of the model's head: `TokenScores`, or the values [B, T] of a scalar head.
+Loss = Callable[[Any, Batch, Norm], tuple[Array, Mapping[str, Metric]]]
+Metrics = Mapping[str, Metric]
 
 
 class StepReport(NamedTuple):
@@ -100,10 +101,12 @@ def make_step(
         else:
             pieces = cut(batch, microbatches, model.run.mesh)
             shapes = jax.eval_shape(of_microbatch, 0, jax.tree.map(lambda leaf: leaf[0], pieces))
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            *zeros, means = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            nothing = (*zeros, {name: _empty(metric) for name, metric in means.items()})
 
             def accumulate(total: tuple, piece: tuple[Array, Batch]) -> tuple[tuple, None]:
-                return jax.tree.map(jnp.add, total, of_microbatch(*piece)), None
+                *sums, means = of_microbatch(*piece)
+                return (*jax.tree.map(jnp.add, total[:2], tuple(sums)), add_metrics(total[2], means)), None
 
             (grads, value, metrics), _ = jax.lax.scan(accumulate, nothing, (jnp.arange(microbatches), pieces))
 
@@ -141,6 +144,26 @@ def jit_step(step: Step, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stag
     """The compiled step. The state is donated and comes back lying as it lay, so that it is compiled once."""
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options(mesh))
+
+
+def add_metrics(one: Metrics, other: Metrics) -> dict[str, Metric]:
+    """The metrics of two microbatches, or two steps, taken together."""
+
+    def add(a: Metric, b: Metric) -> Metric:
+        if isinstance(a, Max):
+            return Max(jnp.maximum(a.value, b.value))
+        if isinstance(a, Min):
+            return Min(jnp.minimum(a.value, b.value))
+        assert isinstance(b, Mean)
+        return Mean(a.total + b.total, a.weight + b.weight)
+
+    return {name: add(metric, other[name]) for name, metric in one.items()}
+
+
+def _empty(metric: Metric) -> Metric:
+    if isinstance(metric, Mean):
+        return metric
+    return type(metric)(metric.value + (-jnp.inf if isinstance(metric, Max) else jnp.inf))
 
 
 def batch_norm(batch: Batch) -> Norm:

@@ -1,0 +1,82 @@
+"""The `rl:` section: what is sampled, how it is scored, and how it is learned from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from jaxtrain.config.rollouts import EnvironmentSection, PlacementSection, RewardSection
+from jaxtrain.config.sections import Fraction, NonNegativeInt, Section
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class SamplingSection(Section):
+    temperature: PositiveFloat = 1.0  # also divides the trainer's logits, so that both speak of one distribution
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Fraction = 0.0
+    support: PositiveInt = 64  # with a filter: tokens that it leaves at most, under which the sample is then scored
+    slots: PositiveInt = 64  # samples in flight
+
+    @property
+    def filtered(self) -> bool:
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+
+class CorrectionSection(Section):
+    """Of the gap between the sampler's and the trainer's probabilities, by importance weights."""
+
+    level: Literal["token", "sequence"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    cap: PositiveFloat = 2.0
+
+
+class CriticSection(Section):
+    """PPO's value model, which begins as the policy's checkpoint. What is not here is the policy's."""
+
+    learning_rate: PositiveFloat = 1e-5
+    epsilon: PositiveFloat = 0.2  # how far a value may move from the old one in a step
+
+
+class RLSection(Section):
+    algorithm: str = "grpo"  # grpo dr_grpo dapo gspo rloo reinforce++ cispo ppo, or file.py:NAME of your own
+    prompts: PositiveInt = 8  # of a step
+    generations: PositiveInt = 8  # samples of a prompt
+    max_completion_length: PositiveInt = 512  # tokens
+    iterations: PositiveInt = 1  # passes over a step's samples
+    minibatches: PositiveInt = 1  # updates of a pass
+    sampling: SamplingSection = SamplingSection()
+    correction: CorrectionSection | None = CorrectionSection()
+    critic: CriticSection = CriticSection()
+    rewards: list[RewardSection] = Field(default_factory=list)
+    reward_workers: PositiveInt = 2  # processes that run the rewards
+    environment: EnvironmentSection | None = None
+    placement: PlacementSection = PlacementSection()
+    # The numbers of the algorithm; what is not given is the algorithm's own (`jaxtrain/rl/algorithms.py`).
+    aggregation: Literal["grpo", "bnpo", "dr_grpo", "dapo", "sum"] | None = None
+    beta: NonNegativeFloat | None = None  # of the KL to the reference; 0 needs no reference
+    kl: Literal["k1", "k2", "k3"] | None = None
+    kl_in: Literal["loss", "reward"] | None = None
+    epsilon_low: NonNegativeFloat | None = None
+    epsilon_high: NonNegativeFloat | None = None
+    dual_clip: PositiveFloat | None = None
+    gamma: Fraction | None = None
+    lam: Fraction | None = None
+    max_refills: NonNegativeInt | None = None  # dynamic sampling: rounds that replace groups whose rewards are alike
+    overlong_filter: bool | None = None  # samples that were cut off carry no loss
+    overlong_cache: Fraction | None = None  # soft punishment over this last share of max_completion_length
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps on one step's samples."""
+        return self.iterations * self.minibatches
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RLSection:
+        if not self.rewards and self.environment is None:
+            raise ValueError("nothing says what a sample is worth: give `rewards` or an `environment`")
+        if self.prompts % self.minibatches:
+            raise ValueError(f"prompts={self.prompts} is no multiple of minibatches={self.minibatches}")
+        return self

@@ -1,0 +1,33 @@
+"""The critic's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxtrain.types import Array, Batch, Mean, Metric, Norm
+
+
+def make_value_loss(epsilon: float) -> Callable[[Array, Batch, Norm], tuple[Array, dict[str, Metric]]]:
+    """Half the larger squared error of a value and of the value within `epsilon` of the old one, mean over tokens.
+
+    The clipped value loss of OpenAI's PPO (Schulman et al. 2017, arXiv:1707.06347; as analysed in Huang et al. 2022,
+    "The 37 Implementation Details of Proximal Policy Optimization", number 9). Signals: `values` before the first
+    update, and `returns`.
+    """
+
+    def loss(values: Array, batch: Batch, norm: Norm) -> tuple[Array, dict[str, Metric]]:
+        weights, old, returns = batch.loss_weights, batch.signals["values"], batch.signals["returns"]
+        near = jnp.clip(values, old - epsilon, old + epsilon)
+        error, error_near = (values - returns) ** 2, (near - returns) ** 2
+        total = 0.5 * jnp.sum(jnp.maximum(error, error_near) * weights)
+        count = jnp.sum(weights)
+        metrics: dict[str, Metric] = {
+            "value_loss": Mean(total, count),
+            "value_clip_ratio": Mean(jnp.sum((error_near > error) * weights), count),
+            "values": Mean(jnp.sum(values * weights), count),
+        }
+        return total / jnp.maximum(norm.tokens, 1), metrics
+
+    return loss
