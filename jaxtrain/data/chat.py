@@ -80,6 +80,28 @@ class ChatTokenizer:
         text = self.render(messages, tools=tools, template_kwargs=template_kwargs or {}, add_generation_prompt=True)
         return np.array(self._encode(text, add_special_tokens=False).ids, np.int32)
 
+    def reply(self, messages: list[Message], template_kwargs: dict[str, Any] | None = None) -> tuple[list[int], int]:
+        """What stands between two turns of the assistant: the ids of the end of its turn, `messages` and the prompt
+        for its next one; and how many of them end its turn (the ids that a sampler may have drawn itself already).
+
+        Only this is rendered, after a turn that stands for any: what was said before is never tokenised again.
+        """
+        kwargs = template_kwargs or {}
+        before = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+        text = self.render(before + messages, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
+        _, *between = text.split(_PROBE, 2)
+        if len(between) != 2:
+            raise ValueError("the chat template does not write an assistant's turn as it is: nothing can follow it")
+        end = self._end_of_turn(between[1], 0, 0)
+        encoding = self._encode(between[1], add_special_tokens=False)
+        return encoding.ids, sum(start < end for start, _ in encoding.offsets)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens left out."""
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
     def render(
         self,
         messages: list[Message],

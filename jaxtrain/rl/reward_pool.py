@@ -22,21 +22,15 @@ from jaxtrain.config.rollouts import RewardSection
 
 log = logging.getLogger(__name__)
 
-Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite", "not_applicable"]
-FAILURES: tuple[Failure, ...] = ("timeout", "died", "error", "wrong_length", "not_finite", "not_applicable")
+Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite"]
 
 _START_SECONDS = 120.0  # to import a user's modules
 
 
 class Scores(NamedTuple):
-    total: np.ndarray  # [n] float64, weighted sum of the parts that apply; NaN where a sample is lost
     parts: dict[str, np.ndarray]  # name -> [n] float64, unweighted; NaN where it does not apply or failed
+    lost: np.ndarray  # [n] bool: a function failed on the sample, so its reward is not known
     failures: Counter[tuple[str, Failure]]  # (reward's name, kind) -> samples lost to it
-
-    @property
-    def lost(self) -> np.ndarray:
-        """[n] bool: samples without a reward, which must not train."""
-        return np.isnan(self.total)
 
 
 class RewardPool:
@@ -81,8 +75,6 @@ class RewardPool:
     ) -> Scores:
         """Every reward of every sample; all arguments are [n]. Takes as long as the slowest function, at most about
         four times its limit however many of its calls hang."""
-        if not self._rewards:
-            return Scores(np.zeros(len(completions)), {}, Counter())
         samples = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         count = len(completions)
         parts = {name: np.full(count, np.nan) for name in self._rewards}
@@ -99,10 +91,7 @@ class RewardPool:
                     lost[sample], parts[task.name][sample] = True, np.nan
             if failure is not None:
                 log.warning("the reward %s lost sample %d: %s", task.name, task.samples[0], said)
-        without = np.all([np.isnan(part) for part in parts.values()], axis=0) & ~lost
-        failures["all", "not_applicable"] += int(np.sum(without))
-        weighted = [self._rewards[name].weight * np.nan_to_num(part) for name, part in parts.items()]
-        return Scores(np.where(lost | without, np.nan, np.sum(weighted, axis=0)), parts, +failures)
+        return Scores(parts, lost, failures)
 
     def _run(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]):
         """Answers to all tasks; those of more than one sample that fail are cut up and tried again."""

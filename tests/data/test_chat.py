@@ -108,6 +108,35 @@ def test_the_prompt_is_what_stands_before_the_last_answer():
         assert prompt == expected.rpartition("«")[0].replace("«", "").replace("»", "")
 
 
+@pytest.mark.parametrize("name", STOCK)
+def test_a_reply_is_what_stands_between_two_turns_of_the_assistant(name):
+    template, special, _ = STOCK[name]
+    tok = tokenizer(template, **special)
+    chat = ChatTokenizer(tok)
+    ids, closing = chat.reply([CHAT[2]])
+    answer = " Paris" if name == "mistral" else "Paris"  # the template writes the space
+    whole = tok.decode(chat.prompt(CHAT[:1])) + answer + tok.decode(ids)
+    assert whole == tok.decode(chat.prompt(CHAT[:3]))
+    assert closing == (name != "no token ends a turn")
+
+
+def test_a_reply_holds_several_tool_results_in_one_turn():
+    tok = tokenizer(QWEN25)
+    results = [{"role": "tool", "content": "Paris"}, {"role": "tool", "content": "Rome"}]
+    ids, closing = ChatTokenizer(tok).reply(results)
+    assert tok.decode(ids[:closing]) == "<|im_end|>"
+    assert tok.decode(ids[closing:]) == (
+        "\n<|im_start|>user\n<tool_response>\nParis\n</tool_response>\n<tool_response>\nRome\n</tool_response>"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_that_leaves_out_the_assistants_words_has_no_place_for_a_reply():
+    chat = ChatTokenizer(tokenizer("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"))
+    with pytest.raises(ValueError, match="does not write an assistant's turn"):
+        chat.reply([CHAT[0]])
+
+
 def test_a_templates_own_marks_are_taken_at_their_word():
     partial = GENERATION.replace(
         "message['content'] + '<|im_end|>' }}{% endgeneration %}{{ ",

@@ -61,3 +61,15 @@ def columns(prompts, completions, completion_ids, answer, bonus, **_):
 def noisy(completions, **_):
     print("hello from a reward function")
     return [1.0] * len(completions)
+
+
+def columns_seen(completion_ids, answer, **_):
+    return [float(len(ids) + a) for ids, a in zip(completion_ids, answer, strict=True)]
+
+
+def kinds(prompts, completions, **_):
+    """1 for a string asked by a string, 2 for messages asked by messages."""
+    talks = [
+        (isinstance(p, str), isinstance(c, str) or c[0]["role"]) for p, c in zip(prompts, completions, strict=True)
+    ]
+    return [{(True, True): 1.0, (False, "assistant"): 2.0}[talk] for talk in talks]
