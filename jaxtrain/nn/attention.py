@@ -24,7 +24,8 @@ class AttentionInputs(NamedTuple):
     positions: Array  # [B, T]
     segment_ids: Array  # [B, T]
     rope: RopeTable
-    kv_segment_ids: Array | None = None  # [B, S] of the cache; None: keys are the tokens themselves
+    cached: Array | None = None  # [B] tokens that the cache holds before this call; None: there is no cache
+    length: Array | None = None  # [B] tokens that it holds after it
 
 
 class Attention(nnx.Module):
@@ -67,8 +68,8 @@ class Attention(nnx.Module):
         keys: list[Array | None],
         impl: Impl,
         mesh: jax.sharding.Mesh | None,
-    ) -> tuple[Array, LayerCache | None]:
-        """x [B, T, D] -> [B, T, D] and the cache with this call's keys and values in it.
+    ) -> tuple[Array, LayerCache]:
+        """x [B, T, D] -> [B, T, D] and the cache with this call's keys and values in it, or those alone.
 
         `kinds[kind]` says how far this layer looks; `kind` may be traced, since stacked layers share one body.
         """
@@ -77,13 +78,11 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, inputs.rope), apply_rope(k, inputs.rope)
         kv_pos = kv_seg = None
-        if cache is not None:
-            assert inputs.kv_segment_ids is not None
-            cache = cache.write(k, v, inputs.positions)
-            k, v = cache
+        if cache is None:
+            cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        else:
             impl = "xla"  # the kernels are made for whole rows; a few queries over a cache need none
-            kv_pos = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2])
-            kv_seg = inputs.kv_segment_ids
+            cache, k, v, kv_pos, kv_seg = _with_cached(cache, k, v, inputs)
 
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
@@ -109,3 +108,27 @@ class Attention(nnx.Module):
         branches = [looking(each.window) for each in kinds]
         out = branches[0](q, k, v) if len(branches) == 1 else jax.lax.switch(kind, branches, q, k, v)
         return self.o_proj(out, keys[3]), cache
+
+
+def _with_cached(
+    cache: LayerCache, k: Array, v: Array, inputs: AttentionInputs
+) -> tuple[LayerCache, Array, Array, Array, Array]:
+    """The cache with k, v [B, T, K, H] in it, and all keys, values [B, S, K, H], positions, segments [B, S] to look at.
+
+    Rows of a cache are one segment, 1. A single token takes the column of one that is out of its sight by then, so it
+    is written first and looks at the buffer itself; several tokens look at what was there before and at each other.
+    """
+    assert inputs.cached is not None and inputs.length is not None
+    written = cache.write(k, v, inputs.positions, inputs.segment_ids, inputs.length)
+    if k.shape[1] == 1:
+        kv_pos = written.positions(inputs.length)
+        return written, written.k.swapaxes(1, 2), written.v.swapaxes(1, 2), kv_pos, _segments(kv_pos)
+    kv_pos = cache.positions(inputs.cached)
+    k = jnp.concatenate([cache.k.swapaxes(1, 2), k], 1)
+    v = jnp.concatenate([cache.v.swapaxes(1, 2), v], 1)
+    kv_seg = jnp.concatenate([_segments(kv_pos), inputs.segment_ids], 1)
+    return written, k, v, jnp.concatenate([kv_pos, inputs.positions], 1), kv_seg
+
+
+def _segments(kv_pos: Array) -> Array:
+    return jnp.where(kv_pos >= 0, 1, -1)

@@ -22,7 +22,7 @@ from jaxtrain.nn.rope import rope_table
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.blockwise import RESIDUALS
 from jaxtrain.parallel.sharding import constrain_rows
-from jaxtrain.types import Array
+from jaxtrain.types import Array, Params
 
 # What the backward pass finds saved; it computes the rest again.
 REMAT_POLICIES = {
@@ -60,8 +60,8 @@ class Block(nnx.Module):
         run: Execution,
         cache: LayerCache | None = None,
         dropout_key: Array | None = None,
-    ) -> tuple[Array, LayerCache | None]:
-        """x [B, T, D] -> [B, T, D] and the layer's cache, if one was given."""
+    ) -> tuple[Array, LayerCache]:
+        """x [B, T, D] -> [B, T, D] and the layer's cache; without one, the keys and values of these tokens."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
         out, cache = self.attn(self.input_norm(x), inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
         x = x + out
@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
         self, tokens: Array, positions: Array, segment_ids: Array, run: Execution, dropout_key: Array | None = None
     ) -> Array:
         """Final hidden states [B, T, D] of packed tokens [B, T], as the head takes them: after the last norm."""
-        inputs = AttentionInputs(positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions))
+        inputs = self._inputs(positions, segment_ids)
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -132,22 +132,51 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(body, x, layers)
         return self._features(x)
 
+    def prefill(
+        self, layers: tuple[Params, ...], tokens: Array, positions: Array, segment_ids: Array, run: Execution
+    ) -> tuple[LayerCache, ...]:
+        """Keys and values [B, K, T, H] of every layer for packed rows [B, T]; `layers` are those of `unstack`."""
+        x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
+        inputs = self._inputs(positions, segment_ids)
+        return self._walk(layers, x, inputs, run, (None,) * len(layers))[1]
+
     def extend(
-        self, tokens: Array, positions: Array, segment_ids: Array, cache: KVCache, run: Execution
+        self,
+        layers: tuple[Params, ...],
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        cache: KVCache,
+        run: Execution,
     ) -> tuple[Array, KVCache]:
-        """Hidden states [B, T, D] of tokens that continue what `cache` holds, and the cache with them in it."""
-        cache = cache.mark(segment_ids, positions)
-        inputs = AttentionInputs(
-            positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions), cache.segment_ids
-        )
-        x = self.embed(tokens, run.dtype)
-        graphdef, stacked = nnx.split(self.layers)
+        """Hidden states [B, T, D] of tokens that continue what `cache` holds, and the cache with them in it.
+
+        A row's tokens stand in order; segment 1, and 0 for padding, which is not written.
+        """
+        ends = jnp.where(segment_ids != 0, positions + 1, 0).max(1)
+        length = jnp.maximum(cache.length, ends)
+        inputs = self._inputs(positions, segment_ids)._replace(cached=cache.length, length=length)
+        x, written = self._walk(layers, self.embed(tokens, run.dtype), inputs, run, cache.layers)
+        return self._features(x), KVCache(written, length)
+
+    def _inputs(self, positions: Array, segment_ids: Array) -> AttentionInputs:
+        return AttentionInputs(positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions))
+
+    def _walk(
+        self,
+        layers: tuple[Params, ...],
+        x: Array,
+        inputs: AttentionInputs,
+        run: Execution,
+        caches: tuple[LayerCache | None, ...],
+    ) -> tuple[Array, tuple[LayerCache, ...]]:
+        """The layers one by one, each with its own cache."""
+        graphdef = nnx.graphdef(self.layers)
         written = []
-        for index, layer_cache in enumerate(cache.layers):
-            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
-            x, layer_cache = layer(x, inputs, (self.kinds[self.kind_of[index]],), 0, run, layer_cache)
-            written.append(layer_cache)
-        return self._features(x), cache._replace(layers=tuple(written))
+        for params, kind, cache in zip(layers, self.config.pattern, caches, strict=True):
+            x, cache = nnx.merge(graphdef, params)(x, inputs, (kind,), 0, run, cache)
+            written.append(cache)
+        return x, tuple(written)
 
     def _features(self, x: Array) -> Array:
         return self.norm(x) if self.custom_head is None else self.custom_head.features(self.norm(x))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtrain.nn.cache import KVCache, empty_cache
+from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
@@ -63,11 +63,20 @@ class Model:
         """Final hidden states [B, T, D] of packed rows."""
         return self._merge(params).hidden(batch.tokens, batch.positions, batch.segment_ids, self.run, dropout_key)
 
+    def prefill(self, params: Params, tokens: Array, positions: Array, segment_ids: Array) -> tuple[LayerCache, ...]:
+        """Keys and values [B, K, T, H] of every layer for packed rows [B, T]; `params` best as of `unstack`."""
+        params = unstack(params)
+        return self._merge(params).prefill(params["layers"], tokens, positions, segment_ids, self.run)
+
     def extend(
         self, params: Params, tokens: Array, positions: Array, segment_ids: Array, cache: KVCache
     ) -> tuple[Array, KVCache]:
-        """Hidden states [B, T, D] of tokens that continue `cache`, and the cache with them in it."""
-        return self._merge(params).extend(tokens, positions, segment_ids, cache, self.run)
+        """Hidden states [B, T, D] of tokens that continue `cache`, and the cache with them in it.
+
+        Segment 1 for a row's tokens, 0 for padding after them. `params` best as of `unstack`.
+        """
+        params = unstack(params)
+        return self._merge(params).extend(params["layers"], tokens, positions, segment_ids, cache, self.run)
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
         return empty_cache(self.config, rows, length, self.run.dtype)
@@ -90,4 +99,15 @@ class Model:
         return self._merge(params).values(hidden)
 
     def _merge(self, params: Params) -> Any:
-        return nnx.merge(self._split[0], params)
+        layers = params["layers"]
+        # Unstacked, the decoder's own layers are only the shape of one.
+        return nnx.merge(self._split[0], {**params, "layers": layers[0]} if isinstance(layers, tuple) else params)
+
+
+def unstack(params: Params) -> Params:
+    """The tree with `layers` as a tuple of trees, one per layer. Done once, a decode step need not slice them."""
+    stacked = params["layers"]
+    if isinstance(stacked, tuple):
+        return params
+    count = len(jax.tree.leaves(stacked)[0])
+    return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))}

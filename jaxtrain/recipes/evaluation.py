@@ -17,9 +17,13 @@ from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.batches import place_batch
 from jaxtrain.recipes.setup import Policy, as_list, stop_ids
-from jaxtrain.sample.decode import greedy
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.placement import row_shares
+from jaxtrain.sample.requests import Request, SamplingParams
 from jaxtrain.train.evaluate import evaluate, make_eval_step
 from jaxtrain.types import Batch, Params, TrainState
+
+_SLOTS = 32  # questions answered at a time
 
 Evaluation = Callable[[TrainState], dict[str, float]]
 
@@ -65,11 +69,14 @@ def answer(
     model: Model, params: Params, tokenizer: Any, prompts: list[Prompt], stops: list[int], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers as text, special tokens left out."""
-    ids = greedy(
+    # Made anew each time, so that its copy of the weights is not kept while training; what it compiled is.
+    engine = Engine(
         model,
         params,
-        [prompt.input_ids.tolist() for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        stop_ids=stops,
+        slots=-(-min(len(prompts), _SLOTS) // row_shares(model)) * row_shares(model),
+        max_length=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
+        tokenizer=tokenizer,
     )
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    params_of_all = SamplingParams(max_tokens=max_new_tokens, temperature=0, stop_ids=stops, logprobs=False)
+    completions = engine.generate([Request(prompt.input_ids, params_of_all) for prompt in prompts])
+    return [str(completion.text) for (completion,) in completions]

@@ -18,7 +18,8 @@ from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
 from jaxtrain.recipes import sft
 from jaxtrain.recipes.export import export_run
-from jaxtrain.sample.decode import greedy
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.requests import Request, SamplingParams
 
 QUESTION = "What is 47 + 38?"
 _TRAIN_ROWS, _EVAL_ROWS = 6000, 300
@@ -71,5 +72,7 @@ def _with_jaxtrain(folder: Path, prompt: np.ndarray, tokenizer: Any) -> list[int
     config, _ = read_config(folder)
     model = Model(config)
     params = import_params(folder, config, model.abstract())
-    stops = [tokenizer.eos_token_id]
-    return greedy(model, params, [prompt.tolist()], max_new_tokens=_NEW_TOKENS, stop_ids=stops, rows=1)[0]
+    engine = Engine(model, params, slots=1, max_length=len(prompt) + _NEW_TOKENS)
+    greedy = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, stop_ids=[tokenizer.eos_token_id])
+    ((completion,),) = engine.generate([Request(prompt, greedy)])
+    return completion.ids.tolist()

@@ -1,81 +1,169 @@
-"""Greedy decoding with a cache: what evaluation needs. Slots, filters and streaming are an engine's business."""
+"""The engine's device programs: prefill, insert, fork, decode, resize. Each compiles once per shape.
+
+The cache holds the keys and values of all but a row's last token; that one is fed to the first decode step. So a
+prefill needs neither head nor sampling, and every token is drawn in one place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.model import Model
+from jaxtrain.parallel.sharding import ROWS, replicated
+from jaxtrain.sample.filters import Knobs, draw
 from jaxtrain.types import Array, Params
 
-_BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are ever compiled
+Layers = tuple[LayerCache, ...]
+
+RUNNING, STOPPED, FULL, BROKEN = range(4)  # why a slot is (no longer) live
 
 
-def greedy(
+class Slots(NamedTuple):
+    """Where each of the B slots stands."""
+
+    token: Array  # [B] int32, the last token, which the cache does not hold yet
+    position: Array  # [B] int32, where that token stands; as many tokens are in the cache
+    left: Array  # [B] int32, tokens that it may still generate
+    live: Array  # [B] bool
+
+
+class Generated(NamedTuple):
+    """What up to k steps made. A slot's values are its first `count` columns."""
+
+    tokens: Array  # [B, k] int32
+    logps: Array  # [B, k] float32
+    raw_logps: Array  # [B, k] float32
+    supports: Array  # [B, k, c] int32
+    count: Array  # [B] int32
+    state: Array  # [B] int32, RUNNING, STOPPED, FULL or BROKEN
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(model: Model, params: Params, tokens: Array, lengths: Array) -> Layers:
+    """Keys and values [R, K, P, H] of every layer for right-padded prompts [R, P] of `lengths` [R] tokens."""
+    columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = (columns < lengths[:, None]).astype(jnp.int32)
+    return _placed(model, model.prefill(params, tokens, columns, segments))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(
+    model: Model, cache: Layers, fresh: Layers, rows: Array, slots: Array, lengths: Array, count: Array
+) -> Layers:
+    """For each i < `count` put row `rows[i]` of a prefill, `lengths[i]` tokens long, into slot `slots[i]`."""
+
+    def put(i: Array, cache: Layers) -> Layers:
+        filled = []
+        for layer, new in zip(cache, fresh, strict=True):
+            one = LayerCache(*(lax.dynamic_slice_in_dim(leaf, rows[i], 1) for leaf in new))
+            if layer.k.shape[2] < new.k.shape[2]:  # a ring, or a buffer shorter than the padding
+                columns = jnp.maximum(layer.positions(lengths[i][None]), 0)[0]
+                one = LayerCache(*(leaf[:, :, columns] for leaf in one))
+            filled.append(_put_row(layer, one, slots[i]))
+        return tuple(filled)
+
+    return _placed(model, lax.fori_loop(0, count, put, cache))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def fork(model: Model, cache: Layers, sources: Array, slots: Array, count: Array) -> Layers:
+    """For each i < `count` copy slot `sources[i]` to slot `slots[i]`."""
+
+    def put(i: Array, cache: Layers) -> Layers:
+        rows = [LayerCache(*(lax.dynamic_slice_in_dim(leaf, sources[i], 1) for leaf in layer)) for layer in cache]
+        return tuple(_put_row(layer, row, slots[i]) for layer, row in zip(cache, rows, strict=True))
+
+    return _placed(model, lax.fori_loop(0, count, put, cache))
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def resize(model: Model, layer: LayerCache, columns: int) -> LayerCache:
+    """The layer's buffer with so many columns; those beyond are cut or zero."""
+    now = layer.k.shape[2]
+    pad = [(0, 0), (0, 0), (0, max(columns - now, 0)), (0, 0)]
+    return _placed(model, (LayerCache(*(jnp.pad(leaf, pad)[:, :, :columns] for leaf in layer)),))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(
     model: Model,
+    most: int,
+    support: int,
     params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    rows: int = 32,
-) -> list[list[int]]:
-    """The most probable continuation of each prompt, without the stop token that ended it.
-
-    `rows` prompts are decoded at a time. Raises ValueError for an empty prompt.
-    """
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty")
-    width = -(-max(map(len, prompts), default=1) // _BUCKET) * _BUCKET
-    stops = jnp.asarray(list(stop_ids), jnp.int32)
-    answers: list[list[int]] = []
-    for start in range(0, len(prompts), rows):
-        chunk = prompts[start : start + rows]
-        tokens = np.zeros((rows, width), np.int32)
-        lengths = np.ones(rows, np.int32)
-        for row, prompt in enumerate(chunk):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        out, counts = _greedy_rows(model, max_new_tokens, params, tokens, lengths, stops)
-        out, counts = np.asarray(out), np.asarray(counts)
-        answers += [out[row, : counts[row]].tolist() for row in range(len(chunk))]
-    return answers
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _greedy_rows(
-    model: Model, max_new_tokens: int, params: Params, tokens: Array, lengths: Array, stops: Array
-) -> tuple[Array, Array]:
-    """Tokens [B, T] right-padded, lengths [B] -> new tokens [B, max_new_tokens] and how many of them count [B]."""
-    rows, width = tokens.shape
-    columns = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    cache = model.empty_cache(rows, width + max_new_tokens)
-    prompt_segments = (columns < lengths[:, None]).astype(jnp.int32)
-    hidden, cache = model.extend(params, tokens, columns, prompt_segments, cache)
-    last = hidden[jnp.arange(rows), lengths - 1]
+    cache: Layers,
+    knobs: Knobs,
+    slots: Slots,
+    steps: Array,
+    quorum: Array,
+) -> tuple[Layers, Generated]:
+    """Up to `steps` <= `most` tokens for every live slot; ends earlier where fewer than `quorum` slots are live."""
+    rows = len(slots.token)
 
     def unfinished(carry: tuple) -> Array:
-        _, _, _, _, done, count = carry
-        return (count < max_new_tokens) & ~jnp.all(done)
+        step, _, slots, _ = carry
+        return (step < steps) & (slots.live.sum() >= quorum)
 
-    def decode(carry: tuple) -> tuple:
-        last, cache, out, counts, done, count = carry
-        token = jnp.argmax(model.logits(params, last), -1).astype(jnp.int32)
-        done |= jnp.any(token[:, None] == stops, -1)
-        out = out.at[:, count].set(token)
-        counts = jnp.where(done, counts, count + 1)
-        # The cache's column is the position; a finished row goes on over columns that nobody reads.
-        position = (lengths + count)[:, None]
-        hidden, cache = model.extend(params, token[:, None], position, jnp.ones_like(position), cache)
-        return hidden[:, 0], cache, out, counts, done, count + 1
+    def body(carry: tuple) -> tuple:
+        step, cache, slots, made = carry
+        segments = slots.live[:, None].astype(jnp.int32)
+        hidden, extended = model.extend(
+            params, slots.token[:, None], slots.position[:, None], segments, KVCache(cache, slots.position)
+        )
+        drawn = draw(model.logits(params, hidden[:, 0]), knobs, slots.position + 1, slots.live, support)
 
-    out = jnp.zeros((rows, max_new_tokens), jnp.int32)
-    counts = jnp.zeros(rows, jnp.int32)
-    carry = (last, cache, out, counts, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
-    _, _, out, counts, _, _ = jax.lax.while_loop(unfinished, decode, carry)
-    return out, counts
+        good = slots.live & ~drawn.broken
+        stopped = good & (drawn.token[:, None] == knobs.stop_ids).any(-1)
+        left = slots.left - good
+        state = jnp.where(stopped, STOPPED, jnp.where(left == 0, FULL, RUNNING))
+        state = jnp.where(slots.live, jnp.where(drawn.broken, BROKEN, state), made.state)
+        made = Generated(
+            *(
+                lax.dynamic_update_slice_in_dim(old, new[:, None], step, 1)
+                for old, new in zip(made, (drawn.token, drawn.logp, drawn.raw_logp, drawn.support), strict=False)
+            ),
+            count=made.count + good,
+            state=state,
+        )
+        live = slots.live & (state == RUNNING)
+        slots = Slots(jnp.where(good, drawn.token, slots.token), slots.position + good, left, live)
+        return step + 1, _placed(model, extended.layers), slots, made
+
+    made = Generated(
+        tokens=jnp.zeros((rows, most), jnp.int32),
+        logps=jnp.zeros((rows, most), jnp.float32),
+        raw_logps=jnp.zeros((rows, most), jnp.float32),
+        supports=jnp.zeros((rows, most, support), jnp.int32),
+        count=jnp.zeros(rows, jnp.int32),
+        state=jnp.full(rows, RUNNING, jnp.int32),
+    )
+    _, cache, _, made = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), cache, slots, made))
+    mesh = model.run.mesh
+    # Every host reads all of it.
+    return cache, made if mesh is None else lax.with_sharding_constraint(made, replicated(mesh))
+
+
+def cache_sharding(model: Model) -> NamedSharding | None:
+    """Where a layer's buffer lies: slots over "data" and "fsdp", heads over "tensor" if they divide, else on all."""
+    mesh = model.run.mesh
+    if mesh is None:
+        return None
+    heads = None if model.config.num_kv_heads % mesh.shape["tensor"] else "tensor"
+    return NamedSharding(mesh, PartitionSpec(ROWS, heads))
+
+
+def _placed(model: Model, layers: Layers) -> Layers:
+    sharding = cache_sharding(model)
+    return layers if sharding is None else lax.with_sharding_constraint(layers, sharding)
+
+
+def _put_row(layer: LayerCache, row: LayerCache, slot: Array) -> LayerCache:
+    return LayerCache(
+        *(lax.dynamic_update_slice(leaf, new, (slot, 0, 0, 0)) for leaf, new in zip(layer, row, strict=True))
+    )

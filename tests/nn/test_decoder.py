@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from jaxtrain.nn.config import LayerKind
+from jaxtrain.nn.model import unstack
 from jaxtrain.train.step import batch_norm, score
 
 MIXED = (LayerKind(window=5), LayerKind(), LayerKind(window=5))
@@ -59,6 +60,7 @@ def test_cached_decoding_equals_the_whole_row(pattern):
     params = tiny.random_params(model)
     batch = tiny.packed_batch([[20], [20]], 20)
     whole = model.hidden(params, batch)
+    params = unstack(params)
     tokens, positions, segments = batch.tokens, batch.positions, batch.segment_ids
     hidden, cache = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], model.empty_cache(2, 24))
     parts = [hidden]

@@ -1,0 +1,374 @@
+"""The engine: fixed slots, continuous batching, a few compiled programs. See `Engine`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.nn.cache import columns_of
+from jaxtrain.nn.model import Model
+from jaxtrain.sample import decode as programs
+from jaxtrain.sample.decode import BROKEN, FULL, RUNNING, STOPPED, Generated, Slots
+from jaxtrain.sample.filters import Knobs
+from jaxtrain.sample.placement import empty_buffers, place_params, row_shares
+from jaxtrain.sample.requests import Chunk, Completion, FinishReason, Request, SamplingParams, Timings, check_request
+from jaxtrain.types import Params
+
+_LEAST_BUCKET = 64  # columns of the shortest cache, tokens of the shortest prefill
+_PREFILL_TOKENS = 2048  # of the widest prefill, so that short prompts share a call
+_STOP_SLOTS = 8
+
+_REASONS: dict[int, FinishReason] = {STOPPED: "stop", FULL: "length", BROKEN: "failed"}
+
+
+class Engine:
+    """Generates for many requests at once, with the trainer's own forward pass.
+
+        engine = Engine(model, params, slots=32, max_length=1024, tokenizer=tokenizer)
+        [[completion, ...], ...] = engine.generate([Request(ids, SamplingParams(max_tokens=64, n=8)), ...])
+
+    `slots` samples are generated together; a finished one's slot goes to the next that waits. Nothing a request asks
+    for compiles anything: a program is compiled once per bucket of prompt and cache lengths (`warm_up` compiles them
+    all beforehand). What a seed yields does not depend on what else is going on, nor on the slot.
+
+    `set_params(params, version)` swaps the weights between calls, also while samples are under way.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        *,
+        slots: int,
+        max_length: int,
+        tokenizer: Any = None,
+        support: int = 0,
+        steps: int = 32,
+        version: int = 0,
+        seed: int = 0,
+    ):
+        """
+        Args:
+            model: its compute dtype is the cache's; on its mesh slots lie over data x fsdp and heads over tensor.
+            params: the trainer's tree (stacked layers). The engine keeps its own copy, in the compute dtype.
+            slots: samples in flight; a multiple of data x fsdp.
+            max_length: prompt and new tokens of a sample.
+            tokenizer: for `Completion.text`; without one it is None.
+            support: where filters (top-k, top-p, min-p) are on, keep at most so many tokens and return their ids as
+                `Completion.supports`. 0: filters are exact and supports are not returned.
+            steps: tokens a slot gets per device call at most; what streams, and what `set_params` waits for.
+            version: of `params`; every token is tagged with it.
+            seed: of the seeds given to requests that bring none.
+        """
+        shares = row_shares(model)
+        if slots < 1 or slots % shares:
+            raise ValueError(f"slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares}")
+        if max_length < 2:
+            raise ValueError(f"max_length={max_length}: a sample is a prompt and a new token, so at least 2")
+        self.model, self.slots, self.max_length = model, slots, max_length
+        self.tokenizer, self.support, self.steps = tokenizer, min(support, model.config.vocab_size), steps
+        self._shares = shares
+        self._seeds = np.random.default_rng(seed)
+        self._buckets = _buckets(max_length)
+        self._bucket = self._buckets[0]
+        self._cache = empty_buffers(model, slots, self._bucket)
+        self._knobs = _no_knobs(slots)
+        self._device_knobs: Knobs | None = None
+        self._state = Slots(*(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.int32, np.bool_)))
+        self._running: list[_Sample | None] = [None] * slots
+        self._held: list[tuple[int, ...] | None] = [None] * slots  # the prompt whose keys and values a slot holds
+        self._waiting: deque[_Sample] = deque()
+        self._submitted = 0
+        self.set_params(params, version)
+
+    def set_params(self, params: Params, version: int) -> None:
+        """Sample with other weights from the next call on. Samples under way go on with the keys they have."""
+        self._params = place_params(self.model, params)
+        self.version = version
+        self._held = [None] * self.slots
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """The samples of every request, in the order of the requests. Raises ValueError for one that cannot be."""
+        done: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
+        for chunk in self.stream(requests):
+            if chunk.completion is not None:
+                done[chunk.request][chunk.sample] = chunk.completion
+        return [[each for each in samples if each is not None] for samples in done]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """What `generate` returns, piece by piece, as it comes. All requests are checked before the first piece."""
+        self._check(requests)
+        numbers = {self.submit(request): index for index, request in enumerate(requests)}
+        while numbers and self.busy:
+            for chunk in self.step():
+                yield chunk._replace(request=numbers[chunk.request])
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its chunks come out of `step` under the number returned."""
+        self._check([request])
+        number, self._submitted = self._submitted, self._submitted + 1
+        params = request.params
+        seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
+        prompt = tuple(int(token) for token in request.prompt_ids)
+        now = time.perf_counter()
+        self._waiting.extend(_Sample(number, index, prompt, params, seed, now) for index in range(params.n))
+        return number
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way or waits."""
+        return bool(self._waiting) or any(self._running)
+
+    def step(self) -> list[Chunk]:
+        """Fill free slots, run one device call, and return what it made."""
+        self._admit()
+        live = self._state.live
+        if not live.any():
+            return []
+        steps = min(self.steps, int(self._state.left[live].max()))
+        self._fit(int(self._state.position[live].max()) + steps)
+        if self._device_knobs is None:
+            self._device_knobs = jax.device_put(self._knobs)
+        # With samples waiting, a call ends once a share of the slots is free; else it goes on to its end.
+        quorum = max(1, int(live.sum()) - self.slots // 8) if self._waiting else 1
+        self._cache, made = programs.decode(
+            self.model,
+            self.steps,
+            self.support,
+            self._params,
+            self._cache,
+            self._device_knobs,
+            self._state,
+            np.int32(steps),
+            np.int32(quorum),
+        )
+        return self._collect(jax.device_get(made))
+
+    def warm_up(self) -> None:
+        """Compile every program for every bucket now. Requires that nothing is under way."""
+        assert not self.busy
+        none = np.zeros(self.slots, np.int32)
+        for bucket in self._buckets:
+            self._fit(bucket)
+            self._cache = programs.fork(self.model, self._cache, none, none, np.int32(0))
+            for length in self._buckets:
+                for rows in self._prefill_rows(length):
+                    self._prefill([], length, rows)
+            self._cache, _ = programs.decode(
+                self.model,
+                self.steps,
+                self.support,
+                self._params,
+                self._cache,
+                jax.device_put(self._knobs),
+                self._state,
+                np.int32(0),
+                np.int32(1),
+            )
+        self._fit(0)
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        for index, request in enumerate(requests):
+            check_request(
+                request,
+                vocab_size=self.model.config.vocab_size,
+                max_length=self.max_length,
+                stop_slots=_STOP_SLOTS,
+                name=f"request {index}",
+            )
+
+    def _admit(self) -> None:
+        """Give free slots to waiting samples, each with the keys and values of its prompt but for the last token."""
+        free = [slot for slot, sample in enumerate(self._running) if sample is None]
+        if not free or not self._waiting:
+            return
+        # Slots that hold a prompt which is asked for again are used up last.
+        admitted = [(slot, self._waiting.popleft()) for slot in free[: len(self._waiting)]]
+        longest = max(len(sample.prompt) for _, sample in admitted)
+        live = self._state.live
+        self._fit(max(longest, int(self._state.position[live].max(initial=0)) + 1))
+
+        taken = {slot for slot, _ in admitted}
+        holders = {held: slot for slot, held in enumerate(self._held) if held is not None and slot not in taken}
+        forks: list[tuple[int, int]] = []
+        fresh: dict[tuple[int, ...], list[int]] = {}
+        for slot, sample in admitted:
+            cached = sample.prompt[:-1]
+            if cached in holders:
+                forks.append((holders[cached], slot))
+            elif cached:
+                fresh.setdefault(cached, []).append(slot)
+            self._occupy(slot, sample)
+            self._held[slot] = cached or None
+        if forks:
+            sources, targets = (self._padded(each) for each in zip(*forks, strict=True))
+            self._cache = programs.fork(self.model, self._cache, sources, targets, np.int32(len(forks)))
+        self._prefill_all(fresh)
+
+    def _prefill_all(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
+        by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
+        for prompt, slots in fresh.items():
+            by_length.setdefault(_round_up(len(prompt), self._buckets), []).append((prompt, slots))
+        for length, group in by_length.items():
+            few, many = self._prefill_rows(length)
+            while group:
+                rows = many if 2 * len(group) > many else few
+                self._prefill(group[:rows], length, rows)
+                group = group[rows:]
+
+    def _prefill_rows(self, length: int) -> tuple[int, int]:
+        """The two sizes of a prefill of prompts of this length."""
+        many = min(self.slots, max(_PREFILL_TOKENS // length, 1))
+        return self._shares, max(many // self._shares, 1) * self._shares
+
+    def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
+        """Compute prompts once and put each into its slots."""
+        tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+        places: list[tuple[int, int, int]] = []
+        for row, (prompt, slots) in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+            places += [(row, slot, len(prompt)) for slot in slots]
+        columns = zip(*places, strict=True) if places else ((), (), ())
+        fresh = programs.prefill(self.model, self._params, tokens, lengths)
+        self._cache = programs.insert(
+            self.model, self._cache, fresh, *(self._padded(each) for each in columns), np.int32(len(places))
+        )
+
+    def _padded(self, values: Sequence[int]) -> np.ndarray:
+        return np.pad(np.asarray(values, np.int32), (0, self.slots - len(values)))
+
+    def _occupy(self, slot: int, sample: _Sample) -> None:
+        params, room = sample.params, self.max_length - len(sample.prompt)
+        self._running[slot] = sample
+        self._state.token[slot] = sample.prompt[-1]
+        self._state.position[slot] = len(sample.prompt) - 1
+        self._state.left[slot] = room if params.max_tokens is None else params.max_tokens
+        self._state.live[slot] = True
+        stop_ids = np.full(_STOP_SLOTS, -1, np.int32)
+        stop_ids[: len(params.stop_ids)] = params.stop_ids
+        values = Knobs(
+            seed=sample.seed,
+            sample=sample.index,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            stop_ids=stop_ids,
+            want_logps=params.logprobs,
+        )
+        for knob, value in zip(self._knobs, values, strict=True):
+            knob[slot] = value
+        self._device_knobs = None
+        sample.admitted = time.perf_counter()
+
+    def _fit(self, length: int) -> None:
+        """Make the cache as long as the bucket that `length` needs, layer by layer, one bucket at a time."""
+        wanted = self._buckets.index(_round_up(min(length, self.max_length), self._buckets))
+        at = self._buckets.index(self._bucket)
+        while at != wanted:
+            at += 1 if wanted > at else -1
+            layers = list(self._cache)
+            self._cache = ()
+            for index, kind in enumerate(self.model.config.pattern):
+                columns = columns_of(kind, self._buckets[at])
+                if columns != layers[index].k.shape[2]:
+                    layers[index] = programs.resize(self.model, layers[index], columns)
+            self._cache = tuple(layers)
+            # A slot's keys beyond the new end are gone, so what it held counts only where it fits.
+            self._held = [held if held is not None and len(held) <= self._buckets[at] else None for held in self._held]
+        self._bucket = self._buckets[wanted]
+
+    def _collect(self, made: Generated) -> list[Chunk]:
+        """Hand the tokens of a call to their samples; take finished ones from their slots."""
+        chunks = []
+        now = time.perf_counter()
+        for slot, sample in enumerate(self._running):
+            if sample is None:
+                continue
+            count, state = int(made.count[slot]), int(made.state[slot])
+            sample.add(tuple(column[slot, :count].copy() for column in made[:4]), self.version, now)
+            if count:
+                self._state.token[slot] = made.tokens[slot, count - 1]
+            self._state.position[slot] += count
+            self._state.left[slot] -= count
+            self._state.live[slot] = state == RUNNING
+            if any(kind.window is not None for kind in self.model.config.pattern):
+                self._held[slot] = None  # a ring forgets the beginning of what it holds
+            completion = None
+            if state != RUNNING:
+                self._running[slot] = None
+                completion = sample.finish(_REASONS[state], self.tokenizer, now)
+            chunks.append(Chunk(sample.request, sample.index, made.tokens[slot, :count], completion))
+        return chunks
+
+
+@dataclass
+class _Sample:
+    """A sample that waits or is under way."""
+
+    request: int
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    submitted: float
+    admitted: float = 0.0
+    first: float | None = None
+    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    def add(self, values: tuple[np.ndarray, ...], version: int, now: float) -> None:
+        """What a call made: ids, logps, raw logps and supports, [m] or [m, c]."""
+        self.first = self.first or now
+        self.parts.append((*values, np.full(len(values[0]), version, np.int32)))
+
+    def finish(self, reason: FinishReason, tokenizer: Any, now: float) -> Completion:
+        ids, logps, raw_logps, supports, versions = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        params = self.params
+        filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        said = ids[:-1] if reason == "stop" else ids
+        return Completion(
+            ids=ids,
+            text=None if tokenizer is None else tokenizer.decode(said.tolist(), skip_special_tokens=True),
+            logps=logps,
+            raw_logps=raw_logps,
+            finish_reason=reason,
+            versions=versions,
+            supports=supports if filtered and supports.shape[1] else None,
+            timings=Timings(self.admitted - self.submitted, (self.first or now) - self.submitted, now - self.submitted),
+            error=f"the logits after {len(self.prompt)} prompt and {len(ids)} new tokens are not finite"
+            if reason == "failed"
+            else None,
+        )
+
+
+def _no_knobs(slots: int) -> Knobs:
+    return Knobs(
+        seed=np.zeros(slots, np.uint32),
+        sample=np.zeros(slots, np.int32),
+        temperature=np.zeros(slots, np.float32),
+        top_k=np.zeros(slots, np.int32),
+        top_p=np.ones(slots, np.float32),
+        min_p=np.zeros(slots, np.float32),
+        stop_ids=np.full((slots, _STOP_SLOTS), -1, np.int32),
+        want_logps=np.zeros(slots, np.bool_),
+    )
+
+
+def _buckets(max_length: int) -> tuple[int, ...]:
+    """Powers of two, and what lies half-way between, up to `max_length`."""
+    sizes = {max_length}
+    for power in range(int(math.log2(_LEAST_BUCKET)), max_length.bit_length()):
+        sizes |= {2**power, 3 * 2 ** (power - 1)}
+    return tuple(sorted(size for size in sizes if size <= max_length))
+
+
+def _round_up(length: int, buckets: tuple[int, ...]) -> int:
+    return next(bucket for bucket in buckets if bucket >= length)

@@ -1,0 +1,177 @@
+"""From logits to a token: the distribution that a request asks for, and one draw from it.
+
+Every knob is a traced value, one a slot, so that no request ever compiles anything. What no slot asks for is skipped
+at run time (`lax.cond`). Filters keep the tokens at or above a threshold, found by bisection over the order of floats
+instead of a sort of the vocabulary; tokens that tie with it are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxtrain.types import Array
+
+_BLOCK = 128  # of the vocabulary: a draw picks a block, then a token in it
+
+
+class Knobs(NamedTuple):
+    """What the requests in the slots ask for. `B` slots."""
+
+    seed: Array  # [B] uint32
+    sample: Array  # [B] int32, which of the request's samples
+    temperature: Array  # [B] float32; 0 is greedy
+    top_k: Array  # [B] int32; 0 keeps all
+    top_p: Array  # [B] float32; 1 keeps all
+    min_p: Array  # [B] float32; 0 keeps all
+    stop_ids: Array  # [B, n] int32, filled up with -1
+    want_logps: Array  # [B] bool
+
+
+class Drawn(NamedTuple):
+    token: Array  # [B] int32
+    logp: Array  # [B] float32, under the distribution drawn from; 0 where greedy or not wanted
+    raw_logp: Array  # [B] float32, under the plain softmax of the logits; 0 where not wanted
+    broken: Array  # [B] bool, the logits hold a NaN or no finite maximum
+    support: Array  # [B, c] int32, the tokens kept, filled up with -1; c = 0 where not asked for
+
+
+def draw(logits: Array, knobs: Knobs, positions: Array, live: Array, support: int = 0) -> Drawn:
+    """One token per slot from logits [B, V] float32, for the places `positions` [B] in their sequences.
+
+    Order: temperature, top-k, top-p of what is left, min-p. The randomness is a function of (seed, sample, position)
+    alone. With `support` > 0 a filtered row keeps at most that many tokens
+    (an unfiltered one keeps all, and its support is -1 throughout).
+    """
+    best = jnp.argmax(logits, -1).astype(jnp.int32)
+    top = jnp.take_along_axis(logits, best[:, None], -1)[:, 0]
+    broken = ~jnp.isfinite(top)
+    greedy = knobs.temperature <= 0
+    nothing = jnp.zeros(len(best), jnp.float32)
+    no_support = jnp.full((len(best), support), -1, jnp.int32)
+
+    def sampled() -> tuple[Array, Array, Array]:
+        token, logp, kept = _sample(logits, top, knobs, positions, live & ~greedy, support)
+        return jnp.where(greedy, best, token), jnp.where(greedy, 0, logp), kept
+
+    token, logp, kept = lax.cond(jnp.any(live & ~greedy), sampled, lambda: (best, nothing, no_support))
+
+    def scored() -> Array:
+        total = jnp.exp(logits - top[:, None]).sum(-1)
+        return jnp.take_along_axis(logits, token[:, None], -1)[:, 0] - top - jnp.log(total)
+
+    raw = lax.cond(jnp.any(live & knobs.want_logps), scored, lambda: nothing)
+    return Drawn(token, logp, raw, broken, kept)
+
+
+def _sample(
+    logits: Array, top: Array, knobs: Knobs, positions: Array, live: Array, support: int
+) -> tuple[Array, Array, Array]:
+    """Tokens [B], log-probabilities [B] and supports [B, support]."""
+    temperature = jnp.where(knobs.temperature > 0, knobs.temperature, 1)
+    scores = (logits - top[:, None]) / temperature[:, None]  # the best has 0
+    filtered = live & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0))
+    nothing_kept = jnp.full((len(top), support), -1, jnp.int32)
+
+    def everything() -> tuple[Array, Array]:
+        return jnp.exp(scores), nothing_kept
+
+    def some() -> tuple[Array, Array]:
+        if support:
+            return _bounded(scores, knobs, filtered, support)
+        least = _threshold(scores, knobs)
+        return jnp.where((scores >= least[:, None]) | ~filtered[:, None], jnp.exp(scores), 0), nothing_kept
+
+    weights, kept = lax.cond(jnp.any(filtered), some, everything)
+    token = _pick(weights, _uniforms(knobs, positions))
+    chosen = jnp.take_along_axis(scores, token[:, None], -1)[:, 0]
+    return token, chosen - jnp.log(weights.sum(-1)), kept
+
+
+def _threshold(scores: Array, knobs: Knobs) -> Array:
+    """The least score [B] that top-k, then top-p, then min-p keep, for scores [B, V] whose best is 0."""
+    vocab = scores.shape[1]
+
+    def by_rank() -> Array:
+        wanted = jnp.where(knobs.top_k > 0, jnp.minimum(knobs.top_k, vocab), vocab)
+        return _largest(scores, lambda kept: kept.sum(-1) >= wanted)
+
+    least = lax.cond(jnp.any(knobs.top_k > 0), by_rank, lambda: jnp.full(len(scores), -jnp.inf))
+
+    def by_mass() -> Array:
+        weights = jnp.where(scores >= least[:, None], jnp.exp(scores), 0)
+        wanted = knobs.top_p * weights.sum(-1)
+        return _largest(scores, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= wanted)
+
+    nucleus = lax.cond(jnp.any(knobs.top_p < 1), by_mass, lambda: least)
+    least = jnp.where(knobs.top_p < 1, jnp.maximum(least, nucleus), least)
+    return jnp.maximum(least, jnp.where(knobs.min_p > 0, jnp.log(knobs.min_p), -jnp.inf))
+
+
+def _largest(scores: Array, enough: Callable[[Array], Array]) -> Array:
+    """The largest threshold t [B] for which `enough(scores >= t)`, for scores <= 0.
+
+    Bisection over the bit patterns of -t, which are ordered as the floats are.
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # small where the score is large
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds  # high is enough; low - 1 is not
+        middle = low + (high - low) // 2
+        found = enough(bits <= middle[:, None])
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    start = (jnp.zeros(len(scores), jnp.int32), jnp.full(len(scores), jnp.finfo(jnp.float32).max).view(jnp.int32))
+    _, bound = lax.fori_loop(0, 31, halve, start)
+    return -lax.bitcast_convert_type(bound, jnp.float32)
+
+
+def _bounded(scores: Array, knobs: Knobs, filtered: Array, support: int) -> tuple[Array, Array]:
+    """Weights [B, V] after the filters, with at most `support` tokens left in a filtered row, and their ids."""
+    values, ids = lax.top_k(scores, support)
+    rank = jnp.arange(support)
+    kept = rank < jnp.where(knobs.top_k > 0, jnp.minimum(knobs.top_k, support), support)[:, None]
+    weights = jnp.exp(values)
+    # The mass that top-p is a share of: what top-k left, or all.
+    mass = jnp.where(knobs.top_k > 0, jnp.where(kept, weights, 0).sum(-1), jnp.exp(scores).sum(-1))
+    before = jnp.cumsum(weights, -1) - weights
+    kept &= (before < (knobs.top_p * mass)[:, None]) | (rank == 0) | (knobs.top_p >= 1)[:, None]
+    kept &= (weights >= knobs.min_p[:, None]) & filtered[:, None]
+    rows = jnp.arange(len(scores))[:, None]
+    some = jnp.zeros_like(scores).at[rows, ids].add(jnp.where(kept, weights, 0))
+    return jnp.where(filtered[:, None], some, jnp.exp(scores)), jnp.where(kept, ids, -1).astype(jnp.int32)
+
+
+def _uniforms(knobs: Knobs, positions: Array) -> Array:
+    """Two numbers in [0, 1) per row, [B, 2], that depend on (seed, sample, position) and on nothing else."""
+
+    def of_row(seed: Array, sample: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+        return jax.random.uniform(key, (2,))
+
+    return jax.vmap(of_row)(knobs.seed, knobs.sample, positions)
+
+
+def _pick(weights: Array, uniforms: Array) -> Array:
+    """Token ids [B] drawn in proportion to weights [B, V]: a block by the first number, a token in it by the second.
+
+    One pass over the vocabulary and no noise per token. Two numbers, since one has too few bits for a rare token.
+    """
+    rows, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    block = _invert(blocks.sum(-1), uniforms[:, 0])
+    inside = _invert(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], uniforms[:, 1])
+    return (block * _BLOCK + inside).astype(jnp.int32)
+
+
+def _invert(weights: Array, uniform: Array) -> Array:
+    """The first index at which the running sum of weights [B, n] passes uniform [B] times their total."""
+    running = jnp.cumsum(weights, -1)
+    passed = running > uniform[:, None] * running[:, -1:]
+    # Rounding may leave nothing passed: then the last that can be drawn at all.
+    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)
+    return jnp.where(passed.any(-1), jnp.argmax(passed, -1), last)

@@ -1,0 +1,65 @@
+"""Where the engine's parameters and cache lie."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+
+from jaxtrain.nn.cache import LayerCache, empty_cache
+from jaxtrain.nn.model import Model, unstack
+from jaxtrain.parallel.sharding import ROWS, RULES, param_specs
+from jaxtrain.sample.decode import cache_sharding
+from jaxtrain.types import Params
+
+_MATRICES = ("kernel", "weight", "lora_a", "lora_b")
+
+
+def row_shares(model: Model) -> int:
+    """The parts that the slots are dealt to."""
+    return 1 if model.run.mesh is None else math.prod(model.run.mesh.shape[axis] for axis in ROWS)
+
+
+def empty_buffers(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
+    """Every layer's buffer for `slots` rows of up to `length` tokens, each device making only its own part."""
+    return _empty(model, slots, length)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
+    layers = empty_cache(model.config, slots, length, model.run.dtype).layers
+    sharding = cache_sharding(model)
+    return layers if sharding is None else jax.lax.with_sharding_constraint(layers, sharding)
+
+
+def place_params(model: Model, params: Params) -> Params:
+    """The engine's own copy: a tree per layer, in the compute dtype, split over "tensor" alone.
+
+    A decode step reads every weight, so one that is split over "fsdp" would be gathered at every step.
+    """
+    return _place(model, params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _place(model: Model, params: Params) -> Params:
+    params = _cast(params, model.run.dtype)
+    mesh = model.run.mesh
+    if mesh is not None:
+        config, tensor = model.config, mesh.shape["tensor"]
+        rules = {**RULES["fsdp_tensor"], "embed": None}
+        if config.num_kv_heads % tensor:
+            rules["kv_heads"] = None
+        params = jax.lax.with_sharding_constraint(params, param_specs(model.axes(), model.abstract(), rules, mesh))
+    return unstack(params)
+
+
+def _cast(params: Params, dtype: np.dtype) -> Params:
+    """The matrices in the dtype in which the forward pass multiplies them; the rest (norms, sinks, routers) as it is."""
+    cast = {}
+    for name, node in params.items():
+        if isinstance(node, dict):
+            cast[name] = node if name == "router" else _cast(node, dtype)
+        else:
+            cast[name] = node.astype(dtype) if name in _MATRICES else node
+    return cast

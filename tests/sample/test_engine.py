@@ -1,0 +1,160 @@
+"""The engine against the model's own forward pass, and its promises about seeds, slots and refills."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxtrain.nn.config import LayerKind
+from jaxtrain.sample import decode as programs
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.train.step import score
+from jaxtrain.types import Batch
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 101, length).tolist() for length in (1, 5, 33, 2, 17)]
+WINDOWS = (LayerKind(window=7), LayerKind(), LayerKind(window=7))
+LENGTH = 64  # one bucket: every program compiles once
+
+
+@pytest.fixture(scope="module", params=["full", "windows"])
+def model_and_params(request):
+    model = tiny.model(**({"pattern": WINDOWS} if request.param == "windows" else {}))
+    return model, tiny.random_params(model)
+
+
+@pytest.fixture(scope="module")
+def engine(model_and_params):
+    return Engine(*model_and_params, slots=3, max_length=LENGTH, support=8)
+
+
+def forward_scores(model, params, prompt, completion):
+    """Log-probabilities [n] and argmaxes [n] of the trainer's forward pass at the generated places."""
+    ids = np.array([*prompt, *completion.ids], np.int32)
+    row = np.pad(ids, (0, LENGTH - len(ids)))[None]
+    segments = (np.arange(LENGTH) < len(ids)).astype(np.int32)[None]
+    weights = (segments * (np.arange(LENGTH) >= len(prompt))).astype(np.float32)
+    scores = _score(model, params, Batch(row, np.arange(LENGTH, dtype=np.int32)[None], segments, weights))
+    span = slice(len(prompt), len(ids))
+    return np.asarray(scores.logp)[0, span], np.asarray(scores.correct)[0, span]
+
+
+_score = jax.jit(score, static_argnums=0)
+
+
+def compiled():
+    """Programs compiled by all engines of this process."""
+    every = (programs.prefill, programs.insert, programs.fork, programs.resize, programs.decode)
+    return sum(program._cache_size() for program in every)
+
+
+def test_greedy_tokens_and_logps_are_those_of_the_forward_pass(model_and_params, engine):
+    """More prompts than slots, of mixed lengths, so slots are refilled; prompts and rows longer than the windows."""
+    greedy = SamplingParams(max_tokens=20, temperature=0)
+    for prompt, (completion,) in zip(PROMPTS, engine.generate([Request(p, greedy) for p in PROMPTS]), strict=True):
+        logps, is_best = forward_scores(*model_and_params, prompt, completion)
+        assert len(completion.ids) == 20 and completion.finish_reason == "length"
+        assert is_best.all()
+        np.testing.assert_allclose(completion.raw_logps, logps, atol=1e-4)
+        assert not completion.logps.any()
+
+
+def test_sampled_logps_are_those_of_the_forward_pass(model_and_params, engine):
+    requests = [Request(p, SamplingParams(20, n=2)) for p in PROMPTS]
+    for prompt, samples in zip(PROMPTS, engine.generate(requests), strict=True):
+        for completion in samples:
+            logps, _ = forward_scores(*model_and_params, prompt, completion)
+            np.testing.assert_allclose(completion.raw_logps, logps, atol=1e-4)
+            np.testing.assert_allclose(completion.logps, logps, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8, "temperature": 1.3}], ids=["plain", "filtered"])
+def test_a_seed_decides_the_samples_whatever_else_goes_on(engine, options):
+    request = Request(PROMPTS[2], SamplingParams(12, seed=5, n=2, **options))
+    alone = engine.generate([request])[0]
+    others = [Request(p, SamplingParams(9, temperature=0.7, top_k=5)) for p in PROMPTS]
+    for place in (0, 3, 5):
+        crowd = engine.generate([*others[:place], request, *others[place:]])[place]
+        for one, other in zip(alone, crowd, strict=True):
+            assert one.ids.tolist() == other.ids.tolist()
+            np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+    assert alone[0].ids.tolist() != alone[1].ids.tolist()
+
+
+def test_a_sample_ends_with_its_stop_token(engine):
+    greedy = SamplingParams(max_tokens=10, temperature=0)
+    whole = [completion.ids.tolist() for (completion,) in engine.generate([Request(p, greedy) for p in PROMPTS])]
+    stop = whole[1][4]
+    stopping = SamplingParams(max_tokens=10, temperature=0, stop_ids=[100, stop])
+    for before, (completion,) in zip(whole, engine.generate([Request(p, stopping) for p in PROMPTS]), strict=True):
+        ends = stop in before
+        assert completion.ids.tolist() == (before[: before.index(stop) + 1] if ends else before)
+        assert completion.finish_reason == ("stop" if ends else "length")
+
+
+def test_supports_hold_the_mass_that_logps_are_relative_to(model_and_params, engine):
+    """A filtered sample scored under its own support is its `logps`: what the trainer will do."""
+    params = SamplingParams(12, temperature=0.8, top_k=5, top_p=0.9)
+    ((completion,),) = engine.generate([Request(PROMPTS[1], params)])
+    model, weights = model_and_params
+    ids = [*PROMPTS[1], *completion.ids]
+    batch = Batch(*(np.array([each], np.int32) for each in (ids, range(len(ids)), [1] * len(ids))), np.ones(1))
+    logits = np.asarray(model.logits(weights, model.hidden(weights, batch)))[0, len(PROMPTS[1]) - 1 : -1] / 0.8
+    for row, token, support, logp in zip(logits, completion.ids, completion.supports, completion.logps, strict=True):
+        kept = support[support >= 0]
+        assert 1 <= len(kept) <= 5 and token in kept and row[kept].min() >= np.delete(row, kept).max()
+        assert logp == pytest.approx(row[token] - np.log(np.exp(row[kept]).sum()), abs=1e-4)
+
+
+def test_tokens_are_tagged_with_the_version_that_made_them(model_and_params):
+    model, params = model_and_params
+    other = jax.tree.map(lambda leaf: leaf * 1.1, params)
+    engine = Engine(model, params, slots=3, max_length=LENGTH, steps=4)
+    engine.submit(Request(PROMPTS[1], SamplingParams(10, temperature=0)))
+    chunks = engine.step()
+    before = compiled()
+    engine.set_params(other, 7)
+    while engine.busy:
+        chunks += engine.step()
+    assert compiled() == before
+    completion = chunks[-1].completion
+    assert completion.versions.tolist() == [0] * 4 + [7] * 6
+    assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == completion.ids.tolist()
+    ((old,),) = Engine(model, params, slots=3, max_length=LENGTH).generate(
+        [Request(PROMPTS[1], SamplingParams(10, temperature=0))]
+    )
+    assert completion.ids[:4].tolist() == old.ids[:4].tolist()
+    ((new,),) = engine.generate([Request(PROMPTS[1], SamplingParams(10, temperature=0))])
+    np.testing.assert_allclose(new.raw_logps, forward_scores(model, other, PROMPTS[1], new)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "request 1: the prompt is empty"),
+        ([1] * 64, {}, "request 1: the prompt has 64 tokens, and max_length=64"),
+        ([1] * 60, {"max_tokens": 5}, r"60 prompt tokens \+ max_tokens=5 = 65 can never fit .* max_tokens=4 would"),
+        ([1, 101], {}, "prompt id 101 is outside the vocabulary of 101"),
+        ([1], {"stop_ids": [200]}, "stop id 200 is outside"),
+        ([1], {"stop_ids": list(range(9))}, "9 stop_ids"),
+        ([0.5], {}, "must be a list of token ids"),
+    ],
+)
+def test_a_request_that_can_never_be_served_is_refused(engine, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate([Request([1]), Request(prompt, SamplingParams(**options))])
+    assert not engine.busy
+
+
+def test_a_request_whose_logits_break_fails_and_the_others_finish(model_and_params):
+    # An embedding that is the head too would break everybody's logits.
+    model = tiny.model(pattern=model_and_params[0].config.pattern, tied=False)
+    whole = tiny.random_params(model)
+    whole["embed"]["weight"] = whole["embed"]["weight"].at[3].set(jnp.nan)
+    engine = Engine(model, whole, slots=3, max_length=LENGTH)
+    greedy = SamplingParams(6, temperature=0, stop_ids=[3])
+    (good,), (bad,) = engine.generate([Request([1, 2], greedy), Request([1, 3, 2], greedy)])
+    assert good.finish_reason == "length" and good.error is None
+    assert bad.finish_reason == "failed" and bad.error == "the logits after 3 prompt and 0 new tokens are not finite"
