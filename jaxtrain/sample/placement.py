@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import jax
+import numpy as np
 
 from jaxtrain.nn.cache import LayerCache, empty_cache
 from jaxtrain.nn.model import Model, unstack
@@ -55,7 +56,7 @@ def _place(model: Model, params: Params) -> Params:
 
 
 def _cast(params: Params, dtype: np.dtype) -> Params:
-    """The matrices in the dtype in which the forward pass multiplies them; the rest (norms, sinks, routers) as it is."""
+    """Matrices in the dtype in which the forward pass multiplies them; the rest (norms, sinks, routers) as it is."""
     cast = {}
     for name, node in params.items():
         if isinstance(node, dict):
