@@ -61,7 +61,7 @@ def export_hf(
 
     Raises CheckpointError where `out` is not empty, or the parameters do not fit the family.
     """
-    folder = _empty(Path(out))
+    folder = empty_folder(Path(out))
     family, leaves = FAMILIES[config.family], flatten(params)
     own_head = {ours: leaves.pop(ours) for ours in list(leaves) if ours.startswith("custom_head.")}
     tensors = bind(weight_rows(config), {ours: leaf.shape for ours, leaf in leaves.items()}, config)
@@ -71,22 +71,22 @@ def export_hf(
 
     def fetch(name: str) -> np.ndarray:
         tensor = by_name[name]
-        return tensor.to_hf(_gather(leaves[tensor.ours], tensor.stack)).astype(cast[tensor.ours], copy=False)
+        return tensor.to_hf(gather(leaves[tensor.ours], tensor.stack)).astype(cast[tensor.ours], copy=False)
 
     if jax.process_index() > 0:
         # A tensor that is spread over hosts is gathered by all of them.
         for spec in (spec for shard in files.values() for spec in shard):
             fetch(spec.name)
         for leaf in own_head.values():
-            _gather(leaf, ())
+            gather(leaf, ())
         return folder
     scalar = "value_head.kernel" in leaves
     config_json = _with_dtype(for_head(family.to_hf(config, hf), config, scalar), cast["embed.weight"])
-    with _written_aside(folder) as partial:
+    with written_aside(folder) as partial:
         write_checkpoint(partial, files, fetch)
         if own_head:
             specs = [Spec(name, leaf.dtype, leaf.shape) for name, leaf in own_head.items()]
-            write_checkpoint(partial, {CUSTOM_HEAD: specs}, lambda name: _gather(own_head[name], ()))
+            write_checkpoint(partial, {CUSTOM_HEAD: specs}, lambda name: gather(own_head[name], ()))
         _write_rest(partial, config_json, Path(tokenizer_from) if tokenizer_from is not None else None)
     return folder
 
@@ -106,9 +106,9 @@ def convert(
     holds the same tensors under the same names, so this checks a folder and tidies it: other file sizes, no stray
     files. Returns the folder. Raises CheckpointError as `import_params` and `export_hf` do.
     """
-    folder = _empty(Path(out))
+    folder = empty_folder(Path(out))
     shapes = {ours: leaf.shape for ours, leaf in flatten(target).items()}
-    with open_checkpoint(source) as checkpoint, _written_aside(folder) as partial:
+    with open_checkpoint(source) as checkpoint, written_aside(folder) as partial:
         by_name = {t.name: t for t in bind_checkpoint(checkpoint, config, shapes)}
         specs = [Spec(t.name, checkpoint.dtype(t.name), t.shape) for t in by_name.values()]
 
@@ -122,14 +122,14 @@ def convert(
     return folder
 
 
-def _empty(out: Path) -> Path:
+def empty_folder(out: Path) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} is there already and not an empty folder; name another or remove it")
     return out
 
 
 @contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
+def written_aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name once the block is through, and is gone where it fails."""
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
@@ -145,7 +145,7 @@ def _at(stacked: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
     return stacked[place]
 
 
-def _gather(leaf: jax.Array, stack: tuple[int, ...]) -> np.ndarray:
+def gather(leaf: jax.Array, stack: tuple[int, ...]) -> np.ndarray:
     """One layer's part of a parameter, whole, on this host."""
     part = _at(leaf, stack) if stack else leaf  # jitted with a traced place: one program for all layers
     if part.is_fully_addressable:

@@ -61,7 +61,7 @@ def import_params(path: str | Path, config: ModelConfig, target: Params, *, part
         tensors = bind_checkpoint(checkpoint, config, shapes, partial=partial)
         params = {}
         for ours, leaf in sorted(leaves.items(), key=lambda item: -math.prod(item[1].shape)):
-            params[ours] = _place(checkpoint, leaf, [t for t in tensors if t.ours == ours and not t.alias])
+            params[ours] = place(checkpoint, leaf, [t for t in tensors if t.ours == ours and not t.alias])
     return unflatten({ours: params[ours] for ours in leaves})
 
 
@@ -109,7 +109,7 @@ def _check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
             )
 
 
-def _place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tensor]) -> jax.Array:
+def place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tensor]) -> jax.Array:
     """One parameter: a host buffer for each distinct shard, filled tensor by tensor, then put onto its devices."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     holders: dict[Bounds, list[Any]] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtrain.nn.config import Lora
+from jaxtrain.nn.config import Lora, names_linear
 from jaxtrain.types import Params
 
 NEW = ("lora_a", "lora_b", "value_head", "custom_head")
@@ -70,21 +72,25 @@ def _merged_kernel(linear: dict[str, Any], lora: Lora) -> Any:
     return (kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)).astype(kernel.dtype)
 
 
-def check_targets(targets: list[str], params: Params) -> None:
-    """Raise ValueError for a target that is no linear of the model."""
+def check_targets(targets: Iterable[str], params: Params) -> None:
+    """Raise ValueError for a target that names no linear of the model."""
     known = sorted(_linears(params["layers"]))
     for target in targets:
-        if target not in known:
-            near = difflib.get_close_matches(target, known, 1)
+        if not any(names_linear(target, path) for path in known):
+            last = {path.rpartition(".")[2]: None for path in known}
+            near = difflib.get_close_matches(target, [*last, *known], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if re.search(r"\blayers\.\d", target):
+                hint = "; layers are stacked, so an adapter is on all of them: write layers.*"
             raise ValueError(
                 f"model.lora.targets: the model has no linear {target!r}{hint} (it has {', '.join(known)})"
             )
 
 
 def _linears(node: Params) -> set[str]:
+    """Dotted paths of the linears within a layer."""
     found: set[str] = set()
     for name, inner in node.items():
         if isinstance(inner, dict):
-            found |= {name} if "kernel" in inner else _linears(inner)
+            found |= {name} if "kernel" in inner else {f"{name}.{path}" for path in _linears(inner)}
     return found

@@ -45,6 +45,9 @@ ALIASES = {
     "logging_steps": "log.every",
     "lora_r": "model.lora.rank",
     "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "target_modules": "model.lora.targets",
+    "use_rslora": "model.lora.rslora",
 }
 
 

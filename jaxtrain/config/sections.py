@@ -37,10 +37,13 @@ class RunSection(Section):
 
 
 class LoraSection(Section):
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
+    path: str | None = None  # a PEFT folder to go on from; it then says what the four keys below are
+    rank: PositiveInt | None = None  # default: 16
+    alpha: PositiveFloat | None = None  # default: 32
+    rslora: bool | None = None  # scale by alpha / sqrt(rank) instead of alpha / rank; default: False
+    targets: list[str] | None = None  # names, globs (`attn.*`) or all-linear; default: the seven *_proj of a layer
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    dtype: DType = "float32"  # of the adapters; model.param_dtype is the base's
 
 
 class ModelSection(Section):

@@ -41,7 +41,7 @@ class Attention(nnx.Module):
                 dtype=dtype,
                 std=config.init_std,
                 bias=bias,
-                lora=lora if lora and name in lora.targets else None,
+                lora=lora if lora and lora.covers(f"attn.{name}") else None,
             )
 
         self.q_proj = linear("q_proj", stream, heads, config.qkv_bias)

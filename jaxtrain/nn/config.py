@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
@@ -79,13 +81,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on the linears whose name is in `targets` (https://arxiv.org/abs/2106.09685)."""
+    """Low-rank adapters on the linears that `targets` name (https://arxiv.org/abs/2106.09685)."""
 
     rank: int
     alpha: float
     dropout: float
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # see `names_linear`
+    rslora: bool = False  # scale by alpha / sqrt(rank), so that high ranks learn too (https://arxiv.org/abs/2312.03732)
+    dtype: np.dtype = FLOAT32  # of the adapters; the base has the model's
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def covers(self, path: str) -> bool:
+        """Whether the linear at `path` within a layer (`attn.q_proj`) has an adapter."""
+        return any(names_linear(target, path) for target in self.targets)
+
+
+def names_linear(target: str, path: str) -> bool:
+    """Whether `target` names the linear at `path` within a layer: `all-linear`, a name (`q_proj`), or a glob over
+    dotted names (`attn.*`, `layers.*.mlp.up_proj`). Layers are stacked, so an adapter is on all of them or on none."""
+    parts = f"layers.*.{path}".split(".")
+    return target == "all-linear" or any(fnmatchcase(".".join(parts[i:]), target) for i in range(len(parts)))

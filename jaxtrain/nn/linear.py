@@ -45,9 +45,9 @@ class Linear(nnx.Module):
         if lora:
             # PEFT's initialisation: a uniform within 1/sqrt(fan in), b zero, so that step 0 is the base model.
             bound = 1 / math.sqrt(math.prod(in_shape))
-            a = jax.random.uniform(rngs.params(), (*in_shape, lora.rank), dtype, -bound, bound)
+            a = jax.random.uniform(rngs.params(), (*in_shape, lora.rank), lora.dtype, -bound, bound)
             self.lora_a = nnx.Param(a, out_sharding=(*in_axes, "rank"))
-            self.lora_b = nnx.Param(jnp.zeros((lora.rank, *out_shape), dtype), out_sharding=("rank", *out_axes))
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, *out_shape), lora.dtype), out_sharding=("rank", *out_axes))
 
     def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
         """x [..., *in] -> [..., *out] in x's dtype. `dropout_key` switches the adapter's dropout on."""

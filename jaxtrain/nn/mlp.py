@@ -31,7 +31,7 @@ class GatedMLP(nnx.Module):
                 dtype=dtype,
                 std=config.init_std,
                 bias=config.mlp_bias,
-                lora=lora if lora and name in lora.targets else None,
+                lora=lora if lora and lora.covers(f"mlp.{name}") else None,
             )
 
         stream, hidden = (config.hidden_size, "embed"), (config.intermediate_size, "mlp")

@@ -118,13 +118,13 @@ def peak_memory_bytes() -> int:
 def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     return {
-        "q_proj": (d, config.num_heads * h),
-        "k_proj": (d, config.num_kv_heads * h),
-        "v_proj": (d, config.num_kv_heads * h),
-        "o_proj": (config.num_heads * h, d),
-        "gate_proj": (d, f),
-        "up_proj": (d, f),
-        "down_proj": (f, d),
+        "attn.q_proj": (d, config.num_heads * h),
+        "attn.k_proj": (d, config.num_kv_heads * h),
+        "attn.v_proj": (d, config.num_kv_heads * h),
+        "attn.o_proj": (config.num_heads * h, d),
+        "mlp.gate_proj": (d, f),
+        "mlp.up_proj": (d, f),
+        "mlp.down_proj": (f, d),
     }
 
 
@@ -132,5 +132,5 @@ def _matrix_flops(name: str, i: int, o: int, lora: Lora | None) -> int:
     """Forward and backward, per token."""
     if lora is None:
         return 6 * i * o
-    adapter = 6 * lora.rank * (i + o) if name in lora.targets else 0
+    adapter = 6 * lora.rank * (i + o) if name != "lm_head" and lora.covers(name) else 0
     return 4 * i * o + adapter

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from converters.adapters import export_adapter
 from converters.export_hf import convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
@@ -20,10 +21,11 @@ from jaxtrain.recipes.setup import base_params, make_policy, tokenizer_folder
 from jaxtrain.train.checkpoint import Checkpoints
 
 
-def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
+def export_run(run: Path, out: Path, *, dtype: str | None = None, adapter: bool = False) -> None:
     """Write the model of a run's newest checkpoint to `out`, adapters merged, on whatever devices there are here.
 
     `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
+    `adapter` writes the adapters alone, as a PEFT folder.
     Raises ValueError where `run` holds no run or no checkpoint, or `out` is not empty.
     """
     config = read_run_config(run)
@@ -35,6 +37,14 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None) -> None:
         raise ValueError(f"{run} holds no checkpoint yet")
     params = restored.state["params"]
     lora = policy.model.lora
+    if adapter:
+        others = sorted(params.keys() - {"layers"})
+        if lora is None:
+            raise ValueError(f"{run} trained no adapter: its config has no model.lora")
+        if others:
+            raise ValueError(f"{run} trained {others[0]} too, which an adapter folder leaves out: export it merged")
+        export_adapter(params, policy.model.config, lora, out, config.model.path)
+        return
     if lora:
         base = base_params(config.model, policy, config.run.seed)
         merge = jax.jit(lambda trained, base: merge_adapters(join(trained, base), lora))

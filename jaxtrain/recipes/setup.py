@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from converters.adapters import import_adapter, read_lora
 from converters.families.registry import has_scalar_head
 from converters.import_hf import import_params, read_config
 from converters.tokenizer import load_tokenizer
 from jaxtrain.config import ModelSection, RunConfig, SourceSection
 from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
 from jaxtrain.lora import check_targets, split_adapters
-from jaxtrain.nn.config import Lora
+from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.batches import local_shards
 from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
 from jaxtrain.types import Params
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Policy(NamedTuple):
@@ -55,10 +59,10 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     model_config, hf = read_config(origin, vocab_multiple=multiple)
     run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh)
-    model = Model(model_config, _lora(section), run, jnp.dtype(section.param_dtype), section.head)
+    model = Model(model_config, _lora(section, model_config), run, jnp.dtype(section.param_dtype), section.head)
     shapes = model.abstract()
-    if section.lora:
-        check_targets(section.lora.targets, shapes)
+    if model.lora:
+        check_targets(model.lora.targets, shapes)
     shardings = param_specs(model.axes(), shapes, RULES[config.mesh.preset], mesh)
     return Policy(model, hf, jax.tree.map(_placed, shapes, shardings))
 
@@ -74,11 +78,14 @@ def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
 
 
 def adapter_params(section: ModelSection, policy: Policy, seed: int) -> Params:
-    """Fresh adapters, which change nothing yet, and a scalar or custom head: random, or the reward model's own."""
+    """Fresh adapters, which change nothing yet, or those of `model.lora.path`; a scalar or custom head: random, or the
+    reward model's own."""
     target = split_adapters(policy.target)[0]
     if not target:
         return {}
     params = _random(policy.model, 0, target, seed)
+    if section.lora is not None and section.lora.path is not None:
+        params |= import_adapter(section.lora.path, policy.model.config, {"layers": target["layers"]})
     if section.path is not None and policy.model.output == SCALAR and has_scalar_head(policy.hf):
         head = {"value_head": target["value_head"]}
         params |= import_params(section.path, policy.model.config, head, partial=True)
@@ -147,9 +154,26 @@ def _random(model: Model, part: int, target: Params, seed: int) -> Params:
     return jax.jit(lambda key: split_adapters(model.init(key))[part], out_shardings=shardings)(jax.random.key(seed))
 
 
-def _lora(section: ModelSection) -> Lora | None:
-    lora = section.lora
-    return lora and Lora(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
+def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:
+    asked = section.lora
+    if asked is None:
+        return None
+    dtype = jnp.dtype(asked.dtype)
+    if asked.path is None:
+        targets = LORA_TARGETS if asked.targets is None else tuple(asked.targets)
+        return Lora(asked.rank or 16, asked.alpha or 32.0, asked.dropout, targets, bool(asked.rslora), dtype)
+    found = replace(read_lora(asked.path, config), dropout=asked.dropout, dtype=dtype)
+    for key, value in (("rank", found.rank), ("alpha", found.alpha), ("rslora", found.rslora)):
+        wanted = getattr(asked, key)
+        if wanted not in (None, value):
+            raise ValueError(f"model.lora.{key}={wanted}, but the adapter in {asked.path} has {value}; leave it out")
+    named = replace(found, targets=tuple(asked.targets or found.targets))
+    if any(not named.covers(path) for path in found.targets):
+        raise ValueError(
+            f"model.lora.targets={asked.targets}, but the adapter in {asked.path} is on {', '.join(found.targets)}; "
+            "leave it out"
+        )
+    return named
 
 
 def _placed(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

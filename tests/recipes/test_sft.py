@@ -211,6 +211,8 @@ def test_lora_run_is_resumed_merged_and_served(place, whole, tmp_path):
     train(place, *lora)
     losses = [line["loss"] for line in logged(run) if "loss" in line]
     assert losses[-1] < losses[0]
+    export_run(run, tmp_path / "adapter", adapter=True)
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * 7 * 2  # factors, linears, layers
     export_run(run, tmp_path / "merged")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

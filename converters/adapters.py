@@ -1,0 +1,230 @@
+"""LoRA adapters as PEFT folders, in and out: adapter_model.safetensors and adapter_config.json.
+
+No table of its own: an adapter's two factors go through the ops of its kernel's row. `lora_a` [*in, r] is laid out as a
+kernel with r outputs, `lora_b` [r, *out] as one with r inputs, so whatever turns the checkpoint's [out, in] into our
+kernel turns PEFT's `lora_A` [r, in] and `lora_B` [out, r] into ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from converters.errors import CheckpointError, nearest
+from converters.export_hf import empty_folder, gather, written_aside
+from converters.families.registry import weight_rows
+from converters.import_hf import place
+from converters.rows import Index, Shape, Tensor, Weight, bind, flatten, unflatten
+from converters.safetensors_io import Checkpoint, Spec, check_folder, read_header, write_checkpoint
+from jaxtrain.nn.config import Lora, ModelConfig
+from jaxtrain.types import Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
+
+# Keys of adapter_config.json that change the maths, and the values at which they do not.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "alpha_pattern": (None, {}),
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),  # others change the base weights too
+    "layer_replication": (None,),
+    "layers_to_transform": (None, []),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_dora": (None, False),
+    "use_qalora": (None, False),
+}
+
+
+@dataclass(frozen=True)
+class _Drop:
+    """The kernel's shape has `count` axes of size 1 at `at`, which the factor lacks."""
+
+    at: int
+    count: int
+
+    def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
+        return (*shape[: self.at], *[1] * self.count, *shape[self.at :])
+
+    def hf_index(self, index: Index, shape: Shape, hf_shape: Shape) -> Index:
+        return (*index[: self.at], *[slice(0, 1)] * self.count, *index[self.at :])
+
+    def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
+        return block.reshape(shape)
+
+    def to_hf(self, array: np.ndarray, hf_shape: Shape) -> np.ndarray:
+        return array.reshape(hf_shape)
+
+
+def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
+    """What the adapter of a PEFT folder is. Its targets are told from its tensors.
+
+    Raises CheckpointError for a folder that is none, an adapter that is no plain LoRA, and a tensor of no linear of
+    the model.
+    """
+    hf = _read_config(Path(folder))
+    modules = {_module(row, layer): row for row in _linears(config) for layer in range(config.num_layers)}
+    targets = {}
+    with _open(Path(folder)) as checkpoint:
+        for name in checkpoint.entries:
+            module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+            if module not in modules:
+                raise CheckpointError(
+                    f"{folder}: adapter tensor {name} belongs to no linear of the model" + nearest(module, modules)
+                )
+            targets[_path(modules[module]).removeprefix("layers.")] = None
+    if not targets:
+        raise CheckpointError(f"{folder}: the adapter holds no tensor")
+    return Lora(
+        hf["r"], float(hf["lora_alpha"]), hf.get("lora_dropout") or 0.0, tuple(targets), bool(hf.get("use_rslora"))
+    )
+
+
+def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> Params:
+    """Read a PEFT folder into the tree of `target`: `lora_a` and `lora_b` as sharded `jax.ShapeDtypeStruct`s.
+
+    Raises CheckpointError for a missing, left-over or misshapen tensor.
+    """
+    leaves = flatten(target)
+    tensors = list(_bind(config, {ours: leaf.shape for ours, leaf in leaves.items()}))
+    with _open(Path(folder)) as checkpoint:
+        expected = {tensor.name: tensor.shape for tensor in tensors}
+        for name in sorted(expected.keys() ^ checkpoint.entries.keys()):
+            fault = "lacks" if name in expected else "holds, beside those of model.lora.targets,"
+            raise CheckpointError(f"{folder} {fault} adapter tensor {name}")
+        for name, shape in expected.items():
+            if checkpoint.entries[name].shape != shape:
+                raise CheckpointError(
+                    f"{folder}: adapter tensor {name} is {list(checkpoint.entries[name].shape)}, the model needs "
+                    f"{list(shape)}"
+                )
+        return unflatten(
+            {ours: place(checkpoint, leaf, [t for t in tensors if t.ours == ours]) for ours, leaf in leaves.items()}
+        )
+
+
+def export_adapter(adapters: Params, config: ModelConfig, lora: Lora, out: str | Path, base: str | None) -> Path:
+    """Write `lora_a` and `lora_b` as a folder that `peft` loads onto the model at `base`. Returns the folder.
+
+    Every process must call this. Raises CheckpointError where `out` is not empty, or PEFT cannot say what the adapters
+    are (those of experts, or of parts of a fused matrix).
+    """
+    folder, leaves = empty_folder(Path(out)), flatten(adapters)
+    by_name = {t.name: t for t in _bind(config, {ours: leaf.shape for ours, leaf in leaves.items()})}
+    specs = [Spec(name, np.dtype(leaves[t.ours].dtype), t.shape) for name, t in by_name.items()]
+
+    def fetch(name: str) -> np.ndarray:
+        tensor = by_name[name]
+        return tensor.to_hf(gather(leaves[tensor.ours], tensor.stack))
+
+    if jax.process_index() > 0:
+        for spec in specs:
+            fetch(spec.name)
+        return folder
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.rslora,
+        "target_modules": _target_modules(config, {ours.rpartition(".")[0] for ours in leaves}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with written_aside(folder) as partial:
+        write_checkpoint(partial, {WEIGHTS: specs}, fetch)
+        (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    return folder
+
+
+def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
+    """PEFT's tensors of the factors of `shapes`, by dotted path."""
+    rows = {_path(row): row for row in _linears(config)}
+    for path in dict.fromkeys(ours.rpartition(".")[0] for ours in shapes):
+        if path not in rows:
+            raise CheckpointError(f"PEFT has no place for the adapter of {path}: in transformers it is no linear")
+        a, b = shapes[f"{path}.lora_a"], shapes[f"{path}.lora_b"]
+        rank, inputs, outputs = a[-1], math.prod(a[1:-1]), math.prod(b[2:])
+        drops = {"lora_a": _Drop(len(a) - 1, len(b) - 3), "lora_b": _Drop(1, len(a) - 3)}
+        wanted = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
+        for factor, theirs in _FACTORS.items():
+            row, ours = rows[path], f"{path}.{factor}"
+            name = f"{_PREFIX}{row.hf.removesuffix('.weight')}.{theirs}.weight"
+            for tensor in bind([Weight(ours, name, (*row.ops, drops[factor]))], {ours: shapes[ours]}, config):
+                if tensor.shape != wanted[factor]:
+                    raise CheckpointError(
+                        f"PEFT has no place for the adapter of {path}: in transformers it is part of another matrix "
+                        f"({row.hf})"
+                    )
+                yield tensor
+
+
+def _linears(config: ModelConfig) -> list[Weight]:
+    """The rows of matrices that are a linear module of every layer."""
+    return [
+        row
+        for row in weight_rows(config)
+        if row.ours.startswith("layers.")
+        and row.ours.endswith(".kernel")
+        and row.hf.endswith(".weight")
+        and [field for _, field, _, _ in string.Formatter().parse(row.hf) if field] == ["layer"]
+    ]
+
+
+def _path(row: Weight) -> str:
+    return row.ours.removesuffix(".kernel")
+
+
+def _module(row: Weight, layer: int) -> str:
+    return row.hf.removesuffix(".weight").format(layer=layer)
+
+
+def _target_modules(config: ModelConfig, adapted: set[str]) -> list[str]:
+    """Last names where those are enough, as PEFT's users write them, else with the parent's name."""
+    names: dict[str, list[tuple[str, bool]]] = {}
+    for row in _linears(config):
+        module = _module(row, 0)
+        names.setdefault(module.rpartition(".")[2], []).append((module, _path(row) in adapted))
+    found = []
+    for last, rows in names.items():
+        if all(is_adapted for _, is_adapted in rows):
+            found.append(last)
+        else:
+            found += [".".join(module.split(".")[-2:]) for module, is_adapted in rows if is_adapted]
+    return sorted(found)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    check_folder(folder)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no PEFT folder: it holds no {CONFIG}")
+    hf = json.loads((folder / CONFIG).read_text())
+    if hf.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder / CONFIG}: peft_type={hf.get('peft_type')} is not supported; only LORA is")
+    for key, harmless in _INERT.items():
+        if hf.get(key) not in harmless:
+            raise CheckpointError(f"{folder / CONFIG}: {key}={hf[key]!r} is not supported; only {harmless[-1]!r} is")
+    return hf
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}")
+    return Checkpoint(folder, read_header(folder / WEIGHTS))

@@ -1,0 +1,146 @@
+"""PEFT folders: what we write, `peft` computes with; what `peft` writes, we go on from."""
+
+import json
+from dataclasses import replace
+
+import hf_folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.numpy import load_file, save_file
+
+from converters.adapters import export_adapter, import_adapter, read_lora
+from converters.errors import CheckpointError
+from jaxtrain.config import parse_config
+from jaxtrain.lora import check_targets, join, merge_adapters, split_adapters
+from jaxtrain.nn.config import Lora
+from jaxtrain.nn.model import Model
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipes.setup import adapter_params, make_policy
+from jaxtrain.types import Batch
+
+peft = pytest.importorskip("peft")
+TOKENS = np.arange(3, 27)[None]
+LORA = Lora(5, 7.0, 0.0, ("attn.*", "down_proj"))
+
+
+def logits(model, params):
+    ones = np.ones_like(TOKENS)
+    return model.logits(params, model.hidden(params, Batch(TOKENS, np.arange(24)[None], ones, ones)))
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(TOKENS)).logits.numpy()
+
+
+def with_adapters(folder, lora):
+    """Our model on the checkpoint in `folder`, its base parameters, and random adapters."""
+    base, config, _ = hf_folders.load(folder)
+    model = Model(config, lora)
+    return model, base, split_adapters(tiny.random_params(model))[0]
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_computes_with_our_adapters(case, rslora, tmp_path):
+    model, base, adapters = with_adapters(hf_folders.save(tmp_path / "base", case), replace(LORA, rslora=rslora))
+    out = export_adapter(adapters, model.config, model.lora, tmp_path / "adapter", str(tmp_path / "base"))
+    assert hf_folders.read_json(out / "adapter_config.json")["target_modules"] == [
+        *("down_proj", "k_proj", "o_proj", "q_proj", "v_proj")
+    ]
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+    ours = logits(model, join(adapters, base))
+    np.testing.assert_allclose(ours, torch_logits(loaded), atol=1e-4)
+    merged = logits(Model(model.config), merge_adapters(join(adapters, base), model.lora))
+    np.testing.assert_allclose(ours, merged, atol=1e-4)
+    assert np.abs(ours - logits(Model(model.config), base)).max() > 0.1
+
+
+def save_peft(tmp_path, **options):
+    """A random adapter that `peft` made and saved; the folder, and the logits of the model with it."""
+    torch.manual_seed(1)
+    options = {"r": 3, "lora_alpha": 9, "target_modules": "all-linear", "init_lora_weights": False} | options
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(hf_folders.hf_model("qwen3-biases"), config)
+    hf_folders.save(tmp_path / "base", "qwen3-biases")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", torch_logits(model)
+
+
+def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
+    folder, expected = save_peft(tmp_path, use_rslora=True)
+    section = {"path": str(tmp_path / "base"), "param_dtype": "bfloat16", "lora": {"path": str(folder)}}
+    config = parse_config({"recipe": "sft", "model": section, "data": {"train": {"path": "x"}}}, "test")
+    policy = make_policy(config, make_mesh(config.mesh))
+    lora = policy.model.lora
+    assert lora is not None and (lora.rank, lora.alpha, lora.rslora) == (3, 9.0, True) and len(lora.targets) == 7
+    adapters = adapter_params(config.model, policy, 0)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(adapters)} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(policy.frozen)} == {"bfloat16"}
+    base, model_config, _ = hf_folders.load(tmp_path / "base")
+    ours = logits(Model(model_config, lora), join(jax.device_get(adapters), base))
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+    again = export_adapter(adapters, model_config, lora, tmp_path / "again", None)  # and back, bit for bit
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, again))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor, err_msg=name)
+
+    for key, value in (("rank", 4), ("alpha", 3.0), ("rslora", False), ("targets", ["q_proj"])):
+        asked = section | {"lora": {"path": str(folder), key: value}}
+        wrong = parse_config({"recipe": "sft", "model": asked, "data": {"train": {"path": "x"}}}, "test")
+        with pytest.raises(ValueError, match=rf"model\.lora\.{key}=.* but the adapter in"):
+            make_policy(wrong, make_mesh(wrong.mesh))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "belongs to no linear of the model"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(options, message, tmp_path):
+    folder, _ = save_peft(tmp_path, **options)
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(folder, hf_folders.load(tmp_path / "base")[1])
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path):
+    model, _, adapters = with_adapters(hf_folders.save(tmp_path / "base", "qwen3"), LORA)
+    out = export_adapter(adapters, model.config, model.lora, tmp_path / "adapter", None)
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), adapters)
+    tensors = load_file(out / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    for changed, message in (
+        ({key: value for key, value in tensors.items() if key != name}, rf"lacks adapter tensor {name}"),
+        (tensors | {name: tensors[name][:2]}, rf"{name} is \[2, 56\], the model needs \[5, 56\]"),
+    ):
+        save_file(changed, out / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            import_adapter(out, model.config, target)
+    (out / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(CheckpointError, match="peft_type=IA3"):
+        read_lora(out, model.config)
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [("q_proj", 1), ("attn.*", 4), ("layers.*.attn.q_proj", 1), ("all-linear", 7), ("*.mlp.*", 3), ("mlp.[gu]*", 2)],
+)
+def test_targets_are_names_or_globs(target, count):
+    shapes = tiny.model(lora=replace(tiny.LORA, targets=(target,))).abstract()
+    check_targets([target], shapes)
+    assert len(jax.tree.leaves(split_adapters(shapes)[0])) == 2 * count
+
+
+def test_a_target_in_one_layer_is_refused():
+    with pytest.raises(ValueError, match=r"layers are stacked.*write layers\.\*"):
+        check_targets(["layers.2.attn.q_proj"], tiny.model().abstract())
