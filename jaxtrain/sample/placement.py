@@ -44,23 +44,28 @@ def place_params(model: Model, params: Params) -> Params:
 
 @partial(jax.jit, static_argnums=0)
 def _place(model: Model, params: Params) -> Params:
-    params = _cast(params, model.run.dtype)
-    mesh = model.run.mesh
-    if mesh is not None:
-        config, tensor = model.config, mesh.shape["tensor"]
-        rules = {**RULES["fsdp_tensor"], "embed": None}
-        if config.num_kv_heads % tensor:
-            rules["kv_heads"] = None
-        params = jax.lax.with_sharding_constraint(params, param_specs(model.axes(), model.abstract(), rules, mesh))
+    params = cast_matrices(params, model.run.dtype)
+    if model.run.mesh is not None:
+        params = jax.lax.with_sharding_constraint(params, serving_shardings(model))
     return unstack(params)
 
 
-def _cast(params: Params, dtype: np.dtype) -> Params:
+def serving_shardings(model: Model) -> Params:
+    """Where the parameters of a model that samples lie on its mesh, before they are unstacked."""
+    mesh = model.run.mesh
+    assert mesh is not None
+    rules = {**RULES["fsdp_tensor"], "embed": None}
+    if model.config.num_kv_heads % mesh.shape["tensor"]:
+        rules["kv_heads"] = None
+    return param_specs(model.axes(), model.abstract(), rules, mesh)
+
+
+def cast_matrices(params: Params, dtype: np.dtype) -> Params:
     """Matrices in the dtype in which the forward pass multiplies them; the rest (norms, sinks, routers) as it is."""
     cast = {}
     for name, node in params.items():
         if isinstance(node, dict):
-            cast[name] = node if name == "router" else _cast(node, dtype)
+            cast[name] = node if name == "router" else cast_matrices(node, dtype)
         else:
             cast[name] = node.astype(dtype) if name in _MATRICES else node
     return cast

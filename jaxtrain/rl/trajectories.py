@@ -1,0 +1,199 @@
+"""Every sample of a run in Parquet, one file a step, and a sampler that plays them again.
+
+`pyarrow.parquet.read_table("runs/x/trajectories/")` (or pandas, or DuckDB) reads a whole run: a row per sample, with
+the ids, the text, the rewards by part and what the trainer made of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+from rich.text import Text
+
+from jaxtrain.rl.rollouts import Prompt, Trajectory
+from jaxtrain.types import Params
+
+FOLDER = "trajectories"
+
+_TOKENS = {  # per token of the completion
+    "completion_ids": np.int32,
+    "loss_mask": np.bool_,
+    "sampler_logps": np.float32,
+    "raw_logps": np.float32,
+    "versions": np.int32,
+    "token_rewards": np.float32,
+    "advantages": np.float32,
+}
+_PARTS = pa.map_(pa.string(), pa.float64())
+_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt", pa.int64()),  # its number
+        ("sample", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("columns", pa.string()),  # the row of the prompt data, as JSON
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("rewards", _PARTS),
+        ("timings", _PARTS),
+        *((name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in _TOKENS.items()),
+        ("supports", pa.list_(pa.list_(pa.int32()))),
+        ("info", pa.string()),  # JSON
+    ]
+)
+
+
+def write_step(run_dir: str | Path, step: int, trajectories: Sequence[Trajectory]) -> Path:
+    """Write the samples of a step, atomically; a step that is taken again after a resume replaces its file."""
+    path = _path(Path(run_dir) / FOLDER, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([_row(step, t) for t in trajectories], _SCHEMA)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+    return path
+
+
+def read_step(run_dir: str | Path, step: int) -> list[Trajectory]:
+    """The samples of a step as they were written. Raises ValueError where there is no such file."""
+    path = _path(Path(run_dir) / FOLDER, step)
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: no trajectories of step {step} are recorded in it")
+    return [_trajectory(row) for row in pq.read_table(path, schema=_SCHEMA).to_pylist()]
+
+
+def recorded_steps(run_dir: str | Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step_")) for path in (Path(run_dir) / FOLDER).glob("step_*.parquet"))
+
+
+class Replay:
+    """A `Sampler` and a `Scorer` that repeat what a run recorded, whatever the weights are.
+
+    A prompt is known by its number, so a run with the same data, seed and sizes asks for the same ones.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        """Raises ValueError for a folder without recorded samples."""
+        folder = Path(run_dir) / FOLDER
+        self._step_of: dict[int, int] = {}
+        for step in recorded_steps(run_dir):
+            numbers = pq.read_table(_path(folder, step), columns=["prompt"]).column(0).to_pylist()
+            self._step_of |= dict.fromkeys(numbers, step)
+        if not self._step_of:
+            raise ValueError(f"{run_dir}: no samples are recorded in {folder}: there is nothing to replay")
+        self._run_dir = run_dir
+        self._read = lru_cache(maxsize=4)(self._groups)
+
+    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
+        """Raises ValueError for a prompt that was not asked, or not `samples` times."""
+        return [self._group(prompt, samples) for prompt in prompts]
+
+    def set_params(self, params: Params, version: int) -> None:
+        """Nothing is drawn."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Their rewards are recorded already."""
+        return list(trajectories)
+
+    def _group(self, prompt: Prompt, samples: int) -> list[Trajectory]:
+        step = self._step_of.get(prompt.number)
+        group = [] if step is None else self._read(step)[prompt.number]
+        if len(group) != samples:
+            raise ValueError(
+                f"{self._run_dir}: {len(group)} samples of prompt {prompt.number} are recorded, {samples} asked for; "
+                "a replay needs the data, the seed and the sizes of its run, and no more steps"
+            )
+        return [t._replace(prompt=prompt._replace(ids=t.prompt.ids), advantages=None) for t in group]
+
+    def _groups(self, step: int) -> dict[int, list[Trajectory]]:
+        groups: dict[int, list[Trajectory]] = {}
+        for t in read_step(self._run_dir, step):
+            groups.setdefault(t.prompt.number, []).append(t)
+        return {number: sorted(group, key=lambda t: t.sample) for number, group in groups.items()}
+
+
+def sample_table(step: int, trajectories: Sequence[Trajectory], rows: int = 4, width: int = 300) -> Table:
+    """The first samples for a person to read, the end of long texts left out."""
+    names = list(dict.fromkeys(name for t in trajectories for name in t.rewards))
+    table = Table(title=f"samples of step {step}", show_lines=True, title_justify="left")
+    for name in ("prompt", "completion"):
+        table.add_column(name, ratio=2 if name == "completion" else 1, overflow="fold")
+    for name in ("reward", *names, "advantage", "tokens", "end"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for t in trajectories[:rows]:
+        advantage = (
+            "" if t.advantages is None else f"{t.advantages[t.loss_mask].mean() if t.loss_mask.any() else 0:.2f}"
+        )
+        numbers = [f"{value:.2f}" for value in (t.reward, *(t.rewards.get(name, float("nan")) for name in names))]
+        # As `Text`: brackets in what a model writes are no markup.
+        texts = [Text(_cut(text, width)) for text in (_question(t.prompt.columns.get("prompt", "")), t.text)]
+        table.add_row(*texts, *numbers, advantage, str(len(t.completion_ids)), t.finish_reason)
+    return table
+
+
+def _row(step: int, t: Trajectory) -> dict[str, Any]:
+    tokens = {name: getattr(t, name) for name in _TOKENS}
+    return {
+        "step": step,
+        "prompt": t.prompt.number,
+        "sample": t.sample,
+        "prompt_ids": t.prompt.ids,
+        "columns": json.dumps(dict(t.prompt.columns), default=str),
+        "text": t.text,
+        "finish_reason": t.finish_reason,
+        "reward": t.reward,
+        "rewards": list(t.rewards.items()),
+        "timings": list(t.timings.items()),
+        **tokens,
+        "supports": None if t.supports is None else t.supports.tolist(),
+        "info": json.dumps(dict(t.info), default=str),
+    }
+
+
+def _trajectory(row: Mapping[str, Any]) -> Trajectory:
+    def array(name: str) -> np.ndarray | None:
+        return None if row[name] is None else np.array(row[name], _TOKENS[name])
+
+    prompt = Prompt(row["prompt"], np.array(row["prompt_ids"], np.int32), json.loads(row["columns"]))
+    supports = None if row["supports"] is None else np.array(row["supports"], np.int32)
+    tokens: dict[str, Any] = {name: array(name) for name in _TOKENS}
+    return Trajectory(
+        prompt=prompt,
+        sample=row["sample"],
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        reward=row["reward"],
+        rewards=dict(row["rewards"]),
+        timings=dict(row["timings"]),
+        supports=supports,
+        info=json.loads(row["info"]),
+        **tokens,
+    )
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.parquet"
+
+
+def _question(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt or [])
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[:width] + " …"

@@ -1,0 +1,165 @@
+"""Conversations led with a scripted model: what it says and where it stops is written down in the test."""
+
+import numpy as np
+import pytest
+from chat_templates import CHATML, QWEN25, tokenizer
+
+from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.rl.conversations import Conversations
+from jaxtrain.rl.environments import GuessingGame, NumberReversal, Opening, Reply
+from jaxtrain.rl.rollouts import Prompt
+from jaxtrain.rl.tools import calculator_tools
+from jaxtrain.sample.requests import Completion, SamplingParams, Timings
+
+CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "47 * 38"}}\n</tool_call>'
+
+
+class Script:
+    """An engine whose n-th turn of every conversation is the n-th line; ids may be any that decode to it."""
+
+    def __init__(self, tok, lines, end="<|im_end|>", finish="stop"):
+        self.tok, self.lines, self.end, self.finish, self.requests = tok, lines, end, finish, []
+
+    def __call__(self, requests):
+        self.requests.append(requests)
+        return [[self.say(self.lines[len(self.requests) - 1])] for _ in requests]
+
+    def say(self, line):
+        # Character by character: not how the tokenizer would split it, as a model may do.
+        ids = [token for character in line for token in self.tok.encode(character, add_special_tokens=False)]
+        ids += self.tok.encode(self.end, add_special_tokens=False)
+        values = np.linspace(-1, -0.5, len(ids), dtype=np.float32)
+        version = np.full(len(ids), len(self.requests), np.int32)
+        return Completion(
+            np.array(ids, np.int32), line, values, 2 * values, self.finish, version, None, Timings(0.0, 0.0, 1.0)
+        )
+
+
+def lead(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000):
+    chat = ChatTokenizer(script.tok)
+    conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length)
+    prompts = [Prompt(number, np.zeros(0, np.int32), row) for number, row in enumerate(columns)]
+    return conversations.lead(script, prompts, samples, lambda number, sample: 10 * number + sample)
+
+
+def pieces(tok, trajectory):
+    """The completion as (text, whether it is the model's), run by run."""
+    runs = []
+    for token, own in zip(trajectory.completion_ids.tolist(), trajectory.loss_mask.tolist(), strict=True):
+        if not runs or runs[-1][1] != own:
+            runs.append(([], own))
+        runs[-1][0].append(token)
+    return [(tok.decode(ids), own) for ids, own in runs]
+
+
+def test_a_tool_is_called_answered_and_the_models_ids_are_kept():
+    tok = tokenizer(QWEN25)
+    script = Script(tok, [CALL, "It is 1786."])
+    prompt = [{"role": "user", "content": "What is 47 * 38?"}]
+    ((trajectory,),) = lead(script, calculator_tools, [{"prompt": prompt}])
+    assert pieces(tok, trajectory) == [
+        (CALL + "<|im_end|>", True),
+        (
+            "\n<|im_start|>user\n<tool_response>\n1786\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("It is 1786.<|im_end|>", True),
+    ]
+    assert tok.decode(trajectory.prompt.ids).startswith("<|im_start|>system\n# Tools\n<tools>\n")
+    # Token in, token out: the second request continues exactly what was drawn, however it would be tokenised again.
+    first = script.say(CALL).ids.tolist()
+    assert trajectory.completion_ids[: len(first)].tolist() == first != tok.encode(CALL + "<|im_end|>")
+    asked = script.requests[1][0].prompt_ids
+    assert asked == [*trajectory.prompt.ids, *trajectory.completion_ids[: len(asked) - len(trajectory.prompt.ids)]]
+    # Of the environment's tokens nothing is scored, and every token knows who drew it.
+    assert (trajectory.sampler_logps[~trajectory.loss_mask] == 0).all()
+    assert (trajectory.raw_logps == 2 * trajectory.sampler_logps).all()
+    assert set(trajectory.versions[trajectory.loss_mask]) == {1, 2}
+    assert trajectory.finish_reason == "stop"
+    assert [message["role"] for message in trajectory.info["messages"]] == ["assistant", "tool", "assistant"]
+    assert {key: trajectory.info[key] for key in ("turns", "tool_calls", "tool_failures")} == {
+        "turns": 2,
+        "tool_calls": 1,
+        "tool_failures": 0,
+    }
+
+
+def test_rewards_lie_on_the_last_token_of_their_turn():
+    tok = tokenizer(CHATML)
+    ((trajectory,),) = lead(Script(tok, ["4322", "4321"]), NumberReversal, [{"number": 1234}])
+    assert trajectory.rewards == {"environment": 1.75}
+    ends = np.flatnonzero(trajectory.token_rewards)
+    assert trajectory.token_rewards[ends].tolist() == [0.75, 1.0]
+    closing = tok.convert_tokens_to_ids("<|im_end|>")
+    assert (trajectory.completion_ids[ends] == closing).all() and trajectory.loss_mask[ends].all()
+    assert ends[-1] == len(trajectory.completion_ids) - 1
+
+
+def test_conversations_go_on_side_by_side_and_end_on_their_own():
+    tok = tokenizer(CHATML)
+    script = Script(tok, ["8", "12", "10", "11"])
+    rows = [{"secret": secret} for secret in (8, 10, 11, 15)]
+    groups = lead(script, GuessingGame, rows, samples=2, max_turns=3)
+    assert [len(requests) for requests in script.requests] == [8, 6, 6]
+    assert [[t.rewards["environment"] for t in group] for group in groups] == [[1] * 2, [0.25] * 2, [0] * 2, [0] * 2]
+    assert [[t.finish_reason for t in group] for group in groups] == [["stop"] * 2] * 2 + [["turns"] * 2] * 2
+    assert pieces(tok, groups[1][0])[1] == ("\n<|im_start|>user\nHigher.<|im_end|>\n<|im_start|>assistant\n", False)
+    seeds = [request.params.seed for request in script.requests[0]]
+    assert seeds == [0, 1, 10, 11, 20, 21, 30, 31]
+
+
+def test_a_turn_that_did_not_end_with_the_templates_token_is_ended_by_the_template():
+    tok = tokenizer(CHATML)
+    ((trajectory,),) = lead(Script(tok, ["1", "1", "1"], end="</s>"), NumberReversal, [{"number": 12}])
+    assert pieces(tok, trajectory)[:2] == [
+        ("1</s>", True),
+        ("<|im_end|>\n<|im_start|>user\nThat is not right. Try again.<|im_end|>\n<|im_start|>assistant\n", False),
+    ]
+
+
+def test_limits_end_a_conversation_in_time():
+    tok = tokenizer(CHATML)
+    rows = [{"number": 12}]
+    ((whole,),) = lead(Script(tok, ["1", "1", "1"]), NumberReversal, rows)
+    for limit in (whole.length - 1, whole.length - 2 * len("1</s>")):
+        script = Script(tok, ["1", "1", "1"])
+        ((cut,),) = lead(script, NumberReversal, rows, max_length=limit)
+        room = [r.params.max_tokens + len(r.prompt_ids) for requests in script.requests for r in requests]
+        assert max(room) <= limit
+    ((cut,),) = lead(Script(tok, ["1", "1", "1"]), NumberReversal, rows, max_length=len(whole.prompt.ids) + 30)
+    assert cut.truncated and cut.length <= len(whole.prompt.ids) + 30 and cut.loss_mask[-1]
+    # A turn that the engine cut off is not shown to the environment.
+    ((cut,),) = lead(Script(tok, ["21"], finish="length"), NumberReversal, rows)
+    assert cut.truncated and cut.rewards == {"environment": 0.0}
+
+
+class Breaks:
+    def reset(self, row):
+        if row["when"] == "reset":
+            raise RuntimeError("cannot begin")
+        self.when = row["when"]
+        return Opening([{"role": "user", "content": "Hello"}])
+
+    def step(self, text):
+        if self.when == "step":
+            raise KeyError("cannot go on")
+        return Reply([{"role": "user", "content": "More."}] if text == "first" else (), reward=1.0)
+
+
+def test_an_environment_that_raises_costs_its_sample_and_no_other():
+    tok = tokenizer(CHATML)
+    rows = [{"when": when} for when in ("reset", "never", "step")]
+    (at_reset,), (well,), (at_step,) = lead(Script(tok, ["first", "second"]), Breaks, rows)
+    assert at_reset.info["error"] == "RuntimeError: cannot begin" and at_reset.completion_ids.size == 0
+    assert at_step.info["error"] == "KeyError: 'cannot go on'" and at_step.info["turns"] == 1
+    assert np.isnan(at_reset.rewards["environment"]) and np.isnan(at_step.rewards["environment"])
+    assert at_reset.finish_reason == at_step.finish_reason == "error"
+    assert well.rewards == {"environment": 2.0} and well.info["turns"] == 2 and "error" not in well.info
+
+
+def test_what_the_template_has_no_place_for_is_an_error_of_the_run():
+    template = CHATML.replace(
+        "{% for", "{% if messages[2] is defined %}{{ raise_exception('two turns') }}{% endif %}{% for", 1
+    )
+    with pytest.raises(ValueError, match="two turns"):
+        lead(Script(tokenizer(template), ["1", "1"]), NumberReversal, [{"number": 12}])

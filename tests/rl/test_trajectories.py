@@ -1,0 +1,89 @@
+import io
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from trajectories import trajectory
+
+from jaxtrain.rl.trajectories import FOLDER, Replay, read_step, recorded_steps, sample_table, write_step
+
+
+def sample(number=0, index=0, **changes):
+    made = trajectory(
+        number=number, sample=index, reward=0.1 + index, info={"turns": 2}, timings={"rollout": 0.25}, **changes
+    )
+    return made._replace(prompt=made.prompt._replace(columns={"prompt": "47 + [38]?", "answer": "85"}))
+
+
+def equal(one, other):
+    for name, a, b in zip(one._fields, one, other, strict=True):
+        if name == "prompt":
+            equal(a, b)
+        elif isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype and a.shape == b.shape, name
+            np.testing.assert_array_equal(a, b, name)
+        elif name == "rewards":
+            np.testing.assert_equal(dict(a), dict(b))
+        else:
+            np.testing.assert_equal(a, b, name)
+
+
+def test_samples_come_back_to_the_bit(tmp_path):
+    written = [
+        sample(0, 0),
+        sample(0, 1, advantages=np.array([0.1, 1 / 3, -2, 0], np.float32)),
+        sample(
+            1,
+            0,
+            token_rewards=np.array([0, 1, 0, 0.5], np.float32),
+            supports=np.arange(8, dtype=np.int32).reshape(4, 2),
+        ),
+        sample(1, 1, length=0)._replace(reward=math.nan, rewards={"right": math.nan, "form": 1.0}),
+    ]
+    path = write_step(tmp_path, 3, written)
+    for one, other in zip(read_step(tmp_path, 3), written, strict=True):
+        equal(one, other)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+    assert recorded_steps(tmp_path) == [3]
+    table = pq.read_table(tmp_path / FOLDER)  # what a person's tool sees
+    assert table.column("text").to_pylist()[1] == "sample 1"
+    assert table.column("rewards").to_pylist()[3][1] == ("form", 1.0)
+
+
+def test_a_step_that_is_taken_again_replaces_its_file(tmp_path):
+    write_step(tmp_path, 1, [sample(0, 0), sample(0, 1)])
+    write_step(tmp_path, 1, [sample(0, 0)])
+    assert len(read_step(tmp_path, 1)) == 1
+    with pytest.raises(ValueError, match="no trajectories of step 2"):
+        read_step(tmp_path, 2)
+
+
+def test_a_replay_answers_prompts_by_their_number(tmp_path):
+    first = [sample(number, index) for number in (0, 1) for index in (1, 0)]
+    write_step(tmp_path, 1, first)
+    write_step(tmp_path, 2, [sample(2, index) for index in (0, 1)])
+    replay = Replay(tmp_path)
+    prompts = [sample(number).prompt for number in (2, 0)]
+    groups = replay.sample(prompts, 2)
+    assert [[(t.prompt.number, t.sample) for t in group] for group in groups] == [[(2, 0), (2, 1)], [(0, 0), (0, 1)]]
+    equal(groups[1][1], first[0])
+    assert replay(groups[0]) == groups[0]
+    for prompt, samples in ((prompts[0], 3), (sample(7).prompt, 2)):
+        with pytest.raises(ValueError, match="samples of prompt"):
+            replay.sample([prompt], samples)
+    with pytest.raises(ValueError, match="nothing to replay"):
+        Replay(tmp_path / "empty")
+
+
+def test_the_sample_table_shows_text_as_it_is():
+    out = io.StringIO()
+    shown = [
+        sample(0, 0, advantages=np.full(4, 0.5, np.float32))._replace(text="[bold]85[/bold]" + "x" * 999),
+        sample(1),
+    ]
+    Console(file=out, width=160).print(sample_table(7, shown, rows=1))
+    text = out.getvalue()
+    assert "samples of step 7" in text and "[bold]85[/bold]" in text and "47 + [38]?" in text and "0.50" in text
+    assert "…" in text and "sample 0" not in text
