@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,22 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return hf
 
 
-def import_params(path: str | Path, config: ModelConfig, target: Params, *, partial: bool = False) -> Params:
+def import_params(
+    path: str | Path,
+    config: ModelConfig,
+    target: Params,
+    *,
+    partial: bool = False,
+    finish: Callable[[str, jax.Array], Any] | None = None,
+) -> Params:
     """Read a checkpoint into the tree of `target`: `jax.ShapeDtypeStruct`s with the dtype and sharding wanted.
 
     Each process reads what its own devices hold; a shard that several devices hold is read once. The largest
     parameters go first: while one is read it is in memory beside those already placed, so the peak stays near the
     size of the parameters themselves. Leaves without a sharding go to the first device.
 
-    `partial` lets the checkpoint hold more than the target: a head that is not wanted.
+    `partial` lets the checkpoint hold more than the target: a head that is not wanted. `finish` makes of a parameter,
+    given its dotted path, what is kept of it, before the next one is read.
 
     Raises CheckpointError for a missing, left-over or misshapen tensor and for unreadable files.
     """
@@ -61,7 +69,8 @@ def import_params(path: str | Path, config: ModelConfig, target: Params, *, part
         tensors = bind_checkpoint(checkpoint, config, shapes, partial=partial)
         params = {}
         for ours, leaf in sorted(leaves.items(), key=lambda item: -math.prod(item[1].shape)):
-            params[ours] = place(checkpoint, leaf, [t for t in tensors if t.ours == ours and not t.alias])
+            array = place(checkpoint, leaf, [t for t in tensors if t.ours == ours and not t.alias])
+            params[ours] = finish(ours, array) if finish else array
     return unflatten({ours: params[ours] for ours in leaves})
 
 

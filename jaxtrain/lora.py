@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtrain.nn.config import Lora, names_linear
+from jaxtrain.ops.quantize import dense
 from jaxtrain.types import Params
 
 NEW = ("lora_a", "lora_b", "value_head", "custom_head")
@@ -46,7 +47,10 @@ def join(one: Params, other: Params) -> Params:
 
 
 def merge_adapters(params: Params, lora: Lora) -> Params:
-    """The same model without adapters: `kernel + scale * a @ b` in float32, in the kernel's dtype."""
+    """The same model without adapters: `kernel + scale * a @ b` in float32, in the kernel's dtype.
+
+    A quantised kernel becomes a float32 one.
+    """
     merged: Params = {}
     for name, node in params.items():
         if not isinstance(node, dict):
@@ -69,7 +73,7 @@ def _merged_kernel(linear: dict[str, Any], lora: Lora) -> Any:
             for leaf, shape in ((a, (layers, -1, lora.rank)), (b, (layers, lora.rank, -1)))
         ),
     )
-    return (kernel.astype(jnp.float32) + lora.scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+    return (dense(kernel, jnp.float32) + lora.scale * product.reshape(kernel.shape)).astype(kernel.dtype)
 
 
 def check_targets(targets: Iterable[str], params: Params) -> None:

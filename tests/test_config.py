@@ -123,8 +123,8 @@ data.train.path data.train.weight data.virtual_shards data.workers eval eval.bat
 eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model
 model.attention model.chat_template model.compute_dtype model.config model.head model.lora model.lora.alpha
 model.lora.dropout model.lora.dtype model.lora.path model.lora.rank model.lora.rslora model.lora.targets
-model.param_dtype model.path model.remat model.tokenizer model.vocab_multiple optimizer optimizer.b1 optimizer.b2
-optimizer.eps optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.schedule
+model.param_dtype model.path model.quantize model.remat model.tokenizer model.vocab_multiple optimizer optimizer.b1
+optimizer.b2 optimizer.eps optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.schedule
 optimizer.state_dtype optimizer.warmup_steps optimizer.weight_decay recipe rl rl.aggregation rl.algorithm rl.beta
 rl.correction rl.correction.cap rl.correction.level rl.correction.mode rl.critic rl.critic.epsilon
 rl.critic.learning_rate rl.dual_clip rl.environment rl.environment.args rl.environment.factory rl.environment.max_tokens

@@ -57,6 +57,7 @@ class ModelSection(Section):
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
     lora: LoraSection | None = None
+    quantize: Literal["int8", "nf4"] | None = None  # the frozen kernels under LoRA are held in so many bits
     vocab_multiple: PositiveInt = 64
 
     @model_validator(mode="after")
@@ -65,6 +66,8 @@ class ModelSection(Section):
             raise ValueError("give either `path` (a checkpoint) or `config` (random weights), not both and not neither")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("`config` (random weights) also needs `tokenizer`")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(f"quantize={self.quantize} needs `lora`: quantised weights are frozen")
         return self
 
 

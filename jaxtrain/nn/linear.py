@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxtrain.nn.config import Lora
 from jaxtrain.ops.project import project
+from jaxtrain.ops.quantize import project_quantized
 from jaxtrain.types import Array
 
 
@@ -64,4 +65,7 @@ class Linear(nnx.Module):
     @staticmethod
     def _contract(x: Array, kernel: nnx.Param | None, rank: int) -> Array:
         assert kernel is not None
-        return project(x, kernel[...].astype(x.dtype), rank)
+        weight = kernel.get_value()
+        if not isinstance(weight, jax.Array):
+            return project_quantized(x, weight, rank)
+        return project(x, weight.astype(x.dtype), rank)

@@ -24,6 +24,8 @@ from jaxtrain.train.checkpoint import Checkpoints
 def export_run(run: Path, out: Path, *, dtype: str | None = None, adapter: bool = False) -> None:
     """Write the model of a run's newest checkpoint to `out`, adapters merged, on whatever devices there are here.
 
+    A base that the run held quantised is read again as it was, and the adapters are merged into that.
+
     `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
     `adapter` writes the adapters alone, as a PEFT folder.
     Raises ValueError where `run` holds no run or no checkpoint, or `out` is not empty.
@@ -46,7 +48,8 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None, adapter: bool 
         export_adapter(params, policy.model.config, lora, out, config.model.path)
         return
     if lora:
-        base = base_params(config.model, policy, config.run.seed)
+        # Adapters of a quantised base are merged into the weights as they were before they were quantised.
+        base = base_params(config.model, policy._replace(quantize=None), config.run.seed)
         merge = jax.jit(lambda trained, base: merge_adapters(join(trained, base), lora))
         params = merge(params, base)
     export_hf(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from converters.adapters import import_adapter, read_lora
 from converters.families.registry import has_scalar_head
 from converters.import_hf import import_params, read_config
+from converters.rows import flatten, unflatten
 from converters.tokenizer import load_tokenizer
 from jaxtrain.config import ModelSection, RunConfig, SourceSection
 from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
@@ -22,6 +24,7 @@ from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
+from jaxtrain.ops.quantize import Kind, quantize, quantize_kernels
 from jaxtrain.parallel.batches import local_shards
 from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
 from jaxtrain.types import Params
@@ -34,7 +37,8 @@ class Policy(NamedTuple):
 
     model: Model
     hf: dict[str, Any]  # config.json as it was read
-    target: Params  # shapes, dtypes and shardings of all parameters, adapters included
+    target: Params  # shapes, dtypes and shardings of all parameters, adapters included, none quantised
+    quantize: Kind | None = None  # how the frozen kernels are held
 
     @property
     def trained(self) -> Params:
@@ -43,7 +47,10 @@ class Policy(NamedTuple):
 
     @property
     def frozen(self) -> Params:
-        return split_adapters(self.target)[1] if self.model.lora else {}
+        if not self.model.lora:
+            return {}
+        base = split_adapters(self.target)[1]
+        return quantize_kernels(base, self.model.axes(), self.quantize) if self.quantize else base
 
     @property
     def trained_axes(self) -> Params:
@@ -64,17 +71,19 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     if model.lora:
         check_targets(model.lora.targets, shapes)
     shardings = param_specs(model.axes(), shapes, RULES[config.mesh.preset], mesh)
-    return Policy(model, hf, jax.tree.map(_placed, shapes, shardings))
+    return Policy(model, hf, jax.tree.map(_placed, shapes, shardings), section.quantize)
 
 
 def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
     """Every parameter but adapters and new heads: read from the checkpoint, or random where there is none."""
     target = split_adapters(policy.target)[1]
+    finish = _quantizer(policy) if policy.quantize else None
     if section.path is not None:
         # A head that the run does not use may be left over in the checkpoint.
         partial = policy.model.output != LANGUAGE or has_scalar_head(policy.hf)
-        return import_params(section.path, policy.model.config, target, partial=partial)
-    return _random(policy.model, 1, target, seed)
+        return import_params(section.path, policy.model.config, target, partial=partial, finish=finish)
+    params = _random(policy.model, 1, target, seed)
+    return unflatten({path: finish(path, leaf) for path, leaf in flatten(params).items()}) if finish else params
 
 
 def adapter_params(section: ModelSection, policy: Policy, seed: int) -> Params:
@@ -152,6 +161,14 @@ def open_stream(config: RunConfig, encode: Encode, mesh: jax.sharding.Mesh) -> T
 def _random(model: Model, part: int, target: Params, seed: int) -> Params:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(lambda key: split_adapters(model.init(key))[part], out_shardings=shardings)(jax.random.key(seed))
+
+
+def _quantizer(policy: Policy) -> Callable[[str, jax.Array], Any]:
+    """Quantises, by its dotted path, a parameter that is to be; so no more than one is ever there in full."""
+    axes, held, kind = flatten(policy.model.axes()), flatten(policy.frozen), policy.quantize
+    assert kind is not None
+    plain = jax.ShapeDtypeStruct
+    return lambda path, leaf: leaf if isinstance(held[path], plain) else quantize(leaf, axes[path], kind)
 
 
 def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:

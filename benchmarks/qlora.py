@@ -1,0 +1,122 @@
+"""QLoRA: the same LoRA run on a float32, bfloat16, int8 and nf4 base. Memory of the base and of the step, and losses.
+
+Usage: python benchmarks/qlora.py MODEL_FOLDER GSM8K_FOLDER
+e.g.   python benchmarks/qlora.py SmolLM2-135M-Instruct gsm8k
+
+Every run sees the same batches and computes in float32, so the losses differ by what rounding the frozen weights costs.
+Sizes are the compiler's own. Writes its section of benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from results import machine, write_section
+
+from jaxtrain.config import RunConfig, load_config
+from jaxtrain.data.formats import Encoder
+from jaxtrain.losses.sft import sft_loss
+from jaxtrain.optim import make_optimizer, make_schedule
+from jaxtrain.parallel.batches import local_rows, place_batch
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipes.setup import adapter_params, base_params, make_policy, make_tokenizer, open_stream
+from jaxtrain.train.state import new_state
+from jaxtrain.train.step import jit_step, make_step
+from jaxtrain.types import Batch
+
+CONFIG = Path(__file__).parents[1] / "configs" / "sft" / "smollm2_gsm8k_lora.yaml"
+STEPS, ROWS, LENGTH = 8, 2, 256
+BASES = {
+    "float32": ["model.param_dtype=float32"],
+    "bfloat16": ["model.param_dtype=bfloat16"],
+    "int8": ["model.param_dtype=bfloat16", "model.quantize=int8"],
+    "nf4": ["model.param_dtype=bfloat16", "model.quantize=nf4"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="Hugging Face folder of SmolLM2-135M-Instruct")
+    parser.add_argument("data", type=Path, help="folder with GSM8K's train.jsonl")
+    arguments = parser.parse_args()
+    common = [
+        f"model.path={arguments.model}",
+        f"data.train.path={arguments.data / 'train.jsonl'}",
+        f"data.max_length={LENGTH}",
+        f"train.batch_size={ROWS}",
+        "model.compute_dtype=float32",
+        "model.lora.dropout=0.0",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.warmup_steps=0",
+        "optimizer.schedule=constant",
+    ]
+    batches = first_batches(load_config(CONFIG, common))
+    lines = [
+        "| frozen base | its MB | bits a kernel's weight | temporaries MB | loss, step 1 | step 8 | s a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, overrides in BASES.items():
+        lines.append(f"| {name} " + measure(load_config(CONFIG, [*common, *overrides]), batches))
+        print(lines[-1], flush=True)
+    text = "\n".join(
+        [
+            *lines,
+            "",
+            f"SmolLM2-135M-Instruct on GSM8K, LoRA r16 on all linears, {ROWS} rows of {LENGTH} tokens, computed in "
+            "float32, remat full; embedding and norms of the two quantised bases are bfloat16. Time of the last step.",
+            f"{machine('jax', 'qwix')}. Load average {os.getloadavg()[0]:.1f}.",
+        ]
+    )
+    print(text)
+    write_section("qlora", "QLoRA: a quantised frozen base", text)
+
+
+def first_batches(config: RunConfig) -> list[Batch]:
+    encode = Encoder(make_tokenizer(config.model))
+    with open_stream(config, encode, make_mesh(config.mesh)) as stream:
+        return list(itertools.islice(stream, STEPS))
+
+
+def measure(config: RunConfig, batches: list[Batch]) -> str:
+    mesh = make_mesh(config.mesh)
+    policy = make_policy(config, mesh)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
+    step = make_step(policy.model, tx, schedule, sft_loss, linear=True, max_grad_norm=config.train.max_grad_norm)
+    base, adapters = base_params(config.model, policy, 0), adapter_params(config.model, policy, 0)
+    state = jax.jit(lambda params: new_state(params, {}, tx, jax.random.key(0)))(adapters)._replace(frozen=base)
+
+    def place(batch: Batch) -> Batch:
+        return place_batch(batch, mesh, local_rows(mesh, ROWS), ROWS)
+
+    program = jit_step(step, state, mesh).lower(state, place(batches[0])).compile()
+    losses, seconds = [], 0.0
+    for batch in batches:
+        start = time.perf_counter()
+        state, report = program(state, place(batch))
+        losses.append(float(report.means["loss"].value))
+        seconds = time.perf_counter() - start
+    kernels = [node["kernel"] for part in ("attn", "mlp") for node in base["layers"][part].values()]
+    targets = [node["kernel"] for part in ("attn", "mlp") for node in policy.target["layers"][part].values()]
+    weights = sum(kernel.size for kernel in targets)
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    return (
+        f"| {held(base) / 1e6:.1f} | {8 * held(kernels) / weights:.2f} | {temporaries / 1e6:.0f} "
+        f"| {losses[0]:.4f} | {losses[-1]:.4f} | {seconds:.1f} |"
+    )
+
+
+def held(tree: Any) -> int:
+    """Bytes of a tree on the device: 4-bit arrays are packed there, which their `nbytes` does not know."""
+    program = jax.jit(lambda tree: 0, keep_unused=True).lower(tree).compile()
+    return program.memory_analysis().argument_size_in_bytes
+
+
+if __name__ == "__main__":
+    main()
