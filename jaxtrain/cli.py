@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class ComputeDtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")]
 
@@ -62,6 +70,24 @@ def convert(
 
     convert_checkpoint(source, out)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, or a model's name on the Hub")],
+    tokens: Annotated[int, typer.Option(help="length of the sequences compared", min=2)] = 600,
+    dtype: Annotated[ComputeDtype, typer.Option(help="the run's dtype, besides float32")] = ComputeDtype.bfloat16,
+    layers: Annotated[bool, typer.Option("--layers", help="list every layer's difference")] = False,
+    gradients: Annotated[bool, typer.Option("--gradients", help="compare the gradient of every tensor")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="compare decoding token by token over a cache")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Compare a checkpoint under jaxtrain and under transformers. Exit code 1 where they differ, and the place said."""
+    from jaxtrain.recipes.verify import print_report, verify
+
+    report = verify(source, tokens=tokens, dtype=dtype.value, layers=layers, gradients=gradients, decode=decode)
+    print_report(report, as_json)
+    sys.exit(0 if report.passed else 1)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
+from jaxtrain.nn.watch import See, watched
 from jaxtrain.types import Array, Batch, Params
 
 
@@ -97,6 +98,12 @@ class Model:
     def values(self, params: Params, hidden: Array) -> Array:
         """float32 [B, T]: what a scalar head says of hidden states [B, T, D]."""
         return self._merge(params).values(hidden)
+
+    def watch(self, params: Params, batch: Batch, see: See) -> Array:
+        """`hidden`, one operation at a time, telling `see` what every sub-module is given and gives."""
+        decoder = self._merge(params)
+        with watched(decoder, see), jax.disable_jit():
+            return decoder.hidden(batch.tokens, batch.positions, batch.segment_ids, self.run)
 
     def _merge(self, params: Params) -> Any:
         layers = params["layers"]

@@ -1,0 +1,139 @@
+"""The same checkpoint under transformers and torch, on the CPU: what the verifier holds our maths against.
+
+The only file that imports torch, and only once it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from converters.errors import CheckpointError
+
+
+class Seen(NamedTuple):
+    """One call of a module of transformers."""
+
+    given: np.ndarray | None  # its first array
+    gave: np.ndarray | None
+    keywords: dict[str, Any]  # everything it was called with by name: masks, rope tables
+
+
+class Reference:
+    """A model of transformers. Hold one at a time: it is as large as the checkpoint is in `dtype`.
+
+    Raises ValueError where torch is not installed, CheckpointError where transformers cannot load the folder.
+    """
+
+    def __init__(self, folder: Path, dtype: str):
+        torch, transformers = _import()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self._model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+            )
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        self._torch = torch
+        self._model.eval()
+        self.version: str = transformers.__version__
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        self.complaints = [
+            f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}" for kind in kinds if info[kind]
+        ]
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """tokens [B, T] -> [B, T, V], float32, or float64 where the model is."""
+        with self._torch.no_grad():
+            return np.concatenate([_array(self._forward(row[None])) for row in tokens])
+
+    def nudged_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits where every frequency of rope, a float32 even in a float64 model, is one unit in its last place up:
+        any two implementations differ by as much, and over long contexts that is more than other rounding."""
+        frequencies = [buffer for name, buffer in self._model.named_buffers() if name.endswith("inv_freq")]
+        kept = [buffer.clone() for buffer in frequencies]
+        for buffer in frequencies:
+            single = buffer.float()
+            buffer.copy_(self._torch.nextafter(single, single * 2))
+        try:
+            return self.logits(tokens)
+        finally:
+            for buffer, old in zip(frequencies, kept, strict=True):
+                buffer.copy_(old)
+
+    def watch(self, tokens: np.ndarray, modules: Collection[str]) -> dict[str, Seen]:
+        """One forward pass; what those of its `modules` (`model.layers.3.mlp`) that ran were given and gave."""
+        seen: dict[str, Seen] = {}
+        hooks = []
+        for name, module in self._model.named_modules():
+            if name in modules:
+
+                def hook(_: Any, args: tuple, keywords: dict[str, Any], result: Any, name: str = name) -> None:
+                    given = next((value for value in (*args, *keywords.values()) if self._is_float(value)), None)
+                    gave = result if self._is_float(result) else next(filter(self._is_float, result), None)
+                    seen[name] = Seen(_maybe(given), _maybe(gave), keywords)
+
+                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            with self._torch.no_grad():
+                self._forward(tokens)
+        finally:
+            for each in hooks:
+                each.remove()
+        return seen
+
+    def gradients(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Of the mean negative log-likelihood of every next token, by the checkpoint's tensor names."""
+        logits = self._forward(tokens)[:, :-1]
+        targets = self._torch.from_numpy(tokens[:, 1:]).long()
+        self._torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        parameters = dict(self._model.named_parameters())
+        grads = {name: p.grad if p.grad is not None else self._torch.zeros_like(p) for name, p in parameters.items()}
+        self._model.zero_grad(set_to_none=True)
+        return {name: _array(grad) for name, grad in self._as_stored(grads).items()}
+
+    def owners(self) -> dict[str, str]:
+        """Which parameter of the loaded model each tensor of the checkpoint went into (transformers joins some)."""
+        names = [name for name, _ in self._model.named_parameters()]
+        marked = {
+            name: self._torch.full((), float(number), dtype=self._torch.float64).expand(parameter.shape)
+            for number, (name, parameter) in enumerate(self._model.named_parameters())
+        }
+        return {tensor: names[int(mark.flatten()[0])] for tensor, mark in self._as_stored(marked).items()}
+
+    def _forward(self, tokens: np.ndarray) -> Any:
+        return self._model(self._torch.from_numpy(tokens).long(), use_cache=False).logits
+
+    def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Values of the model's parameters, by name, in the names and shapes that the checkpoint holds them in."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(self._model, state)
+
+    def _is_float(self, value: Any) -> bool:
+        return isinstance(value, self._torch.Tensor) and value.is_floating_point()
+
+
+def _import() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"the verifier compares with transformers on torch, and {error.name} is not installed: "
+            "pip install 'jaxtrain[verify]'"
+        ) from error
+    return torch, transformers
+
+
+def _maybe(tensor: Any) -> np.ndarray | None:
+    return None if tensor is None else _array(tensor)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype.itemsize > 2 else tensor.float()).numpy()

@@ -1,0 +1,187 @@
+"""How two forward passes are held against each other: figures per position, paired modules, the first that departs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from converters.rows import Tensor
+
+RANGES = (0, 16, 64, 256)
+"""Where ranges of positions begin: mistakes in rope and windows show late, or grow."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Logits over a range of positions."""
+
+    start: int
+    stop: int
+    difference: float  # the largest |ours - theirs|
+    kl: float  # mean KL(theirs || ours), nats
+    median_kl: float
+    top1: float  # how often the most probable token is the same
+
+
+def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> list[Span]:
+    """Logits [B, T, V] of both: over all positions, then range by range."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    length = ours.shape[1]
+    # One position at a time: in double precision all of them would be several times the logits themselves.
+    figures = np.asarray([_compare_position(ours[:, t], theirs[:, t]) for t in range(length)])
+    starts = [start for start in RANGES if start < length]
+    spans = []
+    for start, stop in [(0, length), *zip(starts, [*starts[1:], length], strict=True)]:
+        differences, kls, same = figures[start:stop].T
+        spans.append(
+            Span(
+                start,
+                stop,
+                difference=float(differences.max()),
+                kl=float(kls.mean()),
+                median_kl=float(np.median(kls)),
+                top1=float(same.mean()),
+            )
+        )
+    return spans
+
+
+def _compare_position(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    log_ours, log_theirs = _log_softmax(ours), _log_softmax(theirs)
+    kl = (np.exp(log_theirs) * (log_theirs - log_ours)).sum(-1).mean()
+    return np.abs(ours - theirs).max(), kl, (ours.argmax(-1) == theirs.argmax(-1)).mean()
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+class Pair(NamedTuple):
+    hf: str
+    shared: bool = False  # theirs does the work of several of ours (a joined q, k and v)
+
+
+def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[str, Pair]:
+    """Our modules' paths to theirs, read off the weight rows: two modules that hold the same weights do the same.
+
+    A module without weights of its own is paired where all the weights below it lie below one module of theirs.
+    `owners` says which parameter of transformers' model holds each of the checkpoint's tensors.
+    """
+    holders: dict[str, set[str]] = {}
+    for tensor in tensors:
+        if not tensor.alias and tensor.name in owners:
+            holders.setdefault(module_path(tensor), set()).add(_parent(owners[tensor.name]))
+    users = [hf for theirs in holders.values() for hf in theirs]
+    pairs = {
+        ours: Pair(hf, users.count(hf) > 1) for ours, theirs in holders.items() for hf in theirs if len(theirs) == 1
+    }
+    above = {path for ours in holders for path in itertools.accumulate(ours.split("."), "{}.{}".format)}
+    for path in above - holders.keys():
+        below = [hf.split(".") for ours in holders if ours.startswith(f"{path}.") for hf in holders[ours]]
+        common = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*below, strict=False))
+        pairs[path] = Pair(".".join(names[0] for names in common))
+    return pairs
+
+
+def module_path(tensor: Tensor) -> str:
+    """`layers.attn.q_proj.kernel` of layer 3 lies in `layers.3.attn.q_proj`."""
+    top, *inner = _parent(tensor.ours).split(".")
+    return ".".join([top, *map(str, tensor.stack[:1]), *inner])
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+class Point(NamedTuple):
+    """One comparison: what a module of ours was given or gave, against its pair's."""
+
+    path: str
+    hf: str
+    side: str  # in, out
+    error: float  # the largest over tokens of |ours - theirs| / |theirs|: norms over everything that is the token's
+    position: int  # the first whose error is above the tolerance; -1: none is
+
+
+def compare_values(ours: np.ndarray, theirs: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """The relative error of each token, [B, T] (`shape`); None where the two do not hold the same numbers a token.
+
+    Trailing axes may be cut differently, and theirs may have its heads before the tokens.
+    """
+    if theirs.ndim == 4 and theirs.shape[2] == shape[1] != theirs.shape[1]:
+        theirs = theirs.swapaxes(1, 2)
+    if ours.size != theirs.size or ours.shape[:2] != shape:
+        return None
+    ours, theirs = (np.asarray(each, np.float64).reshape(*shape, -1) for each in (ours, theirs))
+    norms = np.linalg.norm(theirs, axis=-1)
+    floor = 0.01 * np.sqrt((norms**2).mean())  # of a token with next to nothing in it, all would be rounding
+    return np.linalg.norm(ours - theirs, axis=-1) / np.maximum(norms, max(floor, 1e-30))
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first place where ours and theirs part."""
+
+    where: str  # ours: layers.3.attn
+    hf: str  # theirs: model.layers.3.self_attn
+    what: str  # which part of it, where it is not the module itself
+    suspects: str
+    error: float
+    position: int  # the first that is wrong
+
+    def __str__(self) -> str:
+        place = f"{self.where}{f' ({self.what})' if self.what else ''}, in transformers {self.hf}"
+        suspects = f": {self.suspects}" if self.suspects else ""
+        return f"{place}{suspects}; relative error {self.error:.1e}, from position {self.position} on"
+
+
+SUSPECTS = {
+    "o_proj": "rope, mask, window, scale, softcap or sinks",
+    "down_proj": "the activation, or gate and up the wrong way round",
+    "norm": "offset or epsilon",
+    "proj": "kernel or bias: its row's ops, or another tensor's values",
+    "embed": "the table, or a scale on what is looked up",
+}
+
+
+def first_departure(points: Sequence[Point]) -> Departure | None:
+    """What the first departing point says, `points` in the order in which our values came to be.
+
+    A module that departs in what it gave is at fault itself, or in what follows its last sub-module; one that departs
+    in what it was given points to what its parent does between the modules that agreed and this one.
+    """
+    first = next((number for number, point in enumerate(points) if point.position >= 0), None)
+    if first is None:
+        return None
+    point, before = points[first], points[:first]
+    parent = _parent(point.path)
+    if point.side == "out":
+        inner = _outputs(before, point.path)
+        what = f"after {', '.join(inner)}" if inner else ""
+        suspects = _suspects(_name(point.path)) if not inner else "a sum with the residual stream, a norm or a factor"
+        return Departure(point.path, point.hf, what, suspects, point.error, point.position)
+    siblings = _outputs(before, parent)
+    above = next((each for each in before if each.path == parent), None)
+    what = f"between {', '.join(siblings) or 'its input'} and {_name(point.path)}"
+    suspects = SUSPECTS.get(_name(point.path), "a sum with the residual stream, a norm or a factor")
+    hf = above.hf if above else _parent(point.hf)
+    return Departure(parent or "the model", hf, what, suspects, point.error, point.position)
+
+
+def _outputs(points: Sequence[Point], parent: str) -> list[str]:
+    """The sub-modules of `parent` that have given something, in order."""
+    return [_name(point.path) for point in points if point.side == "out" and _parent(point.path) == parent]
+
+
+def _suspects(name: str) -> str:
+    return next((words for ending, words in SUSPECTS.items() if name.rpartition("_")[2] == ending), "")

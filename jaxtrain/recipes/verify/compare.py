@@ -1,0 +1,123 @@
+"""The verifier: from a folder to a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from converters.errors import CheckpointError
+from converters.reference import Reference
+from converters.verify import Departure, Point
+from jaxtrain.recipes.verify.checks import (
+    LAST_PLACES,
+    LOGIT_TOLERANCE,
+    Check,
+    decode_check,
+    excuse_rounding,
+    gradient_check,
+    loading,
+    logit_checks,
+    low_precision,
+    round_trip,
+)
+from jaxtrain.recipes.verify.locate import locate
+from jaxtrain.recipes.verify.subject import Subject, load_subject, our_logits, token_rows
+
+
+@dataclass(frozen=True)
+class Report:
+    source: str
+    checks: list[Check]
+    departure: Departure | None = None
+    layers: list[Point] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return _all_passed(self.checks)
+
+
+def verify(source: str, *, tokens: int, dtype: str, layers: bool, gradients: bool, decode: bool) -> Report:
+    """`compare` of a folder, or of a model on the Hub. What our import refuses is a failed check of the report.
+
+    Raises ValueError where there is nothing to compare, or no torch to compare with.
+    """
+    folder = find_checkpoint(source)
+    try:
+        subject = load_subject(folder)
+    except CheckpointError as error:
+        return Report(source, [Check("import", False, str(error))])
+    return compare(subject, tokens=tokens, dtype=dtype, layers=layers, gradients=gradients, decode=decode)
+
+
+def compare(
+    subject: Subject,
+    *,
+    tokens: int = 600,
+    dtype: str = "bfloat16",
+    layers: bool = False,
+    gradients: bool = False,
+    decode: bool = False,
+) -> Report:
+    """Compare with transformers over `tokens` tokens, in float32 and in `dtype`.
+
+    `layers` lists every layer, whatever the logits say; `gradients` and `decode` add those checks. Where float32
+    misses the tolerance, both sides are run in float64, which tells rounding from mistakes; further checks are made
+    in the precision that tells. Raises ValueError where torch is missing or transformers cannot load the folder.
+    """
+    rows = token_rows(subject, tokens)
+    ids = np.stack(list(rows.values()))
+    reference = Reference(subject.folder, "float32")
+    checks = [loading(reference), round_trip(subject)]
+    judge, tolerance = "float32", LOGIT_TOLERANCE
+    ours, theirs = {judge: our_logits(subject, ids, judge)}, {judge: reference.logits(ids)}
+    logits = logit_checks(judge, rows, ours[judge], theirs[judge], tolerance)
+    if not _all_passed(logits):
+        judge = "float64"
+        del reference  # before the next is made: either is as large as the checkpoint
+        reference = Reference(subject.folder, judge)
+        ours[judge], theirs[judge] = our_logits(subject, ids, judge), reference.logits(ids)
+        last_place = float(np.abs(reference.nudged_logits(ids) - theirs[judge]).max())
+        tolerance = max(tolerance, LAST_PLACES * last_place)
+        exact = logit_checks(judge, rows, ours[judge], theirs[judge], tolerance)
+        if _all_passed(exact):
+            logits = [excuse_rounding(check, row, ours, theirs) for row, check in enumerate(logits)]
+        logits += exact
+    checks += logits
+    points, departure = [], None
+    if layers or not _all_passed(logits):
+        points, departure = locate(subject, reference, ids, judge)
+    if decode:
+        checks.append(decode_check(subject, ids, judge, ours[judge], theirs[judge], tolerance))
+    if gradients:
+        checks.append(gradient_check(subject, reference, ids[-1:], judge))
+    if dtype != "float32":
+        del reference
+        reference = Reference(subject.folder, dtype)
+        checks += low_precision(dtype, rows, our_logits(subject, ids, dtype), reference.logits(ids), theirs[judge])
+    return Report(str(subject.folder), checks, None if _all_passed(logits) else departure, points if layers else [])
+
+
+def _all_passed(checks: list[Check]) -> bool:
+    return all(check.passed for check in checks)
+
+
+def find_checkpoint(source: str) -> Path:
+    """The folder `source`, or the snapshot of the model of that name on the Hub: the local cache's, or fetched.
+
+    Raises CheckpointError where it is neither.
+    """
+    if Path(source).is_dir() or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"{source} is no folder, and no model of that name is in the local Hugging Face cache or can be fetched "
+            f"from the Hub: {str(error).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,95 @@
+"""Where our forward pass leaves that of transformers: layers first, then the sub-modules of the first that departs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from converters.reference import Reference, Seen
+from converters.verify import Departure, Pair, Point, compare_values, first_departure, pair_modules
+from jaxtrain.nn.config import ModelConfig
+from jaxtrain.nn.rope import rope_table
+from jaxtrain.recipes.verify.subject import Subject, as_batch, params_as, precise
+from jaxtrain.types import Array
+
+MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over a token's part of what a module gave
+_IN_A_LAYER = re.compile(r"layers\.\d+\.")
+_ATTENTION = re.compile(r"layers\.(\d+)\.attn")
+
+
+def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) -> tuple[list[Point], Departure | None]:
+    """What every layer was given and gave, and the first departure, in two passes of either model.
+
+    The first pass sees whole layers, the second the inside of the first that departs, so that memory holds no more
+    than one value a layer. `reference` must hold the model in `dtype`, as ours is run in it.
+    """
+    pairs = pair_modules(subject.tensors, reference.owners())
+    outside = {path: pair for path, pair in pairs.items() if not _IN_A_LAYER.match(path)}
+    layers, _ = _observe(subject, reference, ids, dtype, outside)
+    departure = first_departure(layers)
+    if departure is None or not re.fullmatch(r"layers\.\d+", departure.where):
+        return layers, departure
+    within = {path: pair for path, pair in pairs.items() if f"{path}.".startswith(f"{departure.where}.")}
+    points, seen = _observe(subject, reference, ids, dtype, within)
+    departure = first_departure(points) or departure
+    attention = _ATTENTION.fullmatch(departure.where)
+    if attention and departure.what and departure.hf in seen:
+        suspects = _attention_suspects(subject.config, int(attention[1]), ids, seen[departure.hf].keywords)
+        departure = replace(departure, suspects=suspects or departure.suspects)
+    return layers, departure
+
+
+def _observe(
+    subject: Subject, reference: Reference, ids: np.ndarray, dtype: str, pairs: Mapping[str, Pair]
+) -> tuple[list[Point], dict[str, Seen]]:
+    seen = reference.watch(ids, {pair.hf for pair in pairs.values()})
+    points: list[Point] = []
+    joined: dict[str, int] = {}  # how much of what a module of theirs gave, for several of ours, has been compared
+
+    def see(path: str, side: str, value: Array) -> None:
+        pair = pairs.get(path)
+        if pair is None or pair.hf not in seen:
+            return
+        ours, theirs = np.asarray(value), seen[pair.hf].given if side == "in" else seen[pair.hf].gave
+        if theirs is None:
+            return
+        if pair.shared and side == "out":
+            width = ours[0, 0].size
+            start = joined.get(pair.hf, 0)
+            joined[pair.hf] = start + width
+            theirs = theirs[..., start : start + width]
+        errors = compare_values(ours, theirs, (ids.shape[0], ids.shape[1]))
+        if errors is not None:
+            wrong = np.flatnonzero((errors > MODULE_TOLERANCE).any(0))
+            position = int(wrong[0]) if wrong.size else -1
+            points.append(Point(path, pair.hf, side, float(errors.max()), position))
+
+    with precise(dtype):
+        subject.model(dtype).watch(params_as(subject, dtype), as_batch(ids), see)
+    return points, seen
+
+
+def _attention_suspects(config: ModelConfig, layer: int, ids: np.ndarray, theirs: Mapping[str, Any]) -> str:
+    """What transformers gave its attention besides the stream, held against what ours has."""
+    length, window = ids.shape[1], config.pattern[layer].window
+    suspects = []
+    if isinstance(theirs.get("position_embeddings"), tuple):
+        table = rope_table(config.rope, config.head_dim, as_batch(ids).positions)
+        ours = [np.asarray(half)[0, :, 0] for half in table]
+        given = [np.asarray(half[0], np.float64) for half in theirs["position_embeddings"]]
+        if any(
+            half.shape[-1] not in (own.shape[-1], 2 * own.shape[-1])
+            or np.abs(half[:, : own.shape[-1]] - own).max() > 1e-3
+            for own, half in zip(ours, given, strict=True)
+        ):
+            suspects.append("rope (base, scaling, or the share of channels that turn): its cosines and sines differ")
+    if theirs.get("attention_mask") is not None:
+        # The last token sees itself and what the window leaves it.
+        sees = int((np.asarray(theirs["attention_mask"])[0, 0, -1] == 0).sum())
+        if sees != min(window or length, length):
+            suspects.append(f"window: the last of {length} tokens sees {sees}, ours {min(window or length, length)}")
+    return "; ".join(suspects) or "rope's layout, scale, softcap or sinks, since rope tables and windows agree"
