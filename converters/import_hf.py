@@ -18,6 +18,7 @@ from converters.safetensors_io import Checkpoint, check_folder, open_checkpoint
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
+_FAULTS = 20  # tensors that an error lists
 Bounds = tuple[tuple[int, int], ...]  # of a shard in its array: (start, stop) of each axis; an `Index` that hashes
 
 
@@ -79,8 +80,8 @@ def bind_checkpoint(
 ) -> list[Tensor]:
     """The tensors that make up a tree of `shapes`, each one checked against the checkpoint; aliases only where stored.
 
-    Raises CheckpointError, naming the tensor and the nearest name, for one that is missing, left over, of another
-    shape, or an alias of other values.
+    Raises CheckpointError, naming every tensor and the nearest name, for those that are missing, left over or of
+    another shape; and for an alias of other values.
     """
     family = FAMILIES[config.family]
     tensors = bind(weight_rows(config), shapes, config)
@@ -88,19 +89,22 @@ def bind_checkpoint(
     expected = {t.name for t in tensors}
     skipped = {name.format(layer=layer) for name in family.DERIVED for layer in range(config.num_layers)}
     stored = checkpoint.entries.keys() - skipped
-    for name in sorted(expected - stored):
-        raise CheckpointError(f"{checkpoint.folder} lacks tensor {name}" + nearest(name, stored - expected))
-    for name in sorted(stored - expected) if not partial else ():
-        raise CheckpointError(
-            f"{checkpoint.folder} holds tensor {name}, which config.json leaves no place for"
-            + nearest(name, expected - stored)
-        )
+    missing, surplus = expected - stored, set() if partial else stored - expected
+    shapes_stored = {t.name: checkpoint.entries[t.name].shape for t in tensors if t.name in stored}
+    misshapen = {t.name: t.shape for t in tensors if shapes_stored.get(t.name, t.shape) != t.shape}
+    faults = [*sorted(missing), *sorted(surplus), *sorted(misshapen)]
+    if faults:
+        lines = [
+            f"lacks tensor {name}{nearest(name, surplus)}"
+            if name in missing
+            else f"holds tensor {name}, which config.json leaves no place for{nearest(name, missing)}"
+            if name in surplus
+            else f"holds tensor {name} as {list(shapes_stored[name])}, config.json says {list(misshapen[name])}"
+            for name in faults[:_FAULTS]
+        ]
+        lines += [f"and {len(faults) - _FAULTS} more"] if len(faults) > _FAULTS else []
+        raise CheckpointError(f"{checkpoint.folder} " + "\n  ".join(lines))
     for tensor in tensors:
-        entry = checkpoint.entries[tensor.name]
-        if entry.shape != tensor.shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor {tensor.name} is {list(entry.shape)}, config.json says {list(tensor.shape)}"
-            )
         checkpoint.dtype(tensor.name)
     for alias in (t for t in tensors if t.alias):
         _check_alias(checkpoint, alias, next(t for t in tensors if t.ours == alias.ours and not t.alias))

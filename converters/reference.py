@@ -65,8 +65,8 @@ class Reference:
             for buffer, old in zip(frequencies, kept, strict=True):
                 buffer.copy_(old)
 
-    def watch(self, tokens: np.ndarray, modules: Collection[str]) -> dict[str, Seen]:
-        """One forward pass; what those of its `modules` (`model.layers.3.mlp`) that ran were given and gave."""
+    def watch(self, tokens: np.ndarray, modules: Collection[str]) -> tuple[dict[str, Seen], np.ndarray]:
+        """What those of its `modules` (`model.layers.3.mlp`) that ran were given and gave, and the logits."""
         seen: dict[str, Seen] = {}
         hooks = []
         for name, module in self._model.named_modules():
@@ -80,11 +80,11 @@ class Reference:
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             with self._torch.no_grad():
-                self._forward(tokens)
+                logits = _array(self._forward(tokens))
         finally:
             for each in hooks:
                 each.remove()
-        return seen
+        return seen, logits
 
     def gradients(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Of the mean negative log-likelihood of every next token, by the checkpoint's tensor names."""

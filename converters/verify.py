@@ -103,7 +103,8 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True)
+class Point:
     """One comparison: what a module of ours was given or gave, against its pair's."""
 
     path: str
@@ -149,9 +150,11 @@ SUSPECTS = {
     "o_proj": "rope, mask, window, scale, softcap or sinks",
     "down_proj": "the activation, or gate and up the wrong way round",
     "norm": "offset or epsilon",
-    "proj": "kernel or bias: its row's ops, or another tensor's values",
+    "proj": "kernel or bias: its row's ops, or the values of another tensor",
     "embed": "the table, or a scale on what is looked up",
+    "head": "its kernel, or a softcap or a factor on the logits",
 }
+_SUM = "a sum with the residual stream, a norm or a factor"
 
 
 def first_departure(points: Sequence[Point]) -> Departure | None:
@@ -164,18 +167,17 @@ def first_departure(points: Sequence[Point]) -> Departure | None:
     if first is None:
         return None
     point, before = points[first], points[:first]
-    parent = _parent(point.path)
     if point.side == "out":
         inner = _outputs(before, point.path)
         what = f"after {', '.join(inner)}" if inner else ""
-        suspects = _suspects(_name(point.path)) if not inner else "a sum with the residual stream, a norm or a factor"
+        suspects = _SUM if inner else _suspects(_name(point.path))
         return Departure(point.path, point.hf, what, suspects, point.error, point.position)
-    siblings = _outputs(before, parent)
-    above = next((each for each in before if each.path == parent), None)
-    what = f"between {', '.join(siblings) or 'its input'} and {_name(point.path)}"
-    suspects = SUSPECTS.get(_name(point.path), "a sum with the residual stream, a norm or a factor")
-    hf = above.hf if above else _parent(point.hf)
-    return Departure(parent or "the model", hf, what, suspects, point.error, point.position)
+    above = next((each for each in before if each.path == _parent(point.path)), None)
+    siblings = _outputs(before, above.path if above else "")
+    what = f"between {', '.join(siblings) or 'its input'} and {_name(point.path) if above else point.path}"
+    suspects = SUSPECTS.get(_name(point.path), _SUM)
+    where, hf = (above.path, above.hf) if above else ("the model", "the model")
+    return Departure(where, hf, what, suspects, point.error, point.position)
 
 
 def _outputs(points: Sequence[Point], parent: str) -> list[str]:

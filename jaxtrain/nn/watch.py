@@ -31,7 +31,8 @@ def watched(decoder: Decoder, see: See) -> Iterator[None]:
     running: list[Any] = []
 
     def path_of(module: Any) -> str | None:
-        if id(module) not in fixed and id(module) not in layer and isinstance(module, type(decoder.layers)):
+        if isinstance(module, type(decoder.layers)):
+            # A new one every time: the identities of the last one's modules may be in use again.
             layer.clear()
             layer.update(_paths(module, f"layers.{next(numbers)}"))
         return fixed.get(id(module), layer.get(id(module)))

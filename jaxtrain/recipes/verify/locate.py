@@ -46,7 +46,7 @@ def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) 
 def _observe(
     subject: Subject, reference: Reference, ids: np.ndarray, dtype: str, pairs: Mapping[str, Pair]
 ) -> tuple[list[Point], dict[str, Seen]]:
-    seen = reference.watch(ids, {pair.hf for pair in pairs.values()})
+    seen, logits = reference.watch(ids, {pair.hf for pair in pairs.values()})
     points: list[Point] = []
     joined: dict[str, int] = {}  # how much of what a module of theirs gave, for several of ours, has been compared
 
@@ -62,14 +62,19 @@ def _observe(
             start = joined.get(pair.hf, 0)
             joined[pair.hf] = start + width
             theirs = theirs[..., start : start + width]
+        compare(path, pair.hf, side, ours, theirs)
+
+    def compare(path: str, hf: str, side: str, ours: np.ndarray, theirs: np.ndarray) -> None:
         errors = compare_values(ours, theirs, (ids.shape[0], ids.shape[1]))
         if errors is not None:
             wrong = np.flatnonzero((errors > MODULE_TOLERANCE).any(0))
             position = int(wrong[0]) if wrong.size else -1
-            points.append(Point(path, pair.hf, side, float(errors.max()), position))
+            points.append(Point(path, hf, side, float(errors.max()), position))
 
     with precise(dtype):
-        subject.model(dtype).watch(params_as(subject, dtype), as_batch(ids), see)
+        model, params = subject.model(dtype), params_as(subject, dtype)
+        hidden = model.watch(params, as_batch(ids), see)
+        compare("lm_head", "lm_head", "out", np.asarray(model.logits(params, hidden)), logits)
     return points, seen
 
 

@@ -1,0 +1,213 @@
+"""The verifier passes what is right, and names the place of what is wrong."""
+
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import hf_folders
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from converters.errors import CheckpointError
+from converters.families import qwen3
+from converters.families.registry import FAMILIES
+from converters.reference import Reference
+from converters.rows import Split
+from jaxtrain.cli import app
+from jaxtrain.nn.config import Rope
+from jaxtrain.recipes.verify import load_subject
+from jaxtrain.recipes.verify.compare import find_checkpoint
+from jaxtrain.recipes.verify.locate import locate
+from jaxtrain.recipes.verify.subject import token_rows
+
+WINDOW, LAYER = 37, 1
+TOKENS = 90
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Everything that can be got wrong at once: scaled rope, a window on the middle layer, a square o_proj."""
+    windows = ["full_attention", "sliding_attention", "full_attention"]
+    return hf_folders.save(
+        tmp_path_factory.mktemp("qwen3"),
+        "qwen3",
+        hidden_size=64,
+        rope_parameters={**hf_folders.LLAMA3, "original_max_position_embeddings": 16},
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=windows,
+    )
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    return load_subject(folder)
+
+
+@pytest.fixture(scope="module")
+def depart(folder):
+    """The place where a subject departs from transformers' model of the folder."""
+    reference = Reference(folder, "float32")
+
+    def first(subject):
+        ids = np.stack(list(token_rows(subject, TOKENS).values()))
+        return locate(subject, reference, ids, "float32")[1]
+
+    return first
+
+
+def with_rows(monkeypatch, folder, change):
+    """The folder, imported by rows of the family that `change` has changed."""
+    rows = tuple(map(change, qwen3.WEIGHTS))
+    monkeypatch.setitem(FAMILIES, "qwen3", SimpleNamespace(**{**vars(qwen3), "WEIGHTS": rows}))
+    return load_subject(folder)
+
+
+def with_params(subject, change):
+    params = jax.tree.map(lambda leaf: leaf, subject.params)
+    change(params)
+    return dataclasses.replace(subject, params=params)
+
+
+def with_config(subject, **changes):
+    return dataclasses.replace(subject, config=dataclasses.replace(subject.config, **changes))
+
+
+def test_nothing_departs_in_what_is_right(subject, depart):
+    assert depart(subject) is None
+
+
+@pytest.mark.parametrize("rope", ["base", "scaling"])
+def test_rope(rope, subject, depart):
+    right = subject.config.rope
+    wrong = Rope(right.theta * 1.2, right.scaling) if rope == "base" else Rope(right.theta)
+    place = depart(with_config(subject, rope=wrong))
+    assert (place.where, place.hf) == ("layers.0.attn", "model.layers.0.self_attn")
+    assert place.what == "between q_proj, k_proj, v_proj, q_norm, k_norm and o_proj"
+    assert place.suspects.startswith("rope") and "window" not in place.suspects
+    assert place.position > 0  # at position 0 nothing turns
+
+
+def test_window_off_by_one(subject, depart):
+    pattern = list(subject.config.pattern)
+    pattern[LAYER] = dataclasses.replace(pattern[LAYER], window=WINDOW - 1)
+    place = depart(with_config(subject, pattern=tuple(pattern)))
+    assert (place.where, place.position) == ("layers.1.attn", WINDOW - 1)
+    assert place.suspects == f"window: the last of {TOKENS} tokens sees {WINDOW}, ours {WINDOW - 1}"
+
+
+def test_swapped_gate_and_up_weights(subject, depart):
+    def swap(params):
+        mlp = params["layers"]["mlp"]
+        for one, other in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
+            right = subject.params["layers"]["mlp"]
+            mlp[one] = {"kernel": right[one]["kernel"].at[LAYER].set(right[other]["kernel"][LAYER])}
+
+    place = depart(with_params(subject, swap))
+    assert (place.where, place.hf, place.what) == ("layers.1.mlp.gate_proj", "model.layers.1.mlp.gate_proj", "")
+
+
+def test_swapped_gate_and_up_rows(folder, monkeypatch, depart):
+    """Modules are paired by rows, so that the projections agree, and what is done with them does not."""
+    other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+
+    def change(row):
+        part = row.ours.split(".")[-2]
+        return dataclasses.replace(row, hf=row.hf.replace(part, other[part])) if part in other else row
+
+    place = depart(with_rows(monkeypatch, folder, change))
+    assert (place.where, place.what) == ("layers.0.mlp", "between gate_proj, up_proj and down_proj")
+    assert "gate and up the wrong way round" in place.suspects
+
+
+def test_o_proj_transposed(folder, monkeypatch, depart):
+    def change(row):
+        return dataclasses.replace(row, ops=(Split(0),)) if row.ours == "layers.attn.o_proj.kernel" else row
+
+    place = depart(with_rows(monkeypatch, folder, change))
+    assert (place.where, place.hf, place.what) == ("layers.0.attn.o_proj", "model.layers.0.self_attn.o_proj", "")
+    assert "kernel" in place.suspects
+
+
+@pytest.mark.parametrize(
+    ("path", "layer", "where"),
+    [
+        (("layers", "mlp_norm", "scale"), 2, "layers.2.mlp_norm"),
+        (("layers", "attn", "k_norm", "scale"), 1, "layers.1.attn.k_norm"),
+        (("norm", "scale"), ..., "norm"),
+        (("embed", "weight"), ..., "embed"),
+        (("lm_head", "kernel"), ..., "lm_head"),
+    ],
+)
+def test_an_offset_on_a_parameter(path, layer, where, subject, depart):
+    def shift(params):
+        for key in path[:-1]:
+            params = params[key]
+        params[path[-1]] = params[path[-1]].at[layer].add(1)
+
+    assert depart(with_params(subject, shift)).where == where
+
+
+def test_epsilon_of_the_norms(subject, depart):
+    assert depart(with_config(subject, norm_eps=0.1)).where == "layers.0.input_norm"
+
+
+def test_command_passes(folder):
+    arguments = ["verify", str(folder), "--tokens", "90", "--layers", "--gradients", "--decode", "--json"]
+    done = CliRunner().invoke(app, arguments)
+    report = json.loads(done.stdout)
+    assert (done.exit_code, report["passed"], report["departure"]) == (0, True, None), done.output
+    names = [check["name"] for check in report["checks"]]
+    assert {"round trip", "cached decode", "gradients", "logits float32, random ids"} <= set(names)
+    ends = [point["path"] for point in report["layers"] if point["side"] == "out"]
+    assert ends == ["embed", "layers.0", "layers.1", "layers.2", "norm", "lm_head"]
+        "layers.2",
+        "norm",
+        "lm_head",
+    ]
+    assert [span["stop"] for span in report["checks"][2]["spans"]] == [90, 16, 64, 90]
+
+
+def test_command_fails_and_says_where(folder, monkeypatch):
+    def change(row):
+        return dataclasses.replace(row, ops=(Split(0),)) if row.ours == "layers.attn.o_proj.kernel" else row
+
+    with_rows(monkeypatch, folder, change)
+    done = CliRunner().invoke(app, ["verify", str(folder), "--tokens", "40", "--dtype", "float32"])
+    assert done.exit_code == 1
+    verdict, place, *_ = done.stdout.splitlines()
+    assert verdict.startswith("FAILED (logits float32, random ids, logits float64, random ids)")
+    assert place.startswith("first departs at layers.0.attn.o_proj, in transformers model.layers.0.self_attn.o_proj")
+
+
+def test_command_says_all_that_the_import_refuses(tmp_path):
+    hf_folders.save(tmp_path, "qwen3")
+    stored = hf_folders.tensors(tmp_path)
+    stored["model.layers.1.mlp.surprise.weight"] = stored.pop("model.layers.0.mlp.up_proj.weight")
+    stored["model.norm.weight"] = stored["model.norm.weight"][:-1]
+    save_file(stored, tmp_path / "model.safetensors")
+    done = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert done.exit_code == 1
+    for words in (
+        "FAILED (import)",
+        "lacks tensor model.layers.0.mlp.up_proj.weight",
+        "holds tensor model.layers.1.mlp.surprise.weight",
+        "holds tensor model.norm.weight as [55], config.json says [56]",
+    ):
+        assert words in done.stdout
+
+
+def test_without_torch_the_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"jaxtrain\[verify\]"):
+        Reference(folder, "float32")
+
+
+def test_what_is_nowhere(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="nobody/no-such-model is no folder, and no model of that name"):
+        find_checkpoint("nobody/no-such-model")
