@@ -6,7 +6,7 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,9 +41,13 @@ def train(
     if print_config:
         typer.echo(dump_config(run), nl=False)
         return
-    from jaxtrain.recipes import sft
+    sys.exit(_recipe(run.recipe)(run, resume=resume).exit_code)
 
-    sys.exit(sft.run(run, resume=resume).exit_code)
+
+def _recipe(name: str) -> Any:
+    from jaxtrain.recipes import rl, sft
+
+    return {"sft": sft.run, "rl": rl.run}[name]
 
 
 @app.command()

@@ -102,6 +102,21 @@ class Encoder:
         messages, _ = conversation(row)
         return Prompt(self._chat.prompt(messages[:-1], **_template_options(row)), messages[-1].get("content") or "")
 
+    def question(self, row: Row) -> tuple[np.ndarray, Row]:
+        """The ids [n] of what the model is asked, and the row with its columns `prompt` and, if it has one, `answer`.
+
+        A column `prompt` is a string or a list of messages. Without it a conversation is asked for its last turn, which
+        becomes the `answer` unless the row has one. Raises ValueError.
+        """
+        if "prompt" not in row:
+            messages, _ = conversation(row)
+            row = {"answer": messages[-1].get("content"), **row, "prompt": messages[:-1]}
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and self._prompt_format == "plain":
+            return np.array(self._backend.encode(prompt, add_special_tokens=True).ids, np.int32), row
+        messages = [_turn("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
+        return self._chat.prompt(messages, **_template_options(row)), row
+
     def _is_plain(self, row: Row) -> bool:
         if kind_of(row) != "prompt+completion" or not isinstance(row["prompt"], str):
             return False

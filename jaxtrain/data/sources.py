@@ -60,10 +60,14 @@ class Rows(Protocol):
 class Source:
     """All rows of a `SourceSection`, under our column names."""
 
-    def __init__(self, section: SourceSection):
-        """Raises DataError for missing or broken files, for no rows at all, and for unknown names in `columns`."""
-        _check_column_map(section.columns)
-        self.section = section
+    def __init__(self, section: SourceSection, *, keep_columns: bool = False):
+        """`keep_columns` leaves those that are not mapped in the rows, for rewards to look at.
+
+        Raises DataError for missing or broken files, for no rows at all, and for unknown names in `columns`.
+        """
+        if not keep_columns:
+            _check_column_map(section.columns)
+        self.section, self._keep_columns = section, keep_columns
         self._files: list[Rows] = []
         self._ends: list[int] = []  # the number of rows up to the end of each file
         for path in find_files(section.path):
@@ -85,6 +89,8 @@ class Source:
         missing = [theirs for theirs in self.section.columns.values() if theirs not in row]
         if missing:
             raise DataError(f"{rows.place(local)}: there is no column {missing[0]!r}" + _nearest(missing[0], list(row)))
+        if self._keep_columns:
+            return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}
         return rename_columns(row, self.section.columns)
 
     def place(self, index: int) -> str:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 _SHOWN = {  # metric name -> what is shown of it, in this order
+    "reward": "reward {:.3f}",
     "loss": "loss {:.4f}",
     "grad_norm": "grad_norm {:.3g}",
     "learning_rate": "lr {:.2e}",

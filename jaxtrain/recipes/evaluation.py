@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder, Prompt
@@ -19,7 +20,7 @@ from jaxtrain.parallel.batches import place_batch
 from jaxtrain.recipes.setup import Policy, as_list, stop_ids
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.placement import row_shares
-from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.sample.requests import Completion, Request, SamplingParams
 from jaxtrain.train.evaluate import evaluate, make_eval_step
 from jaxtrain.types import Batch, Params, TrainState
 
@@ -69,14 +70,21 @@ def answer(
     model: Model, params: Params, tokenizer: Any, prompts: list[Prompt], stops: list[int], max_new_tokens: int
 ) -> list[str]:
     """Greedy answers as text, special tokens left out."""
+    asked = [prompt.input_ids for prompt in prompts]
+    return [str(each.text) for each in greedy_completions(model, params, tokenizer, asked, stops, max_new_tokens)]
+
+
+def greedy_completions(
+    model: Model, params: Params, tokenizer: Any, prompts: Sequence[np.ndarray], stops: list[int], max_new_tokens: int
+) -> list[Completion]:
+    """Greedy answers to prompts of ids [n]."""
     # Made anew each time, so that its copy of the weights is not kept while training; what it compiled is.
     engine = Engine(
         model,
         params,
         slots=-(-min(len(prompts), _SLOTS) // row_shares(model)) * row_shares(model),
-        max_length=max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens,
+        max_length=max(map(len, prompts)) + max_new_tokens,
         tokenizer=tokenizer,
     )
     params_of_all = SamplingParams(max_tokens=max_new_tokens, temperature=0, stop_ids=stops, logprobs=False)
-    completions = engine.generate([Request(prompt.input_ids, params_of_all) for prompt in prompts])
-    return [str(completion.text) for (completion,) in completions]
+    return [completion for (completion,) in engine.generate([Request(ids, params_of_all) for ids in prompts])]

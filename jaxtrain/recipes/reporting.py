@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from jaxtrain.nn.model import Model
 from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
+from jaxtrain.rl.controller import Update
 from jaxtrain.train.loop import StepResult
 from jaxtrain.train.step import StepReport, add_metrics
 
@@ -15,18 +18,19 @@ from jaxtrain.train.step import StepReport, add_metrics
 class Window:
     """Collects steps and turns them into one line of metrics; reading them is what waits for the device."""
 
-    def __init__(self, model: Model, tokens_per_batch: int, num_tokens: int = 0):
-        """`tokens_per_batch` counts padding too; `num_tokens` were seen by an earlier part of the run."""
-        self._model, self._tokens_per_batch = model, tokens_per_batch
+    def __init__(self, model: Model, num_tokens: int = 0):
+        """`num_tokens` were seen by an earlier part of the run."""
+        self._model = model
         self.num_tokens = num_tokens
         self._reports: list[StepReport] = []
-        self._flops = 0.0
+        self._flops, self._slots = 0.0, 0
         self._seconds = 0.0
         self._since = time.perf_counter()
 
     def add(self, result: StepResult) -> None:
         batch = result.batch
         self._reports.append(result.report)
+        self._slots += batch.segment_ids.size * jax.process_count()  # every host has as many rows
         self._flops += train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
 
     def pause(self) -> None:
@@ -52,13 +56,48 @@ class Window:
             "learning_rate": float(reports[-1].learning_rate),
             "num_tokens": self.num_tokens,
             "tokens_per_second": tokens / self._seconds,
-            "packing_density": tokens / (len(reports) * self._tokens_per_batch),
+            "packing_density": tokens / self._slots,
             "skipped_steps": int(reports[-1].skipped),
             "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
         utilisation = mfu(self._flops, self._seconds)
         if utilisation is not None:
             metrics["mfu"] = utilisation
-        self._reports, self._flops, self._seconds = [], 0.0, 0.0
+        self._reports, self._flops, self._slots, self._seconds = [], 0.0, 0, 0.0
         self.go_on()
+        return metrics
+
+
+class RolloutWindow:
+    """Collects what steps of reinforcement learning say beside the policy's own report, and averages it."""
+
+    def __init__(self) -> None:
+        self._critic: list[StepReport] = []
+        self._seconds: list[float] = []
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, update: Update, updates: int, extra: Mapping[str, float]) -> None:
+        """`updates` are taken on every rollout; `extra` are further metrics of the rollout."""
+        if update.done == 1:
+            for name, value in {**update.experience.metrics, **extra}.items():
+                self._sums.setdefault(name, []).append(value)
+        if update.critic_report is not None:
+            self._critic.append(update.critic_report)
+        self._seconds.append(update.seconds * updates)
+
+    def close(self) -> dict[str, float]:
+        """Means over the rollouts since the last call, and the critic's metrics as `critic/*`."""
+        metrics = {name: float(np.mean(values)) for name, values in self._sums.items()}
+        metrics["time/update"] = float(np.mean(self._seconds))
+        parts = ("time/rollout", "time/reward", "time/logps", "time/sync", "time/update")
+        if all(part in metrics for part in parts):
+            metrics["step_time"] = sum(metrics[part] for part in parts)
+        reports = jax.device_get(self._critic)
+        if reports:
+            means = reports[0].means
+            for report in reports[1:]:
+                means = add_metrics(means, report.means)
+            metrics |= {f"critic/{name}": float(metric.value) for name, metric in means.items()}
+            metrics["critic/grad_norm"] = float(sum(report.grad_norm for report in reports) / len(reports))
+        self._sums, self._critic, self._seconds = {}, [], []
         return metrics

@@ -70,11 +70,7 @@ def restore_or_begin(
     restored = checkpoints.restore(target._replace(frozen={}))
     base = base_params(config.model, policy, seed) if restored is None or policy.model.lora else {}
     if restored is not None:
-        if restored.meta["tokenizer"] != fingerprint(tokenizer):
-            raise ValueError(
-                f"{config.run.dir} was trained with another tokenizer or chat template: go on with that one, or choose "
-                "another run.dir"
-            )
+        check_tokenizer(config, restored.meta, tokenizer)
         stream.set_state(restored.data_state)
         return restored.state._replace(frozen=base), restored.meta["num_tokens"]
     new = adapter_params(config.model, policy, seed)
@@ -87,6 +83,15 @@ def restore_or_begin(
     # Donated: the parameters move into the state instead of being there twice.
     state = jax.jit(born, out_shardings=shardings, donate_argnums=0)(trained)
     return state._replace(frozen=frozen), 0
+
+
+def check_tokenizer(config: RunConfig, meta: dict[str, Any], tokenizer: Any) -> None:
+    """Raise ValueError where a checkpoint's `meta` is of a run with another tokenizer."""
+    if meta["tokenizer"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"{config.run.dir} was trained with another tokenizer or chat template: go on with that one, or choose "
+            "another run.dir"
+        )
 
 
 def save(

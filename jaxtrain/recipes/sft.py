@@ -72,7 +72,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
         begin(config, folder, checkpoints, resume)
         state, num_tokens = restore_or_begin(config, policy, tx, checkpoints, stream, tokenizer)
         start = int(state.step)
-        window = Window(policy.model, rows * config.data.max_length, num_tokens)
+        window = Window(policy.model, num_tokens)
         with (
             MetricLog(folder, config.log.tensorboard, start or None) as log,
             Progress(config.train.steps, start) as progress,

@@ -45,7 +45,7 @@ class EngineSampler:
         requests = [self._request(prompt, samples) for prompt in prompts]
         answers = self._generate(requests)
         return [
-            [_trajectory(prompt, sample, completion) for sample, completion in enumerate(group)]
+            [trajectory_of(prompt, sample, completion) for sample, completion in enumerate(group)]
             for prompt, group in zip(prompts, answers, strict=True)
         ]
 
@@ -93,7 +93,7 @@ class EngineSampler:
             self._engine.set_params(*self._pending.popleft())
 
 
-def _trajectory(prompt: Prompt, sample: int, completion: Completion) -> Trajectory:
+def trajectory_of(prompt: Prompt, sample: int, completion: Completion) -> Trajectory:
     return Trajectory(
         prompt=prompt,
         sample=sample,

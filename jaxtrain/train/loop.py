@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,15 +59,19 @@ def train(
         if number == first + 1:
             _warn_of_recompilation(step, batch)
         if before is not None:
-            _check_finite(before, recent, max_skipped_in_a_row, number - 1, inspection_dir)
+            check_finite(before, recent, max_skipped_in_a_row, number - 1, inspection_dir)
         before, now = report, time.perf_counter()
         yield StepResult(number, state, report, batch, now - last_time)
         last_time = now
     if before is not None:
-        _check_finite(before, recent, max_skipped_in_a_row, int(state.step), inspection_dir)
+        check_finite(before, recent, max_skipped_in_a_row, int(state.step), inspection_dir)
 
 
-def _check_finite(report: StepReport, recent: deque[Batch], limit: int, step: int, folder: Path) -> None:
+def check_finite(report: StepReport, recent: Sequence[Batch], limit: int, step: int, folder: Path) -> None:
+    """Raises NonFiniteError where `limit` steps in a row up to `step` were skipped; their batches are then in `folder`.
+
+    `recent` are the last batches, of one shape.
+    """
     in_a_row = int(report.skipped_in_a_row)
     if in_a_row:
         log.warning("step %d was skipped: its loss or gradient is not finite (%d in a row)", step, in_a_row)

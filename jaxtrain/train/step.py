@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.lora import join
+from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.ops.token_scores import token_scores
 from jaxtrain.optim import Schedule
@@ -63,6 +64,12 @@ def score(
     )
 
 
+def token_values(model: Model, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
+    """What a scalar head says of the state before every weighted token: float32 [B, T], 0 elsewhere."""
+    before = model.values(params, model.hidden(params, batch, dropout_key))[:, :-1]
+    return jnp.where(batch.loss_weights > 0, jnp.pad(before, ((0, 0), (1, 0))), 0)
+
+
 def make_step(
     model: Model,
     tx: optax.GradientTransformation,
@@ -83,7 +90,11 @@ def make_step(
 
     def objective(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
-        scores = score(model, join(params, frozen), batch, dropout_key, linear=linear, temperature=temperature)
+        whole = join(params, frozen)
+        if model.output == SCALAR:
+            scores = token_values(model, whole, batch, dropout_key)
+        else:
+            scores = score(model, whole, batch, dropout_key, linear=linear, temperature=temperature)
         return loss(scores, batch, norm)
 
     gradient = jax.value_and_grad(objective, has_aux=True)

@@ -1,0 +1,150 @@
+"""The recipe as a user runs it, and as a scheduler kills it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.config import parse_config
+from jaxtrain.data.arithmetic import write_arithmetic
+from jaxtrain.recipes import rl
+from jaxtrain.recipes.export import export_run
+from jaxtrain.train.checkpoint import Checkpoints
+
+CLOCKS = ("seconds", "time", "per_second", "memory", "mfu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    write_byte_tokenizer(folder / "tokenizer")
+    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
+    return folder
+
+
+def tree(place: Path, **rl_section) -> dict:
+    model = {
+        "model_type": "llama",
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    section = {
+        "prompts": 4,
+        "generations": 4,
+        "max_completion_length": 8,
+        "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
+        "reward_workers": 1,
+        "sampling": {"slots": 16},
+    }
+    return {
+        "recipe": "rl",
+        "run": {"dir": str(place / "run")},
+        "model": {
+            "config": model,
+            "tokenizer": str(place / "tokenizer"),
+            "compute_dtype": "float32",
+            "remat": "none",
+        },
+        "data": {
+            "train": {"path": str(place / "train.jsonl")},
+            "eval": {"path": str(place / "eval.jsonl")},
+            "max_length": 48,
+        },
+        "train": {"steps": 6},
+        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
+        "checkpoint": {"every": 1, "keep": 10},
+        "eval": {"every": 6, "generate": 4, "max_new_tokens": 8},
+        "log": {"every": 1, "tensorboard": False},
+        "rl": section | rl_section,
+    }
+
+
+def train(tree: dict, run: Path, **train_section) -> list[dict]:
+    changed = tree | {"run": {"dir": str(run)}, "train": tree["train"] | train_section}
+    assert rl.run(parse_config(changed, "test")).exit_code == 0
+    return logged(run)
+
+
+def logged(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not any(clock in k for clock in CLOCKS)} for line in lines]
+
+
+def checksums(run: Path) -> dict[str, str]:
+    """Of every saved leaf of the newest checkpoint, as it was saved."""
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    with Checkpoints(str(run / "checkpoints"), 1, 1) as checkpoints:
+        return checkpoints._read_record(step)["checksums"]
+
+
+CASES = {
+    "grpo": {},
+    "ppo in the middle of its updates": {"algorithm": "ppo", "iterations": 2, "minibatches": 2, "beta": 0.1},
+    "dapo with refills and filters": {
+        "algorithm": "dapo",
+        "minibatches": 2,
+        "sampling": {"slots": 16, "top_k": 5, "support": 8, "temperature": 0.9},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_any_step_and_resumed_equals_uninterrupted(place, name, tmp_path):
+    """As a kill leaves it: checkpoints up to some step, and a log that had gone further."""
+    config = tree(place, **CASES[name])
+    whole = train(config, tmp_path / "whole")
+    assert [line["step"] for line in whole if "loss" in line] == list(range(1, 7))
+    assert len({line["reward"] for line in whole if "reward" in line}) > 1
+    killed_after, run = int(np.random.default_rng().integers(1, 6)), tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", run)
+    for step in range(killed_after + 1, 7):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    assert train(config, run) == whole, f"killed after {killed_after}"
+    assert checksums(run) == checksums(tmp_path / "whole")
+
+
+def test_grpo_raises_the_reward_and_the_run_folder_says_so(place, tmp_path):
+    config = tree(place, prompts=8, generations=8, sampling={"slots": 64})
+    lines = train(config, tmp_path / "run", steps=20)
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
+    assert "eval_reward" in lines[-1]
+    gap = [line["sampling/sampling_logp_difference/max"] for line in lines if "reward" in line]
+    assert max(gap) < 1e-4
+    export_run(tmp_path / "run", tmp_path / "export")
+    assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+def test_lora_has_its_base_as_the_reference(place, tmp_path):
+    config = tree(place, beta=0.1, kl_in="loss")
+    config["model"]["lora"] = {"rank": 4}
+    config["train"] = {"steps": 3}
+    lines = train(config, tmp_path / "eight")
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert lines[2]["kl"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rewards": []}, "nothing says what a sample is worth"),
+        ({"max_completion_length": 48}, "leaves no room for a prompt"),
+        ({"max_completion_length": 40}, "the prompt has .* tokens"),
+        ({"algorithm": "grppo"}, "did you mean grpo"),
+    ],
+)
+def test_what_a_user_can_mend_is_said(place, changes, expected, tmp_path):
+    with pytest.raises(ValueError, match=expected):
+        train(tree(place, **changes), tmp_path / "run")
