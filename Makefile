@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2# test processes side by side, each with eight fake devices and up to 3 GB
 EXTRAS ?= dev# dev,tpu also compiles the step for TPUs, with the compiler that jax[tpu] brings
 
 .PHONY: quickstart test lint clean
@@ -8,7 +9,7 @@ quickstart: .venv/installed
 	$(BIN)/jaxtrain quickstart
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from converters.errors import CheckpointError
 from converters.families.registry import FAMILIES, for_head, weight_rows
 from converters.import_hf import bind_checkpoint
 from converters.rows import bind, flatten
-from converters.safetensors_io import Spec, open_checkpoint, plan_files, write_checkpoint
+from converters.safetensors_io import DTYPES, Spec, open_checkpoint, plan_files, write_checkpoint
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
@@ -59,9 +59,13 @@ def export_hf(
     (default: the parameters' own). The tokenizer's files, chat template and generation_config.json are copied from the
     folder `tokenizer_from`. Every process must call this; one tensor at a time is gathered, the first process writes.
 
-    Raises CheckpointError where `out` is not empty, or the parameters do not fit the family.
+    Raises CheckpointError where `out` is not empty, `dtype` is none that safetensors files of models have, or the
+    parameters do not fit the family.
     """
     folder = empty_folder(Path(out))
+    writable = [each.name for each in DTYPES.values()]
+    if dtype is not None and dtype not in writable:
+        raise CheckpointError(f"cannot write weights as {dtype!r}; known: {', '.join(writable)}")
     family, leaves = FAMILIES[config.family], flatten(params)
     own_head = {ours: leaves.pop(ours) for ours in list(leaves) if ours.startswith("custom_head.")}
     tensors = bind(weight_rows(config), {ours: leaf.shape for ours, leaf in leaves.items()}, config)

@@ -141,7 +141,8 @@ def check_folder(folder: Path) -> None:
     """Raises CheckpointError where there is no such folder, with the nearest one beside it."""
     if not folder.is_dir():
         beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise CheckpointError(f"no checkpoint folder {folder}" + nearest(folder.name, beside))
+        hint = nearest(folder.name, beside) or "; models are read from folders, as `hf download` writes them"
+        raise CheckpointError(f"no checkpoint folder {folder}{hint}")
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,13 +108,14 @@ def quickstart(
 
 
 def main() -> None:
-    """Entry point. A ValueError is the user's to mend, so it is printed without a traceback."""
+    """Entry point. A ValueError or an OSError is the user's to mend, so it is printed without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

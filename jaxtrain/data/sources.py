@@ -169,9 +169,11 @@ class _JsonLines:
     def __getitem__(self, index: int) -> Row:
         line = self._bytes[self._starts[index] : self._starts[index + 1]]
         try:
-            row = json.loads(line)
-        except ValueError as error:  # broken JSON, or bytes that are no UTF-8
-            raise DataError(f"{self.place(index)}: broken JSON: {error}") from None
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.place(index)}: broken JSON: {error.msg} at character {error.pos + 1}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place(index)}: no UTF-8: {error.reason} at byte {error.start + 1}") from None
         if not isinstance(row, dict):
             raise DataError(f"{self.place(index)}: a row must be a JSON object, not {type(row).__name__}")
         return row

@@ -18,7 +18,7 @@ from jaxtrain.types import Batch, TrainState
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ValueError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 

@@ -66,7 +66,11 @@ def test_a_broken_line_is_named_with_its_file(tmp_path):
     path.write_bytes(b'\n{"text": "good"}\n{"text": "bad\n[1]\n\xff\n')
     source = Source(SourceSection(path=str(path)))
     assert source[0] == {"text": "good"}
-    faults = [(1, 3, "broken JSON"), (2, 4, "a row must be a JSON object, not list"), (3, 5, "broken JSON")]
+    faults = [
+        (1, 3, "broken JSON: .* character 10"),
+        (2, 4, "a row must be a JSON object, not list"),
+        (3, 5, "no UTF-8"),
+    ]
     for index, line, message in faults:
         with pytest.raises(DataError, match=rf"a\.jsonl:{line}: {message}"):
             source[index]
