@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class RewardPool:
             raise ValueError(f"two rewards are named {twice[0]!r}: metrics tell rewards by the function's name")
         self._rewards = {reward.name: reward for reward in rewards}
         paths = [reward.function for reward in rewards]
+        self._scoring = threading.Lock()
         self._workers = [_Worker(paths) for _ in range(workers if rewards else 0)]
         try:
             for worker in self._workers:
@@ -81,7 +83,9 @@ class RewardPool:
         failures: Counter[tuple[str, Failure]] = Counter()
         lost = np.zeros(count, bool)
         tasks = [task for name in self._rewards for task in _cut(name, count, len(self._workers))]
-        for task, values, failure, said in self._run(tasks, samples):
+        with self._scoring:  # an evaluation may come while a rollout ahead of time is scored
+            answers = list(self._run(tasks, samples))
+        for task, values, failure, said in answers:
             for sample, value in zip(task.samples, values or [math.nan] * len(task.samples), strict=True):
                 if value is None:
                     continue
