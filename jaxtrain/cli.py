@@ -96,6 +96,19 @@ def verify(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="folder of a run of recipe rl")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    overrides: Overrides = None,
+) -> None:
+    """Train once more from the samples that RUN recorded, without sampling, and compare the losses."""
+    from jaxtrain.recipes.replay import replay as replay_run
+
+    steps, difference = replay_run(run, out, overrides)
+    typer.echo(f"{steps} steps; the largest difference between a loss and the recorded one is {difference:.3g}")
+
+
+@app.command()
 def quickstart(
     config: Annotated[Path, typer.Argument(help="YAML file of the run")] = Path("configs/quickstart/sft.yaml"),
     overrides: Overrides = None,

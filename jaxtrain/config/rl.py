@@ -54,6 +54,7 @@ class RLSection(Section):
     reward_workers: PositiveInt = 2  # processes that run the rewards
     environment: EnvironmentSection | None = None
     placement: PlacementSection = PlacementSection()
+    print_samples: NonNegativeInt = 50  # steps between tables of samples on the terminal; 0: none
     # The numbers of the algorithm; what is not given is the algorithm's own (`jaxtrain/rl/algorithms.py`).
     aggregation: Literal["grpo", "bnpo", "dr_grpo", "dapo", "sum"] | None = None
     beta: NonNegativeFloat | None = None  # of the KL to the reference; 0 needs no reference

@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 _SHOWN = {  # metric name -> what is shown of it, in this order
     "reward": "reward {:.3f}",
@@ -65,6 +66,10 @@ class Progress:
     def print(self, text: str) -> None:
         """A line above the bar: an evaluation, a saved checkpoint, a warning."""
         self._line(text)
+
+    def show(self, table: Table) -> None:
+        """A table above the bar."""
+        self._console.print(table)
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -89,7 +89,9 @@ class RolloutWindow:
         """Means over the rollouts since the last call, and the critic's metrics as `critic/*`."""
         metrics = {name: float(np.mean(values)) for name, values in self._sums.items()}
         metrics["time/update"] = float(np.mean(self._seconds))
-        parts = ("time/rollout", "time/reward", "time/logps", "time/sync", "time/update")
+        # Samples that were drawn ahead of time cost a step only what it waited for them.
+        drawn = ("time/wait",) if "time/wait" in metrics else ("time/rollout", "time/reward")
+        parts = (*drawn, "time/logps", "time/sync", "time/update")
         if all(part in metrics for part in parts):
             metrics["step_time"] = sum(metrics[part] for part in parts)
         reports = jax.device_get(self._critic)

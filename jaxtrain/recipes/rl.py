@@ -37,7 +37,8 @@ from jaxtrain.rl.placement import make_meshes, make_sampler
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.rollouts import Prompt
 from jaxtrain.rl.scoring import RewardScorer, conversation_metrics
-from jaxtrain.rl.trajectories import write_step
+from jaxtrain.rl.sources import Ahead, OnPolicy, Source
+from jaxtrain.rl.trajectories import Replay, sample_table, write_step
 from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.train.checkpoint import Checkpoints
@@ -47,8 +48,10 @@ from jaxtrain.train.step import Loss, jit_step, make_step, score, token_values
 from jaxtrain.types import TrainState
 
 
-def run(config: RunConfig, *, resume: bool = True) -> Outcome:
+def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
+
+    `replay`: learn from the samples that the run in that folder recorded, and draw none.
 
     Raises ValueError for what the user can mend: config, data, checkpoint; NonFiniteError where training diverges.
     """
@@ -148,10 +151,17 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
             max_completion_length=section.max_completion_length,
         )
         evaluation = make_rl_evaluation(config, policy, encode, tokenizer, sampler, scorer)
+        source: Source = OnPolicy(collect, sampler, prompts.get_state)
+        if section.placement.staleness:
+            staleness = section.placement.staleness
+            source = Ahead(collect, sampler, prompts.get_state, staleness=staleness, updates=plan.updates)
+        if replay is not None:
+            source = Replay(replay)
         window, rollouts = Window(policy.model, begun.num_tokens), RolloutWindow()
         latest: dict[str, float] = {}
         with (
             closing(sampler),
+            closing(source),
             MetricLog(folder, config.log.tensorboard, start or None) as log,
             Progress(config.train.steps, start) as progress,
         ):
@@ -173,15 +183,14 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
                 window.go_on()
 
             def keep(update: Update) -> None:
-                save(config, checkpoints, update, plan.updates, prompts, window.num_tokens, tokenizer)
+                save(config, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer)
 
             # Logged and measured before it is saved, so that a resumed run logs what the uninterrupted one would.
             done_at = dict.fromkeys((report, measure, keep), start)
             update = None
             for update in reinforce(
                 roles,
-                collect,
-                sampler,
+                source,
                 algorithm,
                 plan,
                 lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
@@ -193,6 +202,9 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
                 rollouts.add(update, plan.updates, _extra_metrics(update, sampler, scorer))
                 if update.done == 1:
                     write_step(folder, update.step, update.experience.trajectories)
+                    every = section.print_samples * plan.updates
+                    if every and update.experience.trajectories and (update.step - 1) % every == 0:
+                        progress.show(sample_table(update.step, update.experience.trajectories))
                 progress.update(update.step)
                 stopping = preemption.reached(update.step)
                 saving = checkpoints.due(update.step) or stopping

@@ -76,11 +76,11 @@ def save(
     checkpoints: Checkpoints,
     update: Update,
     updates: int,
-    prompts: PromptStream[Any],
+    data_state: Any,
     num_tokens: int,
     tokenizer: Any,
 ) -> None:
-    """Save a step; `updates` are taken on every step's samples."""
+    """Save a step; `updates` are taken on every step's samples, and `data_state` is that of the prompts behind them."""
     done = update.done if update.done < updates else 0
     if done and jax.process_index() == 0:
         _write(_path(config, update.step), update.experience)
@@ -94,7 +94,7 @@ def save(
     states = {"policy": update.roles.policy.state._replace(frozen={})}
     if update.roles.critic is not None:
         states["critic"] = update.roles.critic.state._replace(frozen={})
-    checkpoints.save(update.step, _tree(states), prompts.get_state(), meta)
+    checkpoints.save(update.step, _tree(states), data_state, meta)
     kept = {update.step, *checkpoints.steps()}
     for path in (Path(config.run.dir) / _EXPERIENCE).glob("*.npz"):
         if jax.process_index() == 0 and int(path.stem) not in kept:

@@ -21,7 +21,8 @@ from jaxtrain.losses.policy import divergence
 from jaxtrain.rl.advantages import Outcomes
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.collect import Collected
-from jaxtrain.rl.rollouts import Packed, Sampler, Trajectory, pack, rows_needed
+from jaxtrain.rl.rollouts import Packed, Trajectory, pack, rows_needed
+from jaxtrain.rl.sources import Source
 from jaxtrain.train.loop import check_finite
 from jaxtrain.train.step import Step, StepReport
 from jaxtrain.types import Array, Batch, Params, TrainState
@@ -99,8 +100,7 @@ class Pending(NamedTuple):
 
 def reinforce(
     roles: Roles,
-    collect: Callable[[], Collected | None],
-    sampler: Sampler,
+    source: Source,
     algorithm: Algorithm,
     plan: Plan,
     place: Callable[[Batch], Batch],
@@ -109,26 +109,17 @@ def reinforce(
     inspection_dir: Path,
     pending: Pending | None = None,
 ) -> Iterator[Update]:
-    """Take optimizer steps until `steps` have been taken in all or the prompts run dry, yielding after each.
-
-    The sampler is given the newest weights before every rollout, so that whoever resumes from a checkpoint draws what
-    the uninterrupted run would have drawn.
-    """
+    """Take optimizer steps until `steps` have been taken in all or the prompts run dry, yielding after each."""
     number = int(roles.policy.state.step)
     recent: deque[Batch] = deque(maxlen=plan.max_skipped_in_a_row)
     while number < steps:
         if pending is not None:
             (experience, done), pending = pending, None
         else:
-            start = time.perf_counter()
-            sampler.set_params(roles.policy.params, number)
-            synced = time.perf_counter() - start
-            collected = collect()
+            collected = source(roles.policy.params, number)
             if collected is None:
                 return
-            experience = prepare(collected, roles, algorithm, plan, place)
-            experience.metrics["time/sync"] = synced
-            done = 0
+            experience, done = prepare(collected, roles, algorithm, plan, place), 0
         while done < plan.updates and number < steps:
             start = time.perf_counter()
             batch = experience.batches[done % len(experience.batches)]

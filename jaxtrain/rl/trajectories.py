@@ -1,4 +1,4 @@
-"""Every sample of a run in Parquet, one file a step, and a sampler that plays them again.
+"""Every sample of a run in Parquet, one file a step, and a source that plays them again.
 
 `pyarrow.parquet.read_table("runs/x/trajectories/")` (or pandas, or DuckDB) reads a whole run: a row per sample, with
 the ids, the text, the rewards by part and what the trainer made of them.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
+from jaxtrain.rl.collect import Collected, rollout_metrics
 from jaxtrain.rl.rollouts import Prompt, Trajectory
 from jaxtrain.types import Params
 
@@ -77,55 +78,29 @@ def recorded_steps(run_dir: str | Path) -> list[int]:
 
 
 class Replay:
-    """A `Sampler` and a `Scorer` that repeat what a run recorded, whatever the weights are.
-
-    A prompt is known by its number, so a run with the same data, seed and sizes asks for the same ones.
-    """
+    """A `Source` of what a run recorded, step by step, whatever the weights are."""
 
     def __init__(self, run_dir: str | Path):
         """Raises ValueError for a folder without recorded samples."""
-        folder = Path(run_dir) / FOLDER
-        self._step_of: dict[int, int] = {}
-        for step in recorded_steps(run_dir):
-            numbers = pq.read_table(_path(folder, step), columns=["prompt"]).column(0).to_pylist()
-            self._step_of |= dict.fromkeys(numbers, step)
-        if not self._step_of:
-            raise ValueError(f"{run_dir}: no samples are recorded in {folder}: there is nothing to replay")
         self._run_dir = run_dir
-        self._read = lru_cache(maxsize=4)(self._groups)
+        self._steps = deque(recorded_steps(run_dir))
+        if not self._steps:
+            raise ValueError(
+                f"{run_dir}: no samples are recorded in {Path(run_dir) / FOLDER}: there is nothing to replay"
+            )
 
-    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """Raises ValueError for a prompt that was not asked, or not `samples` times."""
-        return [self._group(prompt, samples) for prompt in prompts]
+    def __call__(self, params: Params, number: int) -> Collected | None:
+        if not self._steps:
+            return None
+        trajectories = [t._replace(advantages=None) for t in read_step(self._run_dir, self._steps.popleft())]
+        prompts = len({t.prompt.number for t in trajectories})
+        return Collected(trajectories, rollout_metrics(trajectories), prompts)
 
-    def set_params(self, params: Params, version: int) -> None:
-        """Nothing is drawn."""
-
-    def metrics(self) -> dict[str, float]:
-        return {}
+    def state(self) -> None:
+        """No prompts are drawn."""
 
     def close(self) -> None:
         """Nothing is held."""
-
-    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Their rewards are recorded already."""
-        return list(trajectories)
-
-    def _group(self, prompt: Prompt, samples: int) -> list[Trajectory]:
-        step = self._step_of.get(prompt.number)
-        group = [] if step is None else self._read(step)[prompt.number]
-        if len(group) != samples:
-            raise ValueError(
-                f"{self._run_dir}: {len(group)} samples of prompt {prompt.number} are recorded, {samples} asked for; "
-                "a replay needs the data, the seed and the sizes of its run, and no more steps"
-            )
-        return [t._replace(prompt=prompt._replace(ids=t.prompt.ids), advantages=None) for t in group]
-
-    def _groups(self, step: int) -> dict[int, list[Trajectory]]:
-        groups: dict[int, list[Trajectory]] = {}
-        for t in read_step(self._run_dir, step):
-            groups.setdefault(t.prompt.number, []).append(t)
-        return {number: sorted(group, key=lambda t: t.sample) for number, group in groups.items()}
 
 
 def sample_table(step: int, trajectories: Sequence[Trajectory], rows: int = 4, width: int = 300) -> Table:

@@ -60,19 +60,17 @@ def test_a_step_that_is_taken_again_replaces_its_file(tmp_path):
         read_step(tmp_path, 2)
 
 
-def test_a_replay_answers_prompts_by_their_number(tmp_path):
-    first = [sample(number, index) for number in (0, 1) for index in (1, 0)]
-    write_step(tmp_path, 1, first)
-    write_step(tmp_path, 2, [sample(2, index) for index in (0, 1)])
+def test_a_replay_hands_out_the_recorded_steps_in_order(tmp_path):
+    steps = {1: [sample(0, 0), sample(0, 1)], 3: [sample(1, index) for index in (1, 0)]}
+    for step in (3, 1):
+        write_step(tmp_path, step, [t._replace(advantages=np.ones(4, np.float32)) for t in steps[step]])
     replay = Replay(tmp_path)
-    prompts = [sample(number).prompt for number in (2, 0)]
-    groups = replay.sample(prompts, 2)
-    assert [[(t.prompt.number, t.sample) for t in group] for group in groups] == [[(2, 0), (2, 1)], [(0, 0), (0, 1)]]
-    equal(groups[1][1], first[0])
-    assert replay(groups[0]) == groups[0]
-    for prompt, samples in ((prompts[0], 3), (sample(7).prompt, 2)):
-        with pytest.raises(ValueError, match="samples of prompt"):
-            replay.sample([prompt], samples)
+    for step in (1, 3):
+        collected = replay({}, 0)
+        for one, other in zip(collected.trajectories, steps[step], strict=True):
+            equal(one, other)
+        assert collected.prompts == 1 and collected.metrics["reward"] == pytest.approx(0.6)
+    assert replay({}, 0) is None
     with pytest.raises(ValueError, match="nothing to replay"):
         Replay(tmp_path / "empty")
 

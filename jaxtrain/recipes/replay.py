@@ -1,0 +1,47 @@
+"""Training once more from the samples that a run of reinforcement learning recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtrain.config import RunConfig, load_config
+from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.recipes import rl
+from jaxtrain.recipes.run_folder import CONFIG
+
+
+class Compared(NamedTuple):
+    steps: int  # that both runs logged
+    difference: float  # the largest between their losses
+
+
+def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None) -> Compared:
+    """Train as the run in `run` did, from its recorded samples, into `out`. Nothing is sampled.
+
+    With the same devices and no `overrides` the losses are the same. Raises ValueError for a folder without a run of
+    reinforcement learning or its samples.
+    """
+    run, out = Path(run), Path(out)
+    if out.resolve() == run.resolve():
+        raise ValueError(f"{out}: a replay needs a folder of its own")
+    config = load_config(run / CONFIG, [f"run.dir={out}", *(overrides or [])])
+    if config.rl is None:
+        raise ValueError(f"{run} is a run of the recipe {config.recipe}, which records no samples")
+    config = _update(config)
+    rl.run(config, resume=False, replay=run)
+    before, after = _losses(run), _losses(out)
+    shared = before.keys() & after.keys()
+    return Compared(len(shared), max((abs(before[step] - after[step]) for step in shared), default=0.0))
+
+
+def _update(config: RunConfig) -> RunConfig:
+    assert config.rl is not None
+    section = config.rl.model_copy(update={"placement": PlacementSection()})
+    return config.model_copy(update={"rl": section})
+
+
+def _losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}

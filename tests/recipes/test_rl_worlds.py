@@ -1,0 +1,126 @@
+"""The same run wherever its samples are drawn; ahead of time; and from what another run recorded."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray_start
+
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.config import parse_config
+from jaxtrain.data.arithmetic import write_arithmetic
+from jaxtrain.recipes import rl
+from jaxtrain.recipes.replay import replay
+from jaxtrain.rl.trajectories import read_step, recorded_steps
+
+DISJOINT = {"kind": "disjoint", "rollout_devices": 4}
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("worlds")
+    write_byte_tokenizer(folder / "tokenizer")
+    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
+    (folder / "odd.py").write_text(
+        "def odd(completion_ids, **_):\n    return [sum(token % 2 for token in ids) / 8 for ids in completion_ids]\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(place):
+    """The colocated run that others are compared with: its folder and its losses."""
+    losses = train(place, "together", placement={})
+    assert max(abs(loss) for loss in losses) > 1e-3 and len(samples(place / "together")) == 2 * 16
+    return place / "together", losses
+
+
+def config_of(place: Path, name: str, placement: dict, **section):
+    model = {"config": MODEL, "tokenizer": str(place / "tokenizer"), "compute_dtype": "float32", "remat": "none"}
+    return parse_config(
+        {
+            "recipe": "rl",
+            "run": {"dir": str(place / name)},
+            "model": model,
+            "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": 48},
+            "train": {"steps": 4},
+            "optimizer": {"learning_rate": 0.01, "schedule": "constant"},
+            "log": {"every": 1, "tensorboard": False},
+            "rl": {
+                "iterations": 2,  # on the first pass every ratio is 1, and the loss of a group is 0
+                "prompts": 4,
+                "generations": 4,
+                "max_completion_length": 8,
+                "rewards": [{"function": f"{place / 'odd.py'}:odd"}],
+                "reward_workers": 1,
+                "sampling": {"slots": 16},
+                "placement": placement,
+                **section,
+            },
+        },
+        name,
+    )
+
+
+def train(place: Path, name: str, placement: dict, **section) -> list[float]:
+    assert rl.run(config_of(place, name, placement, **section)).exit_code == 0
+    return column(place / name, "loss")
+
+
+def column(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def samples(run: Path) -> list[list[int]]:
+    return [t.completion_ids.tolist() for step in recorded_steps(run) for t in read_step(run, step)]
+
+
+def test_disjoint_meshes_give_the_same_samples_and_losses(place, together):
+    folder, expected = together
+    losses = train(place, "disjoint", DISJOINT)
+    assert samples(place / "disjoint") == samples(folder)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
+    assert column(place / "disjoint", "sync/bytes")[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_ray_workers_give_the_same_samples_and_losses(place, together, tmp_path):
+    folder, expected = together
+    with ray_start.local(tmp_path):
+        losses = train(place, "ray", {"kind": "ray", "workers": 2})
+    assert samples(place / "ray") == samples(folder)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_drawn_ahead_are_at_most_as_stale_as_allowed(place, together):
+    losses = train(place, "ahead", DISJOINT | {"staleness": 1}, iterations=1)
+    assert len(losses) == 4 and samples(place / "ahead")[:16] == samples(together[0])[:16]
+    stale = column(place / "ahead", "staleness/max")
+    assert stale[0] == 0 and max(stale) == 1
+    gap = column(place / "ahead", "sampling/sampling_logp_difference/max")
+    assert max(gap) > 1e-3 > gap[0]  # what the importance correction is for
+
+
+def test_a_replay_repeats_the_losses_to_the_bit(place, together):
+    folder, expected = together
+    compared = replay(folder, place / "again")
+    assert column(place / "again", "loss") == expected
+    assert compared == (4, 0.0)
