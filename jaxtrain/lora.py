@@ -65,15 +65,11 @@ def merge_adapters(params: Params, lora: Lora) -> Params:
 
 def _merged_kernel(linear: dict[str, Any], lora: Lora) -> Any:
     kernel, a, b = linear["kernel"], linear["lora_a"], linear["lora_b"]
-    layers = kernel.shape[0]
-    product = jnp.einsum(
-        "lir,lro->lio",
-        *(
-            leaf.astype(jnp.float32).reshape(shape)
-            for leaf, shape in ((a, (layers, -1, lora.rank)), (b, (layers, lora.rank, -1)))
-        ),
-    )
-    return (dense(kernel, jnp.float32) + lora.scale * product.reshape(kernel.shape)).astype(kernel.dtype)
+    stacked = a.ndim + b.ndim - 2 - kernel.ndim  # axes that both share with the kernel: layers, and experts
+    many = kernel.shape[:stacked]
+    a, b = a.astype(jnp.float32).reshape(*many, -1, lora.rank), b.astype(jnp.float32).reshape(*many, lora.rank, -1)
+    product = (a @ b).reshape(kernel.shape)
+    return (dense(kernel, jnp.float32) + lora.scale * product).astype(kernel.dtype)
 
 
 def check_targets(targets: Iterable[str], params: Params) -> None:

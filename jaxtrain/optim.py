@@ -93,7 +93,8 @@ def _dimension_numbers(path: tuple, axes: tuple[str, ...]) -> contrib.MuonDimens
         return None
     # One side of every matrix is a single axis: the residual stream's, or the adapter's rank.
     single = "rank" if "rank" in axes else "embed"
-    rest = tuple(index for index in range(1, len(axes)) if axes[index] != single)
-    if axes[1] == single:
-        return contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=rest)
+    inner = [index for index, axis in enumerate(axes) if axis not in ("layers", "expert")]
+    rest = tuple(index for index in inner if axes[index] != single)
+    if axes[inner[0]] == single:
+        return contrib.MuonDimensionNumbers(reduction_axis=(inner[0],), output_axis=rest)
     return contrib.MuonDimensionNumbers(reduction_axis=rest, output_axis=(len(axes) - 1,))

@@ -41,11 +41,21 @@ class TokenScores(NamedTuple):
     correct: Array  # [B, T] float32, 1 where the token was the most probable one; carries no gradient
 
 
+class Routing(NamedTuple):
+    """What the routers of a mixture of experts did: sums over the tokens that are no padding, layer by layer."""
+
+    load: Array  # [L, E] float32, tokens that chose the expert; carries no gradient
+    probability: Array  # [L, E] float32, sum of the router's probabilities
+    z: Array  # [L] float32, sum of log(sum(exp(router logits)))^2
+    tokens: Array  # [L] float32
+
+
 class Norm(NamedTuple):
     """Counts over the whole global batch, taken before it is cut into microbatches."""
 
     tokens: Array  # [] float32, sum of the loss weights
     segments: Array  # [] float32, segments that hold a weighted token
+    real: Array  # [] float32, tokens that are no padding
 
 
 class Mean(NamedTuple):

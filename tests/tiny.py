@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.nn.config import LayerKind, Lora, ModelConfig, Rope
+from jaxtrain.nn.config import LayerKind, Lora, ModelConfig, MoE, Rope
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
@@ -34,6 +34,7 @@ CONFIG = ModelConfig(
     init_std=0.1,
     pattern=(LayerKind(),) * 3,
 )
+MOE = MoE(num_experts=8, experts_per_token=2, intermediate_size=48, renormalise=True)
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 
 

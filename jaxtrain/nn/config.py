@@ -44,6 +44,30 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class ClampedSwiGLU:
+    """GPT-OSS's gate: `(up + 1) * gate * sigmoid(alpha * gate)`, gate at most `limit`, up within plus and minus it."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Experts in place of one feed-forward layer: a router gives each token to a few of them."""
+
+    num_experts: int  # E
+    experts_per_token: int
+    intermediate_size: int  # F of one expert
+    renormalise: bool  # the weights of a token's experts sum to 1: a softmax over them alone, not over all experts
+    bias: bool = False  # of the router and of the experts' matrices
+    swiglu: ClampedSwiGLU | None = None  # None: the model's activation gates
+
+    def __post_init__(self) -> None:
+        if not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a decoder. Nothing has a default that a checkpoint could contradict."""
 
@@ -66,6 +90,7 @@ class ModelConfig:
     init_std: float  # standard deviation of random weights
     pattern: tuple[LayerKind, ...]  # one per layer
     sinks: bool = False  # every head has a learned score of a key without value, which all its queries see
+    moe: MoE | None = None  # in every layer
     vocab_multiple: int = 64  # the stored vocabulary is rounded up to this; the rest is inert
 
     def __post_init__(self) -> None:
@@ -77,6 +102,14 @@ class ModelConfig:
     def padded_vocab(self) -> int:
         """V as stored: `vocab_size` rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """Weights of the losses of a mixture's routers, beside the task's: see `losses.router`."""
+
+    balance: float = 0.0
+    z: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig
 from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head
 from jaxtrain.nn.mlp import GatedMLP
+from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.rope import rope_table
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.blockwise import RESIDUALS
 from jaxtrain.parallel.sharding import constrain_rows
-from jaxtrain.types import Array, Params
+from jaxtrain.types import Array, Params, Routing
 
 # What the backward pass finds saved; it computes the rest again.
 REMAT_POLICIES = {
@@ -49,7 +50,7 @@ class Block(nnx.Module):
         self.input_norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
         self.attn = Attention(config, rngs=rngs, dtype=dtype, lora=lora)
         self.mlp_norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype, lora=lora)
+        self.mlp = (SparseMLP if config.moe else GatedMLP)(config, rngs=rngs, dtype=dtype, lora=lora)
 
     def __call__(
         self,
@@ -60,13 +61,19 @@ class Block(nnx.Module):
         run: Execution,
         cache: LayerCache | None = None,
         dropout_key: Array | None = None,
-    ) -> tuple[Array, LayerCache]:
-        """x [B, T, D] -> [B, T, D] and the layer's cache; without one, the keys and values of these tokens."""
+    ) -> tuple[Array, LayerCache, Routing | None]:
+        """x [B, T, D] -> [B, T, D]; the layer's cache, or without one the keys and values of these tokens; and what its
+        router did, if it has one."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
         out, cache = self.attn(self.input_norm(x), inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
         x = x + out
-        x = x + self.mlp(self.mlp_norm(x), keys[4:])
-        return constrain_rows(x, run.mesh), cache
+        out, routing = self.mlp_norm(x), None
+        if isinstance(self.mlp, SparseMLP):
+            out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
+        else:
+            out = self.mlp(out, keys[4:])
+        x = x + out
+        return constrain_rows(x, run.mesh), cache, routing
 
 
 class Embedding(nnx.Module):
@@ -113,24 +120,25 @@ class Decoder(nnx.Module):
 
     def hidden(
         self, tokens: Array, positions: Array, segment_ids: Array, run: Execution, dropout_key: Array | None = None
-    ) -> Array:
-        """Final hidden states [B, T, D] of packed tokens [B, T], as the head takes them: after the last norm."""
+    ) -> tuple[Array, Routing | None]:
+        """Final hidden states [B, T, D] of packed tokens [B, T], as the head takes them (after the last norm), and what
+        the routers of a mixture of experts did."""
         inputs = self._inputs(positions, segment_ids)
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         graphdef, stacked = nnx.split(self.layers)
 
-        def body(x: Array, layer: tuple) -> tuple[Array, None]:
+        def body(x: Array, layer: tuple) -> tuple[Array, Routing | None]:
             params, kind, index = layer
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x, _ = nnx.merge(graphdef, params)(x, inputs, self.kinds, kind, run, dropout_key=key)
-            return x, None
+            x, _, routing = nnx.merge(graphdef, params)(x, inputs, self.kinds, kind, run, dropout_key=key)
+            return x, routing
 
         if run.remat != "none":
             # Inside a scan nothing can be merged away across iterations, so the barrier against it is not needed.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
         layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
-        x, _ = jax.lax.scan(body, x, layers)
-        return self._features(x)
+        x, routing = jax.lax.scan(body, x, layers)
+        return self._features(x), routing
 
     def prefill(
         self, layers: tuple[Params, ...], tokens: Array, positions: Array, segment_ids: Array, run: Execution
@@ -174,7 +182,7 @@ class Decoder(nnx.Module):
         graphdef = nnx.graphdef(self.layers)
         written = []
         for params, kind, cache in zip(layers, self.config.pattern, caches, strict=True):
-            x, cache = nnx.merge(graphdef, params)(x, inputs, (kind,), 0, run, cache)
+            x, cache, _ = nnx.merge(graphdef, params)(x, inputs, (kind,), 0, run, cache)
             written.append(cache)
         return x, tuple(written)
 

@@ -16,11 +16,11 @@ import numpy as np
 from flax import nnx
 
 from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache
-from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig
+from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, RouterLoss
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
 from jaxtrain.nn.watch import See, watched
-from jaxtrain.types import Array, Batch, Params
+from jaxtrain.types import Array, Batch, Params, Routing
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Model:
     run: Execution = field(default_factory=Execution)
     param_dtype: np.dtype = FLOAT32
     output: str = LANGUAGE  # the head, by name: see `nn.heads`
+    router_loss: RouterLoss = field(
+        default_factory=RouterLoss
+    )  # what training asks of the routers of a mixture of experts
 
     @cached_property
     def _split(self) -> tuple[Any, nnx.State]:
@@ -62,6 +65,10 @@ class Model:
 
     def hidden(self, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
         """Final hidden states [B, T, D] of packed rows."""
+        return self.forward(params, batch, dropout_key)[0]
+
+    def forward(self, params: Params, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Routing | None]:
+        """`hidden`, and what the routers did with the batch where the model is a mixture of experts."""
         return self._merge(params).hidden(batch.tokens, batch.positions, batch.segment_ids, self.run, dropout_key)
 
     def prefill(self, params: Params, tokens: Array, positions: Array, segment_ids: Array) -> tuple[LayerCache, ...]:
@@ -103,7 +110,7 @@ class Model:
         """`hidden`, one operation at a time, telling `see` what every sub-module is given and gives."""
         decoder = self._merge(params)
         with watched(decoder, see), jax.disable_jit():
-            return decoder.hidden(batch.tokens, batch.positions, batch.segment_ids, self.run)
+            return decoder.hidden(batch.tokens, batch.positions, batch.segment_ids, self.run)[0]
 
     def _merge(self, params: Params) -> Any:
         layers = params["layers"]

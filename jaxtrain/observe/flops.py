@@ -10,6 +10,7 @@ counted: recomputation by remat, padding tokens, padded vocabulary rows, element
     an adapter          the same for its two factors [i, r] and [r, o]
     attention           4 N H per layer and visible (query, key) pair forward, 8 N H backward; a token sees those before
                         it and itself, in its own segment, within the layer's window
+    experts             the matrices of those that a token chose, and the router; never those of the others
     the head            a matrix [D, V], charged only for tokens that carry a loss weight
     the embedding       a look-up: nothing
 
@@ -60,7 +61,7 @@ def train_flops(
     lengths = segment_lengths(segment_ids)
     scored = np.count_nonzero(loss_weights[:, 1:])  # nothing predicts the first token of a row
     per_token = config.num_layers * sum(
-        _matrix_flops(name, i, o, lora) for name, (i, o) in _layer_matrices(config).items()
+        many * _matrix_flops(name, i, o, lora) for name, (many, i, o) in _layer_matrices(config).items()
     )
     head = _matrix_flops("lm_head", config.hidden_size, config.vocab_size, lora)
     pairs = {window: visible_pairs(lengths, window) for window in {kind.window for kind in config.pattern}}
@@ -115,16 +116,20 @@ def peak_memory_bytes() -> int:
     return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB
 
 
-def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    """Name -> (how many of them a token meets, in, out)."""
+    d, h, moe = config.hidden_size, config.head_dim, config.moe
+    many, f = (moe.experts_per_token, moe.intermediate_size) if moe else (1, config.intermediate_size)
+    mlp = "mlp.experts" if moe else "mlp"
     return {
-        "attn.q_proj": (d, config.num_heads * h),
-        "attn.k_proj": (d, config.num_kv_heads * h),
-        "attn.v_proj": (d, config.num_kv_heads * h),
-        "attn.o_proj": (config.num_heads * h, d),
-        "mlp.gate_proj": (d, f),
-        "mlp.up_proj": (d, f),
-        "mlp.down_proj": (f, d),
+        "attn.q_proj": (1, d, config.num_heads * h),
+        "attn.k_proj": (1, d, config.num_kv_heads * h),
+        "attn.v_proj": (1, d, config.num_kv_heads * h),
+        "attn.o_proj": (1, config.num_heads * h, d),
+        **({"mlp.router": (1, d, moe.num_experts)} if moe else {}),
+        f"{mlp}.gate_proj": (many, d, f),
+        f"{mlp}.up_proj": (many, d, f),
+        f"{mlp}.down_proj": (many, f, d),
     }
 
 

@@ -27,6 +27,7 @@ _REPLICATED = {
     "kv_heads": None,
     "mlp": None,
     "expert": None,
+    "router": None,
 }
 RULES: dict[str, Rules] = {
     "fsdp": {**_REPLICATED, "embed": "fsdp"},

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.lora import join
+from jaxtrain.losses.router import router_loss
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.ops.token_scores import token_scores
@@ -50,8 +51,15 @@ def score(
 
     `linear` only changes their cost: see `token_scores`.
     """
+    hidden = model.hidden(params, batch, dropout_key)
+    return _scores_of(model, params, hidden, batch, linear=linear, temperature=temperature)
+
+
+def _scores_of(
+    model: Model, params: Params, hidden: Array, batch: Batch, *, linear: bool, temperature: float
+) -> TokenScores:
     return token_scores(
-        model.hidden(params, batch, dropout_key),
+        hidden,
         model.head(params),
         batch.tokens,
         batch.loss_weights,
@@ -66,7 +74,11 @@ def score(
 
 def token_values(model: Model, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
     """What a scalar head says of the state before every weighted token: float32 [B, T], 0 elsewhere."""
-    before = model.values(params, model.hidden(params, batch, dropout_key))[:, :-1]
+    return _values_of(model, params, model.hidden(params, batch, dropout_key), batch)
+
+
+def _values_of(model: Model, params: Params, hidden: Array, batch: Batch) -> Array:
+    before = model.values(params, hidden)[:, :-1]
     return jnp.where(batch.loss_weights > 0, jnp.pad(before, ((0, 0), (1, 0))), 0)
 
 
@@ -85,17 +97,25 @@ def make_step(
 
     `linear` says that the loss is a multiple of sum(loss_weights * logp), as in SFT: its head costs a quarter less.
     The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
+    The load-balancing loss of a mixture of experts is the exception: each microbatch has one, weighed by its tokens.
     A step whose loss or gradient is not finite changes nothing but the counters.
     """
 
     def objective(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
         whole = join(params, frozen)
+        hidden, routing = model.forward(whole, batch, dropout_key)
         if model.output == SCALAR:
-            scores = token_values(model, whole, batch, dropout_key)
+            scores = _values_of(model, whole, hidden, batch)
         else:
-            scores = score(model, whole, batch, dropout_key, linear=linear, temperature=temperature)
-        return loss(scores, batch, norm)
+            scores = _scores_of(model, whole, hidden, batch, linear=linear, temperature=temperature)
+        value, metrics = loss(scores, batch, norm)
+        if routing is None:
+            return value, metrics
+        assert model.config.moe is not None
+        of_router, of_routing = router_loss(routing, model.config.moe, model.router_loss)
+        share = routing.tokens[0] / jnp.maximum(norm.real, 1)
+        return value + of_router * share, {**metrics, **of_routing}
 
     gradient = jax.value_and_grad(objective, has_aux=True)
 
@@ -178,12 +198,13 @@ def _empty(metric: Metric) -> Metric:
 
 
 def batch_norm(batch: Batch) -> Norm:
-    """Counts of a whole batch: weighted tokens, and segments that hold one."""
+    """Counts of a whole batch: weighted tokens, segments that hold one, and tokens that are no padding."""
     weights, segments = batch.loss_weights, batch.segment_ids
     rows = jnp.arange(segments.shape[0])[:, None] * (segments.shape[1] + 1)
     weighted = jnp.zeros(segments.shape[0] * (segments.shape[1] + 1), bool)
     weighted = weighted.at[rows + segments].max(weights > 0)
-    return Norm(jnp.sum(weights), jnp.sum(weighted, dtype=jnp.float32))
+    real = jnp.sum(segments > 0, dtype=jnp.float32)
+    return Norm(jnp.sum(weights), jnp.sum(weighted, dtype=jnp.float32), real)
 
 
 def cut(batch: Batch, pieces: int, mesh: jax.sharding.Mesh | None) -> Batch:
