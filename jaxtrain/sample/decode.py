@@ -16,13 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.model import Model
-from jaxtrain.parallel.sharding import ROWS, replicated
+from jaxtrain.parallel.sharding import ROWS, constrain_rows, replicated
+from jaxtrain.sample.constraints import GENERATED, Tries, advance, constrain
 from jaxtrain.sample.filters import Knobs, draw
 from jaxtrain.types import Array, Params
 
 Layers = tuple[LayerCache, ...]
 
-RUNNING, STOPPED, FULL, BROKEN = range(4)  # why a slot is (no longer) live
+RUNNING, STOPPED, ENDED, FULL, BROKEN = range(5)  # why a slot is (no longer) live; ENDED: its trie has no more
 
 
 class Slots(NamedTuple):
@@ -32,6 +33,7 @@ class Slots(NamedTuple):
     position: Array  # [B] int32, where that token stands; as many tokens are in the cache
     left: Array  # [B] int32, tokens that it may still generate
     live: Array  # [B] bool
+    node: Array  # [B] int32, in the tries; 0: free
 
 
 class Generated(NamedTuple):
@@ -42,7 +44,8 @@ class Generated(NamedTuple):
     raw_logps: Array  # [B, k] float32
     supports: Array  # [B, k, c] int32
     count: Array  # [B] int32
-    state: Array  # [B] int32, RUNNING, STOPPED, FULL or BROKEN
+    state: Array  # [B] int32, RUNNING or why no longer
+    node: Array  # [B] int32, where in the tries the slot stands now
 
 
 @partial(jax.jit, static_argnums=0)
@@ -91,38 +94,55 @@ def resize(model: Model, layer: LayerCache, columns: int) -> LayerCache:
     return _placed(model, (LayerCache(*(jnp.pad(leaf, pad)[:, :, :columns] for leaf in layer)),))[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+@partial(jax.jit, donate_argnums=0)
+def mark(marks: Array, row: Array, slot: Array) -> Array:
+    """`marks` [B, V] with `row` [V] for `slot`."""
+    return lax.dynamic_update_slice_in_dim(marks, row[None], slot, 0)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
 def decode(
     model: Model,
     most: int,
     support: int,
     params: Params,
     cache: Layers,
+    marks: Array,
     knobs: Knobs,
+    tries: Tries,
     slots: Slots,
     steps: Array,
     quorum: Array,
-) -> tuple[Layers, Generated]:
-    """Up to `steps` <= `most` tokens for every live slot; ends earlier where fewer than `quorum` slots are live."""
-    rows = len(slots.token)
+) -> tuple[Layers, Array, Generated]:
+    """Up to `steps` <= `most` tokens for every live slot; ends earlier where fewer than `quorum` slots are live.
+
+    `marks` [B, V] int8 are those of `constraints`.
+    """
+    rows = jnp.arange(len(slots.token))
 
     def unfinished(carry: tuple) -> Array:
-        step, _, slots, _ = carry
+        step, _, _, slots, _ = carry
         return (step < steps) & (slots.live.sum() >= quorum)
 
     def body(carry: tuple) -> tuple:
-        step, cache, slots, made = carry
+        step, cache, marks, slots, made = carry
         segments = slots.live[:, None].astype(jnp.int32)
         hidden, extended = model.extend(
             params, slots.token[:, None], slots.position[:, None], segments, KVCache(cache, slots.position)
         )
-        drawn = draw(model.logits(params, hidden[:, 0]), knobs, slots.position + 1, slots.live, support)
+        raw = constrain_rows(model.logits(params, hidden[:, 0]), model.run.mesh)
+        logits = constrain(raw, knobs, marks, tries, slots.node, slots.live)
+        constrained = knobs.marked | (slots.node > 0)
+        drawn = draw(raw, logits, knobs, slots.position + 1, slots.live, constrained, support)
 
         good = slots.live & ~drawn.broken
-        stopped = good & (drawn.token[:, None] == knobs.stop_ids).any(-1)
+        node, ended = advance(tries, slots.node, drawn.token)
         left = slots.left - good
-        state = jnp.where(stopped, STOPPED, jnp.where(left == 0, FULL, RUNNING))
-        state = jnp.where(slots.live, jnp.where(drawn.broken, BROKEN, state), made.state)
+        state = jnp.where(left == 0, FULL, RUNNING)
+        state = jnp.where(ended, ENDED, state)
+        state = jnp.where((drawn.token[:, None] == knobs.stop_ids).any(-1), STOPPED, state)
+        state = jnp.where(drawn.broken, BROKEN, state)
+        state = jnp.where(slots.live, state, made.state)
         made = Generated(
             *(
                 lax.dynamic_update_slice_in_dim(old, new[:, None], step, 1)
@@ -130,23 +150,28 @@ def decode(
             ),
             count=made.count + good,
             state=state,
+            node=node,
         )
+        told = jnp.where(good & knobs.marked, drawn.token, marks.shape[1])
+        marks = marks.at[rows, told].set(marks[rows, drawn.token] | GENERATED, mode="drop")
         live = slots.live & (state == RUNNING)
-        slots = Slots(jnp.where(good, drawn.token, slots.token), slots.position + good, left, live)
-        return step + 1, _placed(model, extended.layers), slots, made
+        slots = Slots(jnp.where(good, drawn.token, slots.token), slots.position + good, left, live, node)
+        return step + 1, _placed(model, extended.layers), marks, slots, made
 
     made = Generated(
-        tokens=jnp.zeros((rows, most), jnp.int32),
-        logps=jnp.zeros((rows, most), jnp.float32),
-        raw_logps=jnp.zeros((rows, most), jnp.float32),
-        supports=jnp.zeros((rows, most, support), jnp.int32),
-        count=jnp.zeros(rows, jnp.int32),
-        state=jnp.full(rows, RUNNING, jnp.int32),
+        tokens=jnp.zeros((len(rows), most), jnp.int32),
+        logps=jnp.zeros((len(rows), most), jnp.float32),
+        raw_logps=jnp.zeros((len(rows), most), jnp.float32),
+        supports=jnp.zeros((len(rows), most, support), jnp.int32),
+        count=jnp.zeros(len(rows), jnp.int32),
+        state=jnp.full(len(rows), RUNNING, jnp.int32),
+        node=slots.node,
     )
-    _, cache, _, made = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), cache, slots, made))
+    start = (jnp.zeros((), jnp.int32), cache, marks, slots, made)
+    _, cache, marks, _, made = lax.while_loop(unfinished, body, start)
     mesh = model.run.mesh
     # Every host reads all of it.
-    return cache, made if mesh is None else lax.with_sharding_constraint(made, replicated(mesh))
+    return cache, marks, made if mesh is None else lax.with_sharding_constraint(made, replicated(mesh))
 
 
 def cache_sharding(model: Model) -> NamedSharding | None:

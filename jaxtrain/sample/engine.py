@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,17 +14,26 @@ import numpy as np
 from jaxtrain.nn.cache import columns_of
 from jaxtrain.nn.model import Model
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.decode import BROKEN, FULL, RUNNING, STOPPED, Generated, Slots
+from jaxtrain.sample.constraints import Trie, join_tries
+from jaxtrain.sample.decode import BROKEN, ENDED, FULL, RUNNING, STOPPED, Generated, Slots
 from jaxtrain.sample.filters import Knobs
-from jaxtrain.sample.placement import empty_buffers, place_params, row_shares
-from jaxtrain.sample.requests import Chunk, Completion, FinishReason, Request, SamplingParams, Timings, check_request
+from jaxtrain.sample.placement import empty_buffers, empty_marks, place_params, row_shares
+from jaxtrain.sample.requests import (
+    BIAS_SLOTS,
+    STOP_SLOTS,
+    Chunk,
+    Completion,
+    FinishReason,
+    Request,
+    check_request,
+)
+from jaxtrain.sample.samples import Sample
 from jaxtrain.types import Params
 
 _LEAST_BUCKET = 64  # columns of the shortest cache, tokens of the shortest prefill
 _PREFILL_TOKENS = 2048  # of the widest prefill, so that short prompts share a call
-_STOP_SLOTS = 8
 
-_REASONS: dict[int, FinishReason] = {STOPPED: "stop", FULL: "length", BROKEN: "failed"}
+_REASONS: dict[int, FinishReason] = {STOPPED: "stop", ENDED: "stop", FULL: "length", BROKEN: "failed"}
 
 
 class Engine:
@@ -75,16 +83,20 @@ class Engine:
         self.model, self.slots, self.max_length = model, slots, max_length
         self.tokenizer, self.support, self.steps = tokenizer, min(support, model.config.vocab_size), steps
         self._shares = shares
+        self._windowed = any(kind.window is not None for kind in model.config.pattern)
         self._seeds = np.random.default_rng(seed)
         self._buckets = _buckets(max_length)
         self._bucket = self._buckets[0]
         self._cache = empty_buffers(model, slots, self._bucket)
-        self._knobs = _no_knobs(slots)
+        self._knobs = no_knobs(slots)
         self._device_knobs: Knobs | None = None
-        self._state = Slots(*(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.int32, np.bool_)))
-        self._running: list[_Sample | None] = [None] * slots
+        self._marks = empty_marks(model, slots)
+        self._state = Slots(*(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
+        self._roots: dict[Trie, int] = {}
+        self.add_tries(())
+        self._running: list[Sample | None] = [None] * slots
         self._held: list[tuple[int, ...] | None] = [None] * slots  # the prompt whose keys and values a slot holds
-        self._waiting: deque[_Sample] = deque()
+        self._waiting: deque[Sample] = deque()
         self._submitted = 0
         self.set_params(params, version)
 
@@ -93,6 +105,13 @@ class Engine:
         self._params = place_params(self.model, params)
         self.version = version
         self._held = [None] * self.slots
+
+    def add_tries(self, tries: Sequence[Trie]) -> None:
+        """Make tries known, as a request's is when it comes. Compiles again where they outgrow a power of two."""
+        known = [*self._roots, *(trie for trie in tries if trie not in self._roots)]
+        joined, roots = join_tries(known)
+        self._roots = dict(zip(known, roots, strict=True))
+        self._tries = jax.device_put(joined)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """The samples of every request, in the order of the requests. Raises ValueError for one that cannot be."""
@@ -118,7 +137,11 @@ class Engine:
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         prompt = tuple(int(token) for token in request.prompt_ids)
         now = time.perf_counter()
-        self._waiting.extend(_Sample(number, index, prompt, params, seed, now) for index in range(params.n))
+        if params.trie is not None and params.trie not in self._roots:
+            self.add_tries([params.trie])
+        self._waiting.extend(
+            Sample(number, index, request, seed, now, self.tokenizer, prompt) for index in range(params.n)
+        )
         return number
 
     @property
@@ -134,22 +157,9 @@ class Engine:
             return []
         steps = min(self.steps, int(self._state.left[live].max()))
         self._fit(int(self._state.position[live].max()) + steps)
-        if self._device_knobs is None:
-            self._device_knobs = jax.device_put(self._knobs)
         # With samples waiting, a call ends once a share of the slots is free; else it goes on to its end.
         quorum = max(1, int(live.sum()) - self.slots // 8) if self._waiting else 1
-        self._cache, made = programs.decode(
-            self.model,
-            self.steps,
-            self.support,
-            self._params,
-            self._cache,
-            self._device_knobs,
-            self._state,
-            np.int32(steps),
-            np.int32(quorum),
-        )
-        return self._collect(jax.device_get(made))
+        return self._collect(jax.device_get(self._decode(steps, quorum)))
 
     def warm_up(self) -> None:
         """Compile every program for every bucket now. Requires that nothing is under way."""
@@ -161,18 +171,27 @@ class Engine:
             for length in self._buckets:
                 for rows in self._prefill_rows(length):
                     self._prefill([], length, rows)
-            self._cache, _ = programs.decode(
-                self.model,
-                self.steps,
-                self.support,
-                self._params,
-                self._cache,
-                jax.device_put(self._knobs),
-                self._state,
-                np.int32(0),
-                np.int32(1),
-            )
+            self._decode(0, 1)
+        self._marks = programs.mark(self._marks, np.zeros(self._marks.shape[1], np.int8), np.int32(0))
         self._fit(0)
+
+    def _decode(self, steps: int, quorum: int) -> Generated:
+        if self._device_knobs is None:
+            self._device_knobs = jax.device_put(self._knobs)
+        self._cache, self._marks, made = programs.decode(
+            self.model,
+            self.steps,
+            self.support,
+            self._params,
+            self._cache,
+            self._marks,
+            self._device_knobs,
+            self._tries,
+            self._state,
+            np.int32(steps),
+            np.int32(quorum),
+        )
+        return made
 
     def _check(self, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):
@@ -180,7 +199,7 @@ class Engine:
                 request,
                 vocab_size=self.model.config.vocab_size,
                 max_length=self.max_length,
-                stop_slots=_STOP_SLOTS,
+                has_tokenizer=self.tokenizer is not None,
                 name=f"request {index}",
             )
 
@@ -245,27 +264,19 @@ class Engine:
     def _padded(self, values: Sequence[int]) -> np.ndarray:
         return np.pad(np.asarray(values, np.int32), (0, self.slots - len(values)))
 
-    def _occupy(self, slot: int, sample: _Sample) -> None:
-        params, room = sample.params, self.max_length - len(sample.prompt)
+    def _occupy(self, slot: int, sample: Sample) -> None:
+        params = sample.request.params
         self._running[slot] = sample
         self._state.token[slot] = sample.prompt[-1]
         self._state.position[slot] = len(sample.prompt) - 1
+        room = self.max_length - len(sample.prompt)
         self._state.left[slot] = room if params.max_tokens is None else params.max_tokens
         self._state.live[slot] = True
-        stop_ids = np.full(_STOP_SLOTS, -1, np.int32)
-        stop_ids[: len(params.stop_ids)] = params.stop_ids
-        values = Knobs(
-            seed=sample.seed,
-            sample=sample.index,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            stop_ids=stop_ids,
-            want_logps=params.logprobs,
-        )
-        for knob, value in zip(self._knobs, values, strict=True):
+        self._state.node[slot] = 0 if params.trie is None else self._roots[params.trie]
+        for knob, value in zip(self._knobs, sample.knobs(), strict=True):
             knob[slot] = value
+        if sample.marked:
+            self._marks = programs.mark(self._marks, sample.marks(self._marks.shape[1]), np.int32(slot))
         self._device_knobs = None
         sample.admitted = time.perf_counter()
 
@@ -294,62 +305,28 @@ class Engine:
             if sample is None:
                 continue
             count, state = int(made.count[slot]), int(made.state[slot])
-            sample.add(tuple(column[slot, :count].copy() for column in made[:4]), self.version, now)
+            before = len(sample.ids)
+            stop = sample.add(tuple(column[slot, :count].copy() for column in made[:4]), self.version, now)
             if count:
                 self._state.token[slot] = made.tokens[slot, count - 1]
             self._state.position[slot] += count
             self._state.left[slot] -= count
-            self._state.live[slot] = state == RUNNING
-            if any(kind.window is not None for kind in self.model.config.pattern):
+            self._state.node[slot] = made.node[slot]
+            self._state.live[slot] = state == RUNNING and stop is None
+            if self._windowed:
                 self._held[slot] = None  # a ring forgets the beginning of what it holds
             completion = None
-            if state != RUNNING:
+            if not self._state.live[slot]:
                 self._running[slot] = None
-                completion = sample.finish(_REASONS[state], self.tokenizer, now)
-            chunks.append(Chunk(sample.request, sample.index, made.tokens[slot, :count], completion))
+                reason = _REASONS[state] if stop is None else "stop"
+                completion = sample.finish(reason, stop or len(sample.ids), stop is None and state == STOPPED, now)
+            text = sample.new_text(completion is not None, stop is None and state == STOPPED)
+            chunks.append(Chunk(sample.number, sample.index, np.array(sample.ids[before:], np.int32), text, completion))
         return chunks
 
 
-@dataclass
-class _Sample:
-    """A sample that waits or is under way."""
-
-    request: int
-    index: int
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    submitted: float
-    admitted: float = 0.0
-    first: float | None = None
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-
-    def add(self, values: tuple[np.ndarray, ...], version: int, now: float) -> None:
-        """What a call made: ids, logps, raw logps and supports, [m] or [m, c]."""
-        self.first = self.first or now
-        self.parts.append((*values, np.full(len(values[0]), version, np.int32)))
-
-    def finish(self, reason: FinishReason, tokenizer: Any, now: float) -> Completion:
-        ids, logps, raw_logps, supports, versions = (np.concatenate(part) for part in zip(*self.parts, strict=True))
-        params = self.params
-        filtered = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-        said = ids[:-1] if reason == "stop" else ids
-        return Completion(
-            ids=ids,
-            text=None if tokenizer is None else tokenizer.decode(said.tolist(), skip_special_tokens=True),
-            logps=logps,
-            raw_logps=raw_logps,
-            finish_reason=reason,
-            versions=versions,
-            supports=supports if filtered and supports.shape[1] else None,
-            timings=Timings(self.admitted - self.submitted, (self.first or now) - self.submitted, now - self.submitted),
-            error=f"the logits after {len(self.prompt)} prompt and {len(ids)} new tokens are not finite"
-            if reason == "failed"
-            else None,
-        )
-
-
-def _no_knobs(slots: int) -> Knobs:
+def no_knobs(slots: int) -> Knobs:
+    """Knobs on the host that ask for nothing: greedy, all tokens."""
     return Knobs(
         seed=np.zeros(slots, np.uint32),
         sample=np.zeros(slots, np.int32),
@@ -357,8 +334,13 @@ def _no_knobs(slots: int) -> Knobs:
         top_k=np.zeros(slots, np.int32),
         top_p=np.ones(slots, np.float32),
         min_p=np.zeros(slots, np.float32),
-        stop_ids=np.full((slots, _STOP_SLOTS), -1, np.int32),
+        stop_ids=np.full((slots, STOP_SLOTS), -1, np.int32),
         want_logps=np.zeros(slots, np.bool_),
+        repetition=np.ones(slots, np.float32),
+        presence=np.zeros(slots, np.float32),
+        bias_ids=np.full((slots, BIAS_SLOTS), -1, np.int32),
+        bias=np.zeros((slots, BIAS_SLOTS), np.float32),
+        marked=np.zeros(slots, np.bool_),
     )
 
 

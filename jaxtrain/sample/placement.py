@@ -6,13 +6,14 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.nn.cache import LayerCache, empty_cache
 from jaxtrain.nn.model import Model, unstack
-from jaxtrain.parallel.sharding import ROWS, RULES, param_specs
+from jaxtrain.parallel.sharding import ROWS, RULES, constrain_rows, param_specs
 from jaxtrain.sample.decode import cache_sharding
-from jaxtrain.types import Params
+from jaxtrain.types import Array, Params
 
 _MATRICES = ("kernel", "weight", "lora_a", "lora_b")
 
@@ -32,6 +33,16 @@ def _empty(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
     layers = empty_cache(model.config, slots, length, model.run.dtype).layers
     sharding = cache_sharding(model)
     return layers if sharding is None else jax.lax.with_sharding_constraint(layers, sharding)
+
+
+def empty_marks(model: Model, slots: int) -> Array:
+    """[slots, V] int8, rows placed as the cache's are."""
+    return _no_marks(model, slots)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _no_marks(model: Model, slots: int) -> Array:
+    return constrain_rows(jnp.zeros((slots, model.config.vocab_size), jnp.int8), model.run.mesh)
 
 
 def place_params(model: Model, params: Params) -> Params:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from jaxtrain.sample.constraints import Trie
+
+STOP_SLOTS, BIAS_SLOTS = 8, 64  # how many of each a request may bring
 
 FinishReason = Literal["stop", "length", "failed"]
 
@@ -15,8 +19,8 @@ FinishReason = Literal["stop", "length", "failed"]
 class SamplingParams:
     """How to continue a prompt. The defaults sample from the model's own distribution, up to the engine's limit.
 
-    Filters apply in this order: temperature, top-k, top-p of what top-k left, min-p. `temperature=0` is greedy
-    whatever the filters say.
+    In this order: penalties, biases, allowed ids and trie, temperature, top-k, top-p of what top-k left, min-p.
+    `temperature=0` is greedy whatever the filters say.
     """
 
     max_tokens: int | None = None  # None: as many as the engine's max_length leaves
@@ -24,7 +28,13 @@ class SamplingParams:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0  # keeps tokens at least this share as probable as the most probable one
+    stop: Sequence[str] = ()  # text that ends the sample, and is no part of its text
     stop_ids: Sequence[int] = ()  # a token of these ends the sample and is its last id
+    repetition_penalty: float = 1.0  # above 1: makes tokens of the prompt and of the sample less probable
+    presence_penalty: float = 0.0  # above 0: makes tokens of the sample less probable
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> what is added to its logit
+    allowed_ids: Sequence[int] | np.ndarray | None = None  # nothing else is generated; None: all
+    trie: Trie | None = None  # the sample is one of the trie's sequences, and ends with it
     seed: int | None = None  # decides the samples, whatever else the engine is doing; None: the engine draws one
     n: int = 1  # samples; the prompt is prefilled once for all of them
     logprobs: bool = True  # False spares their computation where no request in a slot wants them
@@ -38,6 +48,14 @@ class SamplingParams:
             f"min_p={self.min_p} must be between 0 and 1": not 0 <= self.min_p <= 1,
             f"seed={self.seed} must fit into 32 bits": self.seed is not None and not 0 <= self.seed < 2**32,
             f"n={self.n} must be at least 1": self.n < 1,
+            f"repetition_penalty={self.repetition_penalty} must be above 0": not self.repetition_penalty > 0,
+            f"presence_penalty={self.presence_penalty} must be finite": not np.isfinite(self.presence_penalty),
+            "a bias in logit_bias must be finite": not all(map(np.isfinite, self.logit_bias.values())),
+            f"stop={self.stop!r} must be a list of strings": isinstance(self.stop, str),
+            "a string in stop is empty": not all(self.stop),
+            "allowed_ids is empty, so nothing could be generated": (
+                self.allowed_ids is not None and not len(self.allowed_ids)
+            ),
         }
         for message, holds in wrong.items():
             if holds:
@@ -48,6 +66,13 @@ class SamplingParams:
 class Request:
     prompt_ids: Sequence[int] | np.ndarray  # [n] of the model's vocabulary, n >= 1
     params: SamplingParams = field(default_factory=SamplingParams)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether less than the whole vocabulary can be drawn."""
+        each = self.params
+        drawn = each.top_k > 0 or each.top_p < 1 or each.min_p > 0
+        return each.temperature > 0 and (drawn or each.allowed_ids is not None or each.trie is not None)
 
 
 class Timings(NamedTuple):
@@ -61,8 +86,8 @@ class Timings(NamedTuple):
 class Completion(NamedTuple):
     """One sample. `n` tokens were generated; per-token values at t belong to the token at t."""
 
-    ids: np.ndarray  # [n] int32, the stop token that ended it included
-    text: str | None  # without that stop token, special tokens left out; None: the engine has no tokenizer
+    ids: np.ndarray  # [n] int32, the stop token (or the tokens of the stop string) that ended it included
+    text: str | None  # without what ended it, special tokens left out; None: the engine has no tokenizer
     logps: np.ndarray  # [n] float32, log-probability under the distribution sampled from (0 where greedy)
     raw_logps: np.ndarray  # [n] float32, log-probability under the model's plain softmax
     finish_reason: FinishReason
@@ -78,10 +103,11 @@ class Chunk(NamedTuple):
     request: int  # as `Engine.submit` numbered it, or its index in the requests of `stream`
     sample: int
     ids: np.ndarray  # [m] int32, new ones
+    text: str | None  # new text; a call's may come with the next, while it could still become a stop string
     completion: Completion | None  # the whole sample, once it is finished
 
 
-def check_request(request: Request, *, vocab_size: int, max_length: int, stop_slots: int, name: str) -> None:
+def check_request(request: Request, *, vocab_size: int, max_length: int, has_tokenizer: bool, name: str) -> None:
     """Raise ValueError, naming the request, for one that can never be served."""
     ids, params = np.asarray(request.prompt_ids), request.params
     if ids.size == 0:
@@ -97,9 +123,23 @@ def check_request(request: Request, *, vocab_size: int, max_length: int, stop_sl
             f"{name}: {ids.size} prompt tokens + max_tokens={params.max_tokens} = {ids.size + params.max_tokens} "
             f"can never fit into max_length={max_length}; max_tokens={max_length - ids.size} would"
         )
-    if len(params.stop_ids) > stop_slots:
-        raise ValueError(f"{name}: {len(params.stop_ids)} stop_ids, and the engine holds up to {stop_slots} a request")
-    for kind, tokens in (("prompt", ids), ("stop", np.asarray(params.stop_ids, np.int64))):
+    for kind, given, most in (
+        ("stop_ids", params.stop_ids, STOP_SLOTS),
+        ("biases", params.logit_bias, BIAS_SLOTS),
+    ):
+        if len(given) > most:
+            raise ValueError(f"{name}: {len(given)} {kind}, and the engine holds up to {most} a request")
+    if params.stop and not has_tokenizer:
+        raise ValueError(f"{name}: stop strings need an engine with a tokenizer; use stop_ids")
+    allowed = () if params.allowed_ids is None else params.allowed_ids
+    for kind, tokens in (
+        ("prompt", ids),
+        ("stop", params.stop_ids),
+        ("biased", list(params.logit_bias)),
+        ("allowed", allowed),
+        ("trie", () if params.trie is None else params.trie.tokens),
+    ):
+        tokens = np.asarray(tokens, np.int64)
         outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
         if outside.size:
             raise ValueError(f"{name}: {kind} id {outside[0]} is outside the vocabulary of {vocab_size}")

@@ -8,6 +8,7 @@ import tiny
 
 from jaxtrain.nn.config import LayerKind
 from jaxtrain.sample import decode as programs
+from jaxtrain.sample.constraints import Trie
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
 from jaxtrain.train.step import score
@@ -158,3 +159,60 @@ def test_a_request_whose_logits_break_fails_and_the_others_finish(model_and_para
     (good,), (bad,) = engine.generate([Request([1, 2], greedy), Request([1, 3, 2], greedy)])
     assert good.finish_reason == "length" and good.error is None
     assert bad.finish_reason == "failed" and bad.error == "the logits after 3 prompt and 0 new tokens are not finite"
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th character from "0" on."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(48 + token) for token in ids)
+
+
+@pytest.fixture(scope="module")
+def speaking(model_and_params):
+    return Engine(*model_and_params, slots=3, max_length=LENGTH, steps=5, support=8, tokenizer=Letters())
+
+
+def test_a_stop_string_ends_the_sample_where_it_is_complete(speaking):
+    greedy = SamplingParams(max_tokens=20, temperature=0)
+    whole = [completion for (completion,) in speaking.generate([Request(p, greedy) for p in PROMPTS])]
+    stop = whole[2].text[6:9]  # over the boundary of two calls
+    stopping = SamplingParams(max_tokens=20, temperature=0, stop=[stop, "~~~"])
+    for before, (completion,) in zip(whole, speaking.generate([Request(p, stopping) for p in PROMPTS]), strict=True):
+        assert completion.text == before.text.partition(stop)[0]
+        ends = stop in before.text
+        assert completion.finish_reason == ("stop" if ends else "length")
+        assert len(completion.ids) == (before.text.index(stop) + 3 if ends else 20) == len(completion.raw_logps)
+
+
+def test_streamed_pieces_are_the_completion_and_never_part_of_a_stop_string(speaking):
+    ((whole,),) = speaking.generate([Request(PROMPTS[2], SamplingParams(20, temperature=0))])
+    params = SamplingParams(20, temperature=0, stop=[whole.text[6:9]])
+    chunks = list(speaking.stream([Request(PROMPTS[2], params)]))
+    assert len(chunks) > 1 and [chunk.completion is None for chunk in chunks[:-1]]
+    assert "".join(chunk.text for chunk in chunks) == chunks[-1].completion.text
+    assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == chunks[-1].completion.ids.tolist()
+
+
+def test_allowed_ids_and_a_trie_are_obeyed_beside_free_samples(model_and_params, speaking):
+    paths = [[5, 6, 7], [5, 9], [80, 1, 2, 3]]
+    free = Request(PROMPTS[1], SamplingParams(9, seed=1))
+    alone = speaking.generate([free])[0][0]
+    few, (bounded, *_), together = speaking.generate(
+        [
+            Request(PROMPTS[0], SamplingParams(8, allowed_ids=[3, 4, 50], n=2)),
+            Request(PROMPTS[2], SamplingParams(trie=Trie(paths), n=1)),
+            free,
+        ]
+    )
+    assert all(set(each.ids.tolist()) <= {3, 4, 50} for each in few)
+    assert all(set(row[row >= 0].tolist()) == {3, 4, 50} for row in few[0].supports)
+    assert bounded.ids.tolist() in paths and bounded.finish_reason == "stop" and len(bounded.text) == len(bounded.ids)
+    assert together[0].ids.tolist() == alone.ids.tolist()
+
+
+def test_penalties_count_the_prompt_and_what_came_since(speaking):
+    params = SamplingParams(12, temperature=0, repetition_penalty=1e6)
+    ((completion,),) = speaking.generate([Request(PROMPTS[4], params)])
+    ids = completion.ids.tolist()
+    assert len(set(ids)) == 12 and not set(ids) & set(PROMPTS[4])

@@ -1,0 +1,145 @@
+"""The sampling distribution against plain numpy, and draws against the distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.sample.constraints import FORBIDDEN, GENERATED, IN_PROMPT, Trie, advance, constrain, join_tries
+from jaxtrain.sample.engine import no_knobs
+from jaxtrain.sample.filters import draw
+
+VOCAB = 200  # more than the candidates that thresholds are looked for among first
+LOGITS = np.random.default_rng(0).normal(size=(1, VOCAB)).astype(np.float32) * 2
+DRAWS = 4096
+drawn = jax.jit(draw, static_argnums=6)
+
+
+def knobs_of(rows, **values):
+    knobs = no_knobs(rows)
+    for name, value in {"temperature": 1.0, "want_logps": True, **values}.items():
+        getattr(knobs, name)[:] = value
+    return knobs
+
+
+def draws(support=0, **values):
+    logits = jnp.asarray(np.repeat(LOGITS, DRAWS, 0))
+    every = jnp.ones(DRAWS, bool)
+    return drawn(logits, logits, knobs_of(DRAWS, **values), jnp.arange(DRAWS), every, ~every, support)
+
+
+def distribution(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The kept probabilities [V] as transformers' warpers, in their order, leave them."""
+    p = np.exp(LOGITS[0].astype(np.float64) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    if top_k:
+        p[order[top_k:]] = 0
+        p /= p.sum()
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+OPTIONS = [
+    {},
+    {"temperature": 0.6},
+    {"top_k": 5},
+    {"top_k": 100},
+    {"top_p": 0.5},
+    {"top_p": 0.999},
+    {"min_p": 0.1},
+    {"temperature": 1.4, "top_k": 120, "top_p": 0.95, "min_p": 0.01},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_follow_the_filtered_distribution_and_say_their_probability(options):
+    expected = distribution(**options)
+    got = draws(**options)
+    np.testing.assert_allclose(got.logp, np.log(expected[got.token]), atol=2e-5)
+    plain = distribution()
+    np.testing.assert_allclose(got.raw_logp, np.log(plain[got.token]), atol=2e-5)
+    counts = np.bincount(got.token, minlength=VOCAB)
+    likely = expected * DRAWS > 5
+    chi2 = ((counts - expected * DRAWS)[likely] ** 2 / (expected * DRAWS)[likely]).sum()
+    degrees = likely.sum()
+    assert chi2 < degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations
+
+
+def test_a_support_lists_what_is_kept_and_bounds_it():
+    expected = distribution(top_k=14, top_p=0.8)
+    got = draws(16, top_k=14, top_p=0.8)
+    kept = got.support[0][got.support[0] >= 0]
+    assert set(kept.tolist()) == set(np.flatnonzero(expected).tolist()) and 1 < len(kept) < 14
+    np.testing.assert_allclose(got.logp, np.log(expected[got.token]), atol=2e-5)
+    bounded = draws(4, top_p=0.8)
+    best = np.argsort(-LOGITS[0])[:4]
+    assert bounded.support[0].tolist() == best.tolist()
+    np.testing.assert_allclose(
+        bounded.logp, LOGITS[0][bounded.token] - np.log(np.exp(LOGITS[0][best]).sum()), atol=2e-5
+    )
+    assert (draws(4).support == -1).all()
+
+
+def test_zero_temperature_is_greedy_whatever_the_filters():
+    got = draws(temperature=0, top_k=7, top_p=0.5, min_p=0.2)
+    assert (got.token == LOGITS[0].argmax()).all() and not got.logp.any()
+
+
+def test_a_draw_depends_on_seed_sample_and_position_alone():
+    whole = draws(seed=9)
+    logits = jnp.asarray(np.repeat(LOGITS, 3, 0))
+    every = jnp.ones(3, bool)
+    where = jnp.array([77, 5, 4000])
+    got = drawn(logits, logits, knobs_of(3, seed=9), where, every, ~every, 0)
+    assert got.token.tolist() == whole.token[where].tolist()
+    assert (draws(seed=10).token != whole.token).mean() > 0.3
+    assert (draws(seed=9, sample=1).token != whole.token).mean() > 0.3
+
+
+def test_penalties_biases_and_masks():
+    rows = np.repeat(LOGITS, 3, 0)
+    marks = np.zeros((3, VOCAB), np.int8)
+    marks[:, 3], marks[:, 4], marks[:, 5] = IN_PROMPT, GENERATED, FORBIDDEN
+    knobs = knobs_of(3, repetition=1.5, presence=0.7, marked=[True, True, False])
+    knobs.bias_ids[1, :2], knobs.bias[1, :2] = [4, 9], [2.0, -100.0]
+    tries, _ = join_tries([])
+    live = jnp.array([True] * 3)
+    out = np.asarray(constrain(jnp.asarray(rows), knobs, jnp.asarray(marks), tries, jnp.zeros(3, jnp.int32), live))
+    expected = rows.copy()
+    for token in (3, 4):
+        value = rows[0, token]
+        expected[:2, token] = value / 1.5 if value > 0 else value * 1.5
+    expected[:2, 4] -= 0.7
+    expected[1, 4] += 2
+    expected[1, 9] -= 100
+    expected[:2, 5] = -np.inf
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_a_trie_leaves_its_next_tokens_and_ends_with_its_sequences():
+    first, second = Trie([[7, 8], [7, 9, 1]]), Trie([[3]])
+    tries, roots = join_tries([first, second])
+    node = jnp.array([roots[0], roots[1], 0])
+    every = jnp.ones(3, bool)
+    rows = jnp.asarray(np.repeat(LOGITS, 3, 0))
+    out = np.asarray(constrain(rows, knobs_of(3), jnp.zeros((3, VOCAB), jnp.int8), tries, node, every))
+    assert [np.flatnonzero(np.isfinite(row)).tolist() for row in out] == [[7], [3], list(range(VOCAB))]
+    node, ended = advance(tries, node, jnp.array([7, 3, 50]))
+    assert ended.tolist() == [False, True, False] and node[2] == 0
+    out = np.asarray(constrain(rows, knobs_of(3), jnp.zeros((3, VOCAB), jnp.int8), tries, node, every))
+    assert np.flatnonzero(np.isfinite(out[0])).tolist() == [8, 9]
+    for token, ends in ((8, True), (9, False)):
+        assert advance(tries, node, jnp.array([token, 0, 0]))[1].tolist()[0] == ends
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [([], "no sequence"), ([[1], []], "sequence 1"), ([[1], [1, 2]], "begins"), ([[1, 2], [1]], "begins a longer")],
+)
+def test_a_trie_of_sequences_that_do_not_end_is_refused(sequences, message):
+    with pytest.raises(ValueError, match=message):
+        Trie(sequences)
