@@ -106,7 +106,7 @@ def test_penalties_biases_and_masks():
     marks[:, 3], marks[:, 4], marks[:, 5] = IN_PROMPT, GENERATED, FORBIDDEN
     knobs = knobs_of(3, repetition=1.5, presence=0.7, marked=[True, True, False])
     knobs.bias_ids[1, :2], knobs.bias[1, :2] = [4, 9], [2.0, -100.0]
-    tries, _ = join_tries([])
+    tries = jax.device_put(join_tries([])[0])
     live = jnp.array([True] * 3)
     out = np.asarray(constrain(jnp.asarray(rows), knobs, jnp.asarray(marks), tries, jnp.zeros(3, jnp.int32), live))
     expected = rows.copy()
@@ -123,6 +123,7 @@ def test_penalties_biases_and_masks():
 def test_a_trie_leaves_its_next_tokens_and_ends_with_its_sequences():
     first, second = Trie([[7, 8], [7, 9, 1]]), Trie([[3]])
     tries, roots = join_tries([first, second])
+    tries = jax.device_put(tries)
     node = jnp.array([roots[0], roots[1], 0])
     every = jnp.ones(3, bool)
     rows = jnp.asarray(np.repeat(LOGITS, 3, 0))
