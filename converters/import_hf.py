@@ -27,11 +27,11 @@ def read_config(source: str | Path | Mapping[str, Any], vocab_multiple: int = 64
 
     Raises CheckpointError for a missing folder or file, an unsupported architecture, and a key that cannot be honoured.
     """
-    hf = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+    hf = dict(source) if isinstance(source, Mapping) else read_json_config(Path(source))
     return family_of(hf).from_hf(hf, vocab_multiple), hf
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def read_json_config(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     file = folder / "config.json"
     if not file.is_file():

@@ -95,6 +95,22 @@ def verify(
     sys.exit(0 if report.passed else 1)
 
 
+@app.command("new-family")
+def new_family(
+    name: Annotated[str, typer.Argument(help="what to call the family's file")],
+    source: Annotated[Path, typer.Option("--from", help="Hugging Face folder of a model of that family")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: NAME.py")] = None,
+) -> None:
+    """Draft a family's file: the rows and keys that can be guessed from a checkpoint, and a list of the others."""
+    from jaxtrain.recipes.new_family import write_draft
+
+    file = out or Path(f"{name}.py")
+    draft = write_draft(name, source, file)
+    typer.echo(f"wrote {file}, made from family {draft.relative}")
+    for problem in draft.open:
+        typer.echo(f"  look at: {problem}")
+
+
 @app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="folder of a run of recipe rl")],

@@ -25,6 +25,16 @@ class Family(Protocol):
         ...
 
     @property
+    def DEFAULTS(self) -> Mapping[str, Any]:
+        """The keys of config.json that `from_hf` reads, with transformers' values where they are missing."""
+        ...
+
+    @property
+    def INERT(self) -> Mapping[str, tuple[Any, ...]]:
+        """Keys that it does not read, with the values at which that changes nothing."""
+        ...
+
+    @property
     def WEIGHTS(self) -> tuple[Weight, ...]: ...
 
     @property
@@ -38,9 +48,17 @@ class Family(Protocol):
 
 
 _ALL: tuple[Family, ...] = (llama, qwen2, qwen3)
-FAMILIES = {family.MODEL_TYPE: family for family in _ALL}
+FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 _SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))
 _CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"
+
+
+def register(family: Family) -> None:
+    """Make known a family whose file lies elsewhere. Raises ValueError where its names are another's."""
+    for other in FAMILIES.values():
+        if family.MODEL_TYPE == other.MODEL_TYPE or family.ARCHITECTURE == other.ARCHITECTURE:
+            raise ValueError(f"a family of model_type {other.MODEL_TYPE}, {other.ARCHITECTURE}, is registered already")
+    FAMILIES[family.MODEL_TYPE] = family
 
 
 def weight_rows(config: ModelConfig) -> tuple[Weight, ...]:
@@ -79,7 +97,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     """
     known, name = FAMILIES, str(hf.get("model_type"))
     if hf.get("architectures"):
-        known, name = {family.ARCHITECTURE: family for family in _ALL}, str(hf["architectures"][0])
+        known, name = {family.ARCHITECTURE: family for family in FAMILIES.values()}, str(hf["architectures"][0])
         name = name.replace(_SCALAR, _CAUSAL)
     if name not in known:
         raise CheckpointError(
