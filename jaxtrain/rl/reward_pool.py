@@ -75,8 +75,10 @@ class RewardPool:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, Sequence[Any]],
     ) -> Scores:
-        """Every reward of every sample; all arguments are [n]. Takes as long as the slowest function, at most about
-        four times its limit however many of its calls hang."""
+        """Every reward of every sample; all arguments are [n].
+
+        Takes as long as the slowest function, at most about ten times its limit however many of its calls hang.
+        """
         samples = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         count = len(completions)
         parts = {name: np.full(count, np.nan) for name in self._rewards}
@@ -106,7 +108,7 @@ class RewardPool:
             while waiting and idle:
                 task, worker = waiting.popleft(), idle.popleft()
                 # A function that hangs on everything must not hold the step for the number of samples times its limit.
-                if hung[task.name] > 2 * len(self._workers):
+                if hung[task.name] > 8 * len(self._workers):
                     idle.appendleft(worker)
                     yield from (
                         _Answer(one, None, "timeout", "not tried: too many others hung") for one in task.singles()

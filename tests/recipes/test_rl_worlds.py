@@ -51,15 +51,15 @@ def together(place):
     return place / "together", losses
 
 
-def config_of(place: Path, name: str, placement: dict, **section):
-    model = {"config": MODEL, "tokenizer": str(place / "tokenizer"), "compute_dtype": "float32", "remat": "none"}
+def config_of(place: Path, name: str, placement: dict, max_length: int = 48, steps: int = 4, stops=(), **section):
+    model = {"config": MODEL | {"eos_token_id": list(stops)}, "tokenizer": str(place / "tokenizer"), "compute_dtype": "float32", "remat": "none"}
     return parse_config(
         {
             "recipe": "rl",
             "run": {"dir": str(place / name)},
             "model": model,
-            "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": 48},
-            "train": {"steps": 4},
+            "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": max_length},
+            "train": {"steps": steps},
             "optimizer": {"learning_rate": 0.01, "schedule": "constant"},
             "log": {"every": 1, "tensorboard": False},
             "rl": {
@@ -124,3 +124,42 @@ def test_a_replay_repeats_the_losses_to_the_bit(place, together):
     compared = replay(folder, place / "again")
     assert column(place / "again", "loss") == expected
     assert compared == (4, 0.0)
+
+
+BROKEN = """
+import time
+from jaxtrain.rl.environments import Opening, Reply
+
+class Echo:
+    def reset(self, row):
+        self.turns = 0
+        return Opening([{"role": "user", "content": row["prompt"][-1]["content"]}])
+
+    def step(self, text):
+        self.turns += 1
+        if set(text) & set("vwxyz"):
+            raise RuntimeError("no such letters, please")
+        return Reply([{"role": "user", "content": "Again."}] if self.turns < 2 else (), reward=len(set(text)) / 8)
+
+def slow(completions, **_):
+    turns = [message["content"] for c in completions for message in c if message["role"] == "assistant"]
+    while set("#$%") & set("".join(turns)):
+        time.sleep(0.01)
+    return [0.0] * len(completions)
+"""
+
+
+def test_an_environment_that_raises_and_a_reward_that_hangs_cost_samples_and_not_the_run(place, caplog):
+    (place / "broken.py").write_text(BROKEN)
+    environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2}
+    rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.3}]
+    # A turn must end for the environment to be asked, and a random model seldom draws the template's token.
+    changes = {"environment": environment, "rewards": rewards, "iterations": 1, "max_completion_length": 24}
+    losses = train(place, "broken", {}, max_length=160, steps=2, stops=range(65, 72), **changes)
+    assert len(losses) == 2
+    errors, hung = column(place / "broken", "environment/errors"), column(place / "broken", "rewards/slow/timeout")
+    lost = column(place / "broken", "rewards/lost")
+    assert sum(errors) > 0 and sum(hung) > 0 and sum(lost) >= max(sum(errors), sum(hung))
+    assert sum(lost) < 2 * 16 and "no such letters" in caplog.text and "took too long" in caplog.text
+    talk = next(t for t in read_step(place / "broken", 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
+    assert not talk.loss_mask.all() and talk.rewards["environment"] > 0 and talk.text.count("Again.") == 1

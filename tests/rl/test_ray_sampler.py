@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import ray_start
 from samplers import COLOCATED, PROMPTS, place, same, trained
 
 from jaxtrain.config.rollouts import PlacementSection
@@ -17,20 +18,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory):
-    import ray
-
-    home = tmp_path_factory.mktemp("ray")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HOME", str(home))  # Ray writes there
-    # Workers get the tests' import path and one device each.
-    paths = [str(path) for path in (os.getcwd(), os.path.join(os.getcwd(), "tests"))]
-    patch.setenv("PYTHONPATH", os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]))
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=f"/tmp/ray_{os.getpid()}")
-    made, _, _ = place(PlacementSection(kind="ray", workers=2, worker_seconds=120.0))
-    yield made
-    made.close()
-    ray.shutdown()
-    patch.undo()
+    with ray_start.local(tmp_path_factory.mktemp("ray")):
+        made, _, _ = place(PlacementSection(kind="ray", workers=2, worker_seconds=120.0))
+        yield made
+        made.close()
 
 
 def test_workers_sample_what_one_process_does_and_a_killed_one_costs_nothing(sampler, caplog):
