@@ -131,8 +131,9 @@ rl.critic.learning_rate rl.dual_clip rl.environment rl.environment.args rl.envir
 rl.environment.max_turns rl.environment.weight rl.epsilon_high rl.epsilon_low rl.gamma rl.generations rl.iterations
 rl.kl rl.kl_in rl.lam rl.max_completion_length rl.max_refills rl.minibatches rl.overlong_cache rl.overlong_filter
 rl.placement rl.placement.kind rl.placement.resources rl.placement.rollout_devices rl.placement.staleness
-rl.placement.worker_seconds rl.placement.workers rl.print_samples rl.prompts rl.reward_workers rl.rewards
-rl.rewards.args rl.rewards.function rl.rewards.seconds rl.rewards.weight rl.sampling rl.sampling.min_p rl.sampling.slots
-rl.sampling.support rl.sampling.temperature rl.sampling.top_k rl.sampling.top_p run run.dir run.seed train
-train.batch_size train.max_grad_norm train.max_skipped_in_a_row train.microbatches train.steps
+rl.placement.worker_seconds rl.placement.workers rl.print_samples rl.prompts rl.reward_models rl.reward_models.name
+rl.reward_models.path rl.reward_models.weight rl.reward_workers rl.rewards rl.rewards.args rl.rewards.function
+rl.rewards.seconds rl.rewards.weight rl.sampling rl.sampling.min_p rl.sampling.slots rl.sampling.support
+rl.sampling.temperature rl.sampling.top_k rl.sampling.top_p run run.dir run.seed train train.batch_size
+train.max_grad_norm train.max_skipped_in_a_row train.microbatches train.steps
 """

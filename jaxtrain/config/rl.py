@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from jaxtrain.config.rollouts import EnvironmentSection, PlacementSection, RewardSection
+from jaxtrain.config.rollouts import EnvironmentSection, PlacementSection, RewardModelSection, RewardSection
 from jaxtrain.config.sections import Fraction, NonNegativeInt, Section
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -52,6 +53,7 @@ class RLSection(Section):
     critic: CriticSection = CriticSection()
     rewards: list[RewardSection] = Field(default_factory=list)
     reward_workers: PositiveInt = 2  # processes that run the rewards
+    reward_models: list[RewardModelSection] = Field(default_factory=list)
     environment: EnvironmentSection | None = None
     placement: PlacementSection = PlacementSection()
     print_samples: NonNegativeInt = 50  # steps between tables of samples on the terminal; 0: none
@@ -76,8 +78,11 @@ class RLSection(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RLSection:
-        if not self.rewards and self.environment is None:
-            raise ValueError("nothing says what a sample is worth: give `rewards` or an `environment`")
+        if not self.rewards and not self.reward_models and self.environment is None:
+            raise ValueError("nothing says what a sample is worth: give `rewards`, `reward_models` or an `environment`")
+        names = Counter(reward.name for reward in [*self.rewards, *self.reward_models])
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"two rewards are named {twice[0]!r}: metrics and weights tell them by their name")
         if self.prompts % self.minibatches:
             raise ValueError(f"prompts={self.prompts} is no multiple of minibatches={self.minibatches}")
         return self

@@ -21,6 +21,12 @@ class RewardSection(Section):
         return self.function.rpartition(":")[2]
 
 
+class RewardModelSection(Section):
+    path: str  # a Hugging Face folder of a reward model with the policy's tokenizer
+    name: str = "reward_model"  # what metrics call it
+    weight: float = 1.0
+
+
 class EnvironmentSection(Section):
     factory: str  # package.module:name, file.py:name, or a ready one of jaxtrain.rl.environments by its bare name
     args: dict[str, Any] = Field(default_factory=dict)  # keywords for the factory

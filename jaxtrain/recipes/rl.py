@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from converters.families.registry import has_scalar_head
 from jaxtrain.config import RunConfig
+from jaxtrain.config.rollouts import RewardModelSection
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.prompts import PromptStream
 from jaxtrain.data.sources import Row
+from jaxtrain.lora import join
 from jaxtrain.losses.policy import Correction, make_policy_loss
 from jaxtrain.losses.value import make_value_loss
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
@@ -28,12 +31,13 @@ from jaxtrain.recipes.reporting import RolloutWindow, Window
 from jaxtrain.recipes.rl_evaluation import make_rl_evaluation
 from jaxtrain.recipes.rl_folder import Trained, initial_params, restore_or_begin, save
 from jaxtrain.recipes.run_folder import begin
-from jaxtrain.recipes.setup import as_list, make_policy, make_tokenizer, stop_ids
+from jaxtrain.recipes.setup import adapter_params, as_list, base_params, make_policy, make_tokenizer, stop_ids
 from jaxtrain.recipes.sft import Outcome
 from jaxtrain.rl.algorithms import find_algorithm
 from jaxtrain.rl.collect import Collect
 from jaxtrain.rl.controller import Learner, PerToken, Plan, Reference, Roles, Update, reinforce
 from jaxtrain.rl.placement import make_meshes, make_sampler
+from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.rollouts import Prompt
 from jaxtrain.rl.scoring import RewardScorer, conversation_metrics
@@ -140,7 +144,12 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
 
         start = int(begun.policy.step)
         sampler = make_sampler(section.placement, spec, policy.model, roles.policy.params, start, sampling_mesh)
-        scorer = RewardScorer(section.rewards, pool, section.environment.weight if section.environment else 1.0)
+        scorer = RewardScorer(
+            section.rewards,
+            pool,
+            section.environment.weight if section.environment else 1.0,
+            [_reward_model(config, each, mesh) for each in section.reward_models],
+        )
         collect = Collect(
             prompts.take,
             sampler,
@@ -153,6 +162,11 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
         evaluation = make_rl_evaluation(config, policy, encode, tokenizer, sampler, scorer)
         source: Source = OnPolicy(collect, sampler, prompts.get_state)
         if section.placement.staleness:
+            if section.reward_models and mesh.size > 1:
+                raise ValueError(
+                    f"rl.reward_models on the trainer's {mesh.size} devices cannot score beside the training: use "
+                    "rl.placement.staleness=0 or a single device that trains"
+                )
             staleness = section.placement.staleness
             source = Ahead(collect, sampler, prompts.get_state, staleness=staleness, updates=plan.updates)
         if replay is not None:
@@ -241,6 +255,24 @@ def prompt_maker(encode: Encoder, most: int) -> Callable[[int, Row], Prompt]:
 
 def _optimizer(config: RunConfig, axes: Any) -> Any:
     return make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.steps), axes)
+
+
+def _reward_model(config: RunConfig, section: RewardModelSection, mesh: jax.sharding.Mesh) -> RewardModel:
+    """On the trainer's devices, split as the policy is."""
+    model = config.model.model_copy(update={"path": section.path, "config": None, "lora": None, "head": SCALAR})
+    role = make_policy(config.model_copy(update={"model": model}), mesh)
+    if not has_scalar_head(role.hf):
+        raise ValueError(f"rl.reward_models: {section.path} is no reward model: it has no head of one label")
+    params = join(base_params(model, role, 0), adapter_params(model, role, 0))
+    return RewardModel(
+        section.name,
+        section.weight,
+        role.model,
+        params,
+        lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
+        max_length=config.data.max_length,
+        row_multiple=row_shares(mesh),
+    )
 
 
 def _critic_config(config: RunConfig) -> RunConfig:

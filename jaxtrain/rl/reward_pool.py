@@ -42,11 +42,7 @@ class RewardPool:
     """
 
     def __init__(self, rewards: Sequence[RewardSection], workers: int = 2):
-        """Raises ValueError for two rewards of one name, or one that cannot be imported."""
-        names = Counter(reward.name for reward in rewards)
-        twice = [name for name, count in names.items() if count > 1]
-        if twice:
-            raise ValueError(f"two rewards are named {twice[0]!r}: metrics tell rewards by the function's name")
+        """Raises ValueError for a reward that cannot be imported."""
         self._rewards = {reward.name: reward for reward in rewards}
         paths = [reward.function for reward in rewards]
         self._scoring = threading.Lock()

@@ -12,20 +12,27 @@ import numpy as np
 
 from jaxtrain.config.rollouts import RewardSection
 from jaxtrain.rl.environments import PART
+from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.rollouts import Trajectory
 
 
 class RewardScorer:
-    """A `Scorer`: reward functions in a pool, and the part that an environment has already given.
+    """A `Scorer`: reward functions in a pool, reward models, and the part that an environment has given.
 
     A sample that a function, its environment or the sampler failed on has the reward NaN, as has one to which no part
     applies: it must not train.
     """
 
-    def __init__(self, rewards: Sequence[RewardSection], pool: RewardPool, environment_weight: float = 1.0):
-        self._weights = {reward.name: reward.weight for reward in rewards} | {PART: environment_weight}
-        self._pool = pool
+    def __init__(
+        self,
+        rewards: Sequence[RewardSection],
+        pool: RewardPool,
+        environment_weight: float = 1.0,
+        models: Sequence[RewardModel] = (),
+    ):
+        self._weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {PART: environment_weight}
+        self._pool, self._models = pool, models
         self._counts: Counter[str] = Counter()
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -37,8 +44,13 @@ class RewardScorer:
             [t.completion_ids[t.loss_mask].tolist() for t in trajectories],
             {name: [t.prompt.columns.get(name) for t in trajectories] for name in columns},
         )
+        for model in self._models:
+            scores.parts[model.name] = model(trajectories)
+            broken = ~np.isfinite(scores.parts[model.name])
+            scores.failures[model.name, "not_finite"] += int(broken.sum())
+            scores.lost[broken] = True
         seconds = time.perf_counter() - start
-        for (name, kind), count in scores.failures.items():
+        for (name, kind), count in (+scores.failures).items():
             self._counts[f"rewards/{name}/{kind}"] += count
         scored = []
         for index, t in enumerate(trajectories):

@@ -52,7 +52,12 @@ def together(place):
 
 
 def config_of(place: Path, name: str, placement: dict, max_length: int = 48, steps: int = 4, stops=(), **section):
-    model = {"config": MODEL | {"eos_token_id": list(stops)}, "tokenizer": str(place / "tokenizer"), "compute_dtype": "float32", "remat": "none"}
+    model = {
+        "config": MODEL | {"eos_token_id": list(stops)},
+        "tokenizer": str(place / "tokenizer"),
+        "compute_dtype": "float32",
+        "remat": "none",
+    }
     return parse_config(
         {
             "recipe": "rl",
@@ -143,7 +148,7 @@ class Echo:
 
 def slow(completions, **_):
     turns = [message["content"] for c in completions for message in c if message["role"] == "assistant"]
-    while set("#$%") & set("".join(turns)):
+    while set("#$") & set("".join(turns)):
         time.sleep(0.01)
     return [0.0] * len(completions)
 """
@@ -152,7 +157,7 @@ def slow(completions, **_):
 def test_an_environment_that_raises_and_a_reward_that_hangs_cost_samples_and_not_the_run(place, caplog):
     (place / "broken.py").write_text(BROKEN)
     environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2}
-    rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.3}]
+    rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.2}]
     # A turn must end for the environment to be asked, and a random model seldom draws the template's token.
     changes = {"environment": environment, "rewards": rewards, "iterations": 1, "max_completion_length": 24}
     losses = train(place, "broken", {}, max_length=160, steps=2, stops=range(65, 72), **changes)
@@ -163,3 +168,19 @@ def test_an_environment_that_raises_and_a_reward_that_hangs_cost_samples_and_not
     assert sum(lost) < 2 * 16 and "no such letters" in caplog.text and "took too long" in caplog.text
     talk = next(t for t in read_step(place / "broken", 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
     assert not talk.loss_mask.all() and talk.rewards["environment"] > 0 and talk.text.count("Again.") == 1
+
+
+def test_a_reward_model_scores_as_transformers_does(place):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(**{k: v for k, v in MODEL.items() if k != "model_type"}, num_labels=1)
+    judge = transformers.LlamaForSequenceClassification(shape).eval()
+    judge.save_pretrained(place / "judge")
+    judges = [{"path": str(place / "judge"), "name": "judge", "weight": 2.0}]
+    train(place, "judged", {}, rewards=[], reward_models=judges, steps=2)
+    for t in read_step(place / "judged", 1):
+        ids = torch.tensor(np.concatenate([t.prompt.ids, t.completion_ids])[None].astype(np.int64))
+        with torch.no_grad():
+            expected = judge.score(judge.model(ids).last_hidden_state)[0, -1].item()
+        assert t.rewards["judge"] == pytest.approx(expected, abs=1e-4) and t.reward == 2 * t.rewards["judge"]
+    assert column(place / "judged", "rewards/judge/std")[0] > 1e-4

@@ -72,8 +72,3 @@ def test_a_function_that_always_hangs_holds_a_step_for_a_few_limits_only():
 def test_a_wrong_name_is_an_error_at_once(function, message):
     with pytest.raises(ValueError, match=message):
         RewardPool([RewardSection(function=function)], workers=1)
-
-
-def test_two_rewards_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="two rewards are named 'length'"):
-        RewardPool([section("length"), section("length", weight=2.0)])
