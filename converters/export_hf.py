@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from transformers import PreTrainedTokenizerFast
 
 from converters.errors import CheckpointError
 from converters.families.registry import FAMILIES, for_head, weight_rows
@@ -51,13 +52,15 @@ def export_hf(
     *,
     dtype: str | None = None,
     tokenizer_from: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write `params` (without adapters) as a folder that transformers loads. Returns the folder.
 
     `hf` is the config.json that the model came from: every key of it is kept unless the model changed. `dtype` casts
     (default: the parameters' own). The tokenizer's files, chat template and generation_config.json are copied from the
-    folder `tokenizer_from`. Every process must call this; one tensor at a time is gathered, the first process writes.
+    folder `tokenizer_from`; `tokenizer`, where given, knows more tokens than that one does. Every process must call
+    this; one tensor at a time is gathered, the first process writes.
 
     Raises CheckpointError where `out` is not empty, `dtype` is none that safetensors files of models have, or the
     parameters do not fit the family.
@@ -92,6 +95,8 @@ def export_hf(
             specs = [Spec(name, leaf.dtype, leaf.shape) for name, leaf in own_head.items()]
             write_checkpoint(partial, {CUSTOM_HEAD: specs}, lambda name: gather(own_head[name], ()))
         _write_rest(partial, config_json, Path(tokenizer_from) if tokenizer_from is not None else None)
+        if tokenizer is not None:
+            tokenizer.backend_tokenizer.save(str(partial / "tokenizer.json"))
     return folder
 
 

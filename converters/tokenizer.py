@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -35,6 +36,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], special: bool) -> list[int]:
+    """Add what the tokenizer does not know yet; the new ids, adjacent and ascending."""
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    backend = tokenizer.backend_tokenizer
+    add = backend.add_special_tokens if special else backend.add_tokens
+    add([AddedToken(token, special=special, normalized=False) for token in new])
+    ids = tokenizer.convert_tokens_to_ids(new) if new else []
+    assert isinstance(ids, list) and ids == list(range(len(known), len(known) + len(new))), ids
+    return ids
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: str | Path) -> None:

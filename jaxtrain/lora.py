@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jaxtrain.nn.config import Lora, names_linear
+from jaxtrain.nn.config import Lora, NewTokens, names_linear
 from jaxtrain.ops.quantize import dense
 from jaxtrain.types import Params
 
-NEW = ("lora_a", "lora_b", "value_head", "custom_head")
-"""What a base checkpoint does not hold: adapters, and heads that are put on a language model."""
+NEW = ("lora_a", "lora_b", "new_rows", "new_columns", "value_head", "custom_head")
+"""What a base checkpoint does not hold: adapters, rows of new tokens, and heads that are put on a language model."""
 
 
 def split_adapters(params: Params) -> tuple[Params, Params]:
@@ -61,6 +62,28 @@ def merge_adapters(params: Params, lora: Lora) -> Params:
         else:
             merged[name] = merge_adapters(node, lora)
     return merged
+
+
+def merge_tokens(params: Params, new: NewTokens) -> Params:
+    """The same model with the rows of new tokens in the tables, whose dtype they take."""
+    merged = dict(params)
+    for part, table, rows, axis in (("embed", "weight", "new_rows", 0), ("lm_head", "kernel", "new_columns", 1)):
+        if part in params and rows in params[part]:
+            node = dict(params[part])
+            values = node.pop(rows).astype(node[table].dtype)
+            node[table] = jax.lax.dynamic_update_slice_in_dim(node[table], values, new.first, axis)
+            merged[part] = node
+    return merged
+
+
+def mean_rows(base: Params, new: NewTokens) -> dict[str, Any]:
+    """What new tokens begin as: the mean of the tokens before them, float32 [count, D] and [D, count] if untied."""
+    weight = base["embed"]["weight"][: new.first].astype(jnp.float32).mean(0)
+    begun: Params = {"embed": {"new_rows": jnp.tile(weight, (new.count, 1))}}
+    if "lm_head" in base:
+        column = base["lm_head"]["kernel"][:, : new.first].astype(jnp.float32).mean(1)
+        begun["lm_head"] = {"new_columns": jnp.tile(column[:, None], (1, new.count))}
+    return begun
 
 
 def _merged_kernel(linear: dict[str, Any], lora: Lora) -> Any:

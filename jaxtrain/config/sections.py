@@ -46,10 +46,34 @@ class LoraSection(Section):
     dtype: DType = "float32"  # of the adapters; model.param_dtype is the base's
 
 
+class AddTokensSection(Section):
+    names: list[str] = []
+    prefix: str | None = None  # and so many more: prefix + number + suffix
+    suffix: str = ">"
+    count: NonNegativeInt = 0
+    special: bool = False  # left out where text is decoded without special tokens
+    alone: bool = False  # train the new rows and nothing else
+
+    @property
+    def tokens(self) -> list[str]:
+        return [*self.names, *(f"{self.prefix}{number}{self.suffix}" for number in range(self.count))]
+
+    @model_validator(mode="after")
+    def _some(self) -> AddTokensSection:
+        if (self.prefix is None) != (self.count == 0):
+            raise ValueError("`prefix` and `count` belong together")
+        if not self.tokens:
+            raise ValueError("give `names`, or `prefix` and `count`")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError("a token is named twice")
+        return self
+
+
 class ModelSection(Section):
     path: str | None = None  # a Hugging Face folder: config.json, *.safetensors, tokenizer
     config: dict[str, Any] | None = None  # instead of `path`: a config.json's content, random weights
-    tokenizer: str | None = None  # a tokenizer's folder; default: `path`
+    tokenizer: str | None = None  # a tokenizer's folder; default: `path`; none at all where all rows are input_ids
+    add_tokens: AddTokensSection | None = None  # new rows of the vocabulary, at the mean of the old ones
     chat_template: str | None = None  # a jinja file that replaces the tokenizer's own template
     compute_dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
@@ -64,10 +88,13 @@ class ModelSection(Section):
     def _one_origin(self) -> ModelSection:
         if (self.path is None) == (self.config is None):
             raise ValueError("give either `path` (a checkpoint) or `config` (random weights), not both and not neither")
-        if self.config is not None and self.tokenizer is None:
-            raise ValueError("`config` (random weights) also needs `tokenizer`")
-        if self.quantize is not None and self.lora is None:
-            raise ValueError(f"quantize={self.quantize} needs `lora`: quantised weights are frozen")
+        alone = self.add_tokens is not None and self.add_tokens.alone
+        if alone and self.lora is not None:
+            raise ValueError("add_tokens.alone leaves nothing to `lora`, under which new rows are trained anyway")
+        if self.quantize is not None and self.lora is None and not alone:
+            raise ValueError(f"quantize={self.quantize} needs `lora` or `add_tokens.alone`: such weights are frozen")
+        if self.add_tokens is not None and self.config is not None and self.tokenizer is None:
+            raise ValueError("add_tokens needs `tokenizer`")
         return self
 
 

@@ -132,6 +132,14 @@ class Lora:
         return any(names_linear(target, path) for target in self.targets)
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """Tokens whose rows of embedding and head are parameters of their own, trained while the table is frozen."""
+
+    first: int  # id of the first one
+    count: int
+
+
 def names_linear(target: str, path: str) -> bool:
     """Whether `target` names the linear at `path` within a layer: `all-linear`, a name (`q_proj`), or a glob over
     dotted names (`attn.*`, `layers.*.mlp.up_proj`). Layers are stacked, so an adapter is on all of them or on none."""

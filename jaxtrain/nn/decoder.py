@@ -14,8 +14,8 @@ from flax import nnx
 
 from jaxtrain.nn.attention import Attention, AttentionInputs
 from jaxtrain.nn.cache import KVCache, LayerCache
-from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig
-from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head
+from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig, NewTokens
+from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, put_new
 from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
@@ -77,14 +77,30 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, new: NewTokens | None = None):
         weight = nnx.initializers.normal(config.init_std)(rngs.params(), (config.padded_vocab, config.hidden_size))
         real = jnp.arange(config.padded_vocab)[:, None] < config.vocab_size
         self.weight = nnx.Param(jnp.where(real, weight, 0).astype(dtype), out_sharding=("vocab", "embed"))
+        self.new = new
+        self.new_rows = nnx.data(None)
+        if new:
+            rows = jnp.zeros((new.count, config.hidden_size), jnp.float32)
+            self.new_rows = nnx.Param(rows, out_sharding=(None, "embed"))
 
     def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:
         # Looked up before it is cast, so that the gradient of a frequent token is summed in the weight's own dtype.
-        return self.weight[...][tokens].astype(dtype)
+        looked_up = self.weight[...][tokens]
+        if self.new_rows is not None and self.new is not None:
+            row = tokens - self.new.first
+            is_new = (row >= 0) & (row < self.new.count)
+            of_new = self.new_rows[...][jnp.where(is_new, row, 0)].astype(looked_up.dtype)
+            looked_up = jnp.where(is_new[..., None], of_new, looked_up)
+        return looked_up.astype(dtype)
+
+    def table(self) -> Array:
+        """[Vp, D], those of new tokens among the others."""
+        weight = self.weight[...]
+        return weight if self.new_rows is None else put_new(weight, self.new_rows[...], self.new, 0)
 
 
 class Decoder(nnx.Module):
@@ -96,9 +112,10 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         lora: Lora | None = None,
         output: str = LANGUAGE,
+        new: NewTokens | None = None,
     ):
         self.config = config
-        self.embed = Embedding(config, rngs=rngs, dtype=dtype)
+        self.embed = Embedding(config, rngs=rngs, dtype=dtype, new=new)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -113,7 +130,7 @@ class Decoder(nnx.Module):
         elif output != LANGUAGE:
             self.custom_head = custom_head(output, config, rngs=rngs, dtype=dtype)
         elif not config.tied:
-            self.lm_head = LanguageHead(config, rngs=rngs, dtype=dtype)
+            self.lm_head = LanguageHead(config, rngs=rngs, dtype=dtype, new=new)
         # Layers that differ only in kind stay stacked: `kind_of` [L] is scanned along with their parameters.
         self.kinds = tuple(dict.fromkeys(config.pattern))
         self.kind_of = tuple(self.kinds.index(kind) for kind in config.pattern)
@@ -194,7 +211,7 @@ class Decoder(nnx.Module):
         assert self.value_head is None, "a scalar head has no vocabulary"
         if self.custom_head is not None:
             return self.custom_head.kernel[...]
-        return self.embed.weight[...] if self.lm_head is None else self.lm_head.kernel[...]
+        return self.embed.table() if self.lm_head is None else self.lm_head.table()
 
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V] of hidden states [..., D]: for decoding and tests, where few tokens are asked for."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.config import import_by_path
-from jaxtrain.nn.config import ModelConfig
+from jaxtrain.nn.config import ModelConfig, NewTokens
 from jaxtrain.types import Array
 
 LANGUAGE, SCALAR = "lm", "scalar"
@@ -37,10 +37,26 @@ class CustomHead(nnx.Module):
 class LanguageHead(nnx.Module):
     """The projection onto the vocabulary. It is never applied here: `token_scores` walks it in chunks."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, new: NewTokens | None = None):
         kernel = nnx.initializers.normal(config.init_std)(rngs.params(), (config.hidden_size, config.padded_vocab))
         real = jnp.arange(config.padded_vocab) < config.vocab_size
         self.kernel = nnx.Param(jnp.where(real, kernel, 0).astype(dtype), out_sharding=("embed", "vocab"))
+        self.new = new
+        self.new_columns = nnx.data(None)
+        if new:
+            columns = jnp.zeros((config.hidden_size, new.count), jnp.float32)
+            self.new_columns = nnx.Param(columns, out_sharding=("embed", None))
+
+    def table(self) -> Array:
+        """[D, Vp], those of new tokens among the others."""
+        kernel = self.kernel[...]
+        return kernel if self.new_columns is None else put_new(kernel, self.new_columns[...], self.new, 1)
+
+
+def put_new(table: Array, rows: Array, new: NewTokens | None, axis: int) -> Array:
+    """`table` with the rows of new tokens at their ids along `axis`, in the table's dtype."""
+    assert new is not None
+    return jax.lax.dynamic_update_slice_in_dim(table, rows.astype(table.dtype), new.first, axis)
 
 
 class ScalarHead(nnx.Module):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxtrain.nn.config import Lora
 from jaxtrain.ops.project import project
-from jaxtrain.ops.quantize import project_quantized
+from jaxtrain.ops.quantize import Quantized, project_quantized
 from jaxtrain.types import Array
 
 
@@ -66,6 +66,6 @@ class Linear(nnx.Module):
     def _contract(x: Array, kernel: nnx.Param | None, rank: int) -> Array:
         assert kernel is not None
         weight = kernel.get_value()
-        if not isinstance(weight, jax.Array):
+        if isinstance(weight, Quantized):
             return project_quantized(x, weight, rank)
         return project(x, weight.astype(x.dtype), rank)

@@ -7,7 +7,7 @@ checkpoints, adapters) sees plain trees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxtrain.lora import merge_adapters, merge_tokens
 from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache
-from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, RouterLoss
+from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
 from jaxtrain.nn.watch import See, watched
@@ -33,6 +34,7 @@ class Model:
     router_loss: RouterLoss = field(
         default_factory=RouterLoss
     )  # what training asks of the routers of a mixture of experts
+    new_tokens: NewTokens | None = None  # those that have parameters of their own
 
     @cached_property
     def _split(self) -> tuple[Any, nnx.State]:
@@ -42,8 +44,26 @@ class Model:
 
     def _build(self, key: Array) -> Callable[[], Decoder]:
         return lambda: Decoder(
-            self.config, rngs=nnx.Rngs(key), dtype=self.param_dtype, lora=self.lora, output=self.output
+            self.config,
+            rngs=nnx.Rngs(key),
+            dtype=self.param_dtype,
+            lora=self.lora,
+            output=self.output,
+            new=self.new_tokens,
         )
+
+    @property
+    def base_frozen(self) -> bool:
+        """Whether only adapters, new rows and new heads are trained: `lora.split_adapters` tells them apart."""
+        return self.lora is not None or self.new_tokens is not None
+
+    def merged(self, params: Params) -> tuple[Model, Params]:
+        """The same function with adapters in the kernels and new rows in the table. Jit it, or it is slow."""
+        if self.lora is not None:
+            params = merge_adapters(params, self.lora)
+        if self.new_tokens is not None:
+            params = merge_tokens(params, self.new_tokens)
+        return replace(self, lora=None, new_tokens=None), params
 
     def init(self, key: Array) -> Params:
         """Random parameters. Jit it with `out_shardings` so that no device ever holds more than its part."""

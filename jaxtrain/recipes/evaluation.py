@@ -38,6 +38,8 @@ def make_evaluation(config: RunConfig, policy: Policy, encode: Encoder, tokenize
     rows = config.train.batch_size
     sources = as_list(config.data.eval)
     prompts = held_out_prompts(config, encode)
+    if config.eval.generate and tokenizer is None:
+        raise ValueError("eval.generate asks questions in text, which needs a tokenizer (model.tokenizer)")
     stops = stop_ids(config.model, policy, tokenizer)
     eval_step = jax.jit(make_eval_step(policy.model, sft_loss))
 

@@ -12,12 +12,12 @@ from converters.export_hf import convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
 from jaxtrain.config import MeshSection
-from jaxtrain.lora import join, merge_adapters
+from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes.run_folder import read_run_config
-from jaxtrain.recipes.setup import base_params, make_policy, tokenizer_folder
+from jaxtrain.recipes.setup import base_params, make_policy, make_tokenizer
 from jaxtrain.train.checkpoint import Checkpoints
 
 
@@ -47,18 +47,18 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None, adapter: bool 
             raise ValueError(f"{run} trained {others[0]} too, which an adapter folder leaves out: export it merged")
         export_adapter(params, policy.model.config, lora, out, config.model.path)
         return
-    if lora:
+    if policy.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.
         base = base_params(config.model, policy._replace(quantize=None), config.run.seed)
-        merge = jax.jit(lambda trained, base: merge_adapters(join(trained, base), lora))
-        params = merge(params, base)
+        params = jax.jit(lambda trained, base: policy.model.merged(join(trained, base))[1])(params, base)
     export_hf(
         params,
         policy.model.config,
         policy.hf,
         out,
         dtype=dtype or policy.hf.get("dtype") or policy.hf.get("torch_dtype"),
-        tokenizer_from=tokenizer_folder(config.model),
+        tokenizer_from=config.model.tokenizer or config.model.path,
+        tokenizer=make_tokenizer(config.model) if config.model.add_tokens else None,
     )
 
 

@@ -139,7 +139,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
         if algorithm.needs_reference:
             # Under LoRA it is the base, which is there anyway, with the adapters off.
             model = Model(policy.model.config, None, policy.model.run, policy.model.param_dtype)
-            params = None if policy.model.lora else initial_params(config, policy)
+            params = None if policy.model.base_frozen else initial_params(config, policy)
             roles = roles._replace(reference=Reference(params, _log_probabilities(model, temperature)))
 
         start = int(begun.policy.step)

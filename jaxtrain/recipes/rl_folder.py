@@ -112,13 +112,14 @@ def _tree(states: dict[str, TrainState]) -> dict[str, Any]:
 
 
 def _frozen(config: RunConfig, role: Trained) -> Params:
-    return base_params(config.model, role.policy, config.run.seed) if role.policy.model.lora else {}
+    return base_params(config.model, role.policy, config.run.seed) if role.policy.model.base_frozen else {}
 
 
 def _fresh(config: RunConfig, role: Trained, target: TrainState) -> TrainState:
     seed = config.run.seed
-    base, new = base_params(config.model, role.policy, seed), adapter_params(config.model, role.policy, seed)
-    trained, frozen = (new, base) if role.policy.model.lora else (join(new, base), {})
+    base = base_params(config.model, role.policy, seed)
+    new = adapter_params(config.model, role.policy, seed, base)
+    trained, frozen = (new, base) if role.policy.model.base_frozen else (join(new, base), {})
 
     def born(params: Params) -> TrainState:
         return new_state(params, {}, role.tx, jax.random.key(seed))

@@ -68,13 +68,13 @@ def restore_or_begin(
     seed = config.run.seed
     target = abstract_state(policy, tx, seed)
     restored = checkpoints.restore(target._replace(frozen={}))
-    base = base_params(config.model, policy, seed) if restored is None or policy.model.lora else {}
+    base = base_params(config.model, policy, seed) if restored is None or policy.model.base_frozen else {}
     if restored is not None:
         check_tokenizer(config, restored.meta, tokenizer)
         stream.set_state(restored.data_state)
         return restored.state._replace(frozen=base), restored.meta["num_tokens"]
-    new = adapter_params(config.model, policy, seed)
-    trained, frozen = (new, base) if policy.model.lora else (join(new, base), {})
+    new = adapter_params(config.model, policy, seed, base)
+    trained, frozen = (new, base) if policy.model.base_frozen else (join(new, base), {})
 
     def born(params: Params) -> TrainState:
         return new_state(params, {}, tx, jax.random.key(seed))

@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from converters.adapters import import_adapter, read_lora
+from converters.export_hf import TOKENIZER_FILES
 from converters.families.registry import has_scalar_head
 from converters.import_hf import import_params, read_config
 from converters.rows import flatten, unflatten
-from converters.tokenizer import load_tokenizer
+from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection, RunConfig, SourceSection
 from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
-from jaxtrain.lora import check_targets, split_adapters
-from jaxtrain.nn.config import Lora, ModelConfig
+from jaxtrain.lora import check_targets, join, mean_rows, merge_tokens, split_adapters
+from jaxtrain.nn.config import Lora, ModelConfig, NewTokens
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
-from jaxtrain.ops.quantize import Kind, quantize, quantize_kernels
+from jaxtrain.ops.quantize import Kind, Quantized, quantize, quantize_kernels
 from jaxtrain.parallel.batches import local_shards
 from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
 from jaxtrain.types import Params
@@ -39,15 +40,16 @@ class Policy(NamedTuple):
     hf: dict[str, Any]  # config.json as it was read
     target: Params  # shapes, dtypes and shardings of all parameters, adapters included, none quantised
     quantize: Kind | None = None  # how the frozen kernels are held
+    added: NewTokens | None = None  # tokens that the checkpoint lacks, whether they have parameters of their own or not
 
     @property
     def trained(self) -> Params:
         """The part of `target` that the optimizer sees."""
-        return split_adapters(self.target)[0] if self.model.lora else self.target
+        return split_adapters(self.target)[0] if self.model.base_frozen else self.target
 
     @property
     def frozen(self) -> Params:
-        if not self.model.lora:
+        if not self.model.base_frozen:
             return {}
         base = split_adapters(self.target)[1]
         return quantize_kernels(base, self.model.axes(), self.quantize) if self.quantize else base
@@ -55,7 +57,7 @@ class Policy(NamedTuple):
     @property
     def trained_axes(self) -> Params:
         """Logical axes of the trained parameters."""
-        return split_adapters(self.model.axes())[0] if self.model.lora else self.model.axes()
+        return split_adapters(self.model.axes())[0] if self.model.base_frozen else self.model.axes()
 
 
 def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
@@ -66,12 +68,16 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     model_config, hf = read_config(origin, vocab_multiple=multiple)
     run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh)
-    model = Model(model_config, _lora(section, model_config), run, jnp.dtype(section.param_dtype), section.head)
+    lora, added = _lora(section, model_config), _added(section)
+    if added:
+        model_config = replace(model_config, vocab_size=max(model_config.vocab_size, added.first + added.count))
+    own = added if section.add_tokens and (lora or section.add_tokens.alone) else None
+    model = Model(model_config, lora, run, jnp.dtype(section.param_dtype), section.head, new_tokens=own)
     shapes = model.abstract()
     if model.lora:
         check_targets(model.lora.targets, shapes)
     shardings = param_specs(model.axes(), shapes, RULES[config.mesh.preset], mesh)
-    return Policy(model, hf, jax.tree.map(_placed, shapes, shardings), section.quantize)
+    return Policy(model, hf, jax.tree.map(_placed, shapes, shardings), section.quantize, added)
 
 
 def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
@@ -81,18 +87,32 @@ def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
     if section.path is not None:
         # A head that the run does not use may be left over in the checkpoint.
         partial = policy.model.output != LANGUAGE or has_scalar_head(policy.hf)
-        return import_params(section.path, policy.model.config, target, partial=partial, finish=finish)
-    params = _random(policy.model, 1, target, seed)
-    return unflatten({path: finish(path, leaf) for path, leaf in flatten(params).items()}) if finish else params
+        in_file, _ = read_config(policy.hf, policy.model.config.vocab_multiple)  # without the tokens that are new
+        params = import_params(section.path, in_file, target, partial=partial, finish=finish)
+    else:
+        params = _random(policy.model, 1, target, seed)
+        params = unflatten({path: finish(path, leaf) for path, leaf in flatten(params).items()}) if finish else params
+    if policy.added is None:
+        return params
+    added, shardings = policy.added, jax.tree.map(lambda leaf: leaf.sharding, params)
+
+    def with_new(params: Params) -> Params:
+        return merge_tokens(join(params, mean_rows(params, added)), added)
+
+    return jax.jit(with_new, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def adapter_params(section: ModelSection, policy: Policy, seed: int) -> Params:
-    """Fresh adapters, which change nothing yet, or those of `model.lora.path`; a scalar or custom head: random, or the
-    reward model's own."""
+def adapter_params(section: ModelSection, policy: Policy, seed: int, base: Params) -> Params:
+    """What is new beside `base`: adapters, fresh ones, which change nothing yet, or those of `model.lora.path`; rows of
+    new tokens, at the mean of the others; a scalar or custom head, random or the reward model's own."""
     target = split_adapters(policy.target)[0]
     if not target:
         return {}
     params = _random(policy.model, 0, target, seed)
+    if policy.model.new_tokens is not None:
+        places = jax.tree.map(lambda leaf: leaf.sharding, target)
+        begun = mean_rows(base, policy.model.new_tokens)
+        params |= {part: jax.device_put(rows, places[part]) for part, rows in begun.items()}
     if section.lora is not None and section.lora.path is not None:
         params |= import_adapter(section.lora.path, policy.model.config, {"layers": target["layers"]})
     if section.path is not None and policy.model.output == SCALAR and has_scalar_head(policy.hf):
@@ -101,15 +121,25 @@ def adapter_params(section: ModelSection, policy: Policy, seed: int) -> Params:
     return params
 
 
-def tokenizer_folder(section: ModelSection) -> str:
-    folder = section.tokenizer or section.path
-    assert folder is not None
-    return folder
+def tokenizer_folder(section: ModelSection) -> str | None:
+    """Where the tokenizer is. None: there is none, and all rows must be `input_ids`."""
+    if section.tokenizer is None and section.path is not None:
+        return section.path if any((Path(section.path) / name).exists() for name in TOKENIZER_FILES) else None
+    return section.tokenizer
 
 
 def make_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer, with `model.chat_template` instead of its own template where that is given."""
-    tokenizer = load_tokenizer(tokenizer_folder(section))
+    """The model's tokenizer, with `model.add_tokens` in it, and `model.chat_template` instead of its own template where
+    that is given. None where there is no tokenizer."""
+    folder = tokenizer_folder(section)
+    if folder is None:
+        for key in ("add_tokens", "chat_template"):
+            if getattr(section, key) is not None:
+                raise ValueError(f"model.{key} needs a tokenizer, and the model has none; name one by model.tokenizer")
+        return None
+    tokenizer = load_tokenizer(folder)
+    if section.add_tokens is not None:
+        add_tokens(tokenizer, section.add_tokens.tokens, section.add_tokens.special)
     if section.chat_template is not None:
         path = Path(section.chat_template)
         if not path.is_file():
@@ -120,9 +150,9 @@ def make_tokenizer(section: ModelSection) -> Any:
 
 def stop_ids(section: ModelSection, policy: Policy, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: those of generation_config.json and config.json, and the tokenizer's."""
-    generation = Path(tokenizer_folder(section)) / "generation_config.json"
+    generation = Path(section.path or section.tokenizer or "") / "generation_config.json"
     named = [json.loads(generation.read_text()).get("eos_token_id")] if generation.is_file() else []
-    named += [policy.hf.get("eos_token_id"), tokenizer.eos_token_id]
+    named += [policy.hf.get("eos_token_id"), tokenizer and tokenizer.eos_token_id]
     return sorted({token for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])})
 
 
@@ -167,8 +197,18 @@ def _quantizer(policy: Policy) -> Callable[[str, jax.Array], Any]:
     """Quantises, by its dotted path, a parameter that is to be; so no more than one is ever there in full."""
     axes, held, kind = flatten(policy.model.axes()), flatten(policy.frozen), policy.quantize
     assert kind is not None
-    plain = jax.ShapeDtypeStruct
-    return lambda path, leaf: leaf if isinstance(held[path], plain) else quantize(leaf, axes[path], kind)
+    return lambda path, leaf: quantize(leaf, axes[path], kind) if isinstance(held[path], Quantized) else leaf
+
+
+def _added(section: ModelSection) -> NewTokens | None:
+    """The tokens of `model.add_tokens` that the tokenizer lacks."""
+    asked, folder = section.add_tokens, tokenizer_folder(section)
+    if asked is None or folder is None:
+        return None
+    ids = add_tokens(load_tokenizer(folder), asked.tokens, asked.special)
+    if not ids and asked.alone:
+        raise ValueError(f"model.add_tokens.alone: the tokenizer in {folder} knows all of these tokens already")
+    return NewTokens(ids[0], len(ids)) if ids else None
 
 
 def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.lora import merge_adapters
 from jaxtrain.nn.model import Model
 from jaxtrain.sample.placement import cast_matrices, serving_shardings
 from jaxtrain.types import Params
@@ -21,7 +20,7 @@ from jaxtrain.types import Params
 
 def rollout_model(model: Model, mesh: Mesh | None) -> Model:
     """The trainer's `model` as it samples: without adapters, on `mesh`."""
-    return replace(model, lora=None, run=replace(model.run, mesh=mesh))
+    return replace(model, lora=None, new_tokens=None, run=replace(model.run, mesh=mesh))
 
 
 class Synced(NamedTuple):
@@ -67,8 +66,7 @@ def from_host(rollout: Model, tree: Params) -> Params:
 
 @partial(jax.jit, static_argnums=0)
 def _merged(model: Model, params: Params) -> Params:
-    if model.lora is not None:
-        params = merge_adapters(params, model.lora)
+    params = model.merged(params)[1]
     # A copy even where nothing is cast: an output that is an input is the same buffer, which the trainer gives away.
     return jax.tree.map(jnp.copy, cast_matrices(params, model.run.dtype))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtrain.nn.cache import LayerCache, empty_cache
 from jaxtrain.nn.model import Model, unstack
+from jaxtrain.ops.quantize import dense
 from jaxtrain.parallel.sharding import ROWS, RULES, constrain_rows, param_specs
 from jaxtrain.sample.decode import cache_sharding
 from jaxtrain.types import Array, Params
@@ -78,5 +79,5 @@ def cast_matrices(params: Params, dtype: np.dtype) -> Params:
         if isinstance(node, dict):
             cast[name] = node if name == "router" else cast_matrices(node, dtype)
         else:
-            cast[name] = node.astype(dtype) if name in _MATRICES else node
+            cast[name] = dense(node, dtype) if name in _MATRICES else node
     return cast

@@ -78,7 +78,7 @@ def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
     policy = make_policy(config, make_mesh(config.mesh))
     lora = policy.model.lora
     assert lora is not None and (lora.rank, lora.alpha, lora.rslora) == (3, 9.0, True) and len(lora.targets) == 7
-    adapters = adapter_params(config.model, policy, 0)
+    adapters = adapter_params(config.model, policy, 0, {})
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(adapters)} == {"float32"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(policy.frozen)} == {"bfloat16"}
     base, model_config, _ = hf_folders.load(tmp_path / "base")

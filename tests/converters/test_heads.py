@@ -23,7 +23,8 @@ def policy_of(folder, head, **model):
     section = {"path": str(folder), "head": head, "compute_dtype": "float32", **model}
     config = parse_config({"recipe": "sft", "model": section, "data": {"train": {"path": "x"}}}, "test")
     policy = make_policy(config, make_mesh(config.mesh))
-    return policy, base_params(config.model, policy, 0), adapter_params(config.model, policy, 0)
+    base = base_params(config.model, policy, 0)
+    return policy, base, adapter_params(config.model, policy, 0, base)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
