@@ -3,10 +3,13 @@ BIN := .venv/bin
 JOBS ?= 2# test processes side by side, each with eight fake devices and up to 3 GB
 EXTRAS ?= dev# dev,tpu also compiles the step for TPUs, with the compiler that jax[tpu] brings
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart quickstart-rl test lint clean
 
 quickstart: .venv/installed
 	$(BIN)/jaxtrain quickstart
+
+quickstart-rl: .venv/installed
+	$(BIN)/jaxtrain quickstart configs/rl/quickstart.yaml
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

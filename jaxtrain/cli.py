@@ -25,6 +25,7 @@ class ComputeDtype(StrEnum):
     float16 = "float16"
 
 
+QUICKSTART = Path("configs/quickstart/sft.yaml")
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")]
 
 
@@ -126,14 +127,18 @@ def replay(
 
 @app.command()
 def quickstart(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")] = Path("configs/quickstart/sft.yaml"),
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, supervised or rl")] = QUICKSTART,
     overrides: Overrides = None,
 ) -> None:
-    """Teach a small model arithmetic, export it, load the export and ask it something. Needs no downloads."""
-    from jaxtrain.config import load_config
-    from jaxtrain.recipes.quickstart import run
+    """Teach a small model arithmetic, export it, load the export and ask it something. Needs no downloads.
 
-    sys.exit(run(load_config(config, overrides)))
+    With configs/rl/quickstart.yaml (or one beside it) the model is taught half of it, and reinforcement does the rest.
+    """
+    from jaxtrain.config import load_config
+    from jaxtrain.recipes.quickstart import run, run_rl
+
+    loaded = load_config(config, overrides)
+    sys.exit(run(loaded) if loaded.recipe == "sft" else run_rl(loaded, load_config(QUICKSTART)))
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 
 from converters.import_hf import import_params, read_config
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, SourceSection
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
-from jaxtrain.recipes import sft
+from jaxtrain.recipes import rl, sft
 from jaxtrain.recipes.export import export_run
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
@@ -24,6 +24,7 @@ from jaxtrain.sample.requests import Request, SamplingParams
 QUESTION = "What is 47 + 38?"
 _TRAIN_ROWS, _EVAL_ROWS = 6000, 300
 _NEW_TOKENS = 48
+_FIRST_STEPS = 250  # of supervised training before reinforcement: about every second problem right
 
 
 def run(config: RunConfig) -> int:
@@ -47,6 +48,45 @@ def run(config: RunConfig) -> int:
     library, answer = ask(export, QUESTION)
     print(f"exported to {export}, which {library} loads and answers from:\n  {QUESTION}\n  {answer}")
     return 0
+
+
+def run_rl(config: RunConfig, first: RunConfig) -> int:
+    """Train a first model briefly as `first` says, export it to `config.model.path`, and go on with reinforcement.
+
+    Returns the exit code. Starts over each time, but a first model that is there already is kept, so that several
+    algorithms begin alike.
+    """
+    model, data, folder = config.model.path, config.data.train, Path(config.run.dir)
+    if isinstance(data, list) or model is None:
+        raise ValueError("the quickstart needs one data.train.path and a model.path to write to")
+    shutil.rmtree(folder, ignore_errors=True)
+    home = Path(data.path).parent
+    if not Path(model).exists():
+        files = write_arithmetic(home, _TRAIN_ROWS, _EVAL_ROWS, 0)
+        tokenizer = home / "tokenizer"
+        write_byte_tokenizer(tokenizer)
+        shutil.rmtree(home / "first", ignore_errors=True)
+        changes = {
+            "run": first.run.model_copy(update={"dir": str(home / "first")}),
+            "model": first.model.model_copy(update={"tokenizer": str(tokenizer)}),
+            "data": first.data.model_copy(
+                update={
+                    "train": SourceSection(path=str(files.train)),
+                    "eval": SourceSection(path=str(files.eval)),
+                }
+            ),
+            "train": first.train.model_copy(update={"steps": _FIRST_STEPS}),
+            "eval": first.eval.model_copy(update={"every": _FIRST_STEPS}),
+        }
+        outcome = sft.run(first.model_copy(update=changes))
+        if outcome.exit_code:
+            return outcome.exit_code
+        export_run(home / "first", Path(model))
+        print(f"\nthe first model, held-out exact match: {outcome.metrics['eval_exact_match']:.1%}\n")
+    outcome = rl.run(config)
+    if outcome.exit_code == 0:
+        print(f"\nheld-out answers that are right: {outcome.metrics['eval_rewards/exact_answer']:.1%}")
+    return outcome.exit_code
 
 
 def ask(folder: Path, question: str) -> tuple[str, str]:

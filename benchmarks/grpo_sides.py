@@ -1,0 +1,248 @@
+"""The sides of benchmarks/grpo.py, each run in a process of its own: one model, the same prompts, four ways to a step.
+
+A step samples 8 prompts of 64 tokens 4 times, 64 new tokens each and never fewer, scores them by the share of even ids,
+and updates once: GRPO without a reference, AdamW. Each side calls `clock.tick()` before a step, once the one before it
+is done.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+from sft_sides import LEARNING_RATE, LLAMA, MAX_GRAD_NORM, VOCAB, Clock
+
+PROMPTS, SAMPLES, PROMPT, NEW = 8, 4, 64, 64
+EOS = 0  # forbidden where a side can be told to, and one token of 32000 where it cannot
+
+
+def prompt_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(2, VOCAB, (PROMPTS, PROMPT)).astype(np.int32)
+
+
+def rewards(completions: Sequence[Sequence[int]]) -> list[float]:
+    return [float(np.mean(np.asarray(ids) % 2 == 0)) for ids in completions]
+
+
+def jaxtrain(clock: Clock) -> None:
+    from pathlib import Path
+
+    import jax
+
+    from jaxtrain.config import parse_config
+    from jaxtrain.losses.policy import Correction, make_policy_loss
+    from jaxtrain.optim import make_optimizer, make_schedule
+    from jaxtrain.parallel.batches import local_rows, place_batch
+    from jaxtrain.recipes.setup import base_params, make_policy
+    from jaxtrain.rl.algorithms import find_algorithm
+    from jaxtrain.rl.collect import Collect
+    from jaxtrain.rl.controller import Learner, Plan, Roles, reinforce
+    from jaxtrain.rl.placement import make_meshes, make_sampler
+    from jaxtrain.rl.rollouts import Prompt, Trajectory
+    from jaxtrain.rl.worker import WorkerSpec
+    from jaxtrain.sample.requests import SamplingParams
+    from jaxtrain.train.state import new_state
+    from jaxtrain.train.step import jit_step, make_step, score
+
+    tree = {
+        "recipe": "rl",
+        "model": {"config": LLAMA, "tokenizer": "none", "compute_dtype": "float32", "remat": "none"},
+        "data": {"train": {"path": "none"}, "max_length": 512},
+        "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "weight_decay": 0.01},
+        "train": {"max_grad_norm": MAX_GRAD_NORM},
+        "rl": {
+            "prompts": PROMPTS,
+            "generations": SAMPLES,
+            "max_completion_length": NEW,
+            "rewards": [{"function": "none"}],
+        },
+    }
+    config = parse_config(tree, "benchmark")
+    assert config.rl is not None
+    mesh, sampling_mesh = make_meshes(config.rl.placement, config.mesh)
+    policy = make_policy(config, mesh)
+    algorithm = find_algorithm(config.rl)
+    loss = make_policy_loss(algorithm.surrogate, algorithm.objective(Correction(), NEW))
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
+    step = make_step(policy.model, tx, schedule, loss, max_grad_norm=config.train.max_grad_norm)
+    params = base_params(config.model, policy, 0)
+    spec = WorkerSpec(policy.model, SamplingParams(max_tokens=NEW), 0, PROMPTS * SAMPLES, PROMPT + NEW)
+    sampler = make_sampler(config.rl.placement, spec, policy.model, params, 0, sampling_mesh)
+    state = jax.jit(lambda params, key: new_state(params, {}, tx, key))(params, jax.random.key(0))
+    ids = prompt_ids()
+
+    def take(count: int) -> list[Prompt]:
+        clock.tick()
+        return [Prompt(number, ids[number], {}) for number in range(count)]
+
+    def scorer(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        values = rewards([t.completion_ids for t in trajectories])
+        return [t._replace(reward=value) for t, value in zip(trajectories, values, strict=True)]
+
+    collect = Collect(take, sampler, scorer, algorithm, prompts=PROMPTS, samples=SAMPLES, max_completion_length=NEW)
+    per_token = jax.jit(lambda params, batch: score(policy.model, params, batch).logp)
+    roles = Roles(Learner(state, jit_step(step, state, mesh), per_token))
+    for _ in reinforce(
+        roles,
+        collect,
+        sampler,
+        algorithm,
+        Plan(1, 1, config.data.max_length, 1, 5),
+        lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
+        steps=10**6,
+        inspection_dir=Path("none"),
+    ):
+        pass
+
+
+def torch(clock: Clock) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLAMA)
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    prompts = torch.from_numpy(prompt_ids()).long().repeat_interleave(SAMPLES, 0)
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": EOS}
+    while True:
+        clock.tick()
+        with torch.inference_mode():
+            whole = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), pad_token_id=EOS, use_cache=True, **how
+            )
+        whole = whole.clone()
+        completions = whole[:, PROMPT:]
+        reward = torch.tensor(rewards(completions.tolist())).view(PROMPTS, SAMPLES)
+        advantages = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+        logits = model(input_ids=whole, use_cache=False, logits_to_keep=NEW + 1).logits[:, :-1]
+        logp = torch.log_softmax(logits, -1).gather(-1, completions[..., None])[..., 0]
+        ratio = torch.exp(logp - logp.detach())
+        loss = -torch.minimum(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+
+def trl(clock: Clock) -> None:
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Rounds(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            clock.tick()
+
+    config = LlamaConfig(**LLAMA)
+    config._attn_implementation = "sdpa"
+    tokenizer = words()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=PROMPTS * SAMPLES,
+            num_generations=SAMPLES,
+            max_completion_length=NEW,
+            generation_kwargs={"min_new_tokens": NEW, "eos_token_id": EOS},
+            max_steps=10**6,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=MAX_GRAD_NORM,
+            beta=0.0,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=10**6,
+        )
+        texts = tokenizer.batch_decode(prompt_ids().tolist())
+        GRPOTrainer(
+            LlamaForCausalLM(config).float(),
+            lambda completion_ids, **_: rewards(completion_ids),
+            args=arguments,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+            callbacks=[Rounds()],
+        ).train()
+
+
+def tunix(clock: Clock) -> None:
+    import jax
+    import optax
+    from flax import nnx
+    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.rl import rl_cluster
+    from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+    from tunix.rl.rollout.base_rollout import RolloutConfig
+
+    config = ModelConfig(
+        num_layers=LLAMA["num_hidden_layers"],
+        vocab_size=VOCAB,
+        embed_dim=LLAMA["hidden_size"],
+        hidden_dim=LLAMA["intermediate_size"],
+        num_heads=LLAMA["num_attention_heads"],
+        head_dim=LLAMA["head_dim"],
+        num_kv_heads=LLAMA["num_key_value_heads"],
+        rope_theta=10_000,
+        norm_eps=LLAMA["rms_norm_eps"],
+        weight_tying=True,
+    )
+    tokenizer = words()
+    texts = tokenizer.batch_decode(prompt_ids().tolist())
+
+    def batches():
+        while True:
+            clock.tick()
+            yield {"prompts": texts}
+
+    def reward(prompts, completions, **_):
+        return rewards([tokenizer(text)["input_ids"] for text in completions])
+
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        tx = optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE))
+        cluster = rl_cluster.RLCluster(
+            actor=Llama3(config, rngs=nnx.Rngs(0)),
+            tokenizer=tokenizer,
+            cluster_config=rl_cluster.ClusterConfig(
+                role_to_mesh=dict.fromkeys((rl_cluster.Role.ACTOR, rl_cluster.Role.ROLLOUT), mesh),
+                training_config=rl_cluster.RLTrainingConfig(
+                    actor_optimizer=tx, eval_every_n_steps=10**6, max_steps=10**6
+                ),
+                rollout_config=RolloutConfig(
+                    max_tokens_to_generate=NEW,
+                    max_prompt_length=PROMPT,
+                    kv_cache_size=PROMPT + NEW + 8,
+                    temperature=1.0,
+                    top_p=1.0,
+                    eos_tokens=[VOCAB],  # never drawn
+                ),
+            ),
+        )
+        learner = GRPOLearner(cluster, GRPOConfig(num_generations=SAMPLES, beta=0.0), reward)
+        learner.train(batches())
+
+
+def words():
+    """A tokenizer of one word per id, so that a prompt of 64 ids is one of 64 words everywhere."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"<eos>": 0, "<unk>": 1} | {f"w{number}": number for number in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", bos_token="<eos>")
+    made.padding_side = "left"
+    return made
+
+
+SIDES = {side.__name__: side for side in (jaxtrain, torch, trl, tunix)}
+
+if __name__ == "__main__":
+    SIDES[sys.argv[1]](Clock(int(sys.argv[2])))
