@@ -199,7 +199,7 @@ def tunix(clock: Clock) -> None:
     def batches():
         while True:
             clock.tick()
-            yield {"prompts": texts}
+            yield {"prompts": np.array(texts)}
 
     def reward(prompts, completions, **_):
         return rewards([tokenizer(text)["input_ids"] for text in completions])
