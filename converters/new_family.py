@@ -69,14 +69,21 @@ def draft_family(
     problems += [
         f"key {key}={value!r} may change the maths: read it, or keep it in INERT" for key, value in unknown.items()
     ]
-    problems.insert(0, "DEFAULTS holds this checkpoint's values: give it those of transformers' config class")
+    theirs = _their_defaults(model_type)
+    if not theirs:
+        problems.append("DEFAULTS holds this checkpoint's values: transformers does not know its config class")
+    problems += [
+        f"key {key}, which DEFAULTS reads, is none of theirs"
+        for key in match.family.DEFAULTS
+        if theirs and key not in theirs
+    ]
     problems += [f"row of {row.ours}: {row.hf} is a guess, by its shape and name" for row in rows if row.hf in guessed]
     text = _write(
         name,
         architecture,
         model_type,
         match.family,
-        {key: hf.get(key, value) for key, value in match.family.DEFAULTS.items()},
+        {key: theirs.get(key, hf.get(key, value)) for key, value in match.family.DEFAULTS.items()},
         {**match.family.INERT, **{key: (value,) for key, value in unknown.items()}},
         [repr(row) for row in rows] if guessed else [],
         problems,
@@ -92,6 +99,19 @@ def _names(hf: Mapping[str, Any]) -> tuple[str, str]:
         if architecture == family.ARCHITECTURE or model_type == family.MODEL_TYPE:
             raise CheckpointError(f"{architecture} is what family {family.MODEL_TYPE} reads already")
     return architecture, model_type
+
+
+def _their_defaults(model_type: str) -> dict[str, Any]:
+    """What transformers takes for the keys that a config.json lacks; nothing where it does not know the model."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return {}
+    theirs = CONFIG_MAPPING[model_type]
+    fields = {
+        field.name: field.default for field in dataclasses.fields(theirs) if field.default is not dataclasses.MISSING
+    }
+    return {"rope_theta": theirs.default_theta, **fields}
 
 
 def _minds(family: Family, hf: Mapping[str, Any], key: str) -> bool:

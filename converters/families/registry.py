@@ -101,6 +101,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         name = name.replace(_SCALAR, _CAUSAL)
     if name not in known:
         raise CheckpointError(
-            f"config.json: architecture {name} is not supported; supported: {', '.join(known)}" + nearest(name, known)
+            f"config.json: architecture {name} is not supported; supported: {', '.join(known)}{nearest(name, known)}; "
+            "`jaxtrain new-family` drafts the file that a new one needs"
         )
     return known[name]

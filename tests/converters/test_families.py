@@ -170,7 +170,7 @@ def test_windows(name, keys, windows):
         ("qwen3", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"architectures": ["LamaForCausalLM"]}, "LamaForCausalLM is not supported.*mean LlamaForCausalLM"),
         ("llama", {"architectures": ["GPT2LMHeadModel"]}, "supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3"),
-        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is not supp"),
+        ("llama", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not supp"),
         (
             "llama",
             {"architectures": None, "model_type": "gpt2"},
