@@ -40,6 +40,8 @@ class Reference:
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
         self._torch = torch
         self._model.eval()
+        # torch keeps the gradient from a padding token's row, which a model that is packed has no reason to.
+        self._model.get_input_embeddings().padding_idx = None
         self.version: str = transformers.__version__
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         self.complaints = [

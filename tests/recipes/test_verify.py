@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
         tmp_path_factory.mktemp("qwen3"),
         "qwen3",
         hidden_size=64,
+        pad_token_id=7,
         rope_parameters={**hf_folders.LLAMA3, "original_max_position_embeddings": 16},
         use_sliding_window=True,
         sliding_window=WINDOW,
