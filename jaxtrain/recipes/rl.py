@@ -263,7 +263,8 @@ def _reward_model(config: RunConfig, section: RewardModelSection, mesh: jax.shar
     role = make_policy(config.model_copy(update={"model": model}), mesh)
     if not has_scalar_head(role.hf):
         raise ValueError(f"rl.reward_models: {section.path} is no reward model: it has no head of one label")
-    params = join(base_params(model, role, 0), adapter_params(model, role, 0))
+    base = base_params(model, role, 0)
+    params = join(base, adapter_params(model, role, 0, base))
     return RewardModel(
         section.name,
         section.weight,
