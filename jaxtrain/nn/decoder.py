@@ -43,6 +43,9 @@ class Execution:
     remat: str = "none"
     attention: Impl = "auto"
     mesh: jax.sharding.Mesh | None = None
+    # Layers one after the other in one long program instead of a loop. On a CPU the loop's copies of what the backward
+    # pass needs into stacked arrays, and out of them, cost a tenth of the step. Only without remat: see `hidden`.
+    unroll: bool = False
 
 
 class Block(nnx.Module):
@@ -151,10 +154,11 @@ class Decoder(nnx.Module):
             return x, routing
 
         if run.remat != "none":
-            # Inside a scan nothing can be merged away across iterations, so the barrier against it is not needed.
+            # Inside a loop nothing can be merged away across iterations, so the barrier against it is not needed.
+            assert not run.unroll, run.remat
             body = jax.checkpoint(body, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
         layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
-        x, routing = jax.lax.scan(body, x, layers)
+        x, routing = jax.lax.scan(body, x, layers, unroll=run.unroll)
         return self._features(x), routing
 
     def prefill(

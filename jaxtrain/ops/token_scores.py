@@ -303,7 +303,13 @@ def _residue(plan: _Plan, p: Array, column: Array, dtype: jnp.dtype) -> Array:
 
 def _outer(x: Array, residue: Array, scale: Array) -> Array:
     """sum_t scale[t] x[t] residue[t]^T: [D, V], whichever way the head lies, because this product is the faster one."""
-    return _dot(x * scale[:, None].astype(x.dtype), residue, 0, 0)
+    x = x * scale[:, None].astype(x.dtype)
+    return lax.platform_dependent(x, residue, cpu=_outer_on_cpu, default=lambda x, residue: _dot(x, residue, 0, 0))
+
+
+def _outer_on_cpu(x: Array, residue: Array) -> Array:
+    """As in `ops.project`: XLA's CPU kernels want rows times columns; the barrier keeps the transpose out of them."""
+    return _dot(lax.optimization_barrier(x.T), residue, 1, 0)
 
 
 def _no_gradient(plan: _Plan, head: Array) -> Array:

@@ -32,6 +32,9 @@ from jaxtrain.types import Params
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_UNROLLED = 8
+"""Layers that a CPU walks without a loop; more would take long to compile."""
+
 
 class Policy(NamedTuple):
     """A model that is trained, and where its parameters lie."""
@@ -67,7 +70,9 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     assert origin is not None
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     model_config, hf = read_config(origin, vocab_multiple=multiple)
-    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    unroll = on_cpu and section.remat == "none" and model_config.num_layers <= _UNROLLED
+    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll)
     lora, added = _lora(section, model_config), _added(section)
     if added:
         model_config = replace(model_config, vocab_size=max(model_config.vocab_size, added.first + added.count))

@@ -54,6 +54,14 @@ def test_remat_changes_nothing(remat):
     assert_close(loss_and_grad(model, params, batch), loss_and_grad(tiny.model(remat=remat), params, batch))
 
 
+def test_layers_without_a_loop_are_the_same():
+    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
+    model = tiny.model(pattern=MIXED)
+    unrolled = dataclasses.replace(model, run=dataclasses.replace(model.run, unroll=True))
+    params = tiny.random_params(model)
+    assert_close(loss_and_grad(model, params, batch), loss_and_grad(unrolled, params, batch))
+
+
 @pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
 def test_cached_decoding_equals_the_whole_row(pattern):
     model = tiny.model(pattern=pattern)
