@@ -13,7 +13,7 @@ EVERYTHING = sorted([*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmar
 
 # A module may import its own layer and those above it in this list.
 LAYERS = [
-    {"jaxtrain", "jaxtrain.types", "jaxtrain.config"},
+    {"jaxtrain", "jaxtrain.types", "jaxtrain.named", "jaxtrain.config"},
     {"jaxtrain.parallel"},
     {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.losses", "jaxtrain.observe"},
     {"jaxtrain.train", "jaxtrain.sample"},

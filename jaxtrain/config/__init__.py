@@ -1,6 +1,5 @@
 """The tree of a run."""
 
-from jaxtrain.config.imports import import_by_path as import_by_path
 from jaxtrain.config.load import ALIASES as ALIASES
 from jaxtrain.config.load import ConfigError as ConfigError
 from jaxtrain.config.load import dump_config as dump_config

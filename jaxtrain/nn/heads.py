@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtrain.config import import_by_path
+from jaxtrain.named import load_named
 from jaxtrain.nn.config import ModelConfig, NewTokens
 from jaxtrain.types import Array
 
@@ -76,7 +76,7 @@ class ScalarHead(nnx.Module):
 
 def custom_head(path: str, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> CustomHead:
     """The head that the function at `path` makes. Raises ValueError where it is none, or none that fits the model."""
-    head = import_by_path(path, "model.head")(config, rngs=rngs, dtype=dtype)
+    head = load_named(path, "model.head")(config, rngs=rngs, dtype=dtype)
     if not isinstance(head, CustomHead):
         raise ValueError(f"model.head={path} must return a jaxtrain.nn.heads.CustomHead, not {type(head).__name__}")
     shape = head.kernel.get_value().shape

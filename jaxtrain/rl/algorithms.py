@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jaxtrain.config import ConfigError
 from jaxtrain.config.rl import RLSection
 from jaxtrain.losses.policy import Aggregation, Correction, Divergence, Level, Objective, Surrogate, cispo, clip
+from jaxtrain.named import load_named
 from jaxtrain.rl.advantages import (
     Estimator,
     Settings,
@@ -22,7 +23,6 @@ from jaxtrain.rl.advantages import (
     group_normalised,
     leave_one_out,
 )
-from jaxtrain.rl.named import load_named
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def find_algorithm(section: RLSection) -> Algorithm:
         near = difflib.get_close_matches(name, ALGORITHMS, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(ALGORITHMS)}"
         raise ConfigError(f"rl.algorithm: there is no {name!r}{hint}; one of your own is named file.py:NAME")
-    row: Any = ALGORITHMS.get(name) or load_named(name, __name__)
+    row: Any = ALGORITHMS.get(name) or load_named(name, "rl.algorithm")
     if not isinstance(row, Algorithm):
         raise ConfigError(f"rl.algorithm: {name!r} is no Algorithm (jaxtrain.rl.algorithms) but {type(row).__name__}")
     given = {key: getattr(section, key) for key in _OVERRIDES}

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from jaxtrain.rl.named import load_named
+from jaxtrain.named import load_named
 
 HOME = "jaxtrain.rl.rewards"
 
@@ -29,7 +29,7 @@ def main() -> None:
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     functions: dict[str, Callable] = {}
     try:
-        functions |= {path: load_named(path, HOME) for path in tasks.get()}
+        functions |= {path: load_named(path, "rl.rewards", HOME) for path in tasks.get()}
     except BaseException as error:
         connection.send(_say(error))
         return

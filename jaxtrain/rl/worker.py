@@ -9,9 +9,9 @@ from typing import Any
 
 from jaxtrain.config.rollouts import EnvironmentSection
 from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.named import load_named
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.conversations import Conversations
-from jaxtrain.rl.named import load_named
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import Synced
 from jaxtrain.sample.engine import Engine
@@ -52,7 +52,7 @@ class WorkerSpec:
         section = self.environment
         if section is None:
             return None
-        factory = load_named(section.factory, "jaxtrain.rl.environments")
+        factory = load_named(section.factory, "rl.environment.factory", "jaxtrain.rl.environments")
         return Conversations(
             factory=partial(factory, **section.args),
             chat=ChatTokenizer(self.tokenizer),

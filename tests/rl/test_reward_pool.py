@@ -65,8 +65,8 @@ def test_a_function_that_always_hangs_holds_a_step_for_a_few_limits_only():
         (f"{HERE}:lenght", "did you mean length?"),
         (f"{HERE.with_name('reward_function.py')}:length", "did you mean .*reward_functions.py"),
         ("exact_anser", "did you mean exact_answer?"),
-        ("no.such.module:f", "there is no module 'no'"),
-        ("jaxtrain.rl.nothing:f", "there is no module 'jaxtrain.rl.nothing'"),
+        ("no.such.module:f", "rl.rewards: there is no module no.such.module"),
+        ("jaxtrain.rl.nothing:f", "there is no module jaxtrain.rl.nothing"),
     ],
 )
 def test_a_wrong_name_is_an_error_at_once(function, message):

@@ -11,38 +11,39 @@ from types import ModuleType
 from typing import Any
 
 
-def load_named(path: str, home: str) -> Any:
-    """The object that `path` names; a bare `name` is looked up in the module `home`, where the ready ones are.
+def load_named(path: str, key: str, home: str | None = None) -> Any:
+    """The object that `path` names; `key` is the config key that it stands under.
 
-    Raises ValueError that names the module or the nearest name in it. What the module itself raises, it raises.
+    A bare `name` is looked up in the module `home`, where the ready ones are.
+    Raises ValueError that names the key and the module or the nearest name in it. What the module raises, it raises.
     """
     module_name, colon, name = path.rpartition(":")
-    module = _module(module_name, path) if colon else importlib.import_module(home)
+    if not name or not (module_name if colon else home):
+        raise ValueError(f"{key}={path!r} must be of the form package.module:name or file.py:name")
+    module = _module(module_name, key) if colon else importlib.import_module(str(home))
     if name not in vars(module):
         near = difflib.get_close_matches(name, [known for known in vars(module) if known[0] != "_"], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         also = "" if colon else "; one of your own is named package.module:name or file.py:name"
-        raise ValueError(f"{path!r}: there is no {name!r} in {module_name or home}{hint}{also}")
+        raise ValueError(f"{key}: {module_name or home} has no {name}{hint}{also}")
     return vars(module)[name]
 
 
-def _module(name: str, path: str) -> ModuleType:
+def _module(name: str, key: str) -> ModuleType:
     if name.endswith(".py"):
-        return _from_file(Path(name), path)
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
-        raise ValueError(f"{path!r}: there is no module {name.partition('.')[0]!r}")
+        return _from_file(Path(name), key)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):  # something that the module itself imports
-            raise
-        raise ValueError(f"{path!r}: there is no module {error.name!r}") from error
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a module that the user's module needs
+        raise ValueError(f"{key}: there is no module {name}; is its folder on PYTHONPATH?") from None
 
 
-def _from_file(file: Path, path: str) -> ModuleType:
+def _from_file(file: Path, key: str) -> ModuleType:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [found.name for found in file.parent.glob("*.py")], 1)
-        raise ValueError(f"{path!r}: there is no file {file}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"{key}: there is no file {file}" + (f"; did you mean {near[0]}?" if near else ""))
     # Under a name of its own, so that objects of the file can be pickled and a second load gives the same ones.
     name = f"_jaxtrain_user_{file.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
     if name not in sys.modules:
