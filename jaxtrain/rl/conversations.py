@@ -77,6 +77,7 @@ class Conversations:
         talk.opening = self.chat.prompt(list(opening.messages), tools=tools, template_kwargs=options).tolist()
         if self._room(talk) < 1:
             talk.end("error", f"the opening of {len(talk.opening)} tokens leaves no room for an answer")
+            talk.opening = []  # a row could not hold it
 
     def _answer(self, talk: _Talk, reply: Reply) -> None:
         talk.reward(reply)

@@ -59,7 +59,10 @@ class RewardScorer:
             lost = bool(scores.lost[index]) or "error" in t.info or not known
             self._counts["rewards/lost"] += lost
             reward = math.nan if lost else math.fsum(known)
-            scored.append(t._replace(rewards=parts, reward=reward, timings={**t.timings, "reward": seconds}))
+            # Weighted as their sum is, so that the tokens' rewards stay a share of the sample's.
+            by_token = None if t.token_rewards is None else self._weights[PART] * t.token_rewards
+            timings = {**t.timings, "reward": seconds}
+            scored.append(t._replace(rewards=parts, reward=reward, token_rewards=by_token, timings=timings))
         return scored
 
     def metrics(self) -> dict[str, float]:

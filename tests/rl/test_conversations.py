@@ -7,7 +7,7 @@ from chat_templates import CHATML, QWEN25, tokenizer
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.rl.conversations import Conversations
 from jaxtrain.rl.environments import GuessingGame, NumberReversal, Opening, Reply
-from jaxtrain.rl.rollouts import Prompt
+from jaxtrain.rl.rollouts import Prompt, pack
 from jaxtrain.rl.tools import calculator_tools
 from jaxtrain.sample.requests import Completion, SamplingParams, Timings
 
@@ -38,7 +38,7 @@ class Script:
 def lead(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000):
     chat = ChatTokenizer(script.tok)
     conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length)
-    prompts = [Prompt(number, np.zeros(0, np.int32), row) for number, row in enumerate(columns)]
+    prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
     return conversations.lead(script, prompts, samples, lambda number, sample: 10 * number + sample)
 
 
@@ -128,6 +128,8 @@ def test_limits_end_a_conversation_in_time():
         assert max(room) <= limit
     ((cut,),) = lead(Script(tok, ["1", "1", "1"]), NumberReversal, rows, max_length=len(whole.prompt.ids) + 30)
     assert cut.truncated and cut.length <= len(whole.prompt.ids) + 30 and cut.loss_mask[-1]
+    ((none,),) = lead(Script(tok, []), NumberReversal, rows, max_length=len(whole.prompt.ids))
+    assert "leaves no room" in none.info["error"] and none.length == 1
     # A turn that the engine cut off is not shown to the environment.
     ((cut,),) = lead(Script(tok, ["21"], finish="length"), NumberReversal, rows)
     assert cut.truncated and cut.rewards == {"environment": 0.0}
@@ -154,6 +156,10 @@ def test_an_environment_that_raises_costs_its_sample_and_no_other():
     assert at_step.info["error"] == "KeyError: 'cannot go on'" and at_step.info["turns"] == 1
     assert np.isnan(at_reset.rewards["environment"]) and np.isnan(at_step.rewards["environment"])
     assert at_reset.finish_reason == at_step.finish_reason == "error"
+    packed = pack([at_reset, well, at_step], max_length=400)
+    assert [stop - start for _, start, stop in packed.spans] == [
+        t.completion_ids.size for t in (at_reset, well, at_step)
+    ]
     assert well.rewards == {"environment": 2.0} and well.info["turns"] == 2 and "error" not in well.info
 
 

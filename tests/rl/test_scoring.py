@@ -40,8 +40,9 @@ def test_a_sample_is_lost_to_a_failure_an_error_or_where_nothing_applies():
 
 
 def test_an_environments_part_is_weighted_like_any_other():
-    played = sample("bb", rewards={"environment": 3.0})
-    assert [t.reward for t in score([played], ("length", 1.0), environment_weight=0.5)[0]] == [3.5]
+    played = sample("bb", rewards={"environment": 3.0}, token_rewards=np.array([0, 1, 0, 2], np.float32))
+    ((scored,), _) = score([played], ("length", 1.0), environment_weight=0.5)
+    assert scored.reward == 3.5 and scored.token_rewards.tolist() == [0, 0.5, 0, 1]
     assert [t.reward for t in score([played])[0]] == [3.0]
 
 
