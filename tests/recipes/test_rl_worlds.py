@@ -110,7 +110,7 @@ def test_disjoint_meshes_give_the_same_samples_and_losses(place, together):
 def test_ray_workers_give_the_same_samples_and_losses(place, together, tmp_path):
     folder, expected = together
     with ray_start.local(tmp_path):
-        losses = train(place, "ray", {"kind": "ray", "workers": 2})
+        losses = train(place, "ray", {"kind": "ray"})
     assert samples(place / "ray") == samples(folder)
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
 
