@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -171,14 +171,15 @@ def _write_rest(folder: Path, hf: Mapping[str, Any], source: Path | None) -> Non
     """config.json, and what the source folder holds of tokenizer, chat template and generation_config.json."""
     _write_json(folder / "config.json", hf)
     if source is not None:
-        _copy(source, folder)
+        copy_files(source, folder, (*TOKENIZER_FILES, GENERATION))
     tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.get(key) is not None}
     if tokens and not (folder / GENERATION).exists():
         _write_json(folder / GENERATION, tokens)
 
 
-def _copy(source: Path, folder: Path) -> None:
-    for name in (*TOKENIZER_FILES, GENERATION):
+def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Those of `names` that `source` holds, folders whole."""
+    for name in names:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)
         elif (source / name).exists():

@@ -122,8 +122,8 @@ data.packing_bins data.prompt_format data.shuffle data.train data.train.columns 
 data.train.path data.train.weight data.virtual_shards data.workers eval eval.batches eval.every eval.generate
 eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model
 model.add_tokens model.add_tokens.alone model.add_tokens.count model.add_tokens.names model.add_tokens.prefix
-model.add_tokens.special model.add_tokens.suffix model.attention model.chat_template model.compute_dtype model.config
-model.head model.lora model.lora.alpha model.lora.dropout model.lora.dtype model.lora.path model.lora.rank
+model.add_tokens.special model.add_tokens.suffix model.attention model.backend model.chat_template model.compute_dtype
+model.config model.head model.lora model.lora.alpha model.lora.dropout model.lora.dtype model.lora.path model.lora.rank
 model.lora.rslora model.lora.targets model.param_dtype model.path model.quantize model.remat model.tokenizer
 model.vocab_multiple optimizer optimizer.b1 optimizer.b2 optimizer.eps optimizer.final_learning_rate
 optimizer.learning_rate optimizer.name optimizer.schedule optimizer.state_dtype optimizer.warmup_steps

@@ -80,6 +80,7 @@ class ModelSection(Section):
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
+    backend: Literal["jaxtrain", "torchax"] = "jaxtrain"  # torchax: any architecture of transformers, less able
     lora: LoraSection | None = None
     quantize: Literal["int8", "nf4"] | None = None  # the frozen kernels under LoRA are held in so many bits
     vocab_multiple: PositiveInt = 64

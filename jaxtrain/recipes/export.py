@@ -16,6 +16,7 @@ from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.recipes.fallback import TorchModel, export_torch_model
 from jaxtrain.recipes.run_folder import read_run_config
 from jaxtrain.recipes.setup import base_params, make_policy, make_tokenizer
 from jaxtrain.train.checkpoint import Checkpoints
@@ -46,6 +47,10 @@ def export_run(run: Path, out: Path, *, dtype: str | None = None, adapter: bool 
         if others:
             raise ValueError(f"{run} trained {others[0]} too, which an adapter folder leaves out: export it merged")
         export_adapter(params, policy.model.config, lora, out, config.model.path)
+        return
+    if isinstance(policy.model, TorchModel):
+        assert config.model.path is not None
+        export_torch_model(policy.model, params, config.model.path, out, dtype or policy.hf.get("dtype"))
         return
     if policy.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.

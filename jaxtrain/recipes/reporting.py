@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.model import Model
 from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.rl.controller import Update
@@ -31,7 +32,8 @@ class Window:
         batch = result.batch
         self._reports.append(result.report)
         self._slots += batch.segment_ids.size * jax.process_count()  # every host has as many rows
-        self._flops += train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
+        if isinstance(self._model.config, ModelConfig):  # else nobody knows its matrices
+            self._flops += train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
 
     def pause(self) -> None:
         """Stop the clock: what follows is no training."""
@@ -61,7 +63,7 @@ class Window:
             "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
         utilisation = mfu(self._flops, self._seconds)
-        if utilisation is not None:
+        if utilisation:
             metrics["mfu"] = utilisation
         self._reports, self._flops, self._slots, self._seconds = [], 0.0, 0, 0.0
         self.go_on()

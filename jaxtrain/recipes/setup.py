@@ -28,6 +28,7 @@ from jaxtrain.nn.model import Model
 from jaxtrain.ops.quantize import Kind, Quantized, quantize, quantize_kernels
 from jaxtrain.parallel.batches import local_shards
 from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
+from jaxtrain.recipes.fallback import TorchModel, open_torch_model
 from jaxtrain.types import Params
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,6 +67,13 @@ class Policy(NamedTuple):
 def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     """The model that `config.model` describes, laid out by `config.mesh.preset`; no parameter is made or read yet."""
     section = config.model
+    if section.backend == "torchax":
+        run = Execution(jnp.dtype(section.compute_dtype), mesh=mesh)
+        if config.recipe != "sft" or config.eval.generate:
+            raise ValueError("model.backend=torchax has no decoding: only recipe sft without eval.generate runs on it")
+        other = open_torch_model(section, run)
+        places = param_specs(other.axes(), other.abstract(), RULES[config.mesh.preset], mesh)
+        return Policy(other, other.module.config.to_dict(), jax.tree.map(_placed, other.abstract(), places))
     origin = section.config if section.path is None else section.path
     assert origin is not None
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
@@ -88,7 +96,9 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
 def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
     """Every parameter but adapters and new heads: read from the checkpoint, or random where there is none."""
     target = split_adapters(policy.target)[1]
-    finish = _quantizer(policy) if policy.quantize else None
+    if isinstance(policy.model, TorchModel):
+        return policy.model.initial(target)
+    finish = _quantizer(policy) if policy.quantize and policy.model.base_frozen else None
     if section.path is not None:
         # A head that the run does not use may be left over in the checkpoint.
         partial = policy.model.output != LANGUAGE or has_scalar_head(policy.hf)
