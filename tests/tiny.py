@@ -14,6 +14,7 @@ from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
 
+KIND = LayerKind(window=None, rope=Rope(theta=10_000.0))
 CONFIG = ModelConfig(
     family="qwen3",
     vocab_size=101,  # no multiple of 64: the padded rows must be inert
@@ -24,15 +25,12 @@ CONFIG = ModelConfig(
     num_kv_heads=2,
     head_dim=16,
     norm_eps=1e-6,
-    rope=Rope(theta=10_000.0),
     activation="silu",
     tied=True,
     qkv_bias=True,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=True,
+    qk_norm="head",
     init_std=0.1,
-    pattern=(LayerKind(),) * 3,
+    pattern=(KIND,) * 3,
 )
 MOE = MoE(num_experts=8, experts_per_token=2, intermediate_size=48, renormalise=True)
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))

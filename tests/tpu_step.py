@@ -45,15 +45,11 @@ def qwen3(vocab: int, width: int, hidden: int, layers: int, heads: int, head_dim
         num_kv_heads=8,
         head_dim=head_dim,
         norm_eps=1e-6,
-        rope=Rope(theta=1e6),
         activation="silu",
         tied=tied,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=True,
+        qk_norm="head",
         init_std=0.02,
-        pattern=(LayerKind(),) * layers,
+        pattern=(LayerKind(None, Rope(theta=1e6)),) * layers,
         vocab_multiple=256,
     )
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.families.keys import Keys, read_rope, rope_parameters
+from converters.families.keys import Keys
+from converters.families.rope import ROPE_KEYS, read_rope, write_rope
 from converters.rows import PadVocab, Split, Transpose, Weight
 from jaxtrain.nn.config import Activation, LayerKind, ModelConfig
 
@@ -60,8 +61,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_sizes(keys: Keys) -> dict[str, Any]:
-    """The fields of ModelConfig that dense decoders read under the same keys."""
+def read_sizes(keys: Keys, activation: str = "hidden_act") -> dict[str, Any]:
+    """The fields of ModelConfig that dense decoders read under the same keys, the activation's aside."""
     heads = keys.size("num_attention_heads")
     return {
         "vocab_size": keys.size("vocab_size"),
@@ -72,15 +73,14 @@ def read_sizes(keys: Keys) -> dict[str, Any]:
         "num_kv_heads": heads if keys.get("num_key_value_heads") is None else keys.size("num_key_value_heads"),
         "head_dim": keys.size("hidden_size") // heads if keys.get("head_dim") is None else keys.size("head_dim"),
         "norm_eps": keys.number("rms_norm_eps"),
-        "rope": read_rope(keys),
-        "activation": keys.one_of("hidden_act", ACTIVATIONS),
+        "activation": keys.one_of(activation, ACTIVATIONS),
         "tied": keys.flag("tie_word_embeddings"),
         "init_std": keys.number("initializer_range"),
     }
 
 
-def write_sizes(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_sizes`."""
+def write_sizes(config: ModelConfig, activation: str = "hidden_act") -> dict[str, Any]:
+    """The inverse of `read_sizes`, and the one rope of all layers."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -90,8 +90,8 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope_parameters(config.rope),
-        "hidden_act": next(name for name, activation in ACTIVATIONS.items() if activation == config.activation),
+        **write_rope(config),
+        activation: next(name for name, known in ACTIVATIONS.items() if known == config.activation),
         "tie_word_embeddings": config.tied,
         "initializer_range": config.init_std,
     }
@@ -100,30 +100,38 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
 def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
     """Qwen's sliding windows: one width, on the layers that `layer_types` names, else on those from
     `max_window_layers` up; `use_sliding_window` switches all of it (transformers' Qwen2Config)."""
-    layers = keys.size("num_hidden_layers")
+    first = keys.get("max_window_layers")
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
-    window = keys.size("sliding_window") if used else None
-    types = keys.get("layer_types")
+    rope = read_rope(keys)
+    sliding = read_layer_types(keys, lambda layer: used and layer >= first)
+    if any(sliding) and not used:
+        raise CheckpointError("config.json: layer_types holds sliding_attention, but no sliding_window is in use")
+    return tuple(LayerKind(keys.size("sliding_window") if slides else None, rope) for slides in sliding)
+
+
+def read_layer_types(keys: Keys, sliding: Callable[[int], bool]) -> tuple[bool, ...]:
+    """Which layers slide: by `layer_types`, and where that is missing by their number."""
+    layers, types = keys.size("num_hidden_layers"), keys.get("layer_types")
     if types is None:
-        first = keys.get("max_window_layers")
-        return tuple(LayerKind(window if layer >= first else None) for layer in range(layers))
+        return tuple(map(sliding, range(layers)))
     if len(types) != layers:
         raise CheckpointError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     strange = set(types) - {"full_attention", "sliding_attention"}
     if strange:
         raise CheckpointError(f"config.json: layer_types holds {min(strange)!r}, which this family does not know")
-    if "sliding_attention" in types and window is None:
-        raise CheckpointError("config.json: layer_types holds sliding_attention, but no sliding_window is in use")
-    return tuple(LayerKind(window if kind == "sliding_attention" else None) for kind in types)
+    return tuple(kind == "sliding_attention" for kind in types)
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_windows`."""
+    return {"use_sliding_window": any(kind.window for kind in config.pattern), **write_layer_types(config)}
+
+
+def write_layer_types(config: ModelConfig) -> dict[str, Any]:
+    """The one window's width, if there is one, and which layers have it."""
     windows = [kind.window for kind in config.pattern]
-    used = next((window for window in windows if window is not None), None)
     return {
-        "use_sliding_window": used is not None,
-        "sliding_window": used,
+        "sliding_window": next((window for window in windows if window is not None), None),
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
     }
 
@@ -143,7 +151,7 @@ def overlay(
     before = write(read(hf, config.vocab_multiple)) if base else {}
     changed = {key: value for key, value in write(config).items() if key not in before or before[key] != value}
     if "rope_parameters" in changed:
-        hf = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling")}
+        hf = {key: value for key, value in hf.items() if key not in ROPE_KEYS}
     hf = {"architectures": write(config)["architectures"], **hf, **changed}
     again = read(hf, config.vocab_multiple)
     lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]

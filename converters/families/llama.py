@@ -7,6 +7,7 @@ from typing import Any
 
 from converters.families.dense import BASE, MLP_BIAS, O_BIAS, QKV_BIAS, overlay, read_sizes, write_sizes
 from converters.families.keys import Keys
+from converters.families.rope import read_rope
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -45,8 +46,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         qkv_bias=keys.flag("attention_bias"),
         o_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),
-        qk_norm=False,
-        pattern=(LayerKind(),) * keys.size("num_hidden_layers"),
+        pattern=(LayerKind(None, read_rope(keys)),) * keys.size("num_hidden_layers"),
         vocab_multiple=vocab_multiple,
     )
 

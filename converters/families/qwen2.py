@@ -44,9 +44,6 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         family=MODEL_TYPE,
         **read_sizes(keys),
         qkv_bias=True,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
         pattern=read_windows(keys),
         vocab_multiple=vocab_multiple,
     )

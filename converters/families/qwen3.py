@@ -56,8 +56,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         **read_sizes(keys),
         qkv_bias=keys.flag("attention_bias"),
         o_bias=keys.flag("attention_bias"),
-        mlp_bias=False,
-        qk_norm=True,
+        qk_norm="head",
         pattern=read_windows(keys),
         vocab_multiple=vocab_multiple,
     )

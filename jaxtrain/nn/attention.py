@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ class AttentionInputs(NamedTuple):
 
     positions: Array  # [B, T]
     segment_ids: Array  # [B, T]
-    rope: RopeTable
+    ropes: tuple[RopeTable | None, ...]  # one per kind of layer
     cached: Array | None = None  # [B] tokens that the cache holds before this call; None: there is no cache
     length: Array | None = None  # [B] tokens that it holds after it
 
@@ -50,13 +51,16 @@ class Attention(nnx.Module):
         self.o_proj = linear("o_proj", heads, stream, config.o_bias)
         self.q_norm = self.k_norm = nnx.data(None)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(config.head_dim, "head_dim", eps=config.norm_eps, dtype=dtype)
+            # Over each head with one scale, or over all heads with a scale of every channel.
+            parts = slice(1, None) if config.qk_norm == "head" else slice(None)
+            self.q_norm = RMSNorm(config, heads[0][parts], heads[1][parts], dtype=dtype)
+            self.k_norm = RMSNorm(config, kv_heads[0][parts], kv_heads[1][parts], dtype=dtype)
         self.sinks = nnx.data(None)
         if config.sinks:
             sinks = nnx.initializers.normal(config.init_std)(rngs.params(), (config.num_heads,), dtype)
             self.sinks = nnx.Param(sinks, out_sharding=("heads",))
-        self.scale = 1 / math.sqrt(config.head_dim)
+        self.scale = config.attention_scale or 1 / math.sqrt(config.head_dim)
+        self.softcap = config.attention_softcap
 
     def __call__(
         self,
@@ -71,43 +75,55 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         """x [B, T, D] -> [B, T, D] and the cache with this call's keys and values in it, or those alone.
 
-        `kinds[kind]` says how far this layer looks; `kind` may be traced, since stacked layers share one body.
+        `kinds[kind]` says how far this layer looks and how it turns; `kind` may be traced, since stacked layers share
+        one body.
         """
         q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, inputs.rope), apply_rope(k, inputs.rope)
+        branches = [
+            partial(self._look, inputs, each.window, rope, cache, impl, mesh)
+            for each, rope in zip(kinds, inputs.ropes, strict=True)
+        ]
+        out, written = branches[kind](q, k, v) if isinstance(kind, int) else jax.lax.switch(kind, branches, q, k, v)
+        return self.o_proj(out, keys[3]), written
+
+    def _look(
+        self,
+        inputs: AttentionInputs,
+        window: int | None,
+        rope: RopeTable | None,
+        cache: LayerCache | None,
+        impl: Impl,
+        mesh: jax.sharding.Mesh | None,
+        q: Array,
+        k: Array,
+        v: Array,
+    ) -> tuple[Array, LayerCache]:
+        """What a layer of one kind does with its q [B, T, N, H] and its k and v [B, T, K, H]: -> [B, T, N, H]."""
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         kv_pos = kv_seg = None
         if cache is None:
             cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
             impl = "xla"  # the kernels are made for whole rows; a few queries over a cache need none
             cache, k, v, kv_pos, kv_seg = _with_cached(cache, k, v, inputs)
-
-        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
-
-        def looking(window: int | None):
-            def branch(q: Array, k: Array, v: Array) -> Array:
-                return attend(
-                    q,
-                    k,
-                    v,
-                    q_pos=inputs.positions,
-                    kv_pos=kv_pos,
-                    q_seg=inputs.segment_ids,
-                    kv_seg=kv_seg,
-                    window=window,
-                    scale=self.scale,
-                    sinks=sinks,
-                    impl=impl,
-                    mesh=mesh,
-                )
-
-            return branch
-
-        branches = [looking(each.window) for each in kinds]
-        out = branches[0](q, k, v) if len(branches) == 1 else jax.lax.switch(kind, branches, q, k, v)
-        return self.o_proj(out, keys[3]), cache
+        out = attend(
+            q,
+            k,
+            v,
+            q_pos=inputs.positions,
+            kv_pos=kv_pos,
+            q_seg=inputs.segment_ids,
+            kv_seg=kv_seg,
+            window=window,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
+            impl=impl,
+            mesh=mesh,
+        )
+        return out, cache
 
 
 def _with_cached(

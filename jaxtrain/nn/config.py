@@ -11,16 +11,7 @@ import numpy as np
 
 FLOAT32 = np.dtype("float32")
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's frequency-dependent rope scaling (transformers' `rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+QKNorm = Literal["head", "all"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +22,70 @@ class LinearScaling:
 
 
 @dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware scaling by the sequence's length (`dynamic`): no change up to `max_positions`, a larger base beyond."""
+
+    factor: float
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (`yarn`, https://arxiv.org/abs/2309.00071): slow channels are interpolated, fast ones kept, with a ramp
+    between those that turn `beta_slow` and `beta_fast` times over the original positions."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float  # multiplies cosines and sines
+    truncate: bool  # the ramp starts and ends at whole channels
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (`longrope`, https://arxiv.org/abs/2402.13753): each channel is divided by a factor of its own, `long`
+    for sequences of more than `original_max_positions` tokens, `short` for others."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_max_positions: int
+    attention_factor: float  # multiplies cosines and sines, of short sequences too
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's frequency-dependent rope scaling (`llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ProportionalScaling:
+    """A partial rope with the frequencies of a whole one (`proportional`): the channels beyond the part do not turn."""
+
+    factor: float
+
+
+Scaling = LinearScaling | DynamicScaling | YarnScaling | LongRopeScaling | Llama3Scaling | ProportionalScaling
+
+
+@dataclass(frozen=True)
 class Rope:
     theta: float
-    scaling: Llama3Scaling | LinearScaling | None = None
+    scaling: Scaling | None = None
+    partial: float = 1.0  # the share of a head's channels that turn
 
 
 @dataclass(frozen=True)
 class LayerKind:
     """What may differ between layers whose parameters are stacked together."""
 
-    window: int | None = None  # a token attends to itself and the `window - 1` tokens before it; None: to all before
+    window: int | None  # a token attends to itself and the `window - 1` tokens before it; None: to all before
+    rope: Rope | None  # None: the layer does not know positions
 
 
 @dataclass(frozen=True)
@@ -69,7 +114,7 @@ class MoE:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder. Nothing has a default that a checkpoint could contradict."""
+    """Sizes and switches of a decoder. Sizes have no default; a switch is off unless a family turns it on."""
 
     family: str  # names the file under converters/families that reads and writes it
     vocab_size: int  # V as the tokenizer and the checkpoint know it
@@ -80,21 +125,31 @@ class ModelConfig:
     num_kv_heads: int  # K
     head_dim: int  # H
     norm_eps: float
-    rope: Rope
     activation: Activation
     tied: bool  # the head is the embedding, transposed
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool  # RMS norm over each head of q and k, before rope
     init_std: float  # standard deviation of random weights
     pattern: tuple[LayerKind, ...]  # one per layer
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    pre_norms: bool = True  # a norm before attention and one before the feed-forward layer
+    post_norms: bool = False  # a norm after each, before it joins the residual stream
+    norm_offset: bool = False  # norms multiply by 1 + scale
+    norm_in_float32: bool = False  # norms multiply by the scale before they round to the compute dtype, not after
+    qk_norm: QKNorm | None = None  # RMS norm of q and k before rope: over each "head", or over "all" heads together
+    attention_scale: float | None = None  # of q . k; None: 1 / sqrt(H)
+    attention_softcap: float | None = None  # scores are bent as cap * tanh(score / cap)
+    logit_softcap: float | None = None  # and so are logits
     sinks: bool = False  # every head has a learned score of a key without value, which all its queries see
+    embedding_scale: float = 1.0  # rounded to the compute dtype before it multiplies
+    residual_scale: float = 1.0  # of what attention and feed-forward layers add to the residual stream
+    logit_scale: float = 1.0  # of the logits, before their softcap
     moe: MoE | None = None  # in every layer
     vocab_multiple: int = 64  # the stored vocabulary is rounded up to this; the rest is inert
 
     def __post_init__(self) -> None:
         assert len(self.pattern) == self.num_layers, (len(self.pattern), self.num_layers)
+        assert self.pre_norms or self.post_norms, "a residual stream without norms"
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
 

@@ -19,7 +19,7 @@ from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom
 from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
-from jaxtrain.nn.rope import rope_table
+from jaxtrain.nn.rope import rope_tables, segment_lengths
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.blockwise import RESIDUALS
 from jaxtrain.parallel.sharding import constrain_rows
@@ -46,14 +46,21 @@ class Execution:
     # Layers one after the other in one long program instead of a loop. On a CPU the loop's copies of what the backward
     # pass needs into stacked arrays, and out of them, cost a tenth of the step. Only without remat: see `hidden`.
     unroll: bool = False
+    context: int | None = None  # the length that ropes which depend on it go by; None: each sequence's own
 
 
 class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
-        self.input_norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
+        def norm(used: bool) -> RMSNorm | None:
+            return RMSNorm(config, (config.hidden_size,), ("norm",), dtype=dtype) if used else nnx.data(None)
+
+        self.input_norm = norm(config.pre_norms)
         self.attn = Attention(config, rngs=rngs, dtype=dtype, lora=lora)
-        self.mlp_norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
+        self.attn_post_norm = norm(config.post_norms)
+        self.mlp_norm = norm(config.pre_norms)
         self.mlp = (SparseMLP if config.moe else GatedMLP)(config, rngs=rngs, dtype=dtype, lora=lora)
+        self.mlp_post_norm = norm(config.post_norms)
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self,
@@ -68,15 +75,25 @@ class Block(nnx.Module):
         """x [B, T, D] -> [B, T, D]; the layer's cache, or without one the keys and values of these tokens; and what its
         router did, if it has one."""
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
-        out, cache = self.attn(self.input_norm(x), inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
-        x = x + out
-        out, routing = self.mlp_norm(x), None
+        out = _normed(self.input_norm, x)
+        out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
+        x += _scaled(_normed(self.attn_post_norm, out), self.residual_scale)
+        out, routing = _normed(self.mlp_norm, x), None
         if isinstance(self.mlp, SparseMLP):
             out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
         else:
             out = self.mlp(out, keys[4:])
-        x = x + out
+        x += _scaled(_normed(self.mlp_post_norm, out), self.residual_scale)
         return constrain_rows(x, run.mesh), cache, routing
+
+
+def _normed(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    """The product is rounded to x's dtype, the factor is not."""
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -84,6 +101,7 @@ class Embedding(nnx.Module):
         weight = nnx.initializers.normal(config.init_std)(rngs.params(), (config.padded_vocab, config.hidden_size))
         real = jnp.arange(config.padded_vocab)[:, None] < config.vocab_size
         self.weight = nnx.Param(jnp.where(real, weight, 0).astype(dtype), out_sharding=("vocab", "embed"))
+        self.scale = config.embedding_scale
         self.new = new
         self.new_rows = nnx.data(None)
         if new:
@@ -98,7 +116,7 @@ class Embedding(nnx.Module):
             is_new = (row >= 0) & (row < self.new.count)
             of_new = self.new_rows[...][jnp.where(is_new, row, 0)].astype(looked_up.dtype)
             looked_up = jnp.where(is_new[..., None], of_new, looked_up)
-        return looked_up.astype(dtype)
+        return looked_up.astype(dtype) * jnp.asarray(self.scale, dtype)
 
     def table(self) -> Array:
         """[Vp, D], those of new tokens among the others."""
@@ -126,7 +144,7 @@ class Decoder(nnx.Module):
             return Block(config, rngs=rngs, dtype=dtype, lora=lora)
 
         self.layers = blocks(rngs)
-        self.norm = RMSNorm(config.hidden_size, "norm", eps=config.norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config, (config.hidden_size,), ("norm",), dtype=dtype)
         self.lm_head = self.value_head = self.custom_head = nnx.data(None)
         if output == SCALAR:
             self.value_head = ScalarHead(config, rngs=rngs, dtype=dtype)
@@ -143,7 +161,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, Routing | None]:
         """Final hidden states [B, T, D] of packed tokens [B, T], as the head takes them (after the last norm), and what
         the routers of a mixture of experts did."""
-        inputs = self._inputs(positions, segment_ids)
+        inputs = self._inputs(positions, segment_ids, segment_lengths(positions, segment_ids), run)
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -166,7 +184,7 @@ class Decoder(nnx.Module):
     ) -> tuple[LayerCache, ...]:
         """Keys and values [B, K, T, H] of every layer for packed rows [B, T]; `layers` are those of `unstack`."""
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
-        inputs = self._inputs(positions, segment_ids)
+        inputs = self._inputs(positions, segment_ids, segment_lengths(positions, segment_ids), run)
         return self._walk(layers, x, inputs, run, (None,) * len(layers))[1]
 
     def extend(
@@ -184,12 +202,16 @@ class Decoder(nnx.Module):
         """
         ends = jnp.where(segment_ids != 0, positions + 1, 0).max(1)
         length = jnp.maximum(cache.length, ends)
-        inputs = self._inputs(positions, segment_ids)._replace(cached=cache.length, length=length)
+        inputs = self._inputs(positions, segment_ids, length[:, None], run)
+        inputs = inputs._replace(cached=cache.length, length=length)
         x, written = self._walk(layers, self.embed(tokens, run.dtype), inputs, run, cache.layers)
         return self._features(x), KVCache(written, length)
 
-    def _inputs(self, positions: Array, segment_ids: Array) -> AttentionInputs:
-        return AttentionInputs(positions, segment_ids, rope_table(self.config.rope, self.config.head_dim, positions))
+    def _inputs(self, positions: Array, segment_ids: Array, lengths: Array, run: Execution) -> AttentionInputs:
+        lengths = lengths if run.context is None else jnp.asarray(run.context)
+        return AttentionInputs(
+            positions, segment_ids, rope_tables(self.kinds, self.config.head_dim, positions, lengths)
+        )
 
     def _walk(
         self,
@@ -202,13 +224,15 @@ class Decoder(nnx.Module):
         """The layers one by one, each with its own cache."""
         graphdef = nnx.graphdef(self.layers)
         written = []
-        for params, kind, cache in zip(layers, self.config.pattern, caches, strict=True):
-            x, cache, _ = nnx.merge(graphdef, params)(x, inputs, (kind,), 0, run, cache)
+        for params, kind, cache in zip(layers, self.kind_of, caches, strict=True):
+            x, cache, _ = nnx.merge(graphdef, params)(x, inputs, self.kinds, kind, run, cache)
             written.append(cache)
         return x, tuple(written)
 
     def _features(self, x: Array) -> Array:
-        return self.norm(x) if self.custom_head is None else self.custom_head.features(self.norm(x))
+        # The scale of the logits goes into the hidden states: whoever multiplies by the head need not know of it.
+        x = _scaled(self.norm(x), self.config.logit_scale)
+        return x if self.custom_head is None else self.custom_head.features(x)
 
     def head(self) -> Array:
         """The head's kernel: [Vp, D] (the embedding) if tied, else [D, Vp]."""
@@ -222,6 +246,8 @@ class Decoder(nnx.Module):
         kernel = self.head().astype(hidden.dtype)
         contract = ((hidden.ndim - 1,), (1 if self.lm_head is self.custom_head is None else 0,))
         logits = jax.lax.dot_general(hidden, kernel, (contract, ((), ())), preferred_element_type=jnp.float32)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits[..., : self.config.vocab_size]
 
     def values(self, hidden: Array) -> Array:

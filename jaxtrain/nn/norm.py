@@ -6,18 +6,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Array
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm over the last axis, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+    """Root mean square norm over the last axes, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, size: int, axis: str, *, eps: float, dtype: jnp.dtype):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), dtype), out_sharding=(axis,))
+    def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...], *, dtype: jnp.dtype):
+        self.eps, self.offset, self.wide = config.norm_eps, config.norm_offset, config.norm_in_float32
+        self.over = tuple(range(-len(shape), 0))
+        # With an offset the scale is what differs from 1.
+        self.scale = nnx.Param((jnp.zeros if self.offset else jnp.ones)(shape, dtype), out_sharding=axes)
 
     def __call__(self, x: Array) -> Array:
-        """x [..., size] -> [..., size] in x's dtype."""
+        """x [..., *shape] -> [..., *shape] in x's dtype."""
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * normed.astype(x.dtype)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, self.over, keepdims=True) + self.eps)
+        normed = normed.astype(jnp.float32 if self.wide else x.dtype)
+        scale = self.scale[...].astype(normed.dtype)
+        return ((1 + scale if self.offset else scale) * normed).astype(x.dtype)

@@ -1,47 +1,128 @@
-"""Rotary position embedding (https://arxiv.org/abs/2104.09864), in the half-split layout of Hugging Face."""
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864), in the half-split layout of Hugging Face.
+
+All rope types of transformers' `modeling_rope_utils`, with its formulas. Two of them, dynamic and longrope, depend on
+the length of the sequence. transformers takes the longest of the batch; here every segment of a packed row has its own,
+so that a document gets the same log-probabilities whatever it is packed with, and those that transformers gives it
+alone. Keys in a cache were rotated when they were written, so while a sequence grows its length must be taken to be one
+and the same: a sampler sets `Execution.context` to the longest that it may become (so does vLLM; transformers goes by
+the tokens so far, and mixes frequencies in one cache). It then agrees with a trainer for sequences that stay within the
+original length if the context does too, and for all where the trainer sets the same context.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.nn.config import LinearScaling, Llama3Scaling, Rope
+from jaxtrain.nn.config import (
+    DynamicScaling,
+    LayerKind,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
+    Rope,
+    YarnScaling,
+)
 from jaxtrain.types import Array
 
 
 class RopeTable(NamedTuple):
-    cos: Array  # [B, T, 1, H/2] float32
-    sin: Array  # [B, T, 1, H/2] float32
+    """Of the R channels that turn, R = H unless the rope is partial."""
+
+    cos: Array  # [B, T, 1, R/2] float32
+    sin: Array  # [B, T, 1, R/2] float32
 
 
-def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of channels, [H/2] float32. Follows transformers' `modeling_rope_utils`."""
-    inv_freq = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+def rope_tables(
+    kinds: tuple[LayerKind, ...], head_dim: int, positions: Array, lengths: Array
+) -> tuple[RopeTable | None, ...]:
+    """The table of each kind of layer, for positions [B, T] in sequences of `lengths`, which broadcast to them.
+
+    Made once per forward pass and shared by all layers of a kind, and by kinds with the same rope.
+    """
+    tables = {rope: rope_table(rope, head_dim, positions, lengths) for rope in {kind.rope for kind in kinds} if rope}
+    return tuple(tables[kind.rope] if kind.rope else None for kind in kinds)
+
+
+def rope_table(rope: Rope, head_dim: int, positions: Array, lengths: Array) -> RopeTable:
+    """Cosines and sines of positions [B, T]."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim, lengths)
+    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling | LongRopeScaling) else 1.0
+    return RopeTable(factor * jnp.cos(angles)[..., None, :], factor * jnp.sin(angles)[..., None, :])
+
+
+def segment_lengths(positions: Array, segment_ids: Array) -> Array:
+    """How many tokens the segment of each token has: [B, T] of packed rows [B, T]."""
+
+    def row(positions: Array, segment_ids: Array) -> Array:
+        last = jax.ops.segment_max(positions, segment_ids, num_segments=len(positions) + 1)
+        return last[segment_ids] + 1
+
+    return jax.vmap(row)(positions, segment_ids)
+
+
+def frequencies(rope: Rope, head_dim: int, lengths: Array) -> np.ndarray | Array:
+    """Radians per position of each pair of channels, float32: [R/2], or [*lengths, R/2] where they depend on it."""
+    width = int(head_dim * rope.partial)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / width
+    wavelengths = _power(rope.theta, exponents)  # in radians
+    plain = 1 / wavelengths
     match rope.scaling:
         case None:
-            scaled = inv_freq
+            return plain
         case LinearScaling(factor):
-            scaled = inv_freq / factor
+            return plain / np.float32(factor)
+        case ProportionalScaling(factor):
+            turning = int(rope.partial * head_dim // 2)
+            whole = 1 / _power(rope.theta, np.arange(0, 2 * turning, 2, dtype=np.float32) / head_dim)
+            return np.pad(whole, (0, head_dim // 2 - turning)) / np.float32(factor)
         case Llama3Scaling(factor, low_freq_factor, high_freq_factor, original):
-            wavelength = 2 * math.pi / inv_freq
+            turn = 2 * math.pi / plain
             # 0 where a full turn is longer than the trained context allows (scale it), 1 where it is short (keep it).
-            smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
+            smooth = (original / turn - low_freq_factor) / (high_freq_factor - low_freq_factor)
             smooth = np.clip(smooth, 0, 1)
-            scaled = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-    return scaled.astype(np.float32)
+            return ((1 - smooth) * plain / factor + smooth * plain).astype(np.float32)
+        case YarnScaling() as yarn:
+            keep = 1 - _yarn_ramp(yarn, rope.theta, width)
+            return ((1 - keep) / (yarn.factor * wavelengths) + keep * plain).astype(np.float32)
+        case LongRopeScaling(short, long, original):
+            by_length = [1 / (wavelengths * np.asarray(factors, np.float32)) for factors in (short, long)]
+            return jnp.where(lengths[..., None] > original, by_length[1], by_length[0])
+        case DynamicScaling(factor, max_positions):
+            beyond = factor * jnp.maximum(lengths, max_positions) / max_positions - (factor - 1)
+            theta = rope.theta * beyond ** (width / (width - 2))
+            return 1 / theta[..., None] ** exponents
 
 
-def rope_table(rope: Rope, head_dim: int, positions: Array) -> RopeTable:
-    """Cosines and sines of positions [B, T]; made once per forward pass and shared by all layers."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim)
-    return RopeTable(jnp.cos(angles), jnp.sin(angles))
+def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
+    """In float64, then rounded: numpy's own float32 power is off by one bit on some CPUs, 4e-5 radians at token 600."""
+    return (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
-def apply_rope(x: Array, table: RopeTable) -> Array:
-    """Rotate x [B, T, heads, H] by its positions, in float32; returns x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+def _yarn_ramp(yarn: YarnScaling, theta: float, width: int) -> np.ndarray:
+    """From 0, for channels that are kept, to 1, for those that are interpolated: [R/2]."""
+
+    def channel(turns: float) -> float:
+        """Which channel turns so often over the original positions."""
+        return width * math.log(yarn.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    return np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
+
+
+def apply_rope(x: Array, table: RopeTable | None) -> Array:
+    """Rotate the first R channels of x [B, T, heads, H] by its positions, in float32; returns x's dtype."""
+    if table is None:
+        return x
+    width = 2 * table.cos.shape[-1]
+    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, -1)
     rotated = (first * table.cos - second * table.sin, second * table.cos + first * table.sin)
-    return jnp.concatenate(rotated, -1).astype(x.dtype)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., width:]], -1)

@@ -1,7 +1,8 @@
 """The head that never builds [B, T, V]: log-probabilities of tokens, chunk by chunk.
 
 The positions whose weight is not zero are gathered to the front (per data shard) and walked in chunks, so prompts and
-padding cost nothing and the largest temporary is one chunk of logits. With z = h W, p = softmax(z) and y the token,
+padding cost nothing and the largest temporary is one chunk of logits. With z = h W, p = softmax(z) and y the token
+(and a factor tanh'(z / c) on every column, where logits are capped),
 
     d logp / d h = W[:, y] - W p         needs no cotangent: computed in the forward pass, scaled in the backward pass;
     d logp / d W = h (onehot(y) - p)^T   is summed over the tokens, so it needs their cotangents.
@@ -42,6 +43,7 @@ def token_scores(
     transposed: bool,
     vocab_size: int,
     supports: Array | None = None,
+    softcap: float | None = None,
     temperature: float = 1.0,
     mesh: Mesh | None = None,
     chunk: int = 512,
@@ -59,6 +61,7 @@ def token_scores(
         supports: [B, T, k] int32, the ids among which the token was drawn, which then share all probability; a negative
             id is none, and no id at all means the whole vocabulary. So a sample that top-k, top-p or min-p filtered is
             scored under the distribution that it came from.
+        softcap: logits are bent as softcap * tanh(logit / softcap).
         temperature: divides the logits, as it did when the token was drawn.
         mesh: with the axes of `make_mesh`. Rows lie over `ROWS`, the head's D over fsdp, its Vp over tensor.
         chunk: tokens whose logits exist at once, on each device.
@@ -72,7 +75,7 @@ def token_scores(
     padded = head.shape[0 if transposed else 1]
     assert supports is None or supports.shape[:2] == tokens.shape, (supports.shape, tokens.shape)
     chunk = min(chunk, tokens.size)
-    plan = _Plan(transposed, vocab_size, vocab_size < padded, temperature, chunk, linear, mesh is not None)
+    plan = _Plan(transposed, vocab_size, vocab_size < padded, softcap, temperature, chunk, linear, mesh is not None)
     score = functools.partial(_score_rows, plan)
     if mesh is None:
         return score(hidden, head, tokens, weights, supports)
@@ -89,6 +92,7 @@ class _Plan(NamedTuple):
     transposed: bool
     vocab_size: int
     padded: bool  # there are columns beyond the vocabulary
+    softcap: float | None
     temperature: float
     chunk: int
     linear: bool
@@ -222,11 +226,11 @@ def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, supports, guess
     def body(i: Array, carry: tuple) -> tuple:
         stats, d_hidden, d_head = carry
         x, y, *support = compact.take(i, chunk, hidden, targets, *_given(supports))
-        logits, column = _logits(plan, x, head, *support), _column(plan, y, head)
+        (logits, slope), column = _logits(plan, x, head, *support), _column(plan, y, head)
         new, p = _stats(plan, logits, column)
         stats = _Stats(*(lax.dynamic_update_slice(old, s, (i * chunk,)) for old, s in zip(stats, new, strict=True)))
         if want_hidden:
-            residue = _residue(plan, p, column, x.dtype)
+            residue = _residue(p, column, slope, x.dtype)
             dx = _dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
             d_hidden = lax.dynamic_update_slice(d_hidden, dx, (i * chunk, 0))
             if guess is not None:
@@ -248,8 +252,9 @@ def _head_gradient(plan: _Plan, compact: _Compact, hidden, head, targets, suppor
     def body(i: Array, d_head: Array) -> Array:
         x, y, scale, *support = compact.take(i, chunk, hidden, targets, g, *_given(supports))
         lse = lax.dynamic_slice(logsumexp, (i * chunk,), (chunk,))
-        p = jnp.exp(_logits(plan, x, head, *support) - lse[:, None])
-        return d_head + _outer(x, _residue(plan, p, _column(plan, y, head), x.dtype), scale)
+        logits, slope = _logits(plan, x, head, *support)
+        p = jnp.exp(logits - lse[:, None])
+        return d_head + _outer(x, _residue(p, _column(plan, y, head), slope, x.dtype), scale)
 
     return lax.fori_loop(0, compact.trips, body, _no_gradient(plan, head))
 
@@ -258,19 +263,24 @@ def _given(supports: Array | None) -> tuple[Array, ...]:
     return () if supports is None else (supports,)
 
 
-def _logits(plan: _Plan, x: Array, head: Array, support: Array | None = None) -> Array:
-    """x [C, D], support [C, k] -> float32 logits [C, V] over this device's part of the vocabulary."""
-    logits = _dot(x, head, 1, 1 if plan.transposed else 0) * (1 / plan.temperature)
+def _logits(plan: _Plan, x: Array, head: Array, support: Array | None = None) -> tuple[Array, Array | float]:
+    """x [C, D], support [C, k] -> float32 logits [C, V] over this device's part of the vocabulary, and their slope by
+    the product x . head."""
+    logits, slope = _dot(x, head, 1, 1 if plan.transposed else 0), 1 / plan.temperature
+    if plan.softcap is not None:
+        bent = jnp.tanh(logits / plan.softcap)
+        logits, slope = plan.softcap * bent, (1 - bent * bent) * slope
+    logits *= 1 / plan.temperature
     if plan.padded:
         end = _column(plan, jnp.asarray(plan.vocab_size), head)
         logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < end, logits, _MASKED)
     if support is None:
-        return logits
+        return logits, slope
     columns = jnp.where(support < 0, -1, _column(plan, support, head))
     columns = jnp.where(columns < 0, logits.shape[1], columns)  # out of range, where a negative index would not be
     within = jnp.broadcast_to(jnp.all(support < 0, 1)[:, None], logits.shape)
     within = within.at[jnp.arange(len(support))[:, None], columns].set(True, mode="drop")
-    return jnp.where(within, logits, _MASKED)
+    return jnp.where(within, logits, _MASKED), slope
 
 
 def _column(plan: _Plan, token: Array, head: Array) -> Array:
@@ -295,10 +305,10 @@ def _stats(plan: _Plan, logits: Array, column: Array) -> tuple[_Stats, Array]:
     return stats, exps * (1 / total)[:, None]
 
 
-def _residue(plan: _Plan, p: Array, column: Array, dtype: jnp.dtype) -> Array:
-    """d logp / d logits [C, V], of the logits before the temperature."""
+def _residue(p: Array, column: Array, slope: Array | float, dtype: jnp.dtype) -> Array:
+    """d logp / d (x . head) [C, V]."""
     is_target = lax.broadcasted_iota(jnp.int32, p.shape, 1) == column[:, None]
-    return (jnp.where(is_target, 1 - p, -p) * (1 / plan.temperature)).astype(dtype)
+    return (jnp.where(is_target, 1 - p, -p) * slope).astype(dtype)
 
 
 def _outer(x: Array, residue: Array, scale: Array) -> Array:

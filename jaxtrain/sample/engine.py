@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -80,7 +81,8 @@ class Engine:
             raise ValueError(f"slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares}")
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: a sample is a prompt and a new token, so at least 2")
-        self.model, self.slots, self.max_length = model, slots, max_length
+        self.model = replace(model, run=replace(model.run, context=max_length))
+        self.slots, self.max_length = slots, max_length
         self.tokenizer, self.support, self.steps = tokenizer, min(support, model.config.vocab_size), steps
         self._shares = shares
         self._windowed = any(kind.window is not None for kind in model.config.pattern)

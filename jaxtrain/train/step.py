@@ -66,6 +66,7 @@ def _scores_of(
         transposed=model.tied,
         vocab_size=model.config.vocab_size,
         supports=batch.signals.get("supports"),
+        softcap=model.config.logit_softcap,
         temperature=temperature,
         mesh=model.run.mesh,
         linear=linear,

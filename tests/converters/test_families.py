@@ -75,14 +75,14 @@ def test_only_what_changed_is_rewritten():
 def test_a_changed_rope_replaces_the_old_spelling():
     hf = {**MINIMAL, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
     config, _ = read_config(hf)
-    written = llama.to_hf(dataclasses.replace(config, rope=Rope(3e5)), hf)
+    written = llama.to_hf(dataclasses.replace(config, pattern=(LayerKind(None, Rope(3e5)),) * 32), hf)
     assert written == {**MINIMAL, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5}}
 
 
 def test_what_a_family_cannot_say_is_refused():
     config, _ = read_config(hf_dict("qwen2"))
-    with pytest.raises(CheckpointError, match="family qwen2 cannot say qk_norm=True"):
-        qwen2.to_hf(dataclasses.replace(config, qk_norm=True))
+    with pytest.raises(CheckpointError, match="family qwen2 cannot say qk_norm=all"):
+        qwen2.to_hf(dataclasses.replace(config, qk_norm="all"))
 
 
 LLAMA3_SCALING = Llama3Scaling(4.0, 1.0, 4.0, 64)
@@ -105,9 +105,9 @@ SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
     ids=str,
 )
 def test_rope_in_both_spellings(keys, rope):
-    assert read_config({**MINIMAL, **keys})[0].rope == rope
+    assert read_config({**MINIMAL, **keys})[0].pattern[0].rope == rope
     theirs = transformers.LlamaConfig(**{**MINIMAL, **keys}).to_dict()
-    assert read_config({**MINIMAL, "rope_parameters": theirs["rope_parameters"]})[0].rope == rope
+    assert read_config({**MINIMAL, "rope_parameters": theirs["rope_parameters"]})[0].pattern[0].rope == rope
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_rope_in_both_spellings(keys, rope):
 def test_windows(name, keys, windows):
     family, theirs = CLASSES[name]
     keys = {"num_hidden_layers": 4, **keys}
-    assert family.from_hf(keys).pattern == tuple(map(LayerKind, windows))
+    assert [kind.window for kind in family.from_hf(keys).pattern] == windows
     reference = theirs(**keys)
     assert [kind == "sliding_attention" for kind in reference.layer_types] == [w is not None for w in windows]
 
@@ -141,8 +141,10 @@ def test_windows(name, keys, windows):
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type='yarn'"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "axial", "factor": 2.0}}, "rope_parameters.rope_type='axial'"),
+        ("llama", {"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_scaling.rope_type='mrope'"),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor must be a number"),
+        ("llama", {"rope_scaling": {"type": "longrope", "short_factor": 1}}, "short_factor must be a list of numbers"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor must be a number"),
         (
             "llama",

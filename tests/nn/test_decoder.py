@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtrain.nn.config import LayerKind
+from jaxtrain.nn.config import LayerKind, Rope
 from jaxtrain.nn.model import unstack
 from jaxtrain.train.step import batch_norm, score
 
-MIXED = (LayerKind(window=5), LayerKind(), LayerKind(window=5))
+LOCAL = LayerKind(window=5, rope=Rope(theta=300.0))
+MIXED = (LOCAL, tiny.KIND, LOCAL)
 
 
 def loss_and_grad(model, params, batch):

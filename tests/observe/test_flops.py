@@ -23,7 +23,7 @@ from jaxtrain.observe.flops import (
 
 LENGTHS = [[9, 20, 3], [14, 1], [32], []]
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_heads": 8, "head_dim": 64, "vocab_size": 8192}
-ONE_LAYER = {"num_layers": 1, "pattern": (LayerKind(),)}  # XLA counts the body of a loop once
+ONE_LAYER = {"num_layers": 1, "pattern": (tiny.KIND,)}  # XLA counts the body of a loop once
 
 
 def flops(batch, config=tiny.CONFIG, lora=None):
@@ -33,7 +33,8 @@ def flops(batch, config=tiny.CONFIG, lora=None):
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("lora", [None, tiny.LORA])
 def test_a_packed_batch_costs_the_sum_of_its_segments(window, lora):
-    config = replace(tiny.CONFIG, pattern=(LayerKind(window), LayerKind(), LayerKind(window)))
+    local = LayerKind(window, None)
+    config = replace(tiny.CONFIG, pattern=(local, tiny.KIND, local))
     packed = tiny.packed_batch(LENGTHS, 32)
     alone = 0.0
     for row, lengths in enumerate(LENGTHS):
@@ -126,7 +127,7 @@ def test_layers_add_up():
     batch = tiny.packed_batch(LENGTHS, 32)
 
     def deep(layers):
-        return flops(batch, replace(tiny.CONFIG, num_layers=layers, pattern=(LayerKind(),) * layers))
+        return flops(batch, replace(tiny.CONFIG, num_layers=layers, pattern=(tiny.KIND,) * layers))
 
     assert deep(7) - deep(5) == 2 * (deep(2) - deep(1)) > 0
 

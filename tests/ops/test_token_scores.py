@@ -27,9 +27,10 @@ def problem(seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array
     return hidden, head, tokens, jnp.asarray(weights, jnp.float32)
 
 
-def naive(hidden: jax.Array, head: jax.Array, tokens: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
+def naive(hidden, head, tokens, weights, softcap: float | None = None) -> tuple[jax.Array, ...]:
     """[B, T, V] and all; `head` [Vp, D]."""
-    logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden[:, :-1], head[:VOCAB]))
+    logits = jnp.einsum("btd,vd->btv", hidden[:, :-1], head[:VOCAB])
+    logp = jax.nn.log_softmax(logits if softcap is None else softcap * jnp.tanh(logits / softcap))
     of_token = jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0]
     entropy = -jnp.sum(jnp.exp(logp) * logp, -1)
     correct = jnp.argmax(logp, -1) == tokens[:, 1:]
@@ -37,7 +38,7 @@ def naive(hidden: jax.Array, head: jax.Array, tokens: jax.Array, weights: jax.Ar
     return tuple(jnp.pad(jnp.where(scored, x, 0), ((0, 0), (1, 0))) for x in (of_token, entropy, correct))
 
 
-def scorer(tokens, weights, transposed, mesh=None, linear=False, chunk=CHUNK):
+def scorer(tokens, weights, transposed, mesh=None, linear=False, chunk=CHUNK, softcap=None):
     def score(hidden, head):
         head = head if transposed else head.T
         return token_scores(
@@ -47,6 +48,7 @@ def scorer(tokens, weights, transposed, mesh=None, linear=False, chunk=CHUNK):
             weights,
             transposed=transposed,
             vocab_size=VOCAB,
+            softcap=softcap,
             mesh=mesh,
             chunk=chunk,
             linear=linear,
@@ -74,16 +76,18 @@ def make_mesh(*sizes: int) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def check_against_naive(transposed: bool, linear: bool, mesh: Mesh | None = None) -> None:
+def check_against_naive(transposed: bool, linear: bool, mesh: Mesh | None = None, softcap: float | None = None) -> None:
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, weights, transposed, mesh, linear)
-    expected = naive(hidden, head, tokens, weights)
+    score = scorer(tokens, weights, transposed, mesh, linear, softcap=softcap)
+    expected = naive(hidden, head, tokens, weights, softcap)
     assert_close(jax.jit(score)(hidden, head), expected)
     for loss in losses(weights).values():
         actual = jax.jit(jax.value_and_grad(lambda h, w, loss=loss: loss(score(h, w).logp), (0, 1)))(hidden, head)
         assert_close(
             actual,
-            jax.value_and_grad(lambda h, w, loss=loss: loss(naive(h, w, tokens, weights)[0]), (0, 1))(hidden, head),
+            jax.value_and_grad(lambda h, w, loss=loss: loss(naive(h, w, tokens, weights, softcap)[0]), (0, 1))(
+                hidden, head
+            ),
         )
         assert not actual[1][1][VOCAB:].any(), "the padded vocabulary has a gradient"
 
@@ -92,6 +96,12 @@ def check_against_naive(transposed: bool, linear: bool, mesh: Mesh | None = None
 @HEADS
 def test_equals_the_naive_head_in_scores_and_gradients(transposed, linear):
     check_against_naive(transposed, linear)
+
+
+@LINEAR
+@HEADS
+def test_capped_logits_too(transposed, linear):
+    check_against_naive(transposed, linear, make_mesh(1, 4, 1, 2) if linear else None, softcap=3.0)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 2, 2)], ids=str)

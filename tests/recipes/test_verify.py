@@ -84,9 +84,10 @@ def test_nothing_departs_in_what_is_right(subject, depart):
 
 @pytest.mark.parametrize("rope", ["base", "scaling"])
 def test_rope(rope, subject, depart):
-    right = subject.config.rope
+    right = subject.config.pattern[0].rope
     wrong = Rope(right.theta * 1.2, right.scaling) if rope == "base" else Rope(right.theta)
-    place = depart(with_config(subject, rope=wrong))
+    pattern = tuple(dataclasses.replace(kind, rope=wrong) for kind in subject.config.pattern)
+    place = depart(with_config(subject, pattern=pattern))
     assert (place.where, place.hf) == ("layers.0.attn", "model.layers.0.self_attn")
     assert place.what == "between q_proj, k_proj, v_proj, q_norm, k_norm and o_proj"
     assert place.suspects.startswith("rope") and "window" not in place.suspects

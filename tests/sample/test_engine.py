@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtrain.nn.config import LayerKind
+from jaxtrain.nn.config import LayerKind, Rope
 from jaxtrain.sample import decode as programs
 from jaxtrain.sample.constraints import Trie
 from jaxtrain.sample.engine import Engine
@@ -16,7 +16,8 @@ from jaxtrain.types import Batch
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 101, length).tolist() for length in (1, 5, 33, 2, 17)]
-WINDOWS = (LayerKind(window=7), LayerKind(), LayerKind(window=7))
+LOCAL = LayerKind(7, Rope(theta=300.0))
+WINDOWS = (LOCAL, tiny.KIND, LOCAL)
 LENGTH = 64  # one bucket: every program compiles once
 
 

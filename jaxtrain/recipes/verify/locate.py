@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from converters.reference import Reference, Seen
@@ -80,10 +81,10 @@ def _observe(
 
 def _attention_suspects(config: ModelConfig, layer: int, ids: np.ndarray, theirs: Mapping[str, Any]) -> str:
     """What transformers gave its attention besides the stream, held against what ours has."""
-    length, window = ids.shape[1], config.pattern[layer].window
+    length, window, rope = ids.shape[1], config.pattern[layer].window, config.pattern[layer].rope
     suspects = []
-    if isinstance(theirs.get("position_embeddings"), tuple):
-        table = rope_table(config.rope, config.head_dim, as_batch(ids).positions)
+    if rope is not None and isinstance(theirs.get("position_embeddings"), tuple):
+        table = rope_table(rope, config.head_dim, as_batch(ids).positions, jnp.asarray(length))
         ours = [np.asarray(half)[0, :, 0] for half in table]
         given = [np.asarray(half[0], np.float64) for half in theirs["position_embeddings"]]
         if any(
