@@ -102,6 +102,6 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     if name not in known:
         raise CheckpointError(
             f"config.json: architecture {name} is not supported; supported: {', '.join(known)}{nearest(name, known)}; "
-            "`jaxtrain new-family` drafts the file that a new one needs; model.backend=torchax trains without (sft only)"
+            "`jaxtrain new-family` drafts the file a new one needs; model.backend=torchax trains without (sft only)"
         )
     return known[name]
