@@ -41,6 +41,7 @@ def jaxtrain(clock: Clock) -> None:
     from jaxtrain.rl.controller import Learner, Plan, Roles, reinforce
     from jaxtrain.rl.placement import make_meshes, make_sampler
     from jaxtrain.rl.rollouts import Prompt, Trajectory
+    from jaxtrain.rl.sources import OnPolicy
     from jaxtrain.rl.worker import WorkerSpec
     from jaxtrain.sample.requests import SamplingParams
     from jaxtrain.train.state import new_state
@@ -87,8 +88,7 @@ def jaxtrain(clock: Clock) -> None:
     roles = Roles(Learner(state, jit_step(step, state, mesh), per_token))
     for _ in reinforce(
         roles,
-        collect,
-        sampler,
+        OnPolicy(collect, sampler, dict),
         algorithm,
         Plan(1, 1, config.data.max_length, 1, 5),
         lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),

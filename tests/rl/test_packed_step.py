@@ -1,0 +1,69 @@
+"""A policy's and a critic's step on packed trajectories: microbatches, and a sample scored under its own support."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from trajectories import trajectory
+
+from jaxtrain.config import OptimizerSection
+from jaxtrain.losses.policy import Correction, Objective, clip, make_policy_loss
+from jaxtrain.losses.value import make_value_loss
+from jaxtrain.optim import make_optimizer, make_schedule
+from jaxtrain.rl.rollouts import pack
+from jaxtrain.train.state import new_state
+from jaxtrain.train.step import make_step, score
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Twelve samples of uneven lengths in four rows, with top-k supports."""
+    rng = np.random.default_rng(0)
+    trajectories = []
+    for index in range(12):
+        length = int(rng.integers(2, 12))
+        t = trajectory(4, length, sample=index)
+        supports = np.stack([rng.permutation(101)[:6] for _ in range(length)]).astype(np.int32)
+        supports[:, 0] = t.completion_ids
+        trajectories.append(t._replace(supports=supports))
+    packed = pack(trajectories, 40, rows=4)
+    names = ("old_logps", "advantages", "values", "returns")
+    noise = {name: [rng.normal(size=t.loss_mask.size).astype(np.float32) for t in trajectories] for name in names}
+    return packed.spread(**noise).batch
+
+
+def one_step(model, params, batch, loss, microbatches):
+    section = OptimizerSection(learning_rate=1e-2, schedule="constant", eps=1e-3)
+    schedule = make_schedule(section, 10)
+    tx = make_optimizer(section, schedule, model.axes())
+    step = make_step(model, tx, schedule, loss, temperature=0.7, microbatches=microbatches, max_grad_norm=1.0)
+    state, report = jax.jit(step)(new_state(params, {}, tx, jax.random.key(0)), batch)
+    return state.params, {name: float(metric.value) for name, metric in report.means.items()}
+
+
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_microbatches_are_one_batch(batch, role):
+    model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1])
+    objective = Objective(level="sequence", aggregation="grpo", correction=Correction("sequence"))
+    loss = make_policy_loss(clip, objective)
+    if role == "critic":
+        model, loss = type(model)(model.config, None, model.run, output="scalar"), make_value_loss(0.2)
+    params = model.init(jax.random.key(0))
+    (whole, one), (cut, many) = (one_step(model, params, batch, loss, pieces) for pieces in (1, 2))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert one.keys() == many.keys()
+    for name in one.keys() - {"clip_ratio/low_min", "clip_ratio/high_max"}:
+        assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_filtered_sample_is_scored_among_what_the_filter_left(batch):
+    model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1])
+    params = model.init(jax.random.key(0))
+    logp = np.asarray(score(model, params, batch, temperature=0.7).logp)
+    logits = np.asarray(model.logits(params, model.hidden(params, batch))) / 0.7
+    for row, column in np.argwhere(batch.loss_weights > 0)[::5]:
+        support = batch.signals["supports"][row, column]
+        kept = logits[row, column - 1, np.unique(support)].astype(np.float64)
+        expected = logits[row, column - 1, batch.tokens[row, column]] - np.log(np.exp(kept).sum())
+        assert logp[row, column] == pytest.approx(expected, abs=1e-4)
