@@ -24,7 +24,7 @@ from jaxtrain.sample.requests import Request, SamplingParams
 QUESTION = "What is 47 + 38?"
 _TRAIN_ROWS, _EVAL_ROWS = 6000, 300
 _NEW_TOKENS = 48
-_FIRST_STEPS = 250  # of supervised training before reinforcement: about every second problem right
+_FIRST_STEPS = 320  # of supervised training before reinforcement: about every second problem right
 
 
 def run(config: RunConfig) -> int:
