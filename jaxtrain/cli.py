@@ -19,6 +19,9 @@ app = typer.Typer(
 )
 
 
+_PIECE = 8  # tokens that are shown at a time
+
+
 class ComputeDtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -26,6 +29,19 @@ class ComputeDtype(StrEnum):
 
 
 QUICKSTART = Path("configs/quickstart/sft.yaml")
+Model = Annotated[Path, typer.Argument(help="Hugging Face folder")]
+Dtype = Annotated[ComputeDtype, typer.Option(help="of the weights and the cache")]
+MaxLength = Annotated[int, typer.Option(help="tokens of prompt and answer together", min=2)]
+MaxTokens = Annotated[int | None, typer.Option(help="new tokens; default: as many as --max-length leaves", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]
+TopK = Annotated[int, typer.Option(help="0 keeps all", min=0)]
+TopP = Annotated[float, typer.Option(min=0, max=1)]
+MinP = Annotated[float, typer.Option(min=0, max=1)]
+Seed = Annotated[int | None, typer.Option(help="decides what is sampled")]
+Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; as often as needed")]
+CacheGib = Annotated[float | None, typer.Option(help="instead of --slots: GiB of cache a device may hold")]
+Slots = Annotated[int | None, typer.Option(help="answers generated together; default 32 for every device", min=1)]
+Tensor = Annotated[int, typer.Option(help="devices that share one copy of the model", min=1)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")]
 
 
@@ -123,6 +139,89 @@ def replay(
 
     steps, difference = replay_run(run, out, overrides)
     typer.echo(f"{steps} steps; the largest difference between a loss and the recorded one is {difference:.3g}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[Path, typer.Option(help=".jsonl or .parquet: rows with prompt, messages or prompt_ids")],
+    out: Annotated[Path, typer.Option(help=".jsonl to write: the rows, with their completions")],
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    n: Annotated[int, typer.Option(help="completions of each prompt", min=1)] = 1,
+    seed: Seed = None,
+    stop: Stop = None,
+    plain: Annotated[bool, typer.Option("--plain", help="a prompt is text to continue, not a user's turn")] = False,
+    max_length: MaxLength = 2048,
+    slots: Slots = None,
+    cache_gib: CacheGib = None,
+    tensor: Tensor = 1,
+    dtype: Dtype = ComputeDtype.bfloat16,
+) -> None:
+    """Continue every prompt of a file."""
+    from jaxtrain.recipes.generate import generate_file, load_served
+    from jaxtrain.sample.requests import SamplingParams
+
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, stop=stop or (), seed=seed, n=n)
+    served = load_served(
+        model, dtype=dtype.value, max_length=max_length, slots=slots, cache_gib=cache_gib, tensor=tensor
+    )
+    tokens = generate_file(served, prompts, out, params, plain)
+    typer.echo(f"wrote {out}: {tokens} tokens from {served.engine.slots} slots")
+
+
+@app.command()
+def chat(
+    model: Model,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    max_length: MaxLength = 2048,
+    tensor: Tensor = 1,
+    dtype: Dtype = ComputeDtype.bfloat16,
+) -> None:
+    """Talk to a model; end with Ctrl-D."""
+    from jaxtrain.recipes.generate import chat as converse
+    from jaxtrain.recipes.generate import load_served
+    from jaxtrain.sample.requests import SamplingParams
+
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
+    served = load_served(model, dtype=dtype.value, max_length=max_length, slots=1, tensor=tensor, steps=_PIECE)
+    converse(served, params, lambda: input("> "), lambda text: print(text, end="", flush=True))
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8000,
+    max_length: MaxLength = 2048,
+    slots: Slots = None,
+    cache_gib: CacheGib = None,
+    tensor: Tensor = 1,
+    dtype: Dtype = ComputeDtype.bfloat16,
+) -> None:
+    """Answer over HTTP as OpenAI's API does. Needs the extra `serve`."""
+    from jaxtrain.recipes.generate import load_served
+    from jaxtrain.recipes.serve import serve as serve_model
+
+    served = load_served(
+        model,
+        dtype=dtype.value,
+        max_length=max_length,
+        slots=slots,
+        cache_gib=cache_gib,
+        tensor=tensor,
+        steps=_PIECE,
+    )
+    typer.echo(f"{served.name} at http://{host}:{port}/v1, {served.engine.slots} slots of {max_length} tokens")
+    serve_model(served, host, port)
 
 
 @app.command()

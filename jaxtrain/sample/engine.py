@@ -18,7 +18,7 @@ from jaxtrain.sample import decode as programs
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import BROKEN, ENDED, FULL, RUNNING, STOPPED, Generated, Slots
 from jaxtrain.sample.filters import Knobs
-from jaxtrain.sample.placement import empty_buffers, empty_marks, place_params, row_shares
+from jaxtrain.sample.placement import empty_buffers, empty_marks, place_params, row_shares, slots_within
 from jaxtrain.sample.requests import (
     BIAS_SLOTS,
     STOP_SLOTS,
@@ -55,8 +55,9 @@ class Engine:
         model: Model,
         params: Params,
         *,
-        slots: int,
         max_length: int,
+        slots: int | None = None,
+        cache_bytes: int | None = None,
         tokenizer: Any = None,
         support: int = 0,
         steps: int = 32,
@@ -67,8 +68,9 @@ class Engine:
         Args:
             model: its compute dtype is the cache's; on its mesh slots lie over data x fsdp and heads over tensor.
             params: the trainer's tree (stacked layers). The engine keeps its own copy, in the compute dtype.
-            slots: samples in flight; a multiple of data x fsdp.
             max_length: prompt and new tokens of a sample.
+            slots: samples in flight; a multiple of the parts that the mesh deals rows to.
+            cache_bytes: instead of `slots`, what the cache may take on each device: as many slots as fit (`.slots`).
             tokenizer: for `Completion.text`; without one it is None.
             support: where filters (top-k, top-p, min-p) are on, keep at most so many tokens and return their ids as
                 `Completion.supports`. 0: filters are exact and supports are not returned.
@@ -77,6 +79,10 @@ class Engine:
             seed: of the seeds given to requests that bring none.
         """
         shares = row_shares(model)
+        if (slots is None) == (cache_bytes is None):
+            raise ValueError("give either slots or cache_bytes, not both and not neither")
+        if slots is None:
+            slots = slots_within(model, max_length, cache_bytes or 0)
         if slots < 1 or slots % shares:
             raise ValueError(f"slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares}")
         if max_length < 2:
@@ -323,7 +329,17 @@ class Engine:
                 reason = _REASONS[state] if stop is None else "stop"
                 completion = sample.finish(reason, stop or len(sample.ids), stop is None and state == STOPPED, now)
             text = sample.new_text(completion is not None, stop is None and state == STOPPED)
-            chunks.append(Chunk(sample.number, sample.index, np.array(sample.ids[before:], np.int32), text, completion))
+            new = slice(0, len(sample.ids) - before)
+            chunks.append(
+                Chunk(
+                    sample.number,
+                    sample.index,
+                    made.tokens[slot, new].copy(),
+                    made.raw_logps[slot, new].copy(),
+                    text,
+                    completion,
+                )
+            )
         return chunks
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.nn.cache import LayerCache, empty_cache
+from jaxtrain.nn.cache import LayerCache, columns_of, empty_cache
 from jaxtrain.nn.model import Model, unstack
 from jaxtrain.ops.quantize import dense
-from jaxtrain.parallel.sharding import ROWS, RULES, constrain_rows, param_specs
+from jaxtrain.parallel.sharding import RULES, constrain_rows, param_specs
+from jaxtrain.parallel.sharding import row_shares as mesh_shares
 from jaxtrain.sample.decode import cache_sharding
 from jaxtrain.types import Array, Params
 
@@ -21,7 +21,33 @@ _MATRICES = ("kernel", "weight", "lora_a", "lora_b")
 
 def row_shares(model: Model) -> int:
     """The parts that the slots are dealt to."""
-    return 1 if model.run.mesh is None else math.prod(model.run.mesh.shape[axis] for axis in ROWS)
+    return 1 if model.run.mesh is None else mesh_shares(model.run.mesh)
+
+
+def slot_bytes(model: Model, length: int) -> int:
+    """What one slot of `length` tokens takes on the device that holds it: keys, values and marks."""
+    config, mesh = model.config, model.run.mesh
+    heads = config.num_kv_heads
+    if mesh is not None and heads % mesh.shape["tensor"] == 0:
+        heads //= mesh.shape["tensor"]
+    columns = sum(columns_of(kind, length) for kind in config.pattern)
+    return 2 * columns * heads * config.head_dim * np.dtype(model.run.dtype).itemsize + config.vocab_size
+
+
+def slots_within(model: Model, length: int, budget: int) -> int:
+    """How many slots of `length` tokens fit into `budget` bytes on each device.
+
+    Raises ValueError with the numbers where none does. While the cache grows, one layer is there twice.
+    """
+    each = slot_bytes(model, length)
+    each += -(-(each - model.config.vocab_size) // model.config.num_layers)
+    slots = budget // each * row_shares(model)
+    if not slots:
+        raise ValueError(
+            f"a cache of {budget / 2**20:.1f} MiB a device holds no sample of {length} tokens, which takes "
+            f"{each / 2**20:.1f} MiB: give more, or a shorter max_length"
+        )
+    return slots
 
 
 def empty_buffers(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
@@ -66,7 +92,7 @@ def serving_shardings(model: Model) -> Params:
     """Where the parameters of a model that samples lie on its mesh, before they are unstacked."""
     mesh = model.run.mesh
     assert mesh is not None
-    rules = {**RULES["fsdp_tensor"], "embed": None}
+    rules = {**RULES["fsdp_tensor"], "embed": None, "expert": "expert"}
     if model.config.num_kv_heads % mesh.shape["tensor"]:
         rules["kv_heads"] = None
     return param_specs(model.axes(), model.abstract(), rules, mesh)

@@ -103,6 +103,7 @@ class Chunk(NamedTuple):
     request: int  # as `Engine.submit` numbered it, or its index in the requests of `stream`
     sample: int
     ids: np.ndarray  # [m] int32, new ones
+    raw_logps: np.ndarray  # [m] float32, as in `Completion`
     text: str | None  # new text; a call's may come with the next, while it could still become a stop string
     completion: Completion | None  # the whole sample, once it is finished
 

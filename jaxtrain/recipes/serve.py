@@ -1,0 +1,240 @@
+"""An HTTP endpoint that speaks OpenAI's protocol: chat completions and completions, with logprobs and streaming."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.recipes.generate import Served
+from jaxtrain.sample.requests import Chunk, Request, SamplingParams
+
+_SAME = ("temperature", "top_p", "n", "seed", "presence_penalty", "top_k", "min_p", "repetition_penalty")
+_IGNORED = {"model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"}
+_NEUTRAL = {"frequency_penalty": (0, None), "top_logprobs": (0, None), "echo": (False, None), "best_of": (1, None)}
+
+
+class Loop:
+    """The engine in a thread of its own: requests from any thread in, their chunks out as they come."""
+
+    def __init__(self, served: Served):
+        self._engine = served.engine
+        self._inbox: queue.Queue[tuple[Request, Callable[[Chunk | ValueError], None]] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, tell: Callable[[Chunk | ValueError], None]) -> None:
+        """Have `tell` called, from the engine's thread, with every chunk, or with what is wrong with the request."""
+        self._inbox.put((request, tell))
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        told: dict[int, Callable[[Chunk | ValueError], None]] = {}
+        while True:
+            while not self._engine.busy or not self._inbox.empty():
+                item = self._inbox.get()
+                if item is None:
+                    return
+                request, tell = item
+                try:
+                    told[self._engine.submit(request)] = tell
+                except ValueError as error:
+                    tell(error)
+            for chunk in self._engine.step():
+                told[chunk.request](chunk)
+
+
+def make_app(served: Served) -> Any:
+    """The ASGI application. Raises ValueError where starlette is not installed."""
+    try:
+        from starlette.applications import Starlette
+        from starlette.requests import Request as Http
+        from starlette.responses import JSONResponse, StreamingResponse
+        from starlette.routing import Route
+    except ImportError as error:
+        raise ValueError("serving needs starlette and uvicorn: pip install 'jaxtrain[serve]'") from error
+    loop = Loop(served)
+
+    def answering(chat: bool):
+        async def answer(http: Http) -> Any:
+            try:
+                body = await http.json()
+                reply = _Reply(served, body, chat)
+                chunks = await _chunks(loop, reply.request)
+            except ValueError as error:
+                return JSONResponse(_error(error, "invalid_request_error"), status_code=400)
+            if body.get("stream"):
+                return StreamingResponse(reply.stream(chunks), media_type="text/event-stream")
+            try:
+                return JSONResponse(await reply.whole(chunks))
+            except _FailedError as error:
+                return JSONResponse(_error(error, "server_error"), status_code=500)
+
+        return answer
+
+    async def models(_: Http) -> Any:
+        model = {"id": served.name, "object": "model", "created": 0, "owned_by": "jaxtrain"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route("/v1/chat/completions", answering(True), methods=["POST"]),
+            Route("/v1/completions", answering(False), methods=["POST"]),
+        ]
+    )
+
+
+def serve(served: Served, host: str, port: int) -> None:
+    """Answer until interrupted."""
+    app = make_app(served)
+    import uvicorn
+
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+class _FailedError(Exception):
+    """A sample failed while it was generated."""
+
+
+def _error(error: Exception, kind: str) -> dict[str, Any]:
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": None}}
+
+
+async def _chunks(loop: Loop, request: Request) -> AsyncIterator[Chunk]:
+    """The chunks of a request. Raises ValueError at once for one that the engine refuses."""
+    arrived: asyncio.Queue[Chunk | ValueError] = asyncio.Queue()
+    here = asyncio.get_running_loop()
+
+    def tell(item: Chunk | ValueError) -> None:
+        here.call_soon_threadsafe(arrived.put_nowait, item)
+
+    loop.submit(request, tell)
+    first = await arrived.get()
+    if isinstance(first, ValueError):
+        raise first
+
+    async def rest() -> AsyncIterator[Chunk]:
+        chunk, open_samples = first, request.params.n
+        while True:
+            assert not isinstance(chunk, ValueError)
+            yield chunk
+            open_samples -= chunk.completion is not None
+            if not open_samples:
+                return
+            chunk = await arrived.get()
+
+    return rest()
+
+
+class _Reply:
+    """One call's request, and its chunks as OpenAI's objects."""
+
+    def __init__(self, served: Served, body: dict[str, Any], chat: bool):
+        """Raises ValueError for a body that asks for what there is not."""
+        self._served, self._chat = served, chat
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._want_logprobs = body.get("logprobs") not in (None, False)
+        if "messages" not in body if chat else "prompt" not in body:
+            raise ValueError(f"the body lacks {'messages' if chat else 'prompt'}")
+        if chat:
+            ids = served.prompt_ids({"messages": body["messages"]})
+        elif isinstance(body["prompt"], str):
+            ids = served.prompt_ids({"prompt": body["prompt"]}, plain=True)
+        else:
+            ids = served.prompt_ids({"prompt_ids": body["prompt"]})
+        self.request = Request(ids, _params(served, body))
+        self._prompt_tokens = len(ids)
+
+    async def whole(self, chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
+        samples: dict[int, list[Chunk]] = {}
+        async for chunk in chunks:
+            samples.setdefault(chunk.sample, []).append(chunk)
+        choices, generated = [], 0
+        for index, parts in sorted(samples.items()):
+            completion = parts[-1].completion
+            assert completion is not None
+            if completion.error is not None:
+                raise _FailedError(completion.error)
+            generated += len(completion.ids)
+            choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason, "logprobs": None}
+            if self._want_logprobs:
+                choice["logprobs"] = self._logprobs(completion.ids, completion.raw_logps)
+            if self._chat:
+                choice["message"] = {"role": "assistant", "content": completion.text}
+            else:
+                choice["text"] = completion.text
+            choices.append(choice)
+        return self._object("", choices) | {"usage": self._usage(generated)}
+
+    async def stream(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[str]:
+        started: set[int] = set()
+        async for chunk in chunks:
+            completion = chunk.completion
+            if completion is not None and completion.error is not None:
+                yield f"data: {json.dumps(_error(_FailedError(completion.error), 'server_error'))}\n\n"
+                return
+            choice: dict[str, Any] = {"index": chunk.sample, "logprobs": None}
+            choice["finish_reason"] = None if completion is None else completion.finish_reason
+            if self._want_logprobs:
+                choice["logprobs"] = self._logprobs(chunk.ids, chunk.raw_logps)
+            if self._chat:
+                role = {} if chunk.sample in started else {"role": "assistant"}
+                choice["delta"] = {**role, "content": chunk.text}
+            else:
+                choice["text"] = chunk.text
+            started.add(chunk.sample)
+            yield f"data: {json.dumps(self._object('.chunk' if self._chat else '', [choice]))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _object(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion" if self._chat else "text_completion"
+        head = {"id": self._id, "object": kind + suffix, "created": self._created, "model": self._served.name}
+        return head | {"choices": choices}
+
+    def _usage(self, generated: int) -> dict[str, int]:
+        total = self._prompt_tokens + generated
+        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": generated, "total_tokens": total}
+
+    def _logprobs(self, ids: np.ndarray, logps: np.ndarray) -> dict[str, Any]:
+        """The model's own log-probabilities, before temperature and filters."""
+        tokens = [self._served.tokenizer.decode([token]) for token in ids.tolist()]
+        values = [float(value) for value in logps]
+        if not self._chat:
+            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": []}
+        content = [
+            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+            for token, value in zip(tokens, values, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _params(served: Served, body: dict[str, Any]) -> SamplingParams:
+    """Raises ValueError for a setting that is unknown or not supported."""
+    body = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+    for name, neutral in _NEUTRAL.items():
+        if body.pop(name, None) not in neutral:
+            raise ValueError(f"{name} is not supported; leave it out")
+    body.pop("logprobs", None)
+    options: dict[str, Any] = {name: body.pop(name) for name in _SAME if name in body}
+    for name in ("max_completion_tokens", "max_tokens"):
+        if name in body:
+            options["max_tokens"] = body.pop(name)
+    stop = body.pop("stop", ())
+    options["stop"] = [stop] if isinstance(stop, str) else stop
+    options["stop_ids"] = [*body.pop("stop_token_ids", []), *served.stop_ids]
+    options["logit_bias"] = {int(token): bias for token, bias in body.pop("logit_bias", {}).items()}
+    if body:
+        raise ValueError(f"{next(iter(body))} is not supported; leave it out")
+    return SamplingParams(**options)

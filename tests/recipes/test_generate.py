@@ -1,0 +1,137 @@
+"""A folder's model answers: a file of prompts, a conversation, OpenAI's client over HTTP."""
+
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from hf_folders import save
+
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.recipes.generate import chat, generate_file, load_served
+from jaxtrain.sample.requests import Request, SamplingParams
+
+SIZES = {"vocab_size": 259, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = save(tmp_path_factory.mktemp("model") / "tiny", "llama", **SIZES)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    return load_served(folder, dtype="float32", max_length=96, slots=8, cache_gib=None, steps=8)
+
+
+def test_a_file_of_prompts_comes_back_in_order_with_completions(served, tmp_path):
+    rows = [{"prompt": "ab", "tag": 1}, {"messages": [{"role": "user", "content": "c"}]}, {"prompt_ids": [5, 6, 7]}] * 4
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = SamplingParams(max_tokens=6, n=2, seed=0)
+    tokens = generate_file(served, tmp_path / "in.jsonl", tmp_path / "out.jsonl", params)
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "completions"} for row in written] == rows
+    assert tokens == sum(len(each["ids"]) for row in written for each in row["completions"])
+    assert all(len(row["completions"]) == 2 for row in written)
+    assert written[0]["completions"] == written[3]["completions"]  # the same prompt and seed, another slot
+    ids = served.prompt_ids(rows[1])
+    ((again,),) = served.engine.generate([Request(ids, SamplingParams(6, seed=0, stop_ids=served.stop_ids))])
+    assert written[1]["completions"][0]["ids"] == again.ids.tolist()
+    np.testing.assert_allclose(written[1]["completions"][0]["logps"], again.raw_logps, atol=1e-5)
+
+
+def test_a_row_without_a_prompt_is_refused(served):
+    with pytest.raises(ValueError, match="this one has question"):
+        served.prompt_ids({"question": "?"})
+
+
+def test_a_conversation_remembers_what_was_said(served):
+    asked, said = iter(["a", "b"]), []
+
+    def ask():
+        for text in asked:
+            return text
+        raise EOFError
+
+    chat(served, SamplingParams(max_tokens=3, temperature=0), ask, said.append)
+    first = "".join(said).split("\n")[0]
+    assert "".join(said).count("\n") >= 2 and isinstance(first, str)
+
+
+def test_a_cache_budget_decides_the_slots(folder):
+    roomy = load_served(folder, dtype="float32", max_length=64, slots=None, cache_gib=0.001).engine
+    # One layer, two heads of 16, keys and values of 64 tokens in float32, once more while it grows; marks of 259.
+    each = 2 * 2 * 16 * 64 * 4 * 2 + 259
+    assert roomy.slots == int(0.001 * 2**30) // each * 8
+    with pytest.raises(ValueError, match=r"holds no sample of 64 tokens, which takes 0\.0 MiB"):
+        load_served(folder, dtype="float32", max_length=64, slots=None, cache_gib=1e-6)
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    openai = pytest.importorskip("openai")
+    uvicorn = pytest.importorskip("uvicorn")
+    from jaxtrain.recipes.serve import make_app
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(make_app(served), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    server.should_exit = True
+    thread.join()
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def test_openais_client_gets_chat_completions(served, client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    reply = client.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=8, temperature=0.7, seed=3, n=2, logprobs=True
+    )
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    assert reply.usage.prompt_tokens == len(served.prompt_ids({"messages": HELLO}))
+    first = reply.choices[0]
+    assert first.finish_reason in ("stop", "length") and first.message.role == "assistant"
+    assert 1 <= len(first.logprobs.content) <= 8 and all(token.logprob <= 0 for token in first.logprobs.content)
+
+
+def test_a_stream_is_the_whole_in_pieces(client):
+    options = {"model": "tiny", "messages": HELLO, "max_tokens": 40, "temperature": 0.7, "seed": 3}
+    whole = client.chat.completions.create(**options).choices[0]
+    pieces = list(client.chat.completions.create(**options, stream=True))
+    assert len(pieces) > 1
+    assert "".join(piece.choices[0].delta.content for piece in pieces) == whole.message.content
+    assert pieces[-1].choices[0].finish_reason == whole.finish_reason
+
+
+def test_completions_continue_text_or_ids(served, client):
+    text = client.completions.create(model="tiny", prompt="ab", max_tokens=5, temperature=0, logprobs=1)
+    ids = client.completions.create(model="tiny", prompt=served.tokenizer.encode("ab"), max_tokens=5, temperature=0)
+    assert text.choices[0].text == ids.choices[0].text
+    assert len(text.choices[0].logprobs.token_logprobs) == text.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 1000}, "can never fit into max_length=96"),
+        ({"temperature": -1}, "temperature=-1 must be at least 0"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+    ],
+)
+def test_what_cannot_be_done_is_said(client, options, message):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(model="tiny", messages=HELLO, **options)
