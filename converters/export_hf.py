@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from converters.errors import CheckpointError
 from converters.families.registry import FAMILIES, for_head, weight_rows
 from converters.import_hf import bind_checkpoint
-from converters.rows import bind, flatten
+from converters.rows import bind, by_name, flatten, join, whole_index
 from converters.safetensors_io import DTYPES, Spec, open_checkpoint, plan_files, write_checkpoint
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
@@ -72,13 +72,14 @@ def export_hf(
     family, leaves = FAMILIES[config.family], flatten(params)
     own_head = {ours: leaves.pop(ours) for ours in list(leaves) if ours.startswith("custom_head.")}
     tensors = bind(weight_rows(config), {ours: leaf.shape for ours, leaf in leaves.items()}, config)
-    by_name = {t.name: t for t in tensors if not t.alias}
+    named = by_name(tensors)
     cast = {ours: np.dtype(dtype or leaf.dtype) for ours, leaf in leaves.items()}
-    files = plan_files([Spec(t.name, cast[t.ours], t.shape) for t in by_name.values()], max_shard_bytes)
+    specs = [Spec(name, cast[parts[0].ours], parts[0].shape) for name, parts in named.items()]
+    files = plan_files(specs, max_shard_bytes)
 
     def fetch(name: str) -> np.ndarray:
-        tensor = by_name[name]
-        return tensor.to_hf(gather(leaves[tensor.ours], tensor.stack)).astype(cast[tensor.ours], copy=False)
+        whole = join(named[name], lambda tensor: gather(leaves[tensor.ours], tensor.stack))
+        return whole.astype(cast[named[name][0].ours], copy=False)
 
     if jax.process_index() > 0:
         # A tensor that is spread over hosts is gathered by all of them.
@@ -118,13 +119,13 @@ def convert(
     folder = empty_folder(Path(out))
     shapes = {ours: leaf.shape for ours, leaf in flatten(target).items()}
     with open_checkpoint(source) as checkpoint, written_aside(folder) as partial:
-        by_name = {t.name: t for t in bind_checkpoint(checkpoint, config, shapes)}
-        specs = [Spec(t.name, checkpoint.dtype(t.name), t.shape) for t in by_name.values()]
+        tensors = bind_checkpoint(checkpoint, config, shapes)
+        named = by_name(tensors) | {t.name: [t] for t in tensors if t.alias}
+        specs = [Spec(name, checkpoint.dtype(name), parts[0].shape) for name, parts in named.items()]
 
         def fetch(name: str) -> np.ndarray:
-            tensor = by_name[name]
-            whole = tuple(slice(0, size) for size in tensor.shapes[-1])
-            return tensor.to_hf(tensor.to_ours(checkpoint.read(name), whole))
+            stored = checkpoint.read(name)
+            return join(named[name], lambda tensor: tensor.to_ours(stored, whole_index(tensor.shapes[-1])))
 
         write_checkpoint(partial, plan_files(specs, max_shard_bytes), fetch)
         _write_rest(partial, FAMILIES[config.family].to_hf(config, hf), Path(source))

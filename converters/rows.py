@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ from jaxtrain.types import Params
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 """A rectangle: one slice an axis, with explicit start and stop."""
+
+
+def whole_index(shape: Shape) -> Index:
+    return tuple(slice(0, size) for size in shape)
 
 
 class Op(Protocol):
@@ -118,19 +122,46 @@ class PadVocab:
 
 
 @dataclass(frozen=True)
+class Interleaved:
+    """Of a tensor that several of ours are woven into: every `count`-th slice of `axis`, from `first` on."""
+
+    axis: int
+    first: int
+    count: int
+
+    def widen(self, shape: Shape) -> Shape:
+        """The shape of the whole tensor from that of one part."""
+        return (*shape[: self.axis], shape[self.axis] * self.count, *shape[self.axis + 1 :])
+
+    def hull(self, index: Index) -> Index:
+        """Where the rectangle `index` of the part lies in the whole tensor, the other parts' slices included."""
+        own = index[self.axis]
+        return (
+            *index[: self.axis],
+            slice(own.start * self.count, own.stop * self.count),
+            *index[self.axis + 1 :],
+        )
+
+    def of(self, whole: np.ndarray) -> np.ndarray:
+        """A view of the part."""
+        return whole[(*[slice(None)] * self.axis, slice(self.first, None, self.count))]
+
+
+@dataclass(frozen=True)
 class Weight:
-    """One row. `ops` lead from the checkpoint's tensor to ours. An alias is a second name that a checkpoint may store
-    the same parameter under: it must then hold the same values."""
+    """One row. `ops` lead from the checkpoint's tensor, or the `part` of it that is this row's, to ours. An alias is a
+    second name that a checkpoint may store the same parameter under: it must then hold the same values."""
 
     ours: str
     hf: str
     ops: tuple[Op, ...] = ()
     alias: bool = False
+    part: Interleaved | None = None
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A row bound to a config: one tensor of the checkpoint, and the part of ours that it fills."""
+    """A row bound to a config: one tensor of the checkpoint, or a part of it, and the part of ours that it fills."""
 
     name: str
     ours: str
@@ -138,23 +169,27 @@ class Tensor:
     ops: tuple[Op, ...]
     shapes: tuple[Shape, ...]  # before the first op (the checkpoint's), between, after the last (ours, unstacked)
     alias: bool
+    part: Interleaved | None
 
     @property
     def shape(self) -> Shape:
-        return self.shapes[0]
+        """Of the checkpoint's whole tensor."""
+        return self.part.widen(self.shapes[0]) if self.part else self.shapes[0]
 
     def hf_index(self, index: Index) -> Index:
         """The rectangle of the checkpoint's tensor that holds the rectangle `index` of ours (unstacked)."""
-        return self._indices(index)[0]
+        first = self._indices(index)[0]
+        return self.part.hull(first) if self.part else first
 
     def to_ours(self, block: np.ndarray, index: Index) -> np.ndarray:
         """The rectangle `index` of ours, from `block`, the checkpoint's at `hf_index(index)`."""
+        block = self.part.of(block) if self.part else block
         for op, after in zip(self.ops, self._indices(index)[1:], strict=True):
             block = op.to_ours(block, tuple(s.stop - s.start for s in after))
         return block
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The checkpoint's whole tensor from ours (unstacked)."""
+        """The checkpoint's tensor from ours (unstacked), or this one's part of it: see `join`."""
         for op, hf_shape in zip(reversed(self.ops), reversed(self.shapes[:-1]), strict=True):
             array = op.to_hf(array, hf_shape)
         return array
@@ -166,6 +201,27 @@ class Tensor:
         ):
             indices.insert(0, op.hf_index(indices[0], shape, hf_shape))
         return indices
+
+
+def join(tensors: Sequence[Tensor], fetch: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+    """The checkpoint's whole tensor from all those that are parts of it; `fetch` gives ours (unstacked) for each."""
+    if tensors[0].part is None:
+        return tensors[0].to_hf(fetch(tensors[0]))
+    parts = [(tensor.part, tensor.to_hf(fetch(tensor))) for tensor in tensors]
+    whole = np.empty(tensors[0].shape, parts[0][1].dtype)
+    for part, values in parts:
+        assert part is not None
+        part.of(whole)[...] = values
+    return whole
+
+
+def by_name(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
+    """The tensors of each name, aliases aside: more than one where they are parts of it."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        if not tensor.alias:
+            groups.setdefault(tensor.name, []).append(tensor)
+    return groups
 
 
 def bind(rows: Sequence[Weight], shapes: Mapping[str, Shape], config: ModelConfig) -> list[Tensor]:
@@ -192,7 +248,7 @@ def _tensors(row: Weight, shape: Shape, config: ModelConfig) -> Iterable[Tensor]
         shapes.insert(0, op.hf_shape(shapes[0], config))
     for stack in itertools.product(*(range(size) for size in shape[: len(fields)])):
         name = row.hf.format(**dict(zip(fields, stack, strict=True)))
-        yield Tensor(name, row.ours, stack, row.ops, tuple(shapes), row.alias)
+        yield Tensor(name, row.ours, stack, row.ops, tuple(shapes), row.alias, row.part)
 
 
 def flatten(tree: Params) -> dict[str, Any]:

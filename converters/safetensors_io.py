@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from converters import mxfp4
 from converters.errors import CheckpointError, nearest
 from converters.rows import Index, Shape
 
@@ -46,6 +47,11 @@ class Entry(NamedTuple):
     dtype: str  # as safetensors spells it
     shape: Shape
     start: int  # bytes from the beginning of the file
+    packed: tuple[Entry, Entry] | None = None  # blocks and scales of an MXFP4 tensor, which is read as this BF16 one
+
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for entry in self.packed or (self,)}
 
 
 @dataclass
@@ -57,7 +63,9 @@ class Checkpoint:
     _files: dict[Path, int] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
-        self._files = {file: os.open(file, os.O_RDONLY) for file in {e.file for e in self.entries.values()}}
+        self._files = {
+            file: os.open(file, os.O_RDONLY) for file in set[Path]().union(*(e.files for e in self.entries.values()))
+        }
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -79,10 +87,26 @@ class Checkpoint:
         """The rectangle `index` of a tensor (default: all of it) in its own dtype. Reads little more than its bytes."""
         entry, dtype = self.entries[name], self.dtype(name)
         index = index if index is not None else tuple(slice(0, size) for size in entry.shape)
+        if entry.packed is not None:
+            return self._read_packed(*entry.packed, index)
+        return self._read(entry, dtype, index)
+
+    def _read(self, entry: Entry, dtype: Any, index: Index) -> np.ndarray:
         out = np.empty([s.stop - s.start for s in index], dtype)
         if out.size:
             self._fill(out, entry, index)
         return out
+
+    def _read_packed(self, blocks: Entry, scales: Entry, index: Index) -> np.ndarray:
+        """The rectangle of [E, I, O], from the runs along I that it touches."""
+        experts, inside, outside = index
+        runs = slice(inside.start // mxfp4.RUN, -(-inside.stop // mxfp4.RUN))
+        where = (experts, outside, runs)
+        numbers = mxfp4.decode(
+            self._read(blocks, np.uint8, (*where, slice(0, blocks.shape[3]))), self._read(scales, np.uint8, where)
+        )
+        first = runs.start * mxfp4.RUN
+        return numbers[..., inside.start - first : inside.stop - first].swapaxes(1, 2)
 
     def _fill(self, out: np.ndarray, entry: Entry, index: Index) -> None:
         strides = [math.prod(entry.shape[axis + 1 :]) * out.itemsize for axis in range(out.ndim)]
@@ -134,7 +158,26 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     for name, file in (index or {}).items():
         if name not in entries or entries[name].file.name != file:
             raise CheckpointError(f"{folder / INDEX} puts tensor {name} into {file}, which does not hold it")
-    return Checkpoint(folder, entries)
+    return Checkpoint(folder, _unpacked(entries))
+
+
+def _unpacked(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """With each pair of MXFP4 blocks and scales as the one tensor that they stand for."""
+    tensors = dict(entries)
+    for name, blocks in entries.items():
+        whole = name.removesuffix(mxfp4.BLOCKS)
+        scales = entries.get(whole + mxfp4.SCALES)
+        if whole == name or scales is None or (blocks.dtype, scales.dtype) != ("U8", "U8"):
+            continue
+        if blocks.shape != (*scales.shape, mxfp4.RUN // 2) or len(scales.shape) != 3:
+            raise CheckpointError(
+                f"{blocks.file}: {name} {list(blocks.shape)} and its scales {list(scales.shape)} are no MXFP4 tensor"
+            )
+        experts, outside, runs = scales.shape
+        del tensors[name], tensors[whole + mxfp4.SCALES]
+        shape = (experts, runs * mxfp4.RUN, outside)
+        tensors[whole] = Entry(blocks.file, "BF16", shape, blocks.start, packed=(blocks, scales))
+    return tensors
 
 
 def check_folder(folder: Path) -> None:

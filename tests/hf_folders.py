@@ -50,6 +50,18 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 1}
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+GPT_OSS = {"num_local_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 0.7, "sliding_window": 37}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -63,6 +75,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "qwen3-tied": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3-biases": ("Qwen3", {"attention_bias": True}),
+    "qwen3-moe": ("Qwen3Moe", MOE),
+    "qwen3-moe-renormalised-window": (
+        "Qwen3Moe",
+        {**MOE, "norm_topk_prob": True, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 37},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 37}),
+    "gpt-oss": ("GptOss", {**GPT_OSS, "rope_parameters": YARN}),
     "qwen3-window": ("Qwen3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
 }
 

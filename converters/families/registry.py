@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from converters.errors import CheckpointError, nearest
-from converters.families import llama, qwen2, qwen3
+from converters.families import gpt_oss, llama, mixtral, qwen2, qwen3, qwen3_moe
 from converters.rows import Transpose, Weight
 from jaxtrain.nn.config import ModelConfig
 
@@ -47,7 +47,7 @@ class Family(Protocol):
     def to_hf(self, config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
 
 
-_ALL: tuple[Family, ...] = (llama, qwen2, qwen3)
+_ALL: tuple[Family, ...] = (llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss)
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 _SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))
 _CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"

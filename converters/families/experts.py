@@ -1,0 +1,25 @@
+"""What mixtures of experts have in common: the rows of their tensors, where each expert's lie on their own."""
+
+from __future__ import annotations
+
+from converters.rows import Transpose, Weight
+
+_LAYER = "model.layers.{layer}"
+_MATRIX = (Transpose((1, 0)),)  # [out, in] -> [in, out]
+
+
+def router_rows(name: str) -> tuple[Weight, ...]:
+    """`name` within a layer."""
+    return (
+        Weight("layers.mlp.router.kernel", f"{_LAYER}.{name}.weight", _MATRIX),
+        Weight("layers.mlp.router.bias", f"{_LAYER}.{name}.bias"),
+    )
+
+
+def expert_rows(experts: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """A tensor for each expert and matrix: the experts' name within a layer, and the matrices' within an expert."""
+    names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return tuple(
+        Weight(f"layers.mlp.experts.{ours}.kernel", f"{_LAYER}.{experts}.{{expert}}.{theirs}.weight", _MATRIX)
+        for ours, theirs in names.items()
+    )

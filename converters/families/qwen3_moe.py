@@ -1,0 +1,97 @@
+"""Qwen3's mixtures of experts: Qwen3 with experts in every layer, and one window for all layers or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.families.dense import BASE, O_BIAS, QK_NORM, QKV_BIAS, overlay, read_sizes, write_sizes
+from converters.families.experts import expert_rows, router_rows
+from converters.families.keys import Keys
+from converters.families.rope import read_rope
+from jaxtrain.nn.config import LayerKind, ModelConfig, MoE
+
+ARCHITECTURE = "Qwen3MoeForCausalLM"
+MODEL_TYPE = "qwen3_moe"
+WEIGHTS = (
+    *(*BASE, *QKV_BIAS, *O_BIAS, *QK_NORM),
+    *router_rows("mlp.gate"),
+    *expert_rows("mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
+)
+DERIVED = ()
+
+# transformers.Qwen3MoeConfig (5.24)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+    "norm_topk_prob": False,
+}
+# Layers without experts among those with some are not supported: no published Qwen3 has them.
+INERT = {
+    "mlp_bias": (None, False),
+    "qk_norm": (None, True),
+    "use_qk_norm": (None, True),
+    "decoder_sparse_step": (None, 1),
+    "mlp_only_layers": (None, []),
+}
+
+
+def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    # transformers 5 saves what is published as `num_experts` under another name, and reads both.
+    keys = Keys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
+    used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
+    kind = LayerKind(keys.size("sliding_window") if used else None, read_rope(keys))
+    return ModelConfig(
+        family=MODEL_TYPE,
+        **read_sizes(keys),
+        qkv_bias=keys.flag("attention_bias"),
+        o_bias=keys.flag("attention_bias"),
+        qk_norm="head",
+        pattern=(kind,) * keys.size("num_hidden_layers"),
+        moe=MoE(
+            num_experts=keys.size("num_experts"),
+            experts_per_token=keys.size("num_experts_per_tok"),
+            intermediate_size=keys.size("moe_intermediate_size"),
+            renormalise=keys.flag("norm_topk_prob"),
+        ),
+        vocab_multiple=vocab_multiple,
+    )
+
+
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    return overlay(config, base, from_hf, _keys)
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    assert config.moe is not None
+    window = config.pattern[0].window
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **write_sizes(config),
+        "attention_bias": config.qkv_bias,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "moe_intermediate_size": config.moe.intermediate_size,
+        "norm_topk_prob": config.moe.renormalise,
+    }
