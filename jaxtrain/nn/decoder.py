@@ -47,7 +47,6 @@ class Execution:
     # Layers one after the other in one long program instead of a loop. On a CPU the loop's copies of what the backward
     # pass needs into stacked arrays, and out of them, cost a tenth of the step. Only without remat: see `hidden`.
     unroll: bool = False
-    context: int | None = None  # the length that ropes which depend on it go by; None: each sequence's own
 
 
 class Block(nnx.Module):
