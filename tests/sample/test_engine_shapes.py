@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 """The engine on meshes, over mixtures of experts, and what it compiles."""
 
 import logging
@@ -8,7 +10,6 @@ import pytest
 import tiny
 
 from jaxtrain.config import MeshSection
-from jaxtrain.nn.config import LayerKind
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.sample.constraints import Trie
 from jaxtrain.sample.engine import Engine
@@ -17,7 +18,7 @@ from jaxtrain.train.step import score
 from jaxtrain.types import Batch
 
 RNG = np.random.default_rng(1)
-SIZES = {"num_layers": 2, "pattern": (LayerKind(window=6), LayerKind())}
+SIZES = {"num_layers": 2, "pattern": (replace(tiny.KIND, window=6), tiny.KIND)}
 
 
 def requests(lengths, **options):
