@@ -1,8 +1,7 @@
-from dataclasses import replace
-
 """The engine on meshes, over mixtures of experts, and what it compiles."""
 
 import logging
+from dataclasses import replace
 
 import jax
 import numpy as np
