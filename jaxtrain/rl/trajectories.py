@@ -105,20 +105,18 @@ class Replay:
 
 def sample_table(step: int, trajectories: Sequence[Trajectory], rows: int = 4, width: int = 300) -> Table:
     """The first samples for a person to read, the end of long texts left out."""
-    names = list(dict.fromkeys(name for t in trajectories for name in t.rewards))
     table = Table(title=f"samples of step {step}", show_lines=True, title_justify="left")
-    for name in ("prompt", "completion"):
-        table.add_column(name, ratio=2 if name == "completion" else 1, overflow="fold")
-    for name in ("reward", *names, "advantage", "tokens", "end"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("prompt", ratio=1, overflow="fold")
+    table.add_column("completion", ratio=2, overflow="fold")
+    table.add_column("worth", justify="right", overflow="fold", max_width=30)
     for t in trajectories[:rows]:
-        advantage = (
-            "" if t.advantages is None else f"{t.advantages[t.loss_mask].mean() if t.loss_mask.any() else 0:.2f}"
-        )
-        numbers = [f"{value:.2f}" for value in (t.reward, *(t.rewards.get(name, float("nan")) for name in names))]
+        worth = [f"reward {t.reward:.2f}", *(f"{name} {value:.2f}" for name, value in t.rewards.items())]
+        if t.advantages is not None and t.loss_mask.any():
+            worth.append(f"advantage {t.advantages[t.loss_mask].mean():.2f}")
+        worth.append(f"{len(t.completion_ids)} tokens, {t.finish_reason}")
+        texts = (_question(t.prompt.columns.get("prompt", "")), t.text)
         # As `Text`: brackets in what a model writes are no markup.
-        texts = [Text(_cut(text, width)) for text in (_question(t.prompt.columns.get("prompt", "")), t.text)]
-        table.add_row(*texts, *numbers, advantage, str(len(t.completion_ids)), t.finish_reason)
+        table.add_row(*(Text(_cut(text, width)) for text in texts), Text("\n".join(worth)))
     return table
 
 
