@@ -109,8 +109,8 @@ def test_disjoint_meshes_give_the_same_samples_and_losses(place, together):
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_ray_workers_give_the_same_samples_and_losses(place, together, tmp_path):
     folder, expected = together
-    with ray_start.local(tmp_path):
-        losses = train(place, "ray", {"kind": "ray"})
+    ray_start.start(tmp_path)
+    losses = train(place, "ray", {"kind": "ray"})
     assert samples(place / "ray") == samples(folder)
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
 

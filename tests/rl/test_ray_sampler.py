@@ -18,10 +18,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory):
-    with ray_start.local(tmp_path_factory.mktemp("ray")):
-        made, _, _ = place(PlacementSection(kind="ray", workers=2, worker_seconds=120.0))
-        yield made
-        made.close()
+    ray_start.start(tmp_path_factory.mktemp("ray"))
+    made, _, _ = place(PlacementSection(kind="ray", workers=2, worker_seconds=120.0))
+    yield made
+    made.close()
 
 
 def test_workers_sample_what_one_process_does_and_a_killed_one_costs_nothing(sampler, caplog):
