@@ -109,7 +109,7 @@ def train(folder: Path, staleness: int, steps: int, tokens: int) -> None:
         "prompts": 4,
         "generations": 2,
         "max_completion_length": tokens,
-        "rewards": [{"function": "exact_answer"}, {"function": "repetition_penalty"}],
+        "rewards": [{"function": "exact_answer"}, {"function": "repetition_penalty", "args": {"ngram": 1}}],
         "reward_workers": 1,
         "sampling": {"slots": 8},
         "placement": placement,

@@ -15,6 +15,7 @@ def start(home: Path) -> None:
         return
     with pytest.MonkeyPatch.context() as patch:  # what its processes inherit
         patch.setenv("HOME", str(home))  # Ray writes there
+        patch.setenv("RAY_gcs_server_port_wait_time_s", "120")  # a busy machine takes longer than the default
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         # Sockets lie in the folder, and their paths must be short.
