@@ -14,6 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from converters.adapters import export_adapter, import_adapter, read_lora
 from converters.errors import CheckpointError
+from converters.families.registry import weight_rows
+from converters.import_hf import read_config
+from converters.rows import bind, flatten
 from jaxtrain.config import parse_config
 from jaxtrain.lora import check_targets, join, merge_adapters, split_adapters
 from jaxtrain.nn.config import Lora
@@ -129,6 +132,35 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
     (out / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="peft_type=IA3"):
         read_lora(out, model.config)
+
+
+@pytest.mark.parametrize("case", hf_folders.CASES)
+def test_factors_are_laid_out_as_their_kernel_in_every_family(case, tmp_path):
+    """B @ A in PEFT's layout is what the kernel's row makes of a @ b; a matrix that PEFT cannot adapt is refused."""
+    config, _ = read_config(hf_folders.hf_config(case).to_dict())
+    params = Model(config, Lora(3, 3.0, 0.0, ("attn.*", "mlp.*_proj"))).abstract()
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), split_adapters(params)[0])
+    lora = Lora(3, 3.0, 0.0, ("all-linear",))
+    try:
+        out = export_adapter(jax.tree.map(jnp.asarray, adapters), config, lora, tmp_path / "out", None)
+    except CheckpointError as error:
+        assert "PEFT has no place" in str(error) and any(word in case for word in ("phi", "moe", "mixtral", "gpt"))
+        return
+    factors = load_file(out / "adapter_model.safetensors")
+    kernels = flatten(jax.tree.map(np.asarray, _products(adapters)))
+    tensors = bind(weight_rows(config), {path: kernel.shape for path, kernel in kernels.items()}, config)
+    assert len(factors) == 2 * len(tensors)
+    for tensor in tensors:
+        module = tensor.name.removesuffix(".weight")
+        a, b = (factors[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        np.testing.assert_allclose(tensor.to_hf(kernels[tensor.ours][tensor.stack]), b @ a, atol=1e-5)
+
+
+def _products(node):
+    if "lora_a" not in node:
+        return {name: _products(inner) for name, inner in node.items()}
+    return {"kernel": np.stack([np.tensordot(a, b, 1) for a, b in zip(node["lora_a"], node["lora_b"], strict=True)])}
 
 
 @pytest.mark.parametrize(
