@@ -40,6 +40,7 @@ class TorchConfig:
     vocab_size: int
     tied: bool = True  # the head lies as [V, D], like an embedding
     moe: None = None
+    logit_softcap: None = None  # a model that caps its logits is refused
 
 
 @dataclass(frozen=True, eq=False)
