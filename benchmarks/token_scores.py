@@ -5,6 +5,7 @@ Usage: python benchmarks/token_scores.py      Writes its section of benchmarks/R
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 
@@ -77,6 +78,7 @@ def main() -> None:
             lines.append(f"| {weighted:.0%} | {name} | {middle:.2f} | {share:.0%} |")
     how = (
         f"value_and_grad, float32, tied; times of T x D x V = {' x '.join(map(str, TIMED))}, medians of {ROUNDS} turns."
+        f" Load average {os.getloadavg()[2]:.1f}."
     )
     text = "\n".join([*lines, "", f"{machine('jax')}. {how}"])
     print(text)
