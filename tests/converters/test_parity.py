@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
-from jaxtrain.sample.decode import greedy
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.requests import Request, SamplingParams
 from jaxtrain.types import Batch
 
 LENGTH = 600  # short prompts hide mistakes in rope
@@ -120,8 +121,12 @@ def test_smollm2_greedy_text():
     ]
     params, config, _ = hf_folders.load(Path(SMOLLM2))
     model = Model(config, run=Execution(jnp.dtype("float32")))
-    ours = greedy(model, params, prompts, max_new_tokens=32, stop_ids=[tokenizer.eos_token_id], rows=20)
+    greedy = SamplingParams(max_tokens=32, temperature=0, stop_ids=[tokenizer.eos_token_id])
+    answers = Engine(model, params, slots=20, max_length=128).generate([Request(ids, greedy) for ids in prompts])
+    ours = [completion.ids for (completion,) in answers]
     reference = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     out = reference.generate(**padded, do_sample=False, max_new_tokens=32)[:, padded.input_ids.shape[1] :]
-    assert tokenizer.batch_decode(ours) == tokenizer.batch_decode(out, skip_special_tokens=True)
+    assert tokenizer.batch_decode(ours, skip_special_tokens=True) == tokenizer.batch_decode(
+        out, skip_special_tokens=True
+    )
