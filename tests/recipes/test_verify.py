@@ -19,7 +19,7 @@ from converters.reference import Reference
 from converters.rows import Split
 from jaxtrain.cli import app
 from jaxtrain.nn.config import Rope
-from jaxtrain.recipes.verify import load_subject
+from jaxtrain.recipes.verify import compare, load_subject
 from jaxtrain.recipes.verify.compare import find_checkpoint
 from jaxtrain.recipes.verify.locate import locate
 from jaxtrain.recipes.verify.subject import token_rows
@@ -76,6 +76,17 @@ def with_params(subject, change):
 
 def with_config(subject, **changes):
     return dataclasses.replace(subject, config=dataclasses.replace(subject.config, **changes))
+
+
+# The last case of each family is the one with windows, where it has them. `test_parity` compares logits of all.
+ONE_OF_EACH = {family: case for case, (family, _) in hf_folders.CASES.items()}.values()
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_families_pass(case, tmp_path):
+    subject = load_subject(hf_folders.save(tmp_path, case))
+    report = compare(subject, tokens=TOKENS, dtype="float32", gradients=True, decode=True)
+    assert report.passed, "\n".join(f"{check.name}: {check.summary}" for check in report.checks)
 
 
 def test_nothing_departs_in_what_is_right(subject, depart):
