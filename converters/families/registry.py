@@ -6,7 +6,22 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from converters.errors import CheckpointError, nearest
-from converters.families import gpt_oss, llama, mixtral, qwen2, qwen3, qwen3_moe
+from converters.families import (
+    gemma2,
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from converters.rows import Transpose, Weight
 from jaxtrain.nn.config import ModelConfig
 
@@ -47,7 +62,10 @@ class Family(Protocol):
     def to_hf(self, config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
 
 
-_ALL: tuple[Family, ...] = (llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss)
+_ALL: tuple[Family, ...] = (
+    *(llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss, gemma2, gemma3),
+    *(granite, ministral, mistral, olmo2, olmo3, smollm3),
+)
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 _SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))
 _CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"

@@ -1,0 +1,61 @@
+"""Mistral: Llama with a sliding window on every layer, or none (Mistral 7B, Nemo, Small; Ministral as published)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.families.dense import BASE, overlay, read_sizes, write_sizes
+from converters.families.keys import Keys
+from converters.families.rope import read_rope
+from jaxtrain.nn.config import LayerKind, ModelConfig
+
+ARCHITECTURE = "MistralForCausalLM"
+MODEL_TYPE = "mistral"
+WEIGHTS = BASE
+DERIVED = ()
+
+# transformers.MistralConfig (5.24)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+INERT: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False), "layer_types": (None,)}
+
+
+def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    keys = Keys(hf, DEFAULTS, INERT)
+    window = None if keys.get("sliding_window") is None else keys.size("sliding_window")
+    return ModelConfig(
+        family=MODEL_TYPE,
+        **read_sizes(keys),
+        pattern=(LayerKind(window, read_rope(keys)),) * keys.size("num_hidden_layers"),
+        vocab_multiple=vocab_multiple,
+    )
+
+
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    return overlay(config, base, from_hf, _keys)
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **write_sizes(config),
+        "sliding_window": config.pattern[0].window,
+    }

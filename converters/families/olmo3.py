@@ -1,0 +1,95 @@
+"""OLMo 3: OLMo 2 with sliding windows on three layers of four, and scaled rope on the fourth only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.families.dense import (
+    BASE,
+    O_BIAS,
+    QKV_BIAS,
+    overlay,
+    read_layer_types,
+    read_sizes,
+    write_layer_types,
+    write_sizes,
+)
+from converters.families.keys import Keys
+from converters.families.rope import read_ropes, write_ropes
+from converters.rows import Split, Weight
+from jaxtrain.nn.config import LayerKind, ModelConfig
+
+ARCHITECTURE = "Olmo3ForCausalLM"
+MODEL_TYPE = "olmo3"
+WEIGHTS = (
+    *(row for row in BASE if row.ours not in ("layers.input_norm.scale", "layers.mlp_norm.scale")),
+    *QKV_BIAS,
+    *O_BIAS,
+    Weight("layers.attn.q_norm.scale", "model.layers.{layer}.self_attn.q_norm.weight", (Split(0),)),
+    Weight("layers.attn.k_norm.scale", "model.layers.{layer}.self_attn.k_norm.weight", (Split(0),)),
+    Weight("layers.attn_post_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight"),
+    Weight("layers.mlp_post_norm.scale", "model.layers.{layer}.post_feedforward_layernorm.weight"),
+)
+DERIVED = ()
+
+# transformers.Olmo3Config (5.24)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50304,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+INERT: dict[str, tuple[Any, ...]] = {"mlp_bias": (None, False)}
+
+
+def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    keys = Keys(hf, DEFAULTS, INERT)
+    ropes = read_ropes(keys, DEFAULTS["rope_theta"])
+    sliding = read_layer_types(keys, lambda layer: (layer + 1) % 4 != 0)
+    return ModelConfig(
+        family=MODEL_TYPE,
+        **read_sizes(keys),
+        qkv_bias=keys.flag("attention_bias"),
+        o_bias=keys.flag("attention_bias"),
+        pre_norms=False,
+        post_norms=True,
+        norm_in_float32=True,
+        qk_norm="all",
+        pattern=tuple(
+            LayerKind(keys.size("sliding_window"), ropes["sliding_attention"])
+            if slides
+            else LayerKind(None, ropes["full_attention"])
+            for slides in sliding
+        ),
+        vocab_multiple=vocab_multiple,
+    )
+
+
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    return overlay(config, base, from_hf, _keys)
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **write_sizes(config),
+        **write_layer_types(config),
+        **write_ropes(config),
+        "attention_bias": config.qkv_bias,
+    }

@@ -1,0 +1,95 @@
+"""SmolLM3: Llama with layers that know no positions, every fourth by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.families.dense import (
+    BASE,
+    MLP_BIAS,
+    O_BIAS,
+    QKV_BIAS,
+    overlay,
+    read_layer_types,
+    read_sizes,
+    write_sizes,
+    write_windows,
+)
+from converters.families.keys import Keys
+from converters.families.rope import read_rope
+from jaxtrain.nn.config import LayerKind, ModelConfig
+
+ARCHITECTURE = "SmolLM3ForCausalLM"
+MODEL_TYPE = "smollm3"
+WEIGHTS = (*BASE, *QKV_BIAS, *O_BIAS, *MLP_BIAS)
+DERIVED = ()
+
+# transformers.SmolLM3Config (5.24)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 2000000.0,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 4,
+}
+INERT: dict[str, tuple[Any, ...]] = {}
+
+
+def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    keys = Keys(hf, DEFAULTS, INERT)
+    layers, every = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval")
+    turns = keys.get("no_rope_layers")  # 1 where a layer has rope, in spite of the name
+    if turns is None:
+        turns = [(layer + 1) % every != 0 for layer in range(layers)]
+    if len(turns) < layers:
+        raise CheckpointError(f"config.json: no_rope_layers names {len(turns)} of {layers} layers")
+    used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
+    sliding, rope = read_layer_types(keys, lambda layer: used and not turns[layer]), read_rope(keys)
+    window = keys.size("sliding_window") if used else None
+    return ModelConfig(
+        family=MODEL_TYPE,
+        **read_sizes(keys),
+        qkv_bias=keys.flag("attention_bias"),
+        o_bias=keys.flag("attention_bias"),
+        mlp_bias=keys.flag("mlp_bias"),
+        pattern=tuple(
+            LayerKind(window if slides else None, rope if turn else None)
+            for slides, turn in zip(sliding, turns, strict=False)
+        ),
+        vocab_multiple=vocab_multiple,
+    )
+
+
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    return overlay(config, base, from_hf, _keys)
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **write_sizes(config),
+        **write_windows(config),
+        "no_rope_layers": [int(kind.rope is not None) for kind in config.pattern],
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }

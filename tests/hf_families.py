@@ -1,0 +1,76 @@
+"""Tiny configs of families beyond Llama and Qwen, their switches on: case -> (class of transformers, its keys)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hf_folders
+
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
+LOCAL = {"rope_type": "default", "rope_theta": 60.0}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"sliding_window": 37}),
+    "mistral-full-tied": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "ministral": ("Ministral", {"sliding_window": 37, "layer_types": MIXED}),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0, "no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "smollm3-biases": (
+        "SmolLM3",
+        {"pad_token_id": 0, "no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 0.25,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 37,
+            "layer_types": MIXED,
+            "attention_bias": True,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
+        },
+    ),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 37,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 37,
+            "layer_types": MIXED,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"full_attention": {**PLAIN, "rope_theta": 9e3}, "sliding_attention": LOCAL},
+        },
+    ),
+    "gemma3-untied-cap-biases": (
+        "Gemma3Text",
+        {
+            "sliding_window": 37,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 9e3},
+                "sliding_attention": LOCAL,
+            },
+        },
+    ),
+}
+hf_folders.CASES.update(FAMILIES)
