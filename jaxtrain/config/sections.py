@@ -81,6 +81,8 @@ class ModelSection(Section):
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
     backend: Literal["jaxtrain", "torchax"] = "jaxtrain"  # torchax: any architecture of transformers, less able
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # of the load-balancing loss of a mixture of experts
+    router_z_loss_coef: Annotated[float, Field(ge=0)] = 0.0
     lora: LoraSection | None = None
     quantize: Literal["int8", "nf4"] | None = None  # the frozen kernels under LoRA are held in so many bits
     vocab_multiple: PositiveInt = 64

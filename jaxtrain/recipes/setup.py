@@ -21,7 +21,7 @@ from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection, RunConfig, SourceSection
 from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
 from jaxtrain.lora import check_targets, join, mean_rows, merge_tokens, split_adapters
-from jaxtrain.nn.config import Lora, ModelConfig, NewTokens
+from jaxtrain.nn.config import Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
@@ -85,12 +85,27 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     if added:
         model_config = replace(model_config, vocab_size=max(model_config.vocab_size, added.first + added.count))
     own = added if section.add_tokens and (lora or section.add_tokens.alone) else None
-    model = Model(model_config, lora, run, jnp.dtype(section.param_dtype), section.head, new_tokens=own)
+    router_loss = _router_loss(section, model_config)
+    model = Model(
+        *(model_config, lora, run, jnp.dtype(section.param_dtype), section.head),
+        new_tokens=own,
+        router_loss=router_loss,
+    )
     shapes = model.abstract()
     if model.lora:
         check_targets(model.lora.targets, shapes)
     shardings = param_specs(model.axes(), shapes, RULES[config.mesh.preset], mesh)
     return Policy(model, hf, jax.tree.map(_placed, shapes, shardings), section.quantize, added)
+
+
+def _router_loss(section: ModelSection, config: ModelConfig) -> RouterLoss:
+    weights = RouterLoss(section.router_aux_loss_coef, section.router_z_loss_coef)
+    if config.moe is None and weights != RouterLoss():
+        raise ValueError(
+            "model.router_aux_loss_coef and model.router_z_loss_coef are for mixtures of experts; "
+            f"{config.family} has no router here"
+        )
+    return weights
 
 
 def base_params(section: ModelSection, policy: Policy, seed: int) -> Params:
