@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import hf_folders
-
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LOCAL = {"rope_type": "default", "rope_theta": 60.0}
@@ -73,4 +71,3 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-hf_folders.CASES.update(FAMILIES)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 37}),
     "gpt-oss": ("GptOss", {**GPT_OSS, "rope_parameters": YARN}),
     "qwen3-window": ("Qwen3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    **hf_families.FAMILIES,
 }
 
 

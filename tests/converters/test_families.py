@@ -25,7 +25,7 @@ MINIMAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 def hf_dict(case: str, **changes) -> dict:
     hf = hf_folders.hf_config(case).to_dict()
-    hf["architectures"] = [hf_folders.CASES[case][0] + "ForCausalLM"]
+    hf["architectures"] = [hf_folders.CASES[case][0].removesuffix("Text") + "ForCausalLM"]
     return {**hf, **changes}
 
 

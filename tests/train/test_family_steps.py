@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import hf_families  # noqa: F401  (adds its cases to hf_folders)
 import hf_folders
 import jax
 import jax.numpy as jnp
