@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -106,16 +107,18 @@ def test_a_segment_does_not_know_how_long_its_neighbours_are(scaling):
     model = tiny.model(pattern=(LayerKind(None, Rope(500.0, scaling)),) * 3)
     params = tiny.random_params(model)
     packed = tiny.packed_batch([[9, 20, 3]], 32)
-    together = model.hidden(params, packed)
+    hidden_of = jax.jit(model.hidden)
+    together = hidden_of(params, packed)
     for segment in (slice(0, 9), slice(9, 29), slice(29, 32)):
         tokens, positions, _, _ = alone = [leaf[:, segment] for leaf in packed[:4]]
-        hidden = model.hidden(params, packed._replace(**dict(zip(packed._fields, alone, strict=False))))
+        hidden = hidden_of(params, packed._replace(**dict(zip(packed._fields, alone, strict=False))))
         np.testing.assert_allclose(hidden, together[:, segment], atol=1e-5)
         length = tokens.shape[1]
         sampler = replace(model, run=replace(model.run, context=length))
+        extend = jax.jit(sampler.extend)
         cache, parts = sampler.empty_cache(1, length), []
         for span in (slice(0, 2), slice(2, length)):
             ones = jnp.ones_like(tokens[:, span])
-            part, cache = sampler.extend(params, tokens[:, span], positions[:, span], ones, cache)
+            part, cache = extend(params, tokens[:, span], positions[:, span], ones, cache)
             parts.append(part)
         np.testing.assert_allclose(jnp.concatenate(parts, 1), hidden, atol=1e-5)
