@@ -77,7 +77,8 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
     the model.
     """
     hf = _read_config(Path(folder))
-    modules = {_module(row, layer): row for row in _linears(config) for layer in range(config.num_layers)}
+    whole = [row for row in _linears(config) if row.part is None]
+    modules = {_module(row, layer): row for row in whole for layer in range(config.num_layers)}
     targets = {}
     with _open(Path(folder)) as checkpoint:
         for name in checkpoint.entries:
@@ -168,7 +169,7 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
             row, ours = rows[path], f"{path}.{factor}"
             name = f"{_PREFIX}{row.hf.removesuffix('.weight')}.{theirs}.weight"
             for tensor in bind([Weight(ours, name, (*row.ops, drops[factor]))], {ours: shapes[ours]}, config):
-                if tensor.shape != wanted[factor]:
+                if row.part or tensor.shape != wanted[factor]:
                     raise CheckpointError(
                         f"PEFT has no place for the adapter of {path}: in transformers it is part of another matrix "
                         f"({row.hf})"

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from converters.errors import CheckpointError
 from converters.families.registry import FAMILIES, for_head, weight_rows
 from converters.import_hf import bind_checkpoint
-from converters.rows import bind, by_name, flatten, join, whole_index
+from converters.rows import bind, by_name, flatten, join
 from converters.safetensors_io import DTYPES, Spec, open_checkpoint, plan_files, write_checkpoint
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
@@ -125,7 +125,7 @@ def convert(
 
         def fetch(name: str) -> np.ndarray:
             stored = checkpoint.read(name)
-            return join(named[name], lambda tensor: tensor.to_ours(stored, whole_index(tensor.shapes[-1])))
+            return join(named[name], lambda tensor: tensor.whole(stored))
 
         write_checkpoint(partial, plan_files(specs, max_shard_bytes), fetch)
         _write_rest(partial, FAMILIES[config.family].to_hf(config, hf), Path(source))

@@ -122,29 +122,65 @@ class PadVocab:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Where a part lies in the checkpoint's tensor: its slice i of `axis` is the whole's slice `first + i * step`."""
+
+    axis: int
+    size: int  # of the whole
+    first: int
+    step: int
+
+    def widen(self, shape: Shape) -> Shape:
+        """The shape of the whole tensor from that of the part."""
+        return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
+
+    def place(self, index: Index) -> Index:
+        """Where the rectangle `index` of the part lies in the whole tensor."""
+        own = index[self.axis]
+        start, last = (self.first + i * self.step for i in (own.start, own.stop - 1))
+        return (*index[: self.axis], slice(start, last + 1, self.step), *index[self.axis + 1 :])
+
+    def hull(self, index: Index) -> Index:
+        """The rectangle of the whole tensor around `place(index)`: other parts' slices may lie between."""
+        return tuple(slice(s.start, s.stop) for s in self.place(index))
+
+    def of(self, block: np.ndarray) -> np.ndarray:
+        """A view of the part, in a block that `hull` names."""
+        return block[(*[slice(None)] * self.axis, slice(None, None, self.step))]
+
+
+class Part(Protocol):
+    """How a tensor of the checkpoint holds several of ours. Shapes and axes are those before the row's first op."""
+
+    def slot(self, shape: Shape, config: ModelConfig) -> Slot:
+        """Of the part, which has `shape`."""
+        ...
+
+
+@dataclass(frozen=True)
 class Interleaved:
-    """Of a tensor that several of ours are woven into: every `count`-th slice of `axis`, from `first` on."""
+    """Woven into each other: every `count`-th slice of `axis`, from `first` on."""
 
     axis: int
     first: int
     count: int
 
-    def widen(self, shape: Shape) -> Shape:
-        """The shape of the whole tensor from that of one part."""
-        return (*shape[: self.axis], shape[self.axis] * self.count, *shape[self.axis + 1 :])
+    def slot(self, shape: Shape, config: ModelConfig) -> Slot:
+        return Slot(self.axis, shape[self.axis] * self.count, self.first, self.count)
 
-    def hull(self, index: Index) -> Index:
-        """Where the rectangle `index` of the part lies in the whole tensor, the other parts' slices included."""
-        own = index[self.axis]
-        return (
-            *index[: self.axis],
-            slice(own.start * self.count, own.stop * self.count),
-            *index[self.axis + 1 :],
-        )
 
-    def of(self, whole: np.ndarray) -> np.ndarray:
-        """A view of the part."""
-        return whole[(*[slice(None)] * self.axis, slice(self.first, None, self.count))]
+@dataclass(frozen=True)
+class SideBySide:
+    """One after the other along `axis`, `sizes` of a config wide: the part is number `place` of them."""
+
+    axis: int
+    place: int
+    sizes: Callable[[ModelConfig], tuple[int, ...]]
+
+    def slot(self, shape: Shape, config: ModelConfig) -> Slot:
+        sizes = self.sizes(config)
+        assert shape[self.axis] == sizes[self.place], (shape, sizes)
+        return Slot(self.axis, sum(sizes), sum(sizes[: self.place]), 1)
 
 
 @dataclass(frozen=True)
@@ -156,7 +192,7 @@ class Weight:
     hf: str
     ops: tuple[Op, ...] = ()
     alias: bool = False
-    part: Interleaved | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -169,24 +205,29 @@ class Tensor:
     ops: tuple[Op, ...]
     shapes: tuple[Shape, ...]  # before the first op (the checkpoint's), between, after the last (ours, unstacked)
     alias: bool
-    part: Interleaved | None
+    slot: Slot | None  # of the part
 
     @property
     def shape(self) -> Shape:
         """Of the checkpoint's whole tensor."""
-        return self.part.widen(self.shapes[0]) if self.part else self.shapes[0]
+        return self.slot.widen(self.shapes[0]) if self.slot else self.shapes[0]
 
     def hf_index(self, index: Index) -> Index:
         """The rectangle of the checkpoint's tensor that holds the rectangle `index` of ours (unstacked)."""
         first = self._indices(index)[0]
-        return self.part.hull(first) if self.part else first
+        return self.slot.hull(first) if self.slot else first
 
     def to_ours(self, block: np.ndarray, index: Index) -> np.ndarray:
         """The rectangle `index` of ours, from `block`, the checkpoint's at `hf_index(index)`."""
-        block = self.part.of(block) if self.part else block
+        block = self.slot.of(block) if self.slot else block
         for op, after in zip(self.ops, self._indices(index)[1:], strict=True):
             block = op.to_ours(block, tuple(s.stop - s.start for s in after))
         return block
+
+    def whole(self, stored: np.ndarray) -> np.ndarray:
+        """All of ours (unstacked), from the checkpoint's whole tensor."""
+        index = whole_index(self.shapes[-1])
+        return self.to_ours(stored[self.hf_index(index)], index)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The checkpoint's tensor from ours (unstacked), or this one's part of it: see `join`."""
@@ -205,13 +246,13 @@ class Tensor:
 
 def join(tensors: Sequence[Tensor], fetch: Callable[[Tensor], np.ndarray]) -> np.ndarray:
     """The checkpoint's whole tensor from all those that are parts of it; `fetch` gives ours (unstacked) for each."""
-    if tensors[0].part is None:
+    if tensors[0].slot is None:
         return tensors[0].to_hf(fetch(tensors[0]))
-    parts = [(tensor.part, tensor.to_hf(fetch(tensor))) for tensor in tensors]
+    parts = [(tensor.slot, tensor.to_hf(fetch(tensor))) for tensor in tensors]
     whole = np.empty(tensors[0].shape, parts[0][1].dtype)
-    for part, values in parts:
-        assert part is not None
-        part.of(whole)[...] = values
+    for slot, values in parts:
+        assert slot is not None
+        whole[slot.place(whole_index(values.shape))] = values
     return whole
 
 
@@ -246,9 +287,10 @@ def _tensors(row: Weight, shape: Shape, config: ModelConfig) -> Iterable[Tensor]
     shapes = [shape[len(fields) :]]
     for op in reversed(row.ops):
         shapes.insert(0, op.hf_shape(shapes[0], config))
+    slot = row.part.slot(shapes[0], config) if row.part else None
     for stack in itertools.product(*(range(size) for size in shape[: len(fields)])):
         name = row.hf.format(**dict(zip(fields, stack, strict=True)))
-        yield Tensor(name, row.ours, stack, row.ops, tuple(shapes), row.alias, row.part)
+        yield Tensor(name, row.ours, stack, row.ops, tuple(shapes), row.alias, slot)
 
 
 def flatten(tree: Params) -> dict[str, Any]:

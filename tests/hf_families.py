@@ -7,6 +7,13 @@ from typing import Any
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 LOCAL = {"rope_type": "default", "rope_theta": 60.0}
+LONG = {  # a factor for each pair of the 8 channels that turn
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.5, 2.0, 4.0, 6.5],
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,6 +43,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": MIXED,
             "attention_bias": True,
             "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
+        },
+    ),
+    "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 37}),
+    "phi3-longrope-tied": (
+        "Phi3",
+        {
+            "pad_token_id": 0,
+            "hidden_size": 64,  # transformers measures the factors by hidden_size / heads
+            "original_max_position_embeddings": 256,
+            "rope_parameters": LONG,
+            "tie_word_embeddings": True,
         },
     ),
     "gemma2": (

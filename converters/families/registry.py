@@ -17,6 +17,7 @@ from converters.families import (
     mixtral,
     olmo2,
     olmo3,
+    phi3,
     qwen2,
     qwen3,
     qwen3_moe,
@@ -64,7 +65,7 @@ class Family(Protocol):
 
 _ALL: tuple[Family, ...] = (
     *(llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss, gemma2, gemma3),
-    *(granite, ministral, mistral, olmo2, olmo3, smollm3),
+    *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 _SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import hf_families
 import hf_folders
 import jax
 import jax.numpy as jnp
@@ -63,13 +64,13 @@ def test_peft_computes_with_our_adapters(case, rslora, tmp_path):
     assert np.abs(ours - logits(Model(model.config), base)).max() > 0.1
 
 
-def save_peft(tmp_path, **options):
+def save_peft(tmp_path, case="qwen3-biases", **options):
     """A random adapter that `peft` made and saved; the folder, and the logits of the model with it."""
     torch.manual_seed(1)
     options = {"r": 3, "lora_alpha": 9, "target_modules": "all-linear", "init_lora_weights": False} | options
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    model = peft.get_peft_model(hf_folders.hf_model("qwen3-biases"), config)
-    hf_folders.save(tmp_path / "base", "qwen3-biases")
+    model = peft.get_peft_model(hf_folders.hf_model(case), config)
+    hf_folders.save(tmp_path / "base", case)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", torch_logits(model)
 
@@ -108,6 +109,7 @@ def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "belongs to no linear of the model"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"case": "phi3", "target_modules": ["qkv_proj"]}, "qkv_proj.* belongs to no linear of the model"),
     ],
 )
 def test_an_adapter_that_is_no_plain_lora_is_refused(options, message, tmp_path):
@@ -134,7 +136,7 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
         read_lora(out, model.config)
 
 
-@pytest.mark.parametrize("case", hf_folders.CASES)
+@pytest.mark.parametrize("case", {**hf_folders.CASES, **hf_families.FAMILIES})
 def test_factors_are_laid_out_as_their_kernel_in_every_family(case, tmp_path):
     """B @ A in PEFT's layout is what the kernel's row makes of a @ b; a matrix that PEFT cannot adapt is refused."""
     config, _ = read_config(hf_folders.hf_config(case).to_dict())

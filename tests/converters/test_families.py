@@ -1,22 +1,39 @@
 """config.json is honoured or refused, key by key."""
 
 import dataclasses
+import json
 
 import hf_folders
 import pytest
 import transformers
 
 from converters.errors import CheckpointError
-from converters.families import llama, qwen2, qwen3
+from converters.families import (
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from converters.families.keys import INERT_VALUES
 from converters.families.registry import FAMILIES
 from converters.import_hf import read_config
-from jaxtrain.nn.config import LayerKind, LinearScaling, Llama3Scaling, Rope
+from jaxtrain.nn.config import LayerKind, LinearScaling, Llama3Scaling, LongRopeScaling, Rope
 
 CLASSES = {
-    "llama": (llama, transformers.LlamaConfig),
-    "qwen2": (qwen2, transformers.Qwen2Config),
-    "qwen3": (qwen3, transformers.Qwen3Config),
+    family.MODEL_TYPE: (family, getattr(transformers, f"{name}Config"))
+    for family, name in [
+        *((llama, "Llama"), (qwen2, "Qwen2"), (qwen3, "Qwen3"), (mistral, "Mistral"), (ministral, "Ministral")),
+        *((smollm3, "SmolLM3"), (granite, "Granite"), (olmo2, "Olmo2"), (olmo3, "Olmo3"), (phi3, "Phi3")),
+        *((gemma2, "Gemma2"), (gemma3, "Gemma3Text")),
+    ]
 }
 # Fields of transformers' classes that say nothing about the maths of a forward pass.
 SILENT = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "rope_parameters"}
@@ -32,9 +49,13 @@ def hf_dict(case: str, **changes) -> dict:
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_are_those_of_transformers(name):
     family, theirs = CLASSES[name]
+    thetas = theirs.default_theta  # Gemma 3 has two
+    thetas = thetas if isinstance(thetas, dict) else {"global": thetas}
+    # Keys that transformers reads though they are no field of the class.
+    loose = {"rope_theta": thetas["global"], "rope_local_base_freq": thetas.get("local"), "sliding_window_pattern": 6}
     fields = {field.name: field.default for field in dataclasses.fields(theirs)}
-    expected = {key: fields.get(key, theirs.default_theta) for key in family.DEFAULTS}
-    assert expected == family.DEFAULTS
+    expected = {**loose, "head_dim": None, "partial_rotary_factor": 1.0, **fields}
+    assert {key: expected[key] for key in family.DEFAULTS} == family.DEFAULTS
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -108,6 +129,30 @@ def test_rope_in_both_spellings(keys, rope):
     assert read_config({**MINIMAL, **keys})[0].pattern[0].rope == rope
     theirs = transformers.LlamaConfig(**{**MINIMAL, **keys}).to_dict()
     assert read_config({**MINIMAL, "rope_parameters": theirs["rope_parameters"]})[0].pattern[0].rope == rope
+
+
+@pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
+def test_phi3_reads_longrope_under_its_old_names(name):
+    """As Phi-4-mini has it: the trained length stands outside, and gives the attention factor."""
+    factors = [1.0 + i / 100 for i in range(36)]
+    scaling = {"type": name, "short_factor": factors, "long_factor": factors[::-1]}
+    hf = {
+        "architectures": ["Phi3ForCausalLM"],
+        "partial_rotary_factor": 0.75,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 2048,
+        "rope_scaling": scaling,
+    }
+    rope = Rope(1e4, LongRopeScaling(tuple(factors), tuple(factors[::-1]), 2048, (1 + 6 / 11) ** 0.5), 0.75)
+    assert read_config(hf)[0].pattern[0].rope == rope
+    scaling["original_max_position_embeddings"] = 2048  # of su, transformers wants it here too
+    theirs = transformers.Phi3Config(**json.loads(json.dumps(hf))).to_dict()
+    assert read_config(theirs)[0].pattern[0].rope == rope
+
+
+def test_phi3_refuses_a_rope_that_transformers_lacks_there():
+    with pytest.raises(CheckpointError, match=r"rope_type='linear'.*known: default, longrope"):
+        phi3.from_hf({"rope_scaling": {"type": "linear", "factor": 2.0}})
 
 
 @pytest.mark.parametrize(

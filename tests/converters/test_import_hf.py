@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import hf_families
 import hf_folders
 import jax.numpy as jnp
 import ml_dtypes
@@ -28,7 +29,10 @@ def rewrite(folder, change):
     return folder
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3"])
+(PHI,) = hf_families.FAMILIES.keys() & {"phi3"}  # tensors of which several of ours are made
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3", PHI])
 @pytest.mark.parametrize("preset", ["fsdp", "fsdp_tensor"])
 def test_sharded_equals_whole(case, preset, tmp_path):
     folder = hf_folders.save(tmp_path, case, shard="60KB")
@@ -66,10 +70,11 @@ def test_mixed_dtypes_in_one_file(tmp_path):
     np.testing.assert_array_equal(params["norm"]["scale"], theirs["model.norm.weight"])
 
 
+@pytest.mark.parametrize("case", ["qwen3", PHI])
 @pytest.mark.parametrize("preset", [None, "fsdp", "fsdp_tensor"])
-def test_every_byte_is_read_once(preset, tmp_path, monkeypatch):
+def test_every_byte_is_read_once(case, preset, tmp_path, monkeypatch):
     """Norms are replicated on eight devices, and `fsdp` cuts rows into short runs: neither is read eight times."""
-    folder = hf_folders.save(tmp_path)
+    folder = hf_folders.save(tmp_path, case)
     config, _ = read_config(folder)
     target = hf_folders.target(config, preset=preset)
     read = []

@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from converters.export_hf import export_hf
 from converters.families.registry import weight_rows
 from converters.import_hf import read_config
-from converters.rows import bind, flatten, whole_index
+from converters.rows import bind, flatten
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
 
@@ -51,7 +51,7 @@ def test_logits_gradients_and_decoding_equal_those_of_transformers(case, tmp_pat
     grads = flatten(jax.tree.map(np.asarray, grads))
     for tensor in bind(weight_rows(config), {path: leaf.shape for path, leaf in grads.items()}, config):
         if not tensor.alias:
-            expected = tensor.to_ours(theirs[tensor.name], whole_index(tensor.shapes[-1]))
+            expected = tensor.whole(theirs[tensor.name])
             difference = np.linalg.norm(grads[tensor.ours][tensor.stack] - expected)
             assert difference < 1e-3 * np.linalg.norm(expected) + 1e-5, tensor.name
 

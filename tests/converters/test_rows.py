@@ -1,5 +1,8 @@
 """Ops undo themselves, and work on rectangles as on whole tensors."""
 
+from functools import partial
+
+import hf_families
 import hf_folders
 import numpy as np
 import pytest
@@ -7,8 +10,10 @@ import pytest
 from converters.errors import CheckpointError
 from converters.families.registry import FAMILIES
 from converters.import_hf import read_config
-from converters.rows import Transpose, Weight, bind, flatten, unflatten
+from converters.rows import Tensor, Transpose, Weight, bind, by_name, flatten, join, unflatten
 from jaxtrain.nn.config import ModelConfig
+
+CASES = ["llama-biases", "qwen2-tied", "qwen3", "gpt-oss", *(c for c in hf_families.FAMILIES if c.startswith("phi3"))]
 
 
 def config_of(case: str) -> ModelConfig:
@@ -23,25 +28,25 @@ def whole(shape):
     return tuple(slice(0, size) for size in shape)
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3"])
-def test_every_row_comes_back_as_it_was(case):
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_comes_back_as_it_was(case):
+    """Joined, where it feeds several of ours."""
     config = config_of(case)
     rng = np.random.default_rng(0)
-    for tensor in bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config):
-        stored = rng.standard_normal(tensor.shape)
-        ours = tensor.to_ours(stored, whole(tensor.shapes[-1]))
-        assert ours.shape == tensor.shapes[-1]
-        np.testing.assert_array_equal(tensor.to_hf(ours), stored)
+    for tensors in by_name(bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config)).values():
+        stored = rng.standard_normal(tensors[0].shape)
+        assert all(tensor.whole(stored).shape == tensor.shapes[-1] for tensor in tensors)
+        np.testing.assert_array_equal(join(tensors, partial(Tensor.whole, stored=stored)), stored)
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_rectangle_of_ours_needs_only_its_rectangle_of_theirs(case):
     config = config_of(case)
     rng = np.random.default_rng(0)
     for tensor in bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config):
         stored = rng.standard_normal(tensor.shape)
         shape = tensor.shapes[-1]
-        ours = tensor.to_ours(stored, whole(shape))
+        ours = tensor.whole(stored)
         for _ in range(20):
             starts = [int(rng.integers(0, size)) for size in shape]
             index = tuple(slice(a, int(rng.integers(a + 1, size + 1))) for a, size in zip(starts, shape, strict=True))
@@ -49,6 +54,18 @@ def test_a_rectangle_of_ours_needs_only_its_rectangle_of_theirs(case):
                 index = tuple(slice(0, 16) if size == 16 else s for s, size in zip(index, shape, strict=True))
             block = stored[tensor.hf_index(index)]
             np.testing.assert_array_equal(tensor.to_ours(block, index), ours[index])
+
+
+def test_of_tensors_side_by_side_only_the_own_rows_are_read():
+    config = config_of("phi3")  # 4 heads of q, 2 of k, 2 of v, of 16 channels
+    tensors = {t.ours: t for t in bind(FAMILIES["phi3"].WEIGHTS, shapes_of(config), config) if t.stack == (1,)}
+    q, k, v, up = (tensors[f"layers.{name}_proj.kernel"] for name in ("attn.q", "attn.k", "attn.v", "mlp.up"))
+    assert q.shape == k.shape == v.shape == (128, 56)
+    second_head = (slice(8, 20), slice(1, 2), slice(0, 16))
+    assert q.hf_index(second_head) == (slice(16, 32), slice(8, 20))
+    assert k.hf_index(second_head) == (slice(80, 96), slice(8, 20))
+    assert v.hf_index(second_head) == (slice(112, 128), slice(8, 20))
+    assert up.hf_index((slice(0, 56), slice(3, 5))) == (slice(75, 77), slice(0, 56))
 
 
 def test_padded_vocabulary_rows_are_zero():

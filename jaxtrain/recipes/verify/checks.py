@@ -162,8 +162,7 @@ def gradient_check(subject: Subject, reference: Reference, ids: np.ndarray, dtyp
     floor = 1e-5 * max(norms.values())
     errors = {}
     for tensor in own:
-        whole = tuple(slice(0, size) for size in tensor.shapes[-1])
-        difference = ours[tensor.ours][tensor.stack] - tensor.to_ours(theirs[tensor.name], whole)
+        difference = ours[tensor.ours][tensor.stack] - tensor.whole(theirs[tensor.name])
         error = float(np.linalg.norm(difference)) / max(norms[tensor.name], floor)
         errors[tensor.name] = max(error, errors.get(tensor.name, 0.0))  # a tensor may have several parts
     worst = sorted(errors, key=lambda name: -errors[name])[:3]

@@ -1,0 +1,115 @@
+"""Phi-3 (mini, medium) and Phi-4 (14B, mini): q, k and v in one matrix, gate and up in another, LongRoPE beyond 4k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.families.dense import BASE, overlay, read_sizes, write_sizes
+from converters.families.keys import Keys
+from converters.families.rope import read_rope, rope_parameters
+from converters.rows import SideBySide, Split, Transpose, Weight
+from jaxtrain.nn.config import LayerKind, LongRopeScaling, ModelConfig
+
+ARCHITECTURE = "Phi3ForCausalLM"
+MODEL_TYPE = "phi3"
+_QKV = "model.layers.{layer}.self_attn.qkv_proj.weight"  # [(N + 2K)*H, D]
+_GATE_UP = "model.layers.{layer}.mlp.gate_up_proj.weight"  # [2F, D]
+
+
+def _heads(config: ModelConfig) -> tuple[int, ...]:
+    return tuple(heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+
+
+def _gate_up(config: ModelConfig) -> tuple[int, ...]:
+    return (config.intermediate_size, config.intermediate_size)
+
+
+_FUSED = (
+    *(
+        Weight(f"layers.attn.{ours}.kernel", _QKV, (Split(0), Transpose((2, 0, 1))), part=SideBySide(0, i, _heads))
+        for i, ours in enumerate(("q_proj", "k_proj", "v_proj"))
+    ),
+    *(
+        Weight(f"layers.mlp.{ours}.kernel", _GATE_UP, (Transpose((1, 0)),), part=SideBySide(0, i, _gate_up))
+        for i, ours in enumerate(("gate_proj", "up_proj"))
+    ),
+)
+WEIGHTS = (*(row for row in BASE if row.ours not in {fused.ours for fused in _FUSED}), *_FUSED)
+DERIVED = ()
+
+# transformers.Phi3Config (5.24)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+}
+INERT: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "lm_head_bias": (None, False),
+    "layer_types": (None,),
+    "resid_pdrop": (None, 0.0),
+    "embd_pdrop": (None, 0.0),
+}
+_OLD_NAMES = ("su", "yarn")  # what the first checkpoints call longrope; transformers takes both for it
+
+
+def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    keys = Keys(_renamed(hf), DEFAULTS, INERT)
+    window = None if keys.get("sliding_window") is None else keys.size("sliding_window")
+    rope = read_rope(keys, partial=True)
+    if rope.scaling is not None and not isinstance(rope.scaling, LongRopeScaling):
+        kind = rope_parameters(rope)["rope_type"]
+        raise CheckpointError(
+            f"config.json: rope_type={kind!r} is not supported by this family; known: default, longrope"
+        )
+    return ModelConfig(
+        family=MODEL_TYPE,
+        **read_sizes(keys),
+        pattern=(LayerKind(window, rope),) * keys.size("num_hidden_layers"),
+        vocab_multiple=vocab_multiple,
+    )
+
+
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    return overlay(config, base, from_hf, _keys)
+
+
+def _renamed(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """With `rope_scaling`, or `rope_parameters`, under the type's name of today."""
+    renamed = dict(hf)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name) or {}
+        if rope.get("rope_type", rope.get("type")) in _OLD_NAMES:
+            renamed[name] = {**rope, "rope_type": "longrope"}
+    return renamed
+
+
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    rope = config.pattern[0].rope
+    long = rope.scaling if rope and isinstance(rope.scaling, LongRopeScaling) else None
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **write_sizes(config),
+        "sliding_window": config.pattern[0].window,
+        # transformers reads it here only: its default is 4096, whatever rope_parameters hold
+        **({"original_max_position_embeddings": long.original_max_positions} if long else {}),
+    }
