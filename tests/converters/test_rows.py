@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import hf_families
 import hf_folders
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from converters.import_hf import read_config
 from converters.rows import Tensor, Transpose, Weight, bind, by_name, flatten, join, unflatten
 from jaxtrain.nn.config import ModelConfig
 
-CASES = ["llama-biases", "qwen2-tied", "qwen3", "gpt-oss", *(c for c in hf_families.FAMILIES if c.startswith("phi3"))]
+CASES = ["llama-biases", "qwen2-tied", "qwen3", "gpt-oss", *(c for c in hf_folders.CASES if c.startswith("phi3"))]
 
 
 def config_of(case: str) -> ModelConfig:
