@@ -34,8 +34,8 @@ NAMES = {
 class Side:
     """A process that trains a round when told to."""
 
-    def __init__(self, name: str, python: str, steps: int, script: str = "sft_sides.py"):
-        command = [python, str(Path(__file__).with_name(script)), name, str(steps)]
+    def __init__(self, name: str, python: str, steps: int, script: str = "sft_sides.py", *more: str):
+        command = [python, str(Path(__file__).with_name(script)), name, str(steps), *more]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
