@@ -3,10 +3,10 @@
 Usage: python benchmarks/sample.py [--rounds 3] [--tunix-python PYTHON] [--only SIDE ...]
 
 The model of benchmarks/sft.py with random weights, written once as a Hugging Face folder that all sides load; float32,
-greedy, no end-of-sequence token. Two workloads: 16 prompts of 32 tokens with 128 new ones each; 64 requests whose
-lengths differ (log-normal), where the engine refills 16 slots and the others run batches of 16, in the order of the
-requests, until the longest is done. Only tokens that were asked for count. Then, ours only: the first tokens of 8
-samples of one 512-token prompt beside those of one sample, which is what a prompt's prefill costs.
+greedy, no log-probabilities, no end-of-sequence token. Two workloads: 16 prompts of 32 tokens with 128 new ones each;
+64 requests whose lengths differ (log-normal), where the engine refills 16 slots and the others run batches of 16, in
+the order of the requests, until the longest is done. Only tokens that were asked for count. Then, ours only: the first
+tokens of 8 samples of one 512-token prompt beside those of one sample, which is what a prompt's prefill costs.
 
 Every side is a process of its own; they take turns, workload by workload and round by round, and a ratio is the median
 over the rounds of one side's time over ours. A side that is not installed is skipped. Writes its section of
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tunix-python", default=sys.executable, help="an interpreter that has google-tunix")
     parser.add_argument("--only", nargs="*", default=list(NAMES), choices=list(NAMES), help="sides beside ours to run")
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
 
     pythons = dict.fromkeys(NAMES, sys.executable) | {"tunix": arguments.tunix_python}
     wanted = [name for name in NAMES if name in arguments.only or name == "jaxtrain"]
