@@ -5,7 +5,7 @@ Training scans the layers (one compiled body, rematerialised by policy); decodin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Execution:
     remat: str = "none"
     attention: Impl = "auto"
     mesh: jax.sharding.Mesh | None = None
+    _: KW_ONLY
     context: int | None = None  # the length that ropes which depend on it go by; None: each sequence's own
     # Layers one after the other in one long program instead of a loop. On a CPU the loop's copies of what the backward
     # pass needs into stacked arrays, and out of them, cost a tenth of the step. Only without remat: see `hidden`.

@@ -80,7 +80,7 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     model_config, hf = read_config(origin, vocab_multiple=multiple)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     unroll = on_cpu and section.remat == "none" and model_config.num_layers <= _UNROLLED
-    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll)
+    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll=unroll)
     lora, added = _lora(section, model_config), _added(section)
     if added:
         model_config = replace(model_config, vocab_size=max(model_config.vocab_size, added.first + added.count))
