@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,8 +14,21 @@ from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.model import Model
 from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.rl.controller import Update
-from jaxtrain.train.loop import StepResult
 from jaxtrain.train.step import StepReport, add_metrics
+from jaxtrain.types import Batch
+
+
+class Taken(Protocol):
+    """An optimizer step, of whichever recipe."""
+
+    @property
+    def step(self) -> int: ...  # its number, from 1
+
+    @property
+    def report(self) -> StepReport: ...
+
+    @property
+    def batch(self) -> Batch: ...  # this host's rows
 
 
 class Window:
@@ -28,25 +43,24 @@ class Window:
         self._seconds = 0.0
         self._since = time.perf_counter()
 
-    def add(self, result: StepResult) -> None:
-        batch = result.batch
-        self._reports.append(result.report)
+    def add(self, step: Taken) -> None:
+        batch = step.batch
+        self._reports.append(step.report)
         self._slots += batch.segment_ids.size * jax.process_count()  # every host has as many rows
         if isinstance(self._model.config, ModelConfig):  # else nobody knows its matrices
             self._flops += train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
 
-    def pause(self) -> None:
-        """Stop the clock: what follows is no training."""
-        jax.block_until_ready(self._reports)
-        self._seconds += time.perf_counter() - self._since
-
-    def go_on(self) -> None:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The clock stands still inside: that is no training."""
+        self._wait()
+        yield
         self._since = time.perf_counter()
 
     def close(self) -> dict[str, float]:
         """The metrics of the steps since the last call; there must have been some."""
         reports = jax.device_get(self._reports)
-        self.pause()
+        self._wait()
         tokens = sum(int(report.num_tokens) for report in reports)
         self.num_tokens += tokens
         means = reports[0].means
@@ -66,8 +80,13 @@ class Window:
         if utilisation:
             metrics["mfu"] = utilisation
         self._reports, self._flops, self._slots, self._seconds = [], 0.0, 0, 0.0
-        self.go_on()
+        self._since = time.perf_counter()
         return metrics
+
+    def _wait(self) -> None:
+        """Wait for the steps that were sent off, and count the time since the clock was set going."""
+        jax.block_until_ready(self._reports)
+        self._seconds += time.perf_counter() - self._since
 
 
 class RolloutWindow:

@@ -21,18 +21,17 @@ from jaxtrain.losses.policy import Correction, make_policy_loss
 from jaxtrain.losses.value import make_value_loss
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
-from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.progress import Progress
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import compiler_options, initialize_distributed
 from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.recipes.following import Outcome, follow
 from jaxtrain.recipes.reporting import RolloutWindow, Window
 from jaxtrain.recipes.rl_evaluation import make_rl_evaluation
 from jaxtrain.recipes.rl_folder import Trained, initial_params, restore_or_begin, save
 from jaxtrain.recipes.run_folder import begin
 from jaxtrain.recipes.setup import adapter_params, as_list, base_params, make_policy, make_tokenizer, stop_ids
-from jaxtrain.recipes.sft import Outcome
 from jaxtrain.rl.algorithms import find_algorithm
 from jaxtrain.rl.collect import Collect
 from jaxtrain.rl.controller import Learner, PerToken, Plan, Reference, Roles, Update, reinforce
@@ -46,8 +45,7 @@ from jaxtrain.rl.trajectories import Replay, sample_table, write_step
 from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.train.checkpoint import Checkpoints
-from jaxtrain.train.loop import StepResult
-from jaxtrain.train.preemption import EXIT_CODE, Preemption
+from jaxtrain.train.preemption import Preemption
 from jaxtrain.train.step import Loss, jit_step, make_step, score, token_values
 from jaxtrain.types import TrainState
 
@@ -172,37 +170,18 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
         if replay is not None:
             source = Replay(replay)
         window, rollouts = Window(policy.model, begun.num_tokens), RolloutWindow()
-        latest: dict[str, float] = {}
-        with (
-            closing(sampler),
-            closing(source),
-            MetricLog(folder, config.log.tensorboard, start or None) as log,
-            Progress(config.train.steps, start) as progress,
-        ):
 
-            def report(update: Update) -> None:
-                metrics = rollouts.close() | window.close()
-                log.log(update.step, metrics)
-                progress.update(update.step, metrics)
-                latest.update(metrics)
+        def hear(update: Update, progress: Progress) -> None:
+            rollouts.add(update, plan.updates, _extra_metrics(update, sampler, scorer))
+            if update.done > 1:
+                return
+            write_step(folder, update.step, update.experience.trajectories)
+            every = section.print_samples * plan.updates
+            if every and update.experience.trajectories and (update.step - 1) % every == 0:
+                progress.show(sample_table(update.step, update.experience.trajectories))
 
-            def measure(update: Update) -> None:
-                if evaluation is None:
-                    return
-                window.pause()
-                metrics = evaluation(update.roles.policy)
-                log.log(update.step, metrics)
-                progress.print(f"step {update.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-                latest.update(metrics)
-                window.go_on()
-
-            def keep(update: Update) -> None:
-                save(config, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer)
-
-            # Logged and measured before it is saved, so that a resumed run logs what the uninterrupted one would.
-            done_at = dict.fromkeys((report, measure, keep), start)
-            update = None
-            for update in reinforce(
+        with closing(sampler), closing(source):
+            updates = reinforce(
                 roles,
                 source,
                 algorithm,
@@ -211,32 +190,21 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
                 steps=config.train.steps,
                 inspection_dir=folder / "inspection",
                 pending=begun.pending,
-            ):
-                window.add(_as_result(update))
-                rollouts.add(update, plan.updates, _extra_metrics(update, sampler, scorer))
-                if update.done == 1:
-                    write_step(folder, update.step, update.experience.trajectories)
-                    every = section.print_samples * plan.updates
-                    if every and update.experience.trajectories and (update.step - 1) % every == 0:
-                        progress.show(sample_table(update.step, update.experience.trajectories))
-                progress.update(update.step)
-                stopping = preemption.reached(update.step)
-                saving = checkpoints.due(update.step) or stopping
-                due = {
-                    report: update.step % config.log.every == 0 or update.step == 1 or saving,
-                    measure: update.step % config.eval.every == 0 and not stopping,
-                    keep: saving,
-                }
-                for action in (action for action in due if due[action]):
-                    action(update)
-                    done_at[action] = update.step
-                if stopping:
-                    progress.print(f"SIGTERM: stopped after step {update.step}, which is saved")
-                    return Outcome(EXIT_CODE, latest)
-            if update is not None:  # all steps are taken, or the prompts ran dry before that
-                for action in (action for action in done_at if done_at[action] < update.step):
-                    action(update)
-    return Outcome(0, latest)
+            )
+            return follow(
+                updates,
+                config,
+                window,
+                checkpoints,
+                preemption,
+                start=start,
+                evaluation=evaluation and (lambda update: evaluation(update.roles.policy)),
+                save=lambda update: save(
+                    config, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer
+                ),
+                hear=hear,
+                extra=rollouts.close,
+            )
 
 
 def prompt_maker(encode: Encoder, most: int) -> Callable[[int, Row], Prompt]:
@@ -295,10 +263,6 @@ def _values(model: Model) -> PerToken:
 def _jit(model: Model, function: PerToken) -> PerToken:
     assert model.run.mesh is not None
     return jax.jit(function, compiler_options=compiler_options(model.run.mesh))
-
-
-def _as_result(update: Update) -> StepResult:
-    return StepResult(update.step, update.roles.policy.state, update.report, update.batch, update.seconds)
 
 
 def _extra_metrics(update: Update, sampler: Any, scorer: RewardScorer) -> Mapping[str, float]:
