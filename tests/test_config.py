@@ -16,6 +16,10 @@ def with_section(**sections):
     return GOOD | sections
 
 
+def of_rl(rl=None, **sections):
+    return GOOD | {"recipe": "rl", "rl": {"rewards": [{"function": "exact_answer"}]} | (rl or {})} | sections
+
+
 @pytest.mark.parametrize(
     ("tree", "expected"),
     [
@@ -38,7 +42,7 @@ def with_section(**sections):
         (with_section(model={"path": "a", "lora": {"r": 8}}), "model.lora.r; did you mean model.lora.rank?"),
         (
             with_section(train={"batch_size": 8, "microbatches": 3}),
-            "train: batch_size=8 is no multiple of microbatches=3",
+            "train.batch_size=8 is no multiple of train.microbatches=3",
         ),
         (
             with_section(train={"steps": 5}, optimizer={"warmup_steps": 6}),
@@ -51,6 +55,9 @@ def with_section(**sections):
         ),
         ({"recipe": "sft", "model": {"path": "a"}}, "data is missing"),
         (with_section(recipe="stf"), "recipe: Input should be 'sft' or 'rl'"),
+        (of_rl(train={"batch_size": 8}), "recipe rl has no train.batch_size: rl.prompts x rl.generations samples"),
+        (of_rl(data=GOOD["data"] | {"overlong": "drop"}), "recipe rl has no data.overlong: a prompt that is too long"),
+        (of_rl({"placement": {"workers": 2}}), "rl.placement: workers=2 belongs to kind=ray, and this is kind=coloc"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
@@ -91,6 +98,14 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
     )
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_what_recipe_rl_does_not_use_is_not_dumped_and_may_not_be_overridden(tmp_path):
+    config = parse_config(of_rl(train={"microbatches": 3}), "x")  # of whatever the samples fill
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    with pytest.raises(ConfigError, match=r"recipe rl has no train\.batch_size"):
+        load_config(tmp_path / "config.yaml", ["train.batch_size=8"])
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -81,8 +81,8 @@ def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved tree as YAML, which `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved tree as YAML, which `load_config` reads back to an equal config, without keys that are unused."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=config.unused), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):

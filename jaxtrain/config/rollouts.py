@@ -47,4 +47,7 @@ class PlacementSection(Section):
     def _fits_together(self) -> PlacementSection:
         if (self.rollout_devices is None) == (self.kind == "disjoint"):
             raise ValueError(f"kind={self.kind} with rollout_devices={self.rollout_devices}: they belong to `disjoint`")
+        for key in ("workers", "worker_seconds", "resources") if self.kind != "ray" else ():
+            if getattr(self, key) != PlacementSection.model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"{key}={getattr(self, key)} belongs to kind=ray, and this is kind={self.kind}")
         return self

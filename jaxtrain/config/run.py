@@ -20,6 +20,18 @@ from jaxtrain.config.sections import (
     TrainSection,
 )
 
+# Keys that mean nothing to `recipe: rl`, and what does instead.
+_NOT_FOR_RL = {
+    "train.batch_size": "rl.prompts x rl.generations samples make a step",
+    "data.overlong": "a prompt that is too long is a bad row: data.on_bad_row",
+    "data.loss_on": "what the model writes is trained on",
+    "data.packing": "samples are always packed",
+    "data.packing_bins": "samples are always packed as densely as they can be",
+    "data.virtual_shards": "one process reads all prompts",
+    "data.workers": "one thread reads the prompts",
+    "eval.batches": "eval.generate is the number of held-out prompts",
+}
+
 
 class RunConfig(Section):
     recipe: Literal["sft", "rl"]
@@ -44,9 +56,26 @@ class RunConfig(Section):
             raise ValueError("eval.generate needs data.eval")
         if (self.recipe == "rl") != (self.rl is not None):
             raise ValueError("`recipe: rl` and the section `rl` belong together")
+        for section, names in self.unused.items():
+            for name in names & getattr(self, section).model_fields_set:
+                raise ValueError(f"recipe rl has no {section}.{name}: {_NOT_FOR_RL[f'{section}.{name}']}")
+        if self.recipe == "sft" and self.train.batch_size % self.train.microbatches:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} is no multiple of "
+                f"train.microbatches={self.train.microbatches}"
+            )
         if self.rl is not None and self.rl.max_completion_length >= self.data.max_length:
             raise ValueError(
                 f"rl.max_completion_length={self.rl.max_completion_length} leaves no room for a prompt in "
                 f"data.max_length={self.data.max_length}"
             )
         return self
+
+    @property
+    def unused(self) -> dict[str, set[str]]:
+        """Section -> the keys of it that the recipe has no use for; giving one is a mistake."""
+        unused: dict[str, set[str]] = {}
+        for key in _NOT_FOR_RL if self.recipe == "rl" else ():
+            section, _, name = key.partition(".")
+            unused.setdefault(section, set()).add(name)
+        return unused

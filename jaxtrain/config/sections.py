@@ -133,16 +133,10 @@ class DataSection(Section):
 
 class TrainSection(Section):
     steps: PositiveInt = 1000
-    batch_size: PositiveInt = 8  # packed rows of the global batch
+    batch_size: PositiveInt = 8  # packed rows of the global batch; recipe rl: as many as a step's samples fill
     microbatches: PositiveInt = 1  # the batch is computed in so many pieces (gradient accumulation)
     max_grad_norm: PositiveFloat | None = 1.0
     max_skipped_in_a_row: PositiveInt = 5  # non-finite gradients in a row that end the run
-
-    @model_validator(mode="after")
-    def _divides(self) -> TrainSection:
-        if self.batch_size % self.microbatches:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of microbatches={self.microbatches}")
-        return self
 
 
 class OptimizerSection(Section):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtrain.config import ConfigError
-from jaxtrain.config.rl import RLSection
+from jaxtrain.config.rl import CriticSection, RLSection
 from jaxtrain.losses.policy import Aggregation, Correction, Divergence, Level, Objective, Surrogate, cispo, clip
 from jaxtrain.named import load_named
 from jaxtrain.rl.advantages import (
@@ -114,5 +114,7 @@ def find_algorithm(section: RLSection) -> Algorithm:
     row: Any = ALGORITHMS.get(name) or load_named(name, "rl.algorithm")
     if not isinstance(row, Algorithm):
         raise ConfigError(f"rl.algorithm: {name!r} is no Algorithm (jaxtrain.rl.algorithms) but {type(row).__name__}")
+    if not row.critic and section.critic != CriticSection():
+        raise ConfigError(f"rl.critic: {name} has no critic; among ours ppo has one")
     given = {key: getattr(section, key) for key in _OVERRIDES}
     return replace(row, **{key: value for key, value in given.items() if value is not None})

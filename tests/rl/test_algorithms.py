@@ -1,7 +1,7 @@
 import pytest
 
 from jaxtrain.config import ConfigError
-from jaxtrain.config.rl import RLSection
+from jaxtrain.config.rl import CriticSection, RLSection
 from jaxtrain.config.rollouts import RewardSection
 from jaxtrain.rl.algorithms import ALGORITHMS, find_algorithm
 
@@ -41,3 +41,10 @@ def test_a_row_of_the_users_own_is_named_by_its_file(tmp_path):
 def test_an_unknown_name_is_an_error_with_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean dr_grpo"):
         find_algorithm(section(algorithm="drgrpo"))
+
+
+def test_a_critics_numbers_need_an_algorithm_with_one():
+    critic = CriticSection(learning_rate=1e-4)
+    assert find_algorithm(section(algorithm="ppo", critic=critic)).critic
+    with pytest.raises(ConfigError, match="grpo has no critic"):
+        find_algorithm(section(critic=critic))
