@@ -1,11 +1,15 @@
 """The recipe as a user runs it, and as a scheduler kills it."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
+import yaml
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import parse_config
@@ -113,6 +117,21 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(place, name, tmp_pa
         shutil.rmtree(run / "checkpoints" / str(step))
     assert train(config, run) == whole, f"killed after {killed_after}"
     assert checksums(run) == checksums(tmp_path / "whole")
+
+
+def test_a_killed_process_is_resumed_to_the_bit(place, tmp_path):
+    """PPO takes four updates on a step's samples, so most checkpoints are in the middle of them."""
+    config = tree(place, **CASES["ppo in the middle of its updates"])
+    config |= {"train": {"steps": 12}, "checkpoint": {"every": 3}, "eval": {"every": 100}}
+    file, whole, killed = tmp_path / "rl.yaml", tmp_path / "whole", tmp_path / "killed"
+    file.write_text(yaml.safe_dump(config))
+    commands.train(file, f"run.dir={whole}", devices=2)
+    assert commands.interrupt(file, killed, signal.SIGKILL, lines=range(4, 9), devices=2) == -signal.SIGKILL
+    assert "12" not in os.listdir(killed / "checkpoints")
+    commands.train(file, f"run.dir={killed}", devices=2)
+    assert logged(killed) == logged(whole)
+    assert [line["step"] for line in logged(whole)] == list(range(1, 13))
+    assert checksums(killed) == checksums(whole)
 
 
 def test_grpo_raises_the_reward_and_the_run_folder_says_so(place, tmp_path):

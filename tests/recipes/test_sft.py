@@ -1,16 +1,12 @@
 """The whole recipe as a user runs it: the command in a process of its own, the run folder afterwards."""
 
 import json
-import os
-import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import yaml
@@ -61,25 +57,8 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def start(place: Path, *overrides: str, devices: int = 8, **environment: str) -> subprocess.Popen:
-    environment = (
-        os.environ
-        | environment
-        | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['JAXTRAIN_TEST_XLA_FLAGS']}",
-            "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-    )
-    command = [sys.executable, "-m", "jaxtrain.cli", "train", str(place / "sft.yaml"), *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def train(place: Path, *overrides: str, devices: int = 8) -> str:
-    process = start(place, *overrides, devices=devices)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+    return commands.train(place / "sft.yaml", *overrides, devices=devices)
 
 
 def logged(run: Path) -> list[dict]:
@@ -89,17 +68,8 @@ def logged(run: Path) -> list[dict]:
 
 
 def interrupt(place: Path, run: Path, how: signal.Signals, *overrides: str) -> int:
-    """Start a run, end it by a signal at a random step past its first checkpoint, return the exit code."""
-    process = start(place, f"run.dir={run}", *overrides)
-    at = random.Random(os.getpid()).randrange(5, STEPS - 1)
-    while process.poll() is None:
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and sum(line.startswith('{"step"') for line in metrics.read_text().splitlines()) >= at:
-            process.send_signal(how)
-            break
-        time.sleep(0.005)
-    process.communicate(timeout=600)
-    return process.returncode
+    """End a run past its first checkpoint."""
+    return commands.interrupt(place / "sft.yaml", run, how, *overrides, lines=range(5, STEPS - 1))
 
 
 def weights(run: Path, out: Path) -> dict[str, np.ndarray]:
@@ -166,7 +136,8 @@ def test_two_hosts_train_as_one_does_and_one_goes_on_from_their_checkpoint(place
         address = f"localhost:{probe.getsockname()[1]}"
     cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     short = (f"run.dir={run}", "optimizer.schedule=constant")
-    hosts = [start(place, *short, "train.steps=6", devices=4, JAX_PROCESS_ID=str(host), **cluster) for host in range(2)]
+    command = (place / "sft.yaml", *short, "train.steps=6")
+    hosts = [commands.start(*command, devices=4, JAX_PROCESS_ID=str(host), **cluster) for host in range(2)]
     outputs = [host.communicate(timeout=600)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], outputs
     train(place, *short)
@@ -185,7 +156,7 @@ def test_a_finished_run_is_left_alone_and_a_new_one_wants_a_new_folder(place, wh
     before = logged(whole)
     train(place)
     assert logged(whole) == before
-    process = start(place, "--no-resume")
+    process = commands.start(place / "sft.yaml", "--no-resume")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 2
     assert "holds checkpoints up to step 12" in output
