@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.data.chat import ChatTokenizer, Message
+from jaxtrain.rl.deadlines import call_all
 from jaxtrain.rl.environments import PART, Environment, Factory, Opening, Reply
 from jaxtrain.rl.rollouts import NO_ID, Prompt, Trajectory
 from jaxtrain.sample.requests import Completion, Request, SamplingParams
@@ -22,8 +23,6 @@ from jaxtrain.sample.requests import Completion, Request, SamplingParams
 log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Request]], list[list[Completion]]]
-
-_THREADS = 16  # environments that answer at the same time
 
 
 @dataclass(frozen=True)
@@ -35,32 +34,36 @@ class Conversations:
     params: SamplingParams  # of every turn
     max_turns: int  # of the model
     max_length: int  # tokens, opening included
+    seconds: float  # that an environment has for a reset or a step
 
     def lead(
         self, generate: Generate, prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
     ) -> list[list[Trajectory]]:
         """`samples` conversations on every prompt. `seed(number, sample)` decides what the model says.
 
-        An environment that raises costs its sample: the trajectory ends there with the reason "error". Raises
-        ValueError where the chat template has no place for what an environment says.
+        An environment that raises or takes too long costs its sample: the trajectory ends there, with the reason
+        "error". Raises ValueError where the chat template has no place for what an environment says.
         """
         talks = [[_Talk(prompt, sample) for sample in range(samples)] for prompt in prompts]
         everyone = [talk for group in talks for talk in group]
-        with ThreadPoolExecutor(min(_THREADS, max(len(everyone), 1))) as pool:
-            begun = [pool.submit(_begin, self.factory, talk.prompt) for talk in everyone]
-            for talk, future in zip(everyone, begun, strict=True):
-                if not talk.failed(future):
-                    talk.environment, opening = future.result()
-                    self._open(talk, opening)
-            while live := [talk for talk in everyone if not talk.ended]:
-                answers = generate([self._request(talk, seed) for talk in live])
-                for talk, (completion,) in zip(live, answers, strict=True):
-                    talk.hear(completion)
-                listening = [talk for talk in live if not talk.ended]
-                steps = [pool.submit(_step, talk.environment, talk.said) for talk in listening]
-                for talk, future in zip(listening, steps, strict=True):
-                    if not talk.failed(future):
-                        self._answer(talk, future.result())
+        begun = call_all([partial(_begin, self.factory, talk.prompt) for talk in everyone], self.seconds)
+        for talk, answer in zip(everyone, begun, strict=True):
+            if isinstance(answer, BaseException):
+                talk.lose(answer)
+            else:
+                talk.environment, opening = answer
+                self._open(talk, opening)
+        while live := [talk for talk in everyone if not talk.ended]:
+            answers = generate([self._request(talk, seed) for talk in live])
+            for talk, (completion,) in zip(live, answers, strict=True):
+                talk.hear(completion)
+            listening = [talk for talk in live if not talk.ended]
+            replies = call_all([partial(_step, talk.environment, talk.said) for talk in listening], self.seconds)
+            for talk, reply in zip(listening, replies, strict=True):
+                if isinstance(reply, BaseException):
+                    talk.lose(reply)
+                else:
+                    self._answer(talk, reply)
         return [[talk.trajectory(self.chat) for talk in group] for group in talks]
 
     def _request(self, talk: _Talk, seed: Callable[[int, int], int]) -> Request:
@@ -118,6 +121,7 @@ class _Talk:
     seconds: float = 0.0
     ended: str = ""  # why
     error: str = ""
+    timed_out: bool = False
 
     @property
     def said(self) -> str:
@@ -126,14 +130,12 @@ class _Talk:
     def end(self, reason: str, error: str = "") -> None:
         self.ended, self.error = reason, error
 
-    def failed(self, future: Future[Any]) -> bool:
-        """Whether the environment raised, which ends this conversation and nothing else."""
-        error = future.exception()
-        if error is not None:
-            said = f"{type(error).__name__}: {error}"
-            log.warning("the environment of prompt %d, sample %d raised %s", self.prompt.number, self.sample, said)
-            self.end("error", said)
-        return error is not None
+    def lose(self, error: BaseException) -> None:
+        """The environment raised or hung, which ends this conversation and nothing else."""
+        said = f"{type(error).__name__}: {error}"
+        log.warning("the environment of prompt %d, sample %d failed: %s", self.prompt.number, self.sample, said)
+        self.end("error", said)
+        self.timed_out = isinstance(error, TimeoutError)
 
     def hear(self, completion: Completion) -> None:
         """Take a turn of the model, which ends the conversation where it was cut off."""
@@ -170,7 +172,7 @@ class _Talk:
 
     def trajectory(self, chat: ChatTokenizer) -> Trajectory:
         info: dict[str, Any] = {"messages": self.messages, "turns": self.turns}
-        info |= {"tool_calls": self.calls, "tool_failures": self.failures}
+        info |= {"tool_calls": self.calls, "tool_failures": self.failures, "timed_out": self.timed_out}
         return Trajectory(
             prompt=self.prompt._replace(ids=np.array(self.opening, np.int32)) if self.opening else self.prompt,
             sample=self.sample,

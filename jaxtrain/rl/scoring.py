@@ -81,7 +81,8 @@ def _completion(trajectory: Trajectory) -> Any:
 
 
 def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """How conversations went: turns, tool calls (a trajectory), failed ones (a call), samples lost to an error."""
+    """How conversations went: turns, tool calls (a trajectory), failed ones (a call), samples lost to an error, a
+    time limit included."""
     led = [t.info for t in trajectories if "turns" in t.info]
     if not led:
         return {}
@@ -89,6 +90,7 @@ def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]
     return {
         "environment/turns": float(np.mean([info["turns"] for info in led])),
         "environment/errors": float(sum("error" in info for info in led)),
+        "environment/timeouts": float(sum(info.get("timed_out", False) for info in led)),
         "tools/call_frequency": calls / len(led),
         "tools/failure_frequency": sum(info["tool_failures"] for info in led) / max(calls, 1),
     }

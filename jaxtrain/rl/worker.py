@@ -59,4 +59,5 @@ class WorkerSpec:
             params=self.params,
             max_turns=section.max_turns,
             max_length=min(section.max_tokens or self.max_length, self.max_length),
+            seconds=section.seconds,
         )

@@ -144,6 +144,8 @@ class Echo:
         self.turns += 1
         if set(text) & set("vwxyz"):
             raise RuntimeError("no such letters, please")
+        if set(text) & set("mn"):
+            time.sleep(60)
         return Reply([{"role": "user", "content": "Again."}] if self.turns < 2 else (), reward=len(set(text)) / 8)
 
 def slow(completions, **_):
@@ -154,18 +156,19 @@ def slow(completions, **_):
 """
 
 
-def test_an_environment_that_raises_and_a_reward_that_hangs_cost_samples_and_not_the_run(place, caplog):
+def test_an_environment_that_raises_or_hangs_and_a_reward_that_hangs_cost_samples_and_not_the_run(place, caplog):
     (place / "broken.py").write_text(BROKEN)
-    environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2}
+    environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2, "seconds": 0.5}
     rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.2}]
     # A turn must end for the environment to be asked, and a random model seldom draws the template's token.
     changes = {"environment": environment, "rewards": rewards, "iterations": 1, "max_completion_length": 24}
     losses = train(place, "broken", {}, max_length=160, steps=2, stops=range(65, 72), **changes)
     assert len(losses) == 2
     errors, hung = column(place / "broken", "environment/errors"), column(place / "broken", "rewards/slow/timeout")
-    lost = column(place / "broken", "rewards/lost")
-    assert sum(errors) > 0 and sum(hung) > 0 and sum(lost) >= max(sum(errors), sum(hung))
+    lost, late = column(place / "broken", "rewards/lost"), column(place / "broken", "environment/timeouts")
+    assert sum(errors) > sum(late) > 0 and sum(hung) > 0 and sum(lost) >= max(sum(errors), sum(hung))
     assert sum(lost) < 2 * 16 and "no such letters" in caplog.text and "took too long" in caplog.text
+    assert "took longer than 0.5 seconds" in caplog.text
     talk = next(t for t in read_step(place / "broken", 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
     assert not talk.loss_mask.all() and talk.rewards["environment"] > 0 and talk.text.count("Again.") == 1
 

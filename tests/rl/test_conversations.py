@@ -1,5 +1,7 @@
 """Conversations led with a scripted model: what it says and where it stops is written down in the test."""
 
+import threading
+
 import numpy as np
 import pytest
 from chat_templates import CHATML, QWEN25, tokenizer
@@ -35,9 +37,9 @@ class Script:
         )
 
 
-def lead(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000):
+def lead(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000, seconds=60.0):
     chat = ChatTokenizer(script.tok)
-    conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length)
+    conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length, seconds)
     prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
     return conversations.lead(script, prompts, samples, lambda number, sample: 10 * number + sample)
 
@@ -161,6 +163,34 @@ def test_an_environment_that_raises_costs_its_sample_and_no_other():
         t.completion_ids.size for t in (at_reset, well, at_step)
     ]
     assert well.rewards == {"environment": 2.0} and well.info["turns"] == 2 and "error" not in well.info
+
+
+class Hangs:
+    over = threading.Event()
+
+    def reset(self, row):
+        self.when = row["when"]
+        if self.when == "reset":
+            self.over.wait()
+        return Opening([{"role": "user", "content": "Hello"}])
+
+    def step(self, text):
+        if self.when == "step":
+            self.over.wait()
+        return Reply([{"role": "user", "content": "More."}] if text == "first" else (), reward=1.0)
+
+
+def test_an_environment_that_hangs_costs_its_sample_and_no_other(caplog):
+    tok = tokenizer(CHATML)
+    rows = [{"when": when} for when in ("reset", "never", "step")]
+    (at_reset,), (well,), (at_step,) = lead(Script(tok, ["first", "second"]), Hangs, rows, seconds=1.0)
+    Hangs.over.set()
+    assert at_reset.info["error"] == at_step.info["error"] == "TimeoutError: took longer than 1 seconds"
+    assert [t.info["timed_out"] for t in (at_reset, well, at_step)] == [True, False, True]
+    assert np.isnan(at_reset.rewards["environment"]) and np.isnan(at_step.rewards["environment"])
+    assert at_step.info["turns"] == 1 and at_step.loss_mask.all()
+    assert well.rewards == {"environment": 2.0} and well.info["turns"] == 2 and "error" not in well.info
+    assert "the environment of prompt 2, sample 0 failed: TimeoutError" in caplog.text
 
 
 def test_what_the_template_has_no_place_for_is_an_error_of_the_run():

@@ -58,10 +58,12 @@ def test_functions_get_messages_for_conversations_own_ids_and_the_rows_columns()
 
 def test_metrics_of_conversations():
     infos = [{"turns": 2, "tool_calls": 3, "tool_failures": 1}, {"turns": 1, "tool_calls": 1, "tool_failures": 1}]
-    metrics = conversation_metrics([sample("", info=info) for info in [*infos, infos[0] | {"error": "x"}]])
+    infos.append(infos[0] | {"error": "x", "timed_out": True})
+    metrics = conversation_metrics([sample("", info=info) for info in infos])
     assert metrics == {
         "environment/turns": 5 / 3,
         "environment/errors": 1.0,
+        "environment/timeouts": 1.0,
         "tools/call_frequency": 7 / 3,
         "tools/failure_frequency": 3 / 7,
     }

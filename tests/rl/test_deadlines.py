@@ -1,0 +1,41 @@
+"""Calls that return, raise and hang, side by side."""
+
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from jaxtrain.rl.deadlines import call_all
+
+
+@pytest.fixture
+def over():
+    """Ends what hangs, when the test has."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def fail():
+    raise SystemExit("no further")
+
+
+def test_answers_stand_in_order_beside_what_was_raised_or_late(over):
+    calls = [partial(int, "7"), fail, over.wait, partial(str, 3)]
+    seven, raised, late, three = call_all(calls, 0.2)
+    assert (seven, three) == (7, "3")
+    assert isinstance(raised, SystemExit) and str(raised) == "no further"
+    assert isinstance(late, TimeoutError) and str(late) == "took longer than 0.2 seconds"
+    assert call_all([], 1.0) == []
+
+
+def test_a_call_that_waits_for_its_turn_is_not_late():
+    assert call_all([partial(time.sleep, 0.4)] * 40, 1.0) == [None] * 40  # three rounds
+
+
+def test_what_hangs_costs_about_ten_times_the_limit_however_many_they_are(over):
+    start = time.monotonic()
+    answers = call_all([over.wait] * 400, 0.1)
+    assert all(isinstance(answer, TimeoutError) for answer in answers)
+    assert "not tried" in str(answers[-1]) and time.monotonic() - start < 400 / 16 * 0.1
