@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from jaxtrain.config import parse_config
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
 from jaxtrain.recipes.replay import replay
+from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.trajectories import read_step, recorded_steps
 
 DISJOINT = {"kind": "disjoint", "rollout_devices": 4}
@@ -105,14 +108,38 @@ def test_disjoint_meshes_give_the_same_samples_and_losses(place, together):
     assert column(place / "disjoint", "sync/bytes")[0] > 0
 
 
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@needs_ray
 def test_ray_workers_give_the_same_samples_and_losses(place, together, tmp_path):
     folder, expected = together
     ray_start.start(tmp_path)
     losses = train(place, "ray", {"kind": "ray"})
     assert samples(place / "ray") == samples(folder)
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_run_goes_on_without_a_ray_worker_that_is_killed(place, together, tmp_path, monkeypatch, caplog):
+    folder, expected = together
+    ray_start.start(tmp_path)
+    sample, killed = RaySampler.sample, []
+
+    def after_a_murder(sampler, prompts, samples):
+        if prompts[0].number > 0 and not killed:  # the second rollout
+            killed.append(sampler.process_ids()[0])
+            os.kill(killed[0], signal.SIGKILL)
+        return sample(sampler, prompts, samples)
+
+    monkeypatch.setattr(RaySampler, "sample", after_a_murder)
+    losses = train(place, "killed", {"kind": "ray"})
+    assert killed and samples(place / "killed") == samples(folder)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
+    assert column(place / "killed", "rollout/lost_workers") == [0, 1]
+    assert "rollout worker 0 is lost: a new one is started" in caplog.text
 
 
 def test_samples_drawn_ahead_are_at_most_as_stale_as_allowed(place, together):
