@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from converters.adapters import export_adapter, import_adapter, read_lora
 from converters.errors import CheckpointError
+from converters.export_hf import export_hf
 from converters.families.registry import weight_rows
 from converters.import_hf import read_config
 from converters.rows import bind, flatten
@@ -61,6 +63,20 @@ def test_peft_computes_with_our_adapters(case, rslora, tmp_path):
     merged = logits(Model(model.config), merge_adapters(join(adapters, base), model.lora))
     np.testing.assert_allclose(ours, merged, atol=1e-4)
     assert np.abs(ours - logits(Model(model.config), base)).max() > 0.1
+
+
+def test_adapters_of_experts_are_merged_into_what_transformers_computes(tmp_path):
+    """PEFT has no place for them, so the merged weights are compared, on both sides."""
+    base, config, hf = hf_folders.load(hf_folders.save(tmp_path / "base", "qwen3-moe"))
+    model = Model(config, replace(LORA, targets=("experts.*", "q_proj")))
+    adapters = split_adapters(tiny.random_params(model))[0]
+    assert len(jax.tree.leaves(adapters["layers"]["mlp"]["experts"])) == 2 * 3  # factors, linears
+    ours = logits(model, join(adapters, base))
+    merged = merge_adapters(join(adapters, base), model.lora)
+    np.testing.assert_allclose(ours, logits(Model(config), merged), atol=1e-4)
+    assert np.abs(ours - logits(Model(config), base)).max() > 0.1
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(export_hf(merged, config, hf, tmp_path / "merged"))
+    np.testing.assert_allclose(ours, torch_logits(loaded), atol=1e-4)
 
 
 def save_peft(tmp_path, case="qwen3-biases", **options):
