@@ -32,18 +32,19 @@ def train(config: Path, *overrides: str, devices: int = 8) -> str:
 
 
 def interrupt(config: Path, run: Path, how: signal.Signals, *overrides: str, lines: range, devices: int = 8) -> int:
-    """Start a run, end it by a signal at a random moment after one of its log's first `lines`, return the exit code."""
+    """Start a run, end it by a signal at a random moment after a random one of its log's `lines`, return the exit code."""
     process = start(config, f"run.dir={run}", *overrides, devices=devices)
     chosen = random.Random(os.getpid())
-    at, seen, since = chosen.choice(lines), 0, time.monotonic()
+    at, seen, since, step = chosen.choice(lines), 0, time.monotonic(), float("inf")
     while process.poll() is None:
         count = _lines(run / "metrics.jsonl")
+        if count != seen:
+            step = min(step, time.monotonic() - since)  # the shortest so far, so that the run does not end meanwhile
+            seen, since = count, time.monotonic()
         if count >= at:
-            time.sleep(chosen.random() * (time.monotonic() - since))  # a part of what the step before took
+            time.sleep(chosen.random() * step)
             process.send_signal(how)
             break
-        if count != seen:
-            seen, since = count, time.monotonic()
         time.sleep(0.005)
     process.communicate(timeout=600)
     return process.returncode

@@ -33,7 +33,7 @@ class EnvironmentSection(Section):
     weight: float = 1.0  # of the environment's own rewards, beside those of rl.rewards
     max_turns: PositiveInt = 8
     max_tokens: PositiveInt | None = None  # of all turns, the environment's tokens included; default: what fits
-    seconds: PositiveFloat = 60.0  # the limit of one reset or step
+    seconds: PositiveFloat = 30.0  # the limit of one reset or step
 
 
 class PlacementSection(Section):
