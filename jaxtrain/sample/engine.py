@@ -18,7 +18,7 @@ from jaxtrain.sample import decode as programs
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import BROKEN, ENDED, FULL, RUNNING, STOPPED, Generated, Slots
 from jaxtrain.sample.filters import Knobs
-from jaxtrain.sample.placement import empty_buffers, empty_marks, place_params, row_shares, slots_within
+from jaxtrain.sample.placement import beside, empty_buffers, empty_marks, place_params, row_shares, slots_within
 from jaxtrain.sample.requests import (
     BIAS_SLOTS,
     STOP_SLOTS,
@@ -95,10 +95,8 @@ class Engine:
         self._seeds = np.random.default_rng(seed)
         self._buckets = _buckets(max_length)
         self._bucket = self._buckets[0]
-        self._cache = empty_buffers(model, slots, self._bucket)
         self._knobs = no_knobs(slots)
         self._device_knobs: Knobs | None = None
-        self._marks = empty_marks(model, slots)
         self._state = Slots(*(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
         self._roots: dict[Trie, int] = {}
         self.add_tries(())
@@ -107,6 +105,8 @@ class Engine:
         self._waiting: deque[Sample] = deque()
         self._submitted = 0
         self.set_params(params, version)
+        buffers = empty_buffers(model, slots, self._bucket), empty_marks(model, slots)
+        self._cache, self._marks = beside(model, self._params, buffers)
 
     def set_params(self, params: Params, version: int) -> None:
         """Sample with other weights from the next call on. Samples under way go on with the keys they have."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,19 @@ def place_params(model: Model, params: Params) -> Params:
 
     A decode step reads every weight, so one that is split over "fsdp" would be gathered at every step.
     """
-    return _place(model, params)
+    placed = _place(model, params)
+    return beside(model, placed, placed)
+
+
+def beside(model: Model, params: Params, tree: Any) -> Any:
+    """`tree` bound to the device that `params` are on, as all that comes of them is; on a mesh it is bound already.
+
+    What is free to move and what is not are two programs to JAX, of which the second would compile after a warm-up.
+    """
+    if model.run.mesh is not None:
+        return tree
+    (device,) = jax.tree.leaves(params)[0].devices()
+    return jax.device_put(tree, device)
 
 
 @partial(jax.jit, static_argnums=0)

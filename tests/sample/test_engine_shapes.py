@@ -61,7 +61,9 @@ def test_experts_and_sinks_score_as_the_forward_pass_does():
 
 def test_no_request_compiles_anything_after_the_warm_up(caplog):
     model = tiny.model(**SIZES)
-    engine = Engine(model, tiny.random_params(model), slots=4, max_length=96, tokenizer=_Spaces())
+    # Bound to a device, as those are that come from a checkpoint.
+    first, second = (jax.device_put(tiny.random_params(model, seed), jax.devices()[0]) for seed in (0, 5))
+    engine = Engine(model, first, slots=4, max_length=96, tokenizer=_Spaces())
     trie = Trie([[1, 2, 3], [1, 5], [9]])
     engine.add_tries([trie])
     engine.warm_up()
@@ -87,7 +89,7 @@ def test_no_request_compiles_anything_after_the_warm_up(caplog):
     asked.append(Request([3, 4], SamplingParams(trie=trie)))
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         completions = engine.generate(asked)
-        engine.set_params(tiny.random_params(model, 5), 1)
+        engine.set_params(second, 1)
         engine.generate(asked[:3])
         jax.jit(lambda x: x + 1)(np.ones(7))  # this one shows
     assert len(completions) == 201

@@ -1,0 +1,39 @@
+"""Every family through the engine: what it says of its samples is what the trainer's forward pass says of them."""
+
+import hf_folders
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.nn.model import Model
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.train.step import score
+from jaxtrain.types import Batch
+
+LENGTH = 64  # one bucket of prompts and cache; the cases' windows are 37
+PROMPTS = [np.random.default_rng(length).integers(0, 101, length) for length in (50, 33, 45, 7)]
+
+
+@pytest.mark.parametrize("case", hf_folders.CASES)
+def test_the_engine_scores_its_samples_as_the_forward_pass_does(case, tmp_path):
+    """More prompts than slots, some longer than the windows, others that outgrow them; half of them greedy.
+
+    Both slots are refilled at once, so that each program compiles once.
+    """
+    params, config, _ = hf_folders.load(hf_folders.save(tmp_path, case))
+    model = Model(config)
+    asked = [Request(prompt, SamplingParams(12, seed=1, temperature=index % 2)) for index, prompt in enumerate(PROMPTS)]
+    samples = [sample for (sample,) in Engine(model, params, slots=2, max_length=LENGTH, steps=6).generate(asked)]
+
+    tokens, segments = (np.zeros((len(PROMPTS), LENGTH), np.int32) for _ in range(2))
+    weights = np.zeros(tokens.shape, np.float32)
+    for row, (prompt, sample) in enumerate(zip(PROMPTS, samples, strict=True)):
+        end = len(prompt) + 12
+        tokens[row, :end], segments[row, :end], weights[row, len(prompt) : end] = [*prompt, *sample.ids], 1, 1
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    scores = jax.jit(score, static_argnums=0)(model, params, Batch(tokens, positions, segments, weights))
+    for row, (prompt, sample) in enumerate(zip(PROMPTS, samples, strict=True)):
+        span = slice(len(prompt), len(prompt) + 12)
+        np.testing.assert_allclose(sample.raw_logps, scores.logp[row, span], atol=1e-4, rtol=0)
+        assert row % 2 or np.asarray(scores.correct)[row, span].all()  # the greedy ones
