@@ -32,7 +32,7 @@ def train(config: Path, *overrides: str, devices: int = 8) -> str:
 
 
 def interrupt(config: Path, run: Path, how: signal.Signals, *overrides: str, lines: range, devices: int = 8) -> int:
-    """Start a run, end it by a signal at a random moment after a random one of its log's `lines`, return the exit code."""
+    """Start a run, end it by a signal at a random moment after a random one of its `lines`; return the exit code."""
     process = start(config, f"run.dir={run}", *overrides, devices=devices)
     chosen = random.Random(os.getpid())
     at, seen, since, step = chosen.choice(lines), 0, time.monotonic(), float("inf")
