@@ -4,54 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jaxtrain.recipes.generate import Served
+from jaxtrain.sample.async_engine import AsyncEngine
 from jaxtrain.sample.requests import Chunk, Request, SamplingParams
+
+_T = TypeVar("_T")
 
 _SAME = ("temperature", "top_p", "n", "seed", "presence_penalty", "top_k", "min_p", "repetition_penalty")
 _IGNORED = {"model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"}
 _NEUTRAL = {"frequency_penalty": (0, None), "top_logprobs": (0, None), "echo": (False, None), "best_of": (1, None)}
-
-
-class Loop:
-    """The engine in a thread of its own: requests from any thread in, their chunks out as they come."""
-
-    def __init__(self, served: Served):
-        self._engine = served.engine
-        self._inbox: queue.Queue[tuple[Request, Callable[[Chunk | ValueError], None]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def submit(self, request: Request, tell: Callable[[Chunk | ValueError], None]) -> None:
-        """Have `tell` called, from the engine's thread, with every chunk, or with what is wrong with the request."""
-        self._inbox.put((request, tell))
-
-    def close(self) -> None:
-        self._inbox.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        told: dict[int, Callable[[Chunk | ValueError], None]] = {}
-        while True:
-            while not self._engine.busy or not self._inbox.empty():
-                item = self._inbox.get()
-                if item is None:
-                    return
-                request, tell = item
-                try:
-                    told[self._engine.submit(request)] = tell
-                except ValueError as error:
-                    tell(error)
-            for chunk in self._engine.step():
-                told[chunk.request](chunk)
 
 
 def make_app(served: Served) -> Any:
@@ -63,20 +31,21 @@ def make_app(served: Served) -> Any:
         from starlette.routing import Route
     except ImportError as error:
         raise ValueError("serving needs starlette and uvicorn: pip install 'jaxtrain[serve]'") from error
-    loop = Loop(served)
+    engine = AsyncEngine(served.engine)
 
     def answering(chat: bool):
         async def answer(http: Http) -> Any:
             try:
                 body = await http.json()
                 reply = _Reply(served, body, chat)
-                chunks = await _chunks(loop, reply.request)
+                served.engine.check([reply.request])
             except ValueError as error:
                 return JSONResponse(_error(error, "invalid_request_error"), status_code=400)
+            chunks = engine.stream(reply.request)
             if body.get("stream"):
                 return StreamingResponse(reply.stream(chunks), media_type="text/event-stream")
             try:
-                return JSONResponse(await reply.whole(chunks))
+                return JSONResponse(await _unless_left(http, reply.whole(chunks)))
             except _FailedError as error:
                 return JSONResponse(_error(error, "server_error"), status_code=500)
 
@@ -111,30 +80,20 @@ def _error(error: Exception, kind: str) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": None, "code": None}}
 
 
-async def _chunks(loop: Loop, request: Request) -> AsyncIterator[Chunk]:
-    """The chunks of a request. Raises ValueError at once for one that the engine refuses."""
-    arrived: asyncio.Queue[Chunk | ValueError] = asyncio.Queue()
-    here = asyncio.get_running_loop()
+async def _unless_left(http: Any, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """What `work` returns; None where the client of `http` hangs up before, and then `work` is cancelled."""
 
-    def tell(item: Chunk | ValueError) -> None:
-        here.call_soon_threadsafe(arrived.put_nowait, item)
+    async def left() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
 
-    loop.submit(request, tell)
-    first = await arrived.get()
-    if isinstance(first, ValueError):
-        raise first
-
-    async def rest() -> AsyncIterator[Chunk]:
-        chunk, open_samples = first, request.params.n
-        while True:
-            assert not isinstance(chunk, ValueError)
-            yield chunk
-            open_samples -= chunk.completion is not None
-            if not open_samples:
-                return
-            chunk = await arrived.get()
-
-    return rest()
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 class _Reply:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,16 +130,33 @@ class Engine:
         return [[each for each in samples if each is not None] for samples in done]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        """What `generate` returns, piece by piece, as it comes. All requests are checked before the first piece."""
-        self._check(requests)
+        """What `generate` returns, piece by piece, as it comes. All requests are checked before the first piece.
+
+        To leave early, as with `break`, cancels what is not done.
+        """
+        self.check(requests)
         numbers = {self.submit(request): index for index, request in enumerate(requests)}
-        while numbers and self.busy:
-            for chunk in self.step():
-                yield chunk._replace(request=numbers[chunk.request])
+        try:
+            while numbers and self.busy:
+                for chunk in self.step():
+                    yield chunk._replace(request=numbers[chunk.request])
+        finally:
+            self.cancel(list(numbers))
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError for one that can never be served."""
+        for index, request in enumerate(requests):
+            check_request(
+                request,
+                vocab_size=self.model.config.vocab_size,
+                max_length=self.max_length,
+                has_tokenizer=self.tokenizer is not None,
+                name=f"request {index}",
+            )
 
     def submit(self, request: Request) -> int:
         """Queue a request; its chunks come out of `step` under the number returned."""
-        self._check([request])
+        self.check([request])
         number, self._submitted = self._submitted, self._submitted + 1
         params = request.params
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
@@ -151,6 +168,14 @@ class Engine:
             Sample(number, index, request, seed, now, self.tokenizer, prompt) for index in range(params.n)
         )
         return number
+
+    def cancel(self, numbers: Collection[int]) -> None:
+        """Forget requests, by the numbers of `submit`: their slots are free, and nothing more comes of them."""
+        self._waiting = deque(sample for sample in self._waiting if sample.number not in numbers)
+        for slot, sample in enumerate(self._running):
+            if sample is not None and sample.number in numbers:
+                self._running[slot] = None
+                self._state.live[slot] = False
 
     @property
     def busy(self) -> bool:
@@ -200,16 +225,6 @@ class Engine:
             np.int32(quorum),
         )
         return made
-
-    def _check(self, requests: Sequence[Request]) -> None:
-        for index, request in enumerate(requests):
-            check_request(
-                request,
-                vocab_size=self.model.config.vocab_size,
-                max_length=self.max_length,
-                has_tokenizer=self.tokenizer is not None,
-                name=f"request {index}",
-            )
 
     def _admit(self) -> None:
         """Give free slots to waiting samples, each with the keys and values of its prompt but for the last token."""

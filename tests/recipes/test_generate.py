@@ -135,3 +135,29 @@ def test_what_cannot_be_done_is_said(client, options, message):
 
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(model="tiny", messages=HELLO, **options)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_client_that_hangs_up_frees_its_slots(served, client, monkeypatch, stream):
+    httpx = pytest.importorskip("httpx")
+    finished, step = [], served.engine.step
+
+    def slow():
+        time.sleep(0.02)
+        chunks = step()
+        finished.extend(chunk for chunk in chunks if chunk.completion)
+        return chunks
+
+    monkeypatch.setattr(served.engine, "step", slow)
+    body = {"prompt": "ab", "max_tokens": 90, "n": 200, "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{client.base_url}completions", json=body) as reply:
+            next(reply.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{client.base_url}completions", json=body, timeout=0.5)
+    end = time.monotonic() + 20
+    while served.engine.busy and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not served.engine.busy and len(finished) < 200
+    assert client.completions.create(model="tiny", prompt="ab", max_tokens=5).usage.completion_tokens

@@ -1,0 +1,83 @@
+"""`AsyncEngine`: the engine for coroutines, such as those of an HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.requests import Chunk, Request
+
+_Tell = Callable[[Chunk | None], None]
+
+
+class AsyncEngine:
+    """The engine in a thread of its own, which serves any number of coroutines, of any event loop, at a time.
+
+        serving = AsyncEngine(engine)
+        async for chunk in serving.stream(request): ...
+
+    Nobody else may use the engine until `close`.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        # Requests to begin, each with whom to tell of it; without a request, whom not to tell any more.
+        self._inbox: queue.Queue[tuple[Request | None, _Tell] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The chunks of a request, as they come. To leave early cancels it.
+
+        Raises ValueError for one that cannot be served, RuntimeError where the engine stops before it is done.
+        """
+        self._engine.check([request])
+        arrived: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        here = asyncio.get_running_loop()
+
+        def tell(chunk: Chunk | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: its coroutine has left, and its cancelling is under way
+                here.call_soon_threadsafe(arrived.put_nowait, chunk)
+
+        self._inbox.put((request, tell))
+        running = request.params.n
+        try:
+            while running:
+                chunk = await arrived.get() if self._thread.is_alive() or not arrived.empty() else None
+                if chunk is None:
+                    raise RuntimeError("the engine has stopped")
+                running -= chunk.completion is not None
+                yield chunk
+        finally:
+            self._inbox.put((None, tell))
+
+    def close(self) -> None:
+        """Stop, whatever is under way."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        told: dict[int, _Tell] = {}
+        try:
+            while True:
+                while not self._engine.busy or not self._inbox.empty():
+                    item = self._inbox.get()
+                    if item is None:
+                        return
+                    request, tell = item
+                    if request is None:
+                        left = [number for number, each in told.items() if each is tell]
+                        self._engine.cancel(left)
+                        told = {number: each for number, each in told.items() if each is not tell}
+                    else:
+                        told[self._engine.submit(request)] = tell
+                for chunk in self._engine.step():
+                    told[chunk.request](chunk)
+        finally:
+            self._engine.cancel(list(told))
+            for tell in told.values():
+                tell(None)

@@ -1,0 +1,110 @@
+"""Coroutines share an engine; those that leave give their slots back."""
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import pytest
+import tiny
+
+from jaxtrain.sample.async_engine import AsyncEngine
+from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.requests import Request, SamplingParams
+
+SIZES = {"num_layers": 1, "pattern": tiny.CONFIG.pattern[:1]}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model = tiny.model(**SIZES)
+    return Engine(model, tiny.random_params(model), slots=2, max_length=64, steps=4)
+
+
+@pytest.fixture
+def serving(engine):
+    serving = AsyncEngine(engine)
+    yield serving
+    serving.close()
+
+
+def request(number, **options):
+    return Request([1 + number, 2], SamplingParams(**{"max_tokens": 9, "seed": number, **options}))
+
+
+def until_idle(engine):
+    end = time.monotonic() + 20
+    while engine.busy and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not engine.busy
+
+
+def test_every_coroutine_gets_the_chunks_of_its_request(engine):
+    requests = [request(number, n=1 + number % 2) for number in range(5)]
+    expected = engine.generate(requests)
+    serving = AsyncEngine(engine)
+
+    async def collect(asked):
+        return [chunk async for chunk in serving.stream(asked)]
+
+    async def everybody():
+        return await asyncio.gather(*map(collect, requests))
+
+    for chunks, samples in zip(asyncio.run(everybody()), expected, strict=True):
+        assert len(chunks) > len(samples)
+        for index, sample in enumerate(samples):
+            (ours,) = [each.completion for each in chunks if each.sample == index and each.completion]
+            assert ours.ids.tolist() == sample.ids.tolist()
+    serving.close()
+
+
+def test_who_leaves_cancels_and_the_others_go_on(engine, serving, monkeypatch):
+    async def leave():
+        async with aclosing(serving.stream(request(0, max_tokens=60, n=40))) as chunks:
+            async for _ in chunks:
+                return
+
+    async def stay():
+        return [chunk async for chunk in serving.stream(request(1))][-1].completion
+
+    async def both():
+        return (await asyncio.gather(leave(), stay()))[1]
+
+    finished, step = [], engine.step
+
+    def watched():
+        chunks = step()
+        finished.extend(chunk.request for chunk in chunks if chunk.completion)
+        return chunks
+
+    monkeypatch.setattr(engine, "step", watched)
+    completion = asyncio.run(both())
+    until_idle(engine)
+    assert len(completion.ids) == 9
+    assert len(finished) < 20  # of the 41
+
+
+def test_a_request_that_cannot_be_served_is_refused_at_once(serving):
+    async def ask():
+        return [chunk async for chunk in serving.stream(request(0, max_tokens=100))]
+
+    with pytest.raises(ValueError, match="can never fit"):
+        asyncio.run(ask())
+
+
+def test_closing_tells_who_still_waits(engine):
+    serving = AsyncEngine(engine)
+
+    async def ask():
+        async for _ in serving.stream(request(0, max_tokens=60, n=40)):
+            serving.close()
+
+    with pytest.raises(RuntimeError, match="the engine has stopped"):
+        asyncio.run(ask())
+    assert not engine.busy
+
+
+def test_breaking_off_a_stream_leaves_nothing_behind(engine):
+    for _ in engine.stream([request(0, n=5)]):
+        break
+    assert not engine.busy
+    assert len(engine.generate([request(1)])[0]) == 1
