@@ -16,12 +16,10 @@ import optax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.prompts import PromptStream
-from jaxtrain.lora import join
-from jaxtrain.recipes.run_folder import abstract_state, check_tokenizer, fingerprint
-from jaxtrain.recipes.setup import Policy, adapter_params, base_params
+from jaxtrain.recipes.run_folder import abstract_state, check_tokenizer, fingerprint, fresh_state
+from jaxtrain.recipes.setup import Policy, base_params
 from jaxtrain.rl.controller import Experience, Pending, Update
 from jaxtrain.train.checkpoint import Checkpoints
-from jaxtrain.train.state import new_state
 from jaxtrain.types import Batch, Params, TrainState
 
 _EXPERIENCE = "experience"
@@ -116,17 +114,7 @@ def _frozen(config: RunConfig, role: Trained) -> Params:
 
 
 def _fresh(config: RunConfig, role: Trained, target: TrainState) -> TrainState:
-    seed = config.run.seed
-    base = base_params(config.model, role.policy, seed)
-    new = adapter_params(config.model, role.policy, seed, base)
-    trained, frozen = (new, base) if role.policy.model.base_frozen else (join(new, base), {})
-
-    def born(params: Params) -> TrainState:
-        return new_state(params, {}, role.tx, jax.random.key(seed))
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    # Donated: the parameters move into the state instead of being there twice.
-    return jax.jit(born, out_shardings=shardings, donate_argnums=0)(trained)._replace(frozen=frozen)
+    return fresh_state(config, *role, target, base_params(config.model, role.policy, config.run.seed))
 
 
 def _path(config: RunConfig, step: int) -> Path:

@@ -73,16 +73,22 @@ def restore_or_begin(
         check_tokenizer(config, restored.meta, tokenizer)
         stream.set_state(restored.data_state)
         return restored.state._replace(frozen=base), restored.meta["num_tokens"]
-    new = adapter_params(config.model, policy, seed, base)
+    return fresh_state(config, policy, tx, target, base), 0
+
+
+def fresh_state(
+    config: RunConfig, policy: Policy, tx: optax.GradientTransformation, target: TrainState, base: Params
+) -> TrainState:
+    """The state at step 0, laid out as `target` is; `base` are all parameters but adapters and new heads."""
+    new = adapter_params(config.model, policy, config.run.seed, base)
     trained, frozen = (new, base) if policy.model.base_frozen else (join(new, base), {})
 
     def born(params: Params) -> TrainState:
-        return new_state(params, {}, tx, jax.random.key(seed))
+        return new_state(params, {}, tx, jax.random.key(config.run.seed))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target._replace(frozen={}))
     # Donated: the parameters move into the state instead of being there twice.
-    state = jax.jit(born, out_shardings=shardings, donate_argnums=0)(trained)
-    return state._replace(frozen=frozen), 0
+    return jax.jit(born, out_shardings=shardings, donate_argnums=0)(trained)._replace(frozen=frozen)
 
 
 def check_tokenizer(config: RunConfig, meta: dict[str, Any], tokenizer: Any) -> None:
