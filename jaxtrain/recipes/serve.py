@@ -17,9 +17,19 @@ from jaxtrain.sample.requests import Chunk, Request, SamplingParams
 
 _T = TypeVar("_T")
 
-_SAME = ("temperature", "top_p", "n", "seed", "presence_penalty", "top_k", "min_p", "repetition_penalty")
+_SAME = (
+    "temperature",
+    "top_p",
+    "n",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+)
 _IGNORED = {"model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"}
-_NEUTRAL = {"frequency_penalty": (0, None), "top_logprobs": (0, None), "echo": (False, None), "best_of": (1, None)}
+_NEUTRAL = {"top_logprobs": (0, None), "echo": (False, None), "best_of": (1, None)}
 
 
 def make_app(served: Served) -> Any:

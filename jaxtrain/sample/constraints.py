@@ -12,8 +12,9 @@ from jax import lax
 from jaxtrain.sample.filters import Knobs
 from jaxtrain.types import Array
 
-# Bits of a mark: the token is in the prompt, is among the generated ones, may never be generated.
-IN_PROMPT, GENERATED, FORBIDDEN = 1, 2, 4
+# A mark, uint16, of two bits and a count: the token is in the prompt; it may never be generated; it was generated, so
+# many times.
+IN_PROMPT, FORBIDDEN, GENERATED = 1, 2, 4
 
 
 class Trie:
@@ -78,19 +79,21 @@ def join_tries(tries: Sequence[Trie]) -> tuple[Tries, list[int]]:
 
 
 def constrain(logits: Array, knobs: Knobs, marks: Array, tries: Tries, node: Array, live: Array) -> Array:
-    """Logits [B, V] after repetition and presence penalties, biases and masks, in this order; masked ones are -inf.
+    """Logits [B, V] after penalties, biases and masks, in this order; masked ones are -inf.
 
-    `marks` [B, V] int8 are the bits above, `node` [B] int32 is where in `tries` a slot stands. The repetition penalty
-    is transformers' (a positive logit is divided, a negative one multiplied; prompt and new tokens), the presence
-    penalty OpenAI's (subtracted; new tokens only).
+    `marks` [B, V] uint16 are as above, `node` [B] int32 is where in `tries` a slot stands. The repetition penalty is
+    transformers' (a positive logit is divided, a negative one multiplied; prompt and new tokens), presence and
+    frequency penalties are OpenAI's (subtracted, once and as often as the token came; new tokens only).
     """
     marked = live & knobs.marked
 
     def of_marks(logits: Array) -> Array:
-        seen = (marks & (IN_PROMPT | GENERATED)) != 0
+        count = marks // GENERATED
+        seen = ((marks & IN_PROMPT) != 0) | (count > 0)
         repetition = jnp.where(marked, knobs.repetition, 1)[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
-        logits -= jnp.where((marks & GENERATED) != 0, jnp.where(marked, knobs.presence, 0)[:, None], 0)
+        logits -= jnp.where(marked, knobs.presence, 0)[:, None] * (count > 0)
+        logits -= jnp.where(marked, knobs.frequency, 0)[:, None] * count
         return jnp.where(((marks & FORBIDDEN) != 0) & marked[:, None], -jnp.inf, logits)
 
     def biased(logits: Array) -> Array:
@@ -110,6 +113,11 @@ def constrain(logits: Array, knobs: Knobs, marks: Array, tries: Tries, node: Arr
     ):
         logits = lax.cond(jnp.any(wanted), change, lambda same: same, logits)
     return logits
+
+
+def once_more(marks: Array) -> Array:
+    """The marks of tokens that were generated once more. A count that fits no longer stays."""
+    return jnp.where(marks < 2**16 - GENERATED, marks + GENERATED, marks)
 
 
 def advance(tries: Tries, node: Array, token: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import ROWS, constrain_rows, replicated
-from jaxtrain.sample.constraints import GENERATED, Tries, advance, constrain
+from jaxtrain.sample.constraints import Tries, advance, constrain, once_more
 from jaxtrain.sample.filters import Knobs, draw
 from jaxtrain.types import Array, Params
 
@@ -116,7 +116,7 @@ def decode(
 ) -> tuple[Layers, Array, Generated]:
     """Up to `steps` <= `most` tokens for every live slot; ends earlier where fewer than `quorum` slots are live.
 
-    `marks` [B, V] int8 are those of `constraints`.
+    `marks` [B, V] uint16 are those of `constraints`.
     """
     rows = jnp.arange(len(slots.token))
 
@@ -153,7 +153,7 @@ def decode(
             node=node,
         )
         told = jnp.where(good & knobs.marked, drawn.token, marks.shape[1])
-        marks = marks.at[rows, told].set(marks[rows, drawn.token] | GENERATED, mode="drop")
+        marks = marks.at[rows, told].set(once_more(marks[rows, drawn.token]), mode="drop")
         live = slots.live & (state == RUNNING)
         slots = Slots(jnp.where(good, drawn.token, slots.token), slots.position + good, left, live, node)
         return step + 1, _placed(model, extended.layers), marks, slots, made

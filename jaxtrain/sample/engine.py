@@ -205,7 +205,7 @@ class Engine:
                 for rows in self._prefill_rows(length):
                     self._prefill([], length, rows)
             self._decode(0, 1)
-        self._marks = programs.mark(self._marks, np.zeros(self._marks.shape[1], np.int8), np.int32(0))
+        self._marks = programs.mark(self._marks, np.zeros(self._marks.shape[1], np.uint16), np.int32(0))
         self._fit(0)
 
     def _decode(self, steps: int, quorum: int) -> Generated:
@@ -371,6 +371,7 @@ def no_knobs(slots: int) -> Knobs:
         want_logps=np.zeros(slots, np.bool_),
         repetition=np.ones(slots, np.float32),
         presence=np.zeros(slots, np.float32),
+        frequency=np.zeros(slots, np.float32),
         bias_ids=np.full((slots, BIAS_SLOTS), -1, np.int32),
         bias=np.zeros((slots, BIAS_SLOTS), np.float32),
         marked=np.zeros(slots, np.bool_),

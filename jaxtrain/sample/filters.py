@@ -33,6 +33,7 @@ class Knobs(NamedTuple):
     want_logps: Array  # [B] bool
     repetition: Array  # [B] float32; 1 is none
     presence: Array  # [B] float32; 0 is none
+    frequency: Array  # [B] float32; 0 is none
     bias_ids: Array  # [B, m] int32, filled up with -1
     bias: Array  # [B, m] float32
     marked: Array  # [B] bool, whether the slot's row of marks means anything

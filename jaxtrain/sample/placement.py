@@ -17,6 +17,7 @@ from jaxtrain.parallel.sharding import row_shares as mesh_shares
 from jaxtrain.sample.decode import cache_sharding
 from jaxtrain.types import Array, Params
 
+MARK = np.dtype("uint16")  # see `constraints`
 _MATRICES = ("kernel", "weight", "lora_a", "lora_b")
 
 
@@ -32,7 +33,11 @@ def slot_bytes(model: Model, length: int) -> int:
     if mesh is not None and heads % mesh.shape["tensor"] == 0:
         heads //= mesh.shape["tensor"]
     columns = sum(columns_of(kind, length) for kind in config.pattern)
-    return 2 * columns * heads * config.head_dim * np.dtype(model.run.dtype).itemsize + config.vocab_size
+    return 2 * columns * heads * config.head_dim * np.dtype(model.run.dtype).itemsize + _mark_bytes(model)
+
+
+def _mark_bytes(model: Model) -> int:
+    return MARK.itemsize * model.config.vocab_size
 
 
 def slots_within(model: Model, length: int, budget: int) -> int:
@@ -41,7 +46,7 @@ def slots_within(model: Model, length: int, budget: int) -> int:
     Raises ValueError with the numbers where none does. While the cache grows, one layer is there twice.
     """
     each = slot_bytes(model, length)
-    each += -(-(each - model.config.vocab_size) // model.config.num_layers)
+    each += -(-(each - _mark_bytes(model)) // model.config.num_layers)
     slots = budget // each * row_shares(model)
     if not slots:
         raise ValueError(
@@ -64,13 +69,13 @@ def _empty(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
 
 
 def empty_marks(model: Model, slots: int) -> Array:
-    """[slots, V] int8, rows placed as the cache's are."""
+    """[slots, V] uint16, rows placed as the cache's are."""
     return _no_marks(model, slots)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _no_marks(model: Model, slots: int) -> Array:
-    return constrain_rows(jnp.zeros((slots, model.config.vocab_size), jnp.int8), model.run.mesh)
+    return constrain_rows(jnp.zeros((slots, model.config.vocab_size), MARK), model.run.mesh)
 
 
 def place_params(model: Model, params: Params) -> Params:

@@ -32,6 +32,7 @@ class SamplingParams:
     stop_ids: Sequence[int] = ()  # a token of these ends the sample and is its last id
     repetition_penalty: float = 1.0  # above 1: makes tokens of the prompt and of the sample less probable
     presence_penalty: float = 0.0  # above 0: makes tokens of the sample less probable
+    frequency_penalty: float = 0.0  # above 0: the same, by as much for every time that a token came
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> what is added to its logit
     allowed_ids: Sequence[int] | np.ndarray | None = None  # nothing else is generated; None: all
     trie: Trie | None = None  # the sample is one of the trie's sequences, and ends with it
@@ -50,6 +51,7 @@ class SamplingParams:
             f"n={self.n} must be at least 1": self.n < 1,
             f"repetition_penalty={self.repetition_penalty} must be above 0": not self.repetition_penalty > 0,
             f"presence_penalty={self.presence_penalty} must be finite": not np.isfinite(self.presence_penalty),
+            f"frequency_penalty={self.frequency_penalty} must be finite": not np.isfinite(self.frequency_penalty),
             "a bias in logit_bias must be finite": not all(map(np.isfinite, self.logit_bias.values())),
             f"stop={self.stop!r} must be a list of strings": isinstance(self.stop, str),
             "a string in stop is empty": not all(self.stop),

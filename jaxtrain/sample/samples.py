@@ -33,7 +33,8 @@ class Sample:
     @property
     def marked(self) -> bool:
         params = self.request.params
-        return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.allowed_ids is not None
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        return penalties != (1, 0, 0) or params.allowed_ids is not None
 
     def knobs(self) -> Knobs:
         """The values of one slot."""
@@ -50,15 +51,16 @@ class Sample:
             want_logps=params.logprobs,
             repetition=params.repetition_penalty,
             presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
             bias_ids=_filled([token for token, _ in biases], BIAS_SLOTS, -1, np.int32),
             bias=_filled([bias for _, bias in biases], BIAS_SLOTS, 0, np.float32),
             marked=self.marked,
         )
 
     def marks(self, vocab_size: int) -> np.ndarray:
-        """The slot's row of marks, [V] int8."""
+        """The slot's row of marks, [V] uint16."""
         allowed = self.request.params.allowed_ids
-        row = np.zeros(vocab_size, np.int8)
+        row = np.zeros(vocab_size, np.uint16)
         if allowed is not None:
             row[:] = FORBIDDEN
             row[np.asarray(allowed)] = 0

@@ -64,8 +64,8 @@ def test_a_conversation_remembers_what_was_said(served):
 
 def test_a_cache_budget_decides_the_slots(folder):
     roomy = load_served(folder, dtype="float32", max_length=64, slots=None, cache_gib=0.001).engine
-    # One layer, two heads of 16, keys and values of 64 tokens in float32, once more while it grows; marks of 259.
-    each = 2 * 2 * 16 * 64 * 4 * 2 + 259
+    # One layer, two heads of 16, keys and values of 64 tokens in float32, once more while it grows; 259 marks.
+    each = 2 * 2 * 16 * 64 * 4 * 2 + 2 * 259
     assert roomy.slots == int(0.001 * 2**30) // each * 8
     with pytest.raises(ValueError, match=r"holds no sample of 64 tokens, which takes 0\.0 MiB"):
         load_served(folder, dtype="float32", max_length=64, slots=None, cache_gib=1e-6)
@@ -126,7 +126,7 @@ def test_completions_continue_text_or_ids(served, client):
     [
         ({"max_tokens": 1000}, "can never fit into max_length=96"),
         ({"temperature": -1}, "temperature=-1 must be at least 0"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"extra_body": {"best_of": 3}}, "best_of is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
 )

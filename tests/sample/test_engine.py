@@ -217,3 +217,9 @@ def test_penalties_count_the_prompt_and_what_came_since(speaking):
     ((completion,),) = speaking.generate([Request(PROMPTS[4], params)])
     ids = completion.ids.tolist()
     assert len(set(ids)) == 12 and not set(ids) & set(PROMPTS[4])
+
+
+def test_a_frequency_penalty_counts_how_often_a_token_came(speaking):
+    params = SamplingParams(12, temperature=0, allowed_ids=[3, 4, 50], frequency_penalty=1e4)
+    ((completion,),) = speaking.generate([Request([3, 3], params)])
+    assert sorted(completion.ids.tolist()) == [3] * 4 + [4] * 4 + [50] * 4

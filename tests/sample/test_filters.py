@@ -102,9 +102,9 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
 
 def test_penalties_biases_and_masks():
     rows = np.repeat(LOGITS, 3, 0)
-    marks = np.zeros((3, VOCAB), np.int8)
-    marks[:, 3], marks[:, 4], marks[:, 5] = IN_PROMPT, GENERATED, FORBIDDEN
-    knobs = knobs_of(3, repetition=1.5, presence=0.7, marked=[True, True, False])
+    marks = np.zeros((3, VOCAB), np.uint16)
+    marks[:, 3], marks[:, 4], marks[:, 5] = IN_PROMPT, 3 * GENERATED, FORBIDDEN
+    knobs = knobs_of(3, repetition=1.5, presence=0.7, frequency=0.2, marked=[True, True, False])
     knobs.bias_ids[1, :2], knobs.bias[1, :2] = [4, 9], [2.0, -100.0]
     tries = jax.device_put(join_tries([])[0])
     live = jnp.array([True] * 3)
@@ -113,7 +113,7 @@ def test_penalties_biases_and_masks():
     for token in (3, 4):
         value = rows[0, token]
         expected[:2, token] = value / 1.5 if value > 0 else value * 1.5
-    expected[:2, 4] -= 0.7
+    expected[:2, 4] -= 0.7 + 3 * 0.2
     expected[1, 4] += 2
     expected[1, 9] -= 100
     expected[:2, 5] = -np.inf
@@ -127,11 +127,11 @@ def test_a_trie_leaves_its_next_tokens_and_ends_with_its_sequences():
     node = jnp.array([roots[0], roots[1], 0])
     every = jnp.ones(3, bool)
     rows = jnp.asarray(np.repeat(LOGITS, 3, 0))
-    out = np.asarray(constrain(rows, knobs_of(3), jnp.zeros((3, VOCAB), jnp.int8), tries, node, every))
+    out = np.asarray(constrain(rows, knobs_of(3), jnp.zeros((3, VOCAB), jnp.uint16), tries, node, every))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in out] == [[7], [3], list(range(VOCAB))]
     node, ended = advance(tries, node, jnp.array([7, 3, 50]))
     assert ended.tolist() == [False, True, False] and node[2] == 0
-    out = np.asarray(constrain(rows, knobs_of(3), jnp.zeros((3, VOCAB), jnp.int8), tries, node, every))
+    out = np.asarray(constrain(rows, knobs_of(3), jnp.zeros((3, VOCAB), jnp.uint16), tries, node, every))
     assert np.flatnonzero(np.isfinite(out[0])).tolist() == [8, 9]
     for token, ends in ((8, True), (9, False)):
         assert advance(tries, node, jnp.array([token, 0, 0]))[1].tolist()[0] == ends
