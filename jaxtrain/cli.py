@@ -145,7 +145,10 @@ def replay(
 @app.command()
 def generate(
     model: Model,
-    prompts: Annotated[Path, typer.Option(help=".jsonl or .parquet: rows with prompt, messages or prompt_ids")],
+    prompts: Annotated[
+        Path,
+        typer.Option(help=".jsonl or .parquet: rows with prompt, messages or prompt_ids", exists=True, dir_okay=False),
+    ],
     out: Annotated[Path, typer.Option(help=".jsonl to write: the rows, with their completions")],
     max_tokens: MaxTokens = None,
     temperature: Temperature = 1.0,
@@ -194,7 +197,8 @@ def chat(
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
     served = load_served(model, dtype=dtype.value, max_length=max_length, slots=1, tensor=tensor, steps=_PIECE)
-    converse(served, params, lambda: input("> "), lambda text: print(text, end="", flush=True))
+    mark = "> " if sys.stdin.isatty() else ""
+    converse(served, params, lambda: input(mark), lambda text: print(text, end="", flush=True))
 
 
 @app.command()
@@ -210,8 +214,10 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does. Needs the extra `serve`."""
     from jaxtrain.recipes.generate import load_served
+    from jaxtrain.recipes.serve import listen
     from jaxtrain.recipes.serve import serve as serve_model
 
+    listening = listen(host, port)
     served = load_served(
         model,
         dtype=dtype.value,
@@ -222,7 +228,7 @@ def serve(
         steps=_PIECE,
     )
     typer.echo(f"{served.name} at http://{host}:{port}/v1, {served.engine.slots} slots of {max_length} tokens")
-    serve_model(served, host, port)
+    serve_model(served, listening)
 
 
 @app.command()

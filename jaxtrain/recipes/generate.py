@@ -112,10 +112,17 @@ def generate_file(served: Served, prompts: Path, out: Path, params: SamplingPara
     """
     rows = list(read_rows(SourceSection(path=str(prompts))))
     params = replace(params, stop_ids=[*params.stop_ids, *served.stop_ids])
-    requests = [Request(served.prompt_ids(row, plain), params) for row in rows]
+    requests = []
+    for number, row in enumerate(rows, 1):
+        try:
+            requests.append(Request(served.prompt_ids(row, plain), params))
+            served.engine.check(requests[-1:])
+        except ValueError as error:
+            raise ValueError(f"{prompts}, row {number}: {str(error).removeprefix('request 0: ')}") from error
     waiting: dict[int, list[Completion | None]] = {index: [None] * params.n for index in range(len(rows))}
     done = tokens = written = 0
     start = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as file, Progress(len(requests) * params.n) as progress:
         for chunk in served.engine.stream(requests):
             tokens += len(chunk.ids)

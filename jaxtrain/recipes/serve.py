@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,30 +20,26 @@ from jaxtrain.sample.requests import Chunk, Request, SamplingParams
 
 _T = TypeVar("_T")
 
-_SAME = (
-    "temperature",
-    "top_p",
-    "n",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-)
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_SAME = ("temperature", "top_p", "n", "seed", "top_k", "min_p", *_PENALTIES)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("n", "seed", "top_k", "max_tokens", "max_completion_tokens"), (int,)),
+    **dict.fromkeys(("temperature", "top_p", "min_p", *_PENALTIES), (float, int)),
+    "stop": (str, list),
+    "stop_token_ids": (list,),
+    "logit_bias": (dict,),
+}
 _IGNORED = {"model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"}
 _NEUTRAL = {"top_logprobs": (0, None), "echo": (False, None), "best_of": (1, None)}
 
 
 def make_app(served: Served) -> Any:
-    """The ASGI application. Raises ValueError where starlette is not installed."""
-    try:
-        from starlette.applications import Starlette
-        from starlette.requests import Request as Http
-        from starlette.responses import JSONResponse, StreamingResponse
-        from starlette.routing import Route
-    except ImportError as error:
-        raise ValueError("serving needs starlette and uvicorn: pip install 'jaxtrain[serve]'") from error
+    """The ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request as Http
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
+
     engine = AsyncEngine(served.engine)
 
     def answering(chat: bool):
@@ -50,14 +49,15 @@ def make_app(served: Served) -> Any:
                 reply = _Reply(served, body, chat)
                 served.engine.check([reply.request])
             except ValueError as error:
-                return JSONResponse(_error(error, "invalid_request_error"), status_code=400)
+                message = str(error).removeprefix("request 0: ")
+                return JSONResponse(_error(message, "invalid_request_error"), status_code=400)
             chunks = engine.stream(reply.request)
             if body.get("stream"):
                 return StreamingResponse(reply.stream(chunks), media_type="text/event-stream")
             try:
                 return JSONResponse(await _unless_left(http, reply.whole(chunks)))
             except _FailedError as error:
-                return JSONResponse(_error(error, "server_error"), status_code=500)
+                return JSONResponse(_error(str(error), "server_error"), status_code=500)
 
         return answer
 
@@ -74,20 +74,34 @@ def make_app(served: Served) -> Any:
     )
 
 
-def serve(served: Served, host: str, port: int) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """The socket to `serve` at, taken before a model is loaded for nothing.
+
+    Raises ValueError where a package is not installed, and for a place that cannot be listened at.
+    """
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise ValueError("serving needs starlette and uvicorn: pip install 'jaxtrain[serve]'")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+
+
+def serve(served: Served, listening: socket.socket) -> None:
     """Answer until interrupted."""
-    app = make_app(served)
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="warning"))
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
+        server.run(sockets=[listening])
 
 
 class _FailedError(Exception):
     """A sample failed while it was generated."""
 
 
-def _error(error: Exception, kind: str) -> dict[str, Any]:
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": None}}
+def _error(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 async def _unless_left(http: Any, work: Coroutine[Any, Any, _T]) -> _T | None:
@@ -111,6 +125,8 @@ class _Reply:
 
     def __init__(self, served: Served, body: dict[str, Any], chat: bool):
         """Raises ValueError for a body that asks for what there is not."""
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object")
         self._served, self._chat = served, chat
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -118,11 +134,15 @@ class _Reply:
         if "messages" not in body if chat else "prompt" not in body:
             raise ValueError(f"the body lacks {'messages' if chat else 'prompt'}")
         if chat:
-            ids = served.prompt_ids({"messages": body["messages"]})
+            if not isinstance(body["messages"], list):
+                raise ValueError("messages must be a list")
+            ids = served.prompt_ids({"messages": [_joined(message) for message in body["messages"]]})
         elif isinstance(body["prompt"], str):
             ids = served.prompt_ids({"prompt": body["prompt"]}, plain=True)
-        else:
+        elif isinstance(body["prompt"], list) and all(isinstance(token, int) for token in body["prompt"]):
             ids = served.prompt_ids({"prompt_ids": body["prompt"]})
+        else:
+            raise ValueError("prompt must be one text, or the token ids of one")
         self.request = Request(ids, _params(served, body))
         self._prompt_tokens = len(ids)
 
@@ -152,7 +172,7 @@ class _Reply:
         async for chunk in chunks:
             completion = chunk.completion
             if completion is not None and completion.error is not None:
-                yield f"data: {json.dumps(_error(_FailedError(completion.error), 'server_error'))}\n\n"
+                yield f"data: {json.dumps(_error(completion.error, 'server_error'))}\n\n"
                 return
             choice: dict[str, Any] = {"index": chunk.sample, "logprobs": None}
             choice["finish_reason"] = None if completion is None else completion.finish_reason
@@ -189,12 +209,26 @@ class _Reply:
         return {"content": content, "refusal": None}
 
 
+def _joined(message: Any) -> Any:
+    """A message whose content comes in parts, with one text for them: most chat templates know no other."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a message has parts that are no text, and text is all there is here")
+    return {**message, "content": "".join(texts)}
+
+
 def _params(served: Served, body: dict[str, Any]) -> SamplingParams:
     """Raises ValueError for a setting that is unknown or not supported."""
     body = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
     for name, neutral in _NEUTRAL.items():
         if body.pop(name, None) not in neutral:
             raise ValueError(f"{name} is not supported; leave it out")
+    for name, kinds in _KINDS.items():
+        if name in body and not isinstance(body[name], kinds):
+            raise ValueError(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, not {body[name]!r}")
     body.pop("logprobs", None)
     options: dict[str, Any] = {name: body.pop(name) for name in _SAME if name in body}
     for name in ("max_completion_tokens", "max_tokens"):
@@ -204,6 +238,8 @@ def _params(served: Served, body: dict[str, Any]) -> SamplingParams:
     options["stop"] = [stop] if isinstance(stop, str) else stop
     options["stop_ids"] = [*body.pop("stop_token_ids", []), *served.stop_ids]
     options["logit_bias"] = {int(token): bias for token, bias in body.pop("logit_bias", {}).items()}
+    if not all(isinstance(bias, float | int) for bias in options["logit_bias"].values()):
+        raise ValueError("a bias in logit_bias must be a number")
     if body:
         raise ValueError(f"{next(iter(body))} is not supported; leave it out")
     return SamplingParams(**options)

@@ -54,7 +54,9 @@ class SamplingParams:
             f"frequency_penalty={self.frequency_penalty} must be finite": not np.isfinite(self.frequency_penalty),
             "a bias in logit_bias must be finite": not all(map(np.isfinite, self.logit_bias.values())),
             f"stop={self.stop!r} must be a list of strings": isinstance(self.stop, str),
-            "a string in stop is empty": not all(self.stop),
+            "what is in stop must be text, and not empty": not all(
+                isinstance(each, str) and each for each in self.stop
+            ),
             "allowed_ids is empty, so nothing could be generated": (
                 self.allowed_ids is not None and not len(self.allowed_ids)
             ),

@@ -11,6 +11,7 @@ from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.recipes.generate import chat, generate_file, load_served
+from jaxtrain.recipes.serve import listen
 from jaxtrain.sample.requests import Request, SamplingParams
 
 SIZES = {"vocab_size": 259, "num_hidden_layers": 1}
@@ -44,9 +45,26 @@ def test_a_file_of_prompts_comes_back_in_order_with_completions(served, tmp_path
     np.testing.assert_allclose(written[1]["completions"][0]["logps"], again.raw_logps, atol=1e-5)
 
 
-def test_a_row_without_a_prompt_is_refused(served):
-    with pytest.raises(ValueError, match="this one has question"):
-        served.prompt_ids({"question": "?"})
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?"}, r"in.jsonl, row 2: .* this one has question"),
+        ({"prompt": "a" * 200}, r"in.jsonl, row 2: the prompt has \d+ tokens, and max_length=96"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_written(served, tmp_path, row, message):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=message):
+        generate_file(served, tmp_path / "in.jsonl", tmp_path / "out.jsonl", SamplingParams())
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded():
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}: .*in use"):
+            listen("127.0.0.1", port)
 
 
 def test_a_conversation_remembers_what_was_said(served):
@@ -90,6 +108,7 @@ def client(served):
     thread.join()
 
 
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -114,6 +133,22 @@ def test_a_stream_is_the_whole_in_pieces(client):
     assert pieces[-1].choices[0].finish_reason == whole.finish_reason
 
 
+def test_content_in_parts_is_one_text(client):
+    whole, parts = (
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, temperature=0)
+        for messages in (HELLO, PARTS)
+    )
+    assert whole.usage == parts.usage and whole.choices == parts.choices
+
+
+@pytest.mark.parametrize("prompt", ["", ["a", "b"], [[1, 2], [3]], {"a": 1}], ids=str)
+def test_a_prompt_that_is_none_is_refused(client, prompt):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=r"the prompt is empty|prompt must be one text"):
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=5)
+
+
 def test_completions_continue_text_or_ids(served, client):
     text = client.completions.create(model="tiny", prompt="ab", max_tokens=5, temperature=0, logprobs=1)
     ids = client.completions.create(model="tiny", prompt=served.tokenizer.encode("ab"), max_tokens=5, temperature=0)
@@ -126,6 +161,9 @@ def test_completions_continue_text_or_ids(served, client):
     [
         ({"max_tokens": 1000}, "can never fit into max_length=96"),
         ({"temperature": -1}, "temperature=-1 must be at least 0"),
+        ({"max_tokens": "many"}, "max_tokens must be int, not 'many'"),
+        ({"stop": [5]}, "what is in stop must be text"),
+        ({"logit_bias": {"3": "much"}}, "must be a number"),
         ({"extra_body": {"best_of": 3}}, "best_of is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
