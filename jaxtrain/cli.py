@@ -214,7 +214,7 @@ def serve(
 ) -> None:
     """Answer over HTTP as OpenAI's API does. Needs the extra `serve`."""
     from jaxtrain.recipes.generate import load_served
-    from jaxtrain.recipes.serve import listen
+    from jaxtrain.recipes.serve import ALTERNATIVES, listen
     from jaxtrain.recipes.serve import serve as serve_model
 
     listening = listen(host, port)
@@ -226,6 +226,7 @@ def serve(
         cache_gib=cache_gib,
         tensor=tensor,
         steps=_PIECE,
+        alternatives=ALTERNATIVES,
     )
     typer.echo(f"{served.name} at http://{host}:{port}/v1, {served.engine.slots} slots of {max_length} tokens")
     serve_model(served, listening)

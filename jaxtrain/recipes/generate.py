@@ -64,11 +64,12 @@ def load_served(
     cache_gib: float | None = None,
     tensor: int = 1,
     steps: int = 32,
+    alternatives: int = 0,
 ) -> Served:
     """The model of a Hugging Face folder on all devices: heads over `tensor` of them, slots over the rest.
 
     With neither `slots` nor `cache_gib`, 32 slots for each of the rest; `slots` are rounded up so that all have as
-    many. `steps` are the tokens of a streamed piece.
+    many. `steps` are the tokens of a streamed piece, `alternatives` the most that a request may ask for.
 
     Raises ValueError for what cannot be read, and for a cache that holds no sample.
     """
@@ -101,6 +102,7 @@ def load_served(
         cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
         tokenizer=tokenizer,
         steps=steps,
+        alternatives=alternatives,
     )
     return Served(Path(folder).name, engine, tokenizer, stops)
 

@@ -12,25 +12,25 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-import numpy as np
-
 from jaxtrain.recipes.generate import Served
 from jaxtrain.sample.async_engine import AsyncEngine
-from jaxtrain.sample.requests import Chunk, Request, SamplingParams
+from jaxtrain.sample.requests import Chunk, Completion, Request, SamplingParams
 
 _T = TypeVar("_T")
+
+ALTERNATIVES = 20  # the most that OpenAI's `top_logprobs` may be
 
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 _SAME = ("temperature", "top_p", "n", "seed", "top_k", "min_p", *_PENALTIES)
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("n", "seed", "top_k", "max_tokens", "max_completion_tokens"), (int,)),
+    **dict.fromkeys(("n", "seed", "top_k", "top_logprobs", "max_tokens", "max_completion_tokens"), (int,)),
     **dict.fromkeys(("temperature", "top_p", "min_p", *_PENALTIES), (float, int)),
     "stop": (str, list),
     "stop_token_ids": (list,),
     "logit_bias": (dict,),
 }
 _IGNORED = {"model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"}
-_NEUTRAL = {"top_logprobs": (0, None), "echo": (False, None), "best_of": (1, None)}
+_NEUTRAL = {"echo": (False, None), "best_of": (1, None)}
 
 
 def make_app(served: Served) -> Any:
@@ -130,7 +130,8 @@ class _Reply:
         self._served, self._chat = served, chat
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._want_logprobs = body.get("logprobs") not in (None, False)
+        logprobs = body.get("logprobs")
+        self._want_logprobs = logprobs is not None and logprobs is not False  # 0 asks for those of the sampled tokens
         if "messages" not in body if chat else "prompt" not in body:
             raise ValueError(f"the body lacks {'messages' if chat else 'prompt'}")
         if chat:
@@ -159,7 +160,7 @@ class _Reply:
             generated += len(completion.ids)
             choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason, "logprobs": None}
             if self._want_logprobs:
-                choice["logprobs"] = self._logprobs(completion.ids, completion.raw_logps)
+                choice["logprobs"] = self._logprobs(completion)
             if self._chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
@@ -177,7 +178,7 @@ class _Reply:
             choice: dict[str, Any] = {"index": chunk.sample, "logprobs": None}
             choice["finish_reason"] = None if completion is None else completion.finish_reason
             if self._want_logprobs:
-                choice["logprobs"] = self._logprobs(chunk.ids, chunk.raw_logps)
+                choice["logprobs"] = self._logprobs(chunk)
             if self._chat:
                 role = {} if chunk.sample in started else {"role": "assistant"}
                 choice["delta"] = {**role, "content": chunk.text}
@@ -196,17 +197,30 @@ class _Reply:
         total = self._prompt_tokens + generated
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": generated, "total_tokens": total}
 
-    def _logprobs(self, ids: np.ndarray, logps: np.ndarray) -> dict[str, Any]:
+    def _logprobs(self, of: Chunk | Completion) -> dict[str, Any]:
         """The model's own log-probabilities, before temperature and filters."""
-        tokens = [self._served.tokenizer.decode([token]) for token in ids.tolist()]
-        values = [float(value) for value in logps]
-        if not self._chat:
-            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": None, "text_offset": []}
-        content = [
-            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-            for token, value in zip(tokens, values, strict=True)
-        ]
-        return {"content": content, "refusal": None}
+        sampled = [self._entry(*pair) for pair in zip(of.ids.tolist(), of.raw_logps.tolist(), strict=True)]
+        others: list[list[dict[str, Any]]] = [[] for _ in sampled]
+        if of.alternatives is not None:
+            ids, logps = of.alternatives.ids.tolist(), of.alternatives.logps.tolist()
+            others = [
+                [self._entry(*pair) for pair in zip(*place, strict=True)] for place in zip(ids, logps, strict=True)
+            ]
+        if self._chat:
+            content = [{**entry, "top_logprobs": top} for entry, top in zip(sampled, others, strict=True)]
+            return {"content": content, "refusal": None}
+        # Of tokens with the same text, such as parts of a character, the most probable one stays.
+        best = [{entry["token"]: entry["logprob"] for entry in reversed(top)} for top in others]
+        return {
+            "tokens": [entry["token"] for entry in sampled],
+            "token_logprobs": [entry["logprob"] for entry in sampled],
+            "top_logprobs": best if any(best) else None,
+            "text_offset": [],
+        }
+
+    def _entry(self, token: int, logp: float) -> dict[str, Any]:
+        text = self._served.tokenizer.decode([token])
+        return {"token": text, "logprob": logp, "bytes": list(text.encode())}
 
 
 def _joined(message: Any) -> Any:
@@ -214,8 +228,8 @@ def _joined(message: Any) -> Any:
     parts = message.get("content") if isinstance(message, dict) else None
     if not isinstance(parts, list):
         return message
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(texts) < len(parts):
         raise ValueError("a message has parts that are no text, and text is all there is here")
     return {**message, "content": "".join(texts)}
 
@@ -229,11 +243,16 @@ def _params(served: Served, body: dict[str, Any]) -> SamplingParams:
     for name, kinds in _KINDS.items():
         if name in body and not isinstance(body[name], kinds):
             raise ValueError(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, not {body[name]!r}")
-    body.pop("logprobs", None)
+    logprobs = body.pop("logprobs", None)
+    # Chat asks by two keys, completions by one, the number of alternatives itself.
+    best = body.pop("top_logprobs", 0 if logprobs is None or isinstance(logprobs, bool) else logprobs)
+    if best and logprobs in (None, False):
+        raise ValueError("top_logprobs needs logprobs")
     options: dict[str, Any] = {name: body.pop(name) for name in _SAME if name in body}
     for name in ("max_completion_tokens", "max_tokens"):
         if name in body:
             options["max_tokens"] = body.pop(name)
+    options["alternatives"] = best
     stop = body.pop("stop", ())
     options["stop"] = [stop] if isinstance(stop, str) else stop
     options["stop_ids"] = [*body.pop("stop_token_ids", []), *served.stop_ids]

@@ -43,6 +43,8 @@ class Generated(NamedTuple):
     logps: Array  # [B, k] float32
     raw_logps: Array  # [B, k] float32
     supports: Array  # [B, k, c] int32
+    best: Array  # [B, k, a] int32
+    best_logps: Array  # [B, k, a] float32
     count: Array  # [B] int32
     state: Array  # [B] int32, RUNNING or why no longer
     node: Array  # [B] int32, where in the tries the slot stands now
@@ -100,11 +102,12 @@ def mark(marks: Array, row: Array, slot: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(marks, row[None], slot, 0)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def decode(
     model: Model,
     most: int,
     support: int,
+    alternatives: int,
     params: Params,
     cache: Layers,
     marks: Array,
@@ -133,7 +136,7 @@ def decode(
         raw = constrain_rows(model.logits(params, hidden[:, 0]), model.run.mesh)
         logits = constrain(raw, knobs, marks, tries, slots.node, slots.live)
         constrained = knobs.marked | (slots.node > 0)
-        drawn = draw(raw, logits, knobs, slots.position + 1, slots.live, constrained, support)
+        drawn = draw(raw, logits, knobs, slots.position + 1, slots.live, constrained, support, alternatives)
 
         good = slots.live & ~drawn.broken
         node, ended = advance(tries, slots.node, drawn.token)
@@ -143,10 +146,11 @@ def decode(
         state = jnp.where((drawn.token[:, None] == knobs.stop_ids).any(-1), STOPPED, state)
         state = jnp.where(drawn.broken, BROKEN, state)
         state = jnp.where(slots.live, state, made.state)
+        values = (drawn.token, drawn.logp, drawn.raw_logp, drawn.support, drawn.best, drawn.best_logps)
         made = Generated(
             *(
                 lax.dynamic_update_slice_in_dim(old, new[:, None], step, 1)
-                for old, new in zip(made, (drawn.token, drawn.logp, drawn.raw_logp, drawn.support), strict=False)
+                for old, new in zip(made, values, strict=False)
             ),
             count=made.count + good,
             state=state,
@@ -163,6 +167,8 @@ def decode(
         logps=jnp.zeros((len(rows), most), jnp.float32),
         raw_logps=jnp.zeros((len(rows), most), jnp.float32),
         supports=jnp.zeros((len(rows), most, support), jnp.int32),
+        best=jnp.zeros((len(rows), most, alternatives), jnp.int32),
+        best_logps=jnp.zeros((len(rows), most, alternatives), jnp.float32),
         count=jnp.zeros(len(rows), jnp.int32),
         state=jnp.full(len(rows), RUNNING, jnp.int32),
         node=slots.node,

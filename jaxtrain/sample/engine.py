@@ -60,6 +60,7 @@ class Engine:
         cache_bytes: int | None = None,
         tokenizer: Any = None,
         support: int = 0,
+        alternatives: int = 0,
         steps: int = 32,
         version: int = 0,
         seed: int = 0,
@@ -74,6 +75,7 @@ class Engine:
             tokenizer: for `Completion.text`; without one it is None.
             support: where filters (top-k, top-p, min-p) are on, keep at most so many tokens and return their ids as
                 `Completion.supports`. 0: filters are exact and supports are not returned.
+            alternatives: the most that a request may ask for as `SamplingParams.alternatives`.
             steps: tokens a slot gets per device call at most; what streams, and what `set_params` waits for.
             version: of `params`; every token is tagged with it.
             seed: of the seeds given to requests that bring none.
@@ -90,6 +92,7 @@ class Engine:
         self.model = replace(model, run=replace(model.run, context=max_length))
         self.slots, self.max_length = slots, max_length
         self.tokenizer, self.support, self.steps = tokenizer, min(support, model.config.vocab_size), steps
+        self.alternatives = min(alternatives, model.config.vocab_size)
         self._shares = shares
         self._windowed = any(kind.window is not None for kind in model.config.pattern)
         self._seeds = np.random.default_rng(seed)
@@ -150,6 +153,7 @@ class Engine:
                 request,
                 vocab_size=self.model.config.vocab_size,
                 max_length=self.max_length,
+                alternatives=self.alternatives,
                 has_tokenizer=self.tokenizer is not None,
                 name=f"request {index}",
             )
@@ -215,6 +219,7 @@ class Engine:
             self.model,
             self.steps,
             self.support,
+            self.alternatives,
             self._params,
             self._cache,
             self._marks,
@@ -329,7 +334,7 @@ class Engine:
                 continue
             count, state = int(made.count[slot]), int(made.state[slot])
             before = len(sample.ids)
-            stop = sample.add(tuple(column[slot, :count].copy() for column in made[:4]), self.version, now)
+            stop = sample.add(tuple(column[slot, :count].copy() for column in made[:6]), self.version, now)
             if count:
                 self._state.token[slot] = made.tokens[slot, count - 1]
             self._state.position[slot] += count
@@ -353,6 +358,7 @@ class Engine:
                     made.raw_logps[slot, new].copy(),
                     text,
                     completion,
+                    sample.alternatives(made.best[slot, new].copy(), made.best_logps[slot, new].copy()),
                 )
             )
         return chunks
@@ -369,6 +375,7 @@ def no_knobs(slots: int) -> Knobs:
         min_p=np.zeros(slots, np.float32),
         stop_ids=np.full((slots, STOP_SLOTS), -1, np.int32),
         want_logps=np.zeros(slots, np.bool_),
+        want_best=np.zeros(slots, np.bool_),
         repetition=np.ones(slots, np.float32),
         presence=np.zeros(slots, np.float32),
         frequency=np.zeros(slots, np.float32),

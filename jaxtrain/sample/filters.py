@@ -31,6 +31,7 @@ class Knobs(NamedTuple):
     min_p: Array  # [B] float32; 0 keeps all
     stop_ids: Array  # [B, n] int32, filled up with -1
     want_logps: Array  # [B] bool
+    want_best: Array  # [B] bool, whether alternatives are asked for
     repetition: Array  # [B] float32; 1 is none
     presence: Array  # [B] float32; 0 is none
     frequency: Array  # [B] float32; 0 is none
@@ -45,10 +46,19 @@ class Drawn(NamedTuple):
     raw_logp: Array  # [B] float32, under the plain softmax of the logits; 0 where not wanted
     broken: Array  # [B] bool, the logits hold a NaN or no finite maximum
     support: Array  # [B, c] int32, the tokens kept, filled up with -1; c = 0 where not asked for
+    best: Array  # [B, a] int32, the most probable tokens under the plain softmax, most probable first; 0 if not wanted
+    best_logps: Array  # [B, a] float32, under it
 
 
 def draw(
-    raw: Array, logits: Array, knobs: Knobs, positions: Array, live: Array, constrained: Array, support: int = 0
+    raw: Array,
+    logits: Array,
+    knobs: Knobs,
+    positions: Array,
+    live: Array,
+    constrained: Array,
+    support: int = 0,
+    alternatives: int = 0,
 ) -> Drawn:
     """One token per slot from logits [B, V] float32, for the places `positions` [B] in their sequences.
 
@@ -56,7 +66,8 @@ def draw(
     that are `constrained` [B]. Order: temperature, top-k, top-p of what is left, min-p.
 
     The randomness is a function of (seed, sample, position) alone. With `support` > 0 a filtered or constrained row
-    keeps at most that many tokens (another keeps all, and its support is -1 throughout).
+    keeps at most that many tokens (another keeps all, and its support is -1 throughout). `alternatives` are how many
+    of the most probable tokens are told.
     """
     best = _argmax(logits)
     top = jnp.take_along_axis(logits, best[:, None], -1)[:, 0]
@@ -76,8 +87,14 @@ def draw(
         total = jnp.exp(raw - most[:, None]).sum(-1)
         return jnp.take_along_axis(raw, token[:, None], -1)[:, 0] - most - jnp.log(total)
 
-    raw = lax.cond(jnp.any(live & knobs.want_logps), scored, lambda: nothing)
-    return Drawn(token, logp, raw, broken, kept)
+    def ranked() -> tuple[Array, Array]:
+        values, ids = lax.top_k(raw, alternatives)
+        return ids, values - jax.nn.logsumexp(raw, -1, keepdims=True)
+
+    no_best = jnp.zeros((len(best), alternatives), jnp.int32), jnp.zeros((len(best), alternatives), jnp.float32)
+    told = lax.cond(jnp.any(live & knobs.want_best), ranked, lambda: no_best) if alternatives else no_best
+    raw_logp = lax.cond(jnp.any(live & knobs.want_logps), scored, lambda: nothing)
+    return Drawn(token, logp, raw_logp, broken, kept, *told)
 
 
 def _argmax(logits: Array) -> Array:

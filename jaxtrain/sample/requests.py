@@ -38,6 +38,7 @@ class SamplingParams:
     trie: Trie | None = None  # the sample is one of the trie's sequences, and ends with it
     seed: int | None = None  # decides the samples, whatever else the engine is doing; None: the engine draws one
     n: int = 1  # samples; the prompt is prefilled once for all of them
+    alternatives: int = 0  # of the most probable tokens at each place, ids and log-probabilities; see `Engine`
     logprobs: bool = True  # False spares their computation where no request in a slot wants them
 
     def __post_init__(self) -> None:
@@ -49,6 +50,7 @@ class SamplingParams:
             f"min_p={self.min_p} must be between 0 and 1": not 0 <= self.min_p <= 1,
             f"seed={self.seed} must fit into 32 bits": self.seed is not None and not 0 <= self.seed < 2**32,
             f"n={self.n} must be at least 1": self.n < 1,
+            f"alternatives={self.alternatives} must be at least 0": self.alternatives < 0,
             f"repetition_penalty={self.repetition_penalty} must be above 0": not self.repetition_penalty > 0,
             f"presence_penalty={self.presence_penalty} must be finite": not np.isfinite(self.presence_penalty),
             f"frequency_penalty={self.frequency_penalty} must be finite": not np.isfinite(self.frequency_penalty),
@@ -87,6 +89,13 @@ class Timings(NamedTuple):
     finished: float
 
 
+class Alternatives(NamedTuple):
+    """The most probable tokens at n places under the model's plain softmax, most probable first."""
+
+    ids: np.ndarray  # [n, a] int32
+    logps: np.ndarray  # [n, a] float32
+
+
 class Completion(NamedTuple):
     """One sample. `n` tokens were generated; per-token values at t belong to the token at t."""
 
@@ -99,6 +108,7 @@ class Completion(NamedTuple):
     supports: np.ndarray | None  # [n, c] int32, the ids the filters kept, filled with -1; None: nothing was filtered
     timings: Timings
     error: str | None = None  # why it failed, where finish_reason is "failed"
+    alternatives: Alternatives | None = None  # where asked for
 
 
 class Chunk(NamedTuple):
@@ -110,9 +120,12 @@ class Chunk(NamedTuple):
     raw_logps: np.ndarray  # [m] float32, as in `Completion`
     text: str | None  # new text; a call's may come with the next, while it could still become a stop string
     completion: Completion | None  # the whole sample, once it is finished
+    alternatives: Alternatives | None = None  # of the new tokens, where asked for
 
 
-def check_request(request: Request, *, vocab_size: int, max_length: int, has_tokenizer: bool, name: str) -> None:
+def check_request(
+    request: Request, *, vocab_size: int, max_length: int, alternatives: int, has_tokenizer: bool, name: str
+) -> None:
     """Raise ValueError, naming the request, for one that can never be served."""
     ids, params = np.asarray(request.prompt_ids), request.params
     if ids.size == 0:
@@ -134,6 +147,8 @@ def check_request(request: Request, *, vocab_size: int, max_length: int, has_tok
     ):
         if len(given) > most:
             raise ValueError(f"{name}: {len(given)} {kind}, and the engine holds up to {most} a request")
+    if params.alternatives > alternatives:
+        raise ValueError(f"{name}: alternatives={params.alternatives}, and the engine tells up to {alternatives}")
     if params.stop and not has_tokenizer:
         raise ValueError(f"{name}: stop strings need an engine with a tokenizer; use stop_ids")
     allowed = () if params.allowed_ids is None else params.allowed_ids

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtrain.sample.constraints import FORBIDDEN, IN_PROMPT
 from jaxtrain.sample.filters import Knobs
-from jaxtrain.sample.requests import BIAS_SLOTS, STOP_SLOTS, Completion, FinishReason, Request, Timings
+from jaxtrain.sample.requests import BIAS_SLOTS, STOP_SLOTS, Alternatives, Completion, FinishReason, Request, Timings
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
@@ -49,6 +49,7 @@ class Sample:
             min_p=params.min_p,
             stop_ids=_filled(params.stop_ids, STOP_SLOTS, -1, np.int32),
             want_logps=params.logprobs,
+            want_best=params.alternatives > 0,
             repetition=params.repetition_penalty,
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
@@ -67,8 +68,13 @@ class Sample:
         row[list(self.prompt)] |= IN_PROMPT
         return row
 
+    def alternatives(self, ids: np.ndarray, logps: np.ndarray) -> Alternatives | None:
+        """As many of those of each token, [m, a], as were asked for."""
+        most = self.request.params.alternatives
+        return Alternatives(ids[:, :most], logps[:, :most]) if most else None
+
     def add(self, values: tuple[np.ndarray, ...], version: int, now: float) -> int | None:
-        """Take what a call made: ids, logps, raw logps and supports, [m] or [m, c].
+        """Take what a call made: ids, logps, raw logps, supports and alternatives, [m] or [m, c].
 
         Returns how many tokens there are up to the end of a stop string, if one is there.
         """
@@ -96,7 +102,7 @@ class Sample:
     def finish(self, reason: FinishReason, count: int, ended_by_token: bool, now: float) -> Completion:
         """The sample of its first `count` tokens."""
         self.ids = self.ids[:count]
-        ids, logps, raw_logps, supports, versions = (
+        ids, logps, raw_logps, supports, best, best_logps, versions = (
             np.concatenate(part)[:count] for part in zip(*self.parts, strict=True)
         )
         return Completion(
@@ -111,6 +117,7 @@ class Sample:
             error=f"the logits after {len(self.prompt)} prompt and {len(ids)} new tokens are not finite"
             if reason == "failed"
             else None,
+            alternatives=self.alternatives(best, best_logps),
         )
 
     def _text(self, ended_by_token: bool) -> str:

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folder):
-    return load_served(folder, dtype="float32", max_length=96, slots=8, cache_gib=None, steps=8)
+    return load_served(folder, dtype="float32", max_length=96, slots=8, cache_gib=None, steps=8, alternatives=5)
 
 
 def test_a_file_of_prompts_comes_back_in_order_with_completions(served, tmp_path):
@@ -133,6 +133,23 @@ def test_a_stream_is_the_whole_in_pieces(client):
     assert pieces[-1].choices[0].finish_reason == whole.finish_reason
 
 
+def test_alternatives_come_with_the_log_probabilities(client):
+    options = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    plain = client.chat.completions.create(messages=HELLO, logprobs=True, **options).choices[0].logprobs.content
+    told = client.chat.completions.create(messages=HELLO, logprobs=True, top_logprobs=3, **options)
+    content = told.choices[0].logprobs.content
+    assert [each.logprob for each in content] == pytest.approx([each.logprob for each in plain], abs=1e-5)
+    for each in content:
+        values = [other.logprob for other in each.top_logprobs]
+        assert len(values) == 3 and values == sorted(values, reverse=True)
+        assert each.top_logprobs[0].token == each.token and values[0] == pytest.approx(each.logprob, abs=1e-5)
+    pieces = client.chat.completions.create(messages=HELLO, logprobs=True, top_logprobs=3, stream=True, **options)
+    streamed = [each for piece in pieces for each in piece.choices[0].logprobs.content]
+    assert [len(each.top_logprobs) for each in streamed] == [3] * len(content)
+    text = client.completions.create(prompt="ab", logprobs=2, **options).choices[0].logprobs
+    assert max(text.top_logprobs[0].values()) == pytest.approx(text.token_logprobs[0], abs=1e-5)
+
+
 def test_content_in_parts_is_one_text(client):
     whole, parts = (
         client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, temperature=0)
@@ -164,6 +181,8 @@ def test_completions_continue_text_or_ids(served, client):
         ({"max_tokens": "many"}, "max_tokens must be int, not 'many'"),
         ({"stop": [5]}, "what is in stop must be text"),
         ({"logit_bias": {"3": "much"}}, "must be a number"),
+        ({"logprobs": True, "top_logprobs": 9}, "alternatives=9, and the engine tells up to 5"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"extra_body": {"best_of": 3}}, "best_of is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],

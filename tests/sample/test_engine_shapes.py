@@ -63,7 +63,7 @@ def test_no_request_compiles_anything_after_the_warm_up(caplog):
     model = tiny.model(**SIZES)
     # Bound to a device, as those are that come from a checkpoint.
     first, second = (jax.device_put(tiny.random_params(model, seed), jax.devices()[0]) for seed in (0, 5))
-    engine = Engine(model, first, slots=4, max_length=96, tokenizer=_Spaces())
+    engine = Engine(model, first, slots=4, max_length=96, tokenizer=_Spaces(), alternatives=3)
     trie = Trie([[1, 2, 3], [1, 5], [9]])
     engine.add_tries([trie])
     engine.warm_up()
@@ -83,6 +83,7 @@ def test_no_request_compiles_anything_after_the_warm_up(caplog):
             "logit_bias": {int(rng.integers(0, 101)): 1.5},
             "allowed_ids": [None, range(20)][rng.integers(0, 2)],
             "logprobs": bool(rng.integers(0, 2)),
+            "alternatives": int(rng.integers(0, 4)),
             "stop": [(), ("7 7",)][rng.integers(0, 2)],
         }
         asked.append(Request(rng.integers(0, 101, length), SamplingParams(**options)))
