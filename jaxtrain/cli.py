@@ -199,6 +199,8 @@ def chat(
     served = load_served(model, dtype=dtype.value, max_length=max_length, slots=1, tensor=tensor, steps=_PIECE)
     mark = "> " if sys.stdin.isatty() else ""
     converse(served, params, lambda: input(mark), lambda text: print(text, end="", flush=True))
+    if mark:
+        print()  # Ctrl-D leaves the cursor behind the mark
 
 
 @app.command()

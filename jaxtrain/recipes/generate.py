@@ -143,7 +143,10 @@ def generate_file(served: Served, prompts: Path, out: Path, params: SamplingPara
 
 
 def chat(served: Served, params: SamplingParams, ask: Callable[[], str], say: Callable[[str], None]) -> None:
-    """A conversation: `ask` for the user's turn until it raises EOFError, `say` the answer as it comes."""
+    """A conversation: `ask` for the user's turn until it raises EOFError, `say` the answer as it comes.
+
+    Answers end where the engine's `max_length` does. Raises ValueError once the conversation leaves no room for one.
+    """
     messages: list[dict[str, str]] = []
     params = replace(params, stop_ids=[*params.stop_ids, *served.stop_ids])
     while True:
@@ -151,8 +154,15 @@ def chat(served: Served, params: SamplingParams, ask: Callable[[], str], say: Ca
             messages.append({"role": "user", "content": ask()})
         except EOFError:
             return
-        answer = ""
-        for chunk in served.engine.stream([Request(served.prompt_ids({"messages": messages}), params)]):
+        answer, prompt = "", served.prompt_ids({"messages": messages})
+        room = served.engine.max_length - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens by now, and max_length={served.engine.max_length} leaves "
+                "no room for an answer: begin another, or give a larger --max-length"
+            )
+        request = Request(prompt, replace(params, max_tokens=min(params.max_tokens or room, room)))
+        for chunk in served.engine.stream([request]):
             answer += chunk.text or ""
             say(chunk.text or "")
         say("\n")

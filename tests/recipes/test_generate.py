@@ -80,6 +80,13 @@ def test_a_conversation_remembers_what_was_said(served):
     assert "".join(said).count("\n") >= 2 and isinstance(first, str)
 
 
+def test_a_conversation_ends_where_there_is_no_room(served):
+    turns, said = iter(["a" * 20] * 9), []
+    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens by now, and max_length=96"):
+        chat(served, SamplingParams(max_tokens=60, temperature=0), lambda: next(turns), said.append)
+    assert "".join(said).count("\n") >= 1  # answers before it, longer than there is room for
+
+
 def test_a_cache_budget_decides_the_slots(folder):
     roomy = load_served(folder, dtype="float32", max_length=64, slots=None, cache_gib=0.001).engine
     # One layer, two heads of 16, keys and values of 64 tokens in float32, once more while it grows; 259 marks.
