@@ -23,19 +23,25 @@ def fail():
 
 def test_answers_stand_in_order_beside_what_was_raised_or_late(over):
     calls = [partial(int, "7"), fail, over.wait, partial(str, 3)]
-    seven, raised, late, three = call_all(calls, 0.2)
+    seven, raised, late, three = call_all(calls, 2)
     assert (seven, three) == (7, "3")
     assert isinstance(raised, SystemExit) and str(raised) == "no further"
-    assert isinstance(late, TimeoutError) and str(late) == "took longer than 0.2 seconds"
+    assert isinstance(late, TimeoutError) and str(late) == "took longer than 2 seconds"
     assert call_all([], 1.0) == []
 
 
 def test_a_call_that_waits_for_its_turn_is_not_late():
-    assert call_all([partial(time.sleep, 0.4)] * 40, 1.0) == [None] * 40  # three rounds
+    assert call_all([partial(time.sleep, 1)] * 40, 2.5) == [None] * 40  # three rounds
 
 
-def test_what_hangs_costs_about_ten_times_the_limit_however_many_they_are(over):
-    start = time.monotonic()
-    answers = call_all([over.wait] * 400, 0.1)
+def test_when_many_hang_the_others_are_not_tried(over):
+    tried = []
+
+    def hang(index):
+        tried.append(index)
+        over.wait()
+
+    answers = call_all([partial(hang, index) for index in range(400)], 0.1)
     assert all(isinstance(answer, TimeoutError) for answer in answers)
-    assert "not tried" in str(answers[-1]) and time.monotonic() - start < 400 / 16 * 0.1
+    assert "not tried" in str(answers[-1])
+    assert len(tried) < 200
