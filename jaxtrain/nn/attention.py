@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtrain.nn.cache import LayerCache
+from jaxtrain.nn.cache import LayerCache, order_on
 from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
 from jaxtrain.nn.linear import Linear
 from jaxtrain.nn.norm import RMSNorm
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         kv_pos = kv_seg = None
         if cache is None:
-            cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            cache = LayerCache.of(k, v, order_on(mesh))
         else:
             impl = "xla"  # the kernels are made for whole rows; a few queries over a cache need none
             cache, k, v, kv_pos, kv_seg = _with_cached(cache, k, v, inputs)
@@ -138,10 +138,9 @@ def _with_cached(
     written = cache.write(k, v, inputs.positions, inputs.segment_ids, inputs.length)
     if k.shape[1] == 1:
         kv_pos = written.positions(inputs.length)
-        return written, written.k.swapaxes(1, 2), written.v.swapaxes(1, 2), kv_pos, _segments(kv_pos)
+        return written, *written.all(), kv_pos, _segments(kv_pos)
     kv_pos = cache.positions(inputs.cached)
-    k = jnp.concatenate([cache.k.swapaxes(1, 2), k], 1)
-    v = jnp.concatenate([cache.v.swapaxes(1, 2), v], 1)
+    k, v = (jnp.concatenate(both, 1) for both in zip(cache.all(), (k, v), strict=True))
     kv_seg = jnp.concatenate([_segments(kv_pos), inputs.segment_ids], 1)
     return written, k, v, jnp.concatenate([kv_pos, inputs.positions], 1), kv_seg
 

@@ -183,7 +183,7 @@ class Decoder(nnx.Module):
     def prefill(
         self, layers: tuple[Params, ...], tokens: Array, positions: Array, segment_ids: Array, run: Execution
     ) -> tuple[LayerCache, ...]:
-        """Keys and values [B, K, T, H] of every layer for packed rows [B, T]; `layers` are those of `unstack`."""
+        """Keys and values of every layer for packed rows [B, T]; `layers` are those of `unstack`."""
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         inputs = self._inputs(positions, segment_ids, segment_lengths(positions, segment_ids), run)
         return self._walk(layers, x, inputs, run, (None,) * len(layers))[1]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtrain.lora import merge_adapters, merge_tokens
-from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache
+from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache, order_on
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
@@ -92,7 +92,7 @@ class Model:
         return self._merge(params).hidden(batch.tokens, batch.positions, batch.segment_ids, self.run, dropout_key)
 
     def prefill(self, params: Params, tokens: Array, positions: Array, segment_ids: Array) -> tuple[LayerCache, ...]:
-        """Keys and values [B, K, T, H] of every layer for packed rows [B, T]; `params` best as of `unstack`."""
+        """Keys and values of every layer for packed rows [B, T]; `params` best as of `unstack`."""
         params = unstack(params)
         return self._merge(params).prefill(params["layers"], tokens, positions, segment_ids, self.run)
 
@@ -107,7 +107,7 @@ class Model:
         return self._merge(params).extend(params["layers"], tokens, positions, segment_ids, cache, self.run)
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
-        return empty_cache(self.config, rows, length, self.run.dtype)
+        return empty_cache(self.config, rows, length, self.run.dtype, order_on(self.run.mesh))
 
     def head(self, params: Params) -> Array:
         """The head's kernel: [Vp, D] if `tied`, else [D, Vp]."""

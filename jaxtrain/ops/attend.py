@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtrain.ops.blockwise import Form, Tokens, blockwise_attention
 from jaxtrain.ops.cudnn import cudnn_attention
 from jaxtrain.ops.splash import splash_attention
+from jaxtrain.parallel.mesh import platform_of
 
 Impl = Literal["auto", "xla", "splash", "cudnn"]
 
@@ -53,7 +54,7 @@ def attend(
     """
     _check(q, k, v, kv_pos, kv_seg, window)
     packed = kv_pos is None
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platform = platform_of(mesh)
     if impl == "auto":
         impl = "splash" if platform == "tpu" and packed else "xla"
     if impl in ("splash", "cudnn") and not packed:

@@ -27,6 +27,7 @@ from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.ops.quantize import Kind, Quantized, quantize, quantize_kernels
 from jaxtrain.parallel.batches import local_shards
+from jaxtrain.parallel.mesh import platform_of
 from jaxtrain.parallel.sharding import ROWS, RULES, param_specs, row_shares
 from jaxtrain.recipes.fallback import TorchModel, open_torch_model
 from jaxtrain.types import Params
@@ -78,7 +79,7 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     assert origin is not None
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     model_config, hf = read_config(origin, vocab_multiple=multiple)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = platform_of(mesh) == "cpu"
     unroll = on_cpu and section.remat == "none" and model_config.num_layers <= _UNROLLED
     run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll=unroll)
     lora, added = _lora(section, model_config), _added(section)

@@ -1,4 +1,5 @@
-"""The engine's device programs: prefill, insert, fork, decode, resize. Each compiles once per shape.
+"""The engine's device programs: prefill, insert, fork, decode, resize and what marks need. Each compiles once per
+shape.
 
 The cache holds the keys and values of all but a row's last token; that one is fed to the first decode step. So a
 prefill needs neither head nor sampling, and every token is drawn in one place.
@@ -12,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from jaxtrain.nn.cache import KVCache, LayerCache
+from jaxtrain.nn.cache import KVCache, LayerCache, cache_spec, order_on
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import ROWS, constrain_rows, replicated
 from jaxtrain.sample.constraints import Tries, advance, constrain, once_more
@@ -52,7 +53,7 @@ class Generated(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def prefill(model: Model, params: Params, tokens: Array, lengths: Array) -> Layers:
-    """Keys and values [R, K, P, H] of every layer for right-padded prompts [R, P] of `lengths` [R] tokens."""
+    """Keys and values of every layer for right-padded prompts [R, P] of `lengths` [R] tokens."""
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (columns < lengths[:, None]).astype(jnp.int32)
     return _placed(model, model.prefill(params, tokens, columns, segments))
@@ -67,10 +68,9 @@ def insert(
     def put(i: Array, cache: Layers) -> Layers:
         filled = []
         for layer, new in zip(cache, fresh, strict=True):
-            one = LayerCache(*(lax.dynamic_slice_in_dim(leaf, rows[i], 1) for leaf in new))
-            if layer.k.shape[2] < new.k.shape[2]:  # a ring, or a buffer shorter than the padding
-                columns = jnp.maximum(layer.positions(lengths[i][None]), 0)[0]
-                one = LayerCache(*(leaf[:, :, columns] for leaf in one))
+            one = _row(new, rows[i])
+            if layer.columns < new.columns:  # a ring, or a buffer shorter than the padding
+                one = one.take(jnp.maximum(layer.positions(lengths[i][None]), 0)[0])
             filled.append(_put_row(layer, one, slots[i]))
         return tuple(filled)
 
@@ -82,18 +82,32 @@ def fork(model: Model, cache: Layers, sources: Array, slots: Array, count: Array
     """For each i < `count` copy slot `sources[i]` to slot `slots[i]`."""
 
     def put(i: Array, cache: Layers) -> Layers:
-        rows = [LayerCache(*(lax.dynamic_slice_in_dim(leaf, sources[i], 1) for leaf in layer)) for layer in cache]
-        return tuple(_put_row(layer, row, slots[i]) for layer, row in zip(cache, rows, strict=True))
+        return tuple(_put_row(layer, _row(layer, sources[i]), slots[i]) for layer in cache)
 
     return _placed(model, lax.fori_loop(0, count, put, cache))
 
 
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def resize(model: Model, layer: LayerCache, rows: int, columns: int) -> LayerCache:
+    """The layer's buffer with so many rows and columns; those beyond are cut or zero."""
+    return _placed(model, (layer.resized(rows, columns),))[0]
+
+
 @partial(jax.jit, static_argnums=(0, 2))
-def resize(model: Model, layer: LayerCache, columns: int) -> LayerCache:
-    """The layer's buffer with so many columns; those beyond are cut or zero."""
-    now = layer.k.shape[2]
-    pad = [(0, 0), (0, 0), (0, max(columns - now, 0)), (0, 0)]
-    return _placed(model, (LayerCache(*(jnp.pad(leaf, pad)[:, :, :columns] for leaf in layer)),))[0]
+def resize_marks(model: Model, marks: Array, rows: int) -> Array:
+    """`marks` [B, V] of so many rows."""
+    grown = jnp.pad(marks, ((0, max(rows - len(marks), 0)), (0, 0)))
+    return constrain_rows(grown[:rows], model.run.mesh)
+
+
+@partial(jax.jit, donate_argnums=0)
+def move_marks(marks: Array, sources: Array, slots: Array, count: Array) -> Array:
+    """For each i < `count` copy the marks of slot `sources[i]` to slot `slots[i]`."""
+
+    def put(i: Array, marks: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(marks, lax.dynamic_slice_in_dim(marks, sources[i], 1), slots[i], 0)
+
+    return lax.fori_loop(0, count, put, marks)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -180,21 +194,25 @@ def decode(
     return cache, marks, made if mesh is None else lax.with_sharding_constraint(made, replicated(mesh))
 
 
-def cache_sharding(model: Model) -> NamedSharding | None:
-    """Where a layer's buffer lies: slots over "data" and "fsdp", heads over "tensor" if they divide, else on all."""
+def cache_sharding(model: Model) -> LayerCache | None:
+    """Where a layer's buffers lie: slots over "data" and "fsdp", heads over "tensor" if they divide, else on all."""
     mesh = model.run.mesh
     if mesh is None:
         return None
     heads = None if model.config.num_kv_heads % mesh.shape["tensor"] else "tensor"
-    return NamedSharding(mesh, PartitionSpec(ROWS, heads))
+    return jax.tree.map(partial(NamedSharding, mesh), cache_spec(order_on(mesh), ROWS, heads))
 
 
 def _placed(model: Model, layers: Layers) -> Layers:
     sharding = cache_sharding(model)
-    return layers if sharding is None else lax.with_sharding_constraint(layers, sharding)
+    if sharding is None:
+        return layers
+    return tuple(lax.with_sharding_constraint(layer, sharding) for layer in layers)
+
+
+def _row(layer: LayerCache, row: Array) -> LayerCache:
+    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, row, 1), layer)
 
 
 def _put_row(layer: LayerCache, row: LayerCache, slot: Array) -> LayerCache:
-    return LayerCache(
-        *(lax.dynamic_update_slice(leaf, new, (slot, 0, 0, 0)) for leaf, new in zip(layer, row, strict=True))
-    )
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, slot, 0), layer, row)

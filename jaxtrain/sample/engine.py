@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -12,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.nn.cache import columns_of
 from jaxtrain.nn.model import Model
 from jaxtrain.sample import decode as programs
+from jaxtrain.sample.buffers import Buffers
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import BROKEN, ENDED, FULL, RUNNING, STOPPED, Generated, Slots
 from jaxtrain.sample.filters import Knobs
-from jaxtrain.sample.placement import beside, empty_buffers, empty_marks, place_params, row_shares, slots_within
+from jaxtrain.sample.placement import MARK, place_params, row_shares, slots_within
 from jaxtrain.sample.requests import (
     BIAS_SLOTS,
     STOP_SLOTS,
@@ -31,7 +30,6 @@ from jaxtrain.sample.requests import (
 from jaxtrain.sample.samples import Sample
 from jaxtrain.types import Params
 
-_LEAST_BUCKET = 64  # columns of the shortest cache, tokens of the shortest prefill
 _PREFILL_TOKENS = 2048  # of the widest prefill, so that short prompts share a call
 
 _REASONS: dict[int, FinishReason] = {STOPPED: "stop", ENDED: "stop", FULL: "length", BROKEN: "failed"}
@@ -96,26 +94,21 @@ class Engine:
         self._shares = shares
         self._windowed = any(kind.window is not None for kind in model.config.pattern)
         self._seeds = np.random.default_rng(seed)
-        self._buckets = _buckets(max_length)
-        self._bucket = self._buckets[0]
         self._knobs = no_knobs(slots)
         self._device_knobs: Knobs | None = None
         self._state = Slots(*(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
         self._roots: dict[Trie, int] = {}
         self.add_tries(())
         self._running: list[Sample | None] = [None] * slots
-        self._held: list[tuple[int, ...] | None] = [None] * slots  # the prompt whose keys and values a slot holds
         self._waiting: deque[Sample] = deque()
         self._submitted = 0
-        self.set_params(params, version)
-        buffers = empty_buffers(model, slots, self._bucket), empty_marks(model, slots)
-        self._cache, self._marks = beside(model, self._params, buffers)
+        self._params, self.version = place_params(self.model, params), version
+        self._buffers = Buffers(self.model, self._params, slots, max_length)
 
     def set_params(self, params: Params, version: int) -> None:
         """Sample with other weights from the next call on. Samples under way go on with the keys they have."""
-        self._params = place_params(self.model, params)
-        self.version = version
-        self._held = [None] * self.slots
+        self._params, self.version = place_params(self.model, params), version
+        self._buffers.held = [None] * self.slots
 
     def add_tries(self, tries: Sequence[Trie]) -> None:
         """Make tries known, as a request's is when it comes. Compiles again where they outgrow a power of two."""
@@ -182,18 +175,26 @@ class Engine:
                 self._state.live[slot] = False
 
     @property
+    def rows(self) -> int:
+        """Slots that a device call decodes: all, or a part where few samples are left and none waits."""
+        return self._buffers.rows
+
+    @property
     def busy(self) -> bool:
         """Whether anything is under way or waits."""
         return bool(self._waiting) or any(self._running)
 
     def step(self) -> list[Chunk]:
         """Fill free slots, run one device call, and return what it made."""
-        self._admit()
+        admitted = self._admit()
         live = self._state.live
         if not live.any():
             return []
         steps = min(self.steps, int(self._state.left[live].max()))
-        self._fit(int(self._state.position[live].max()) + steps)
+        # Those that are left when nothing waits are most often the long ones. After an admission there may be another.
+        if not admitted and not self._waiting and live.sum() <= self._buffers.few < self._buffers.rows:
+            self._gather()
+        self._buffers.fit(int(self._state.position[live].max()) + steps)
         # With samples waiting, a call ends once a share of the slots is free; else it goes on to its end.
         quorum = max(1, int(live.sum()) - self.slots // 8) if self._waiting else 1
         return self._collect(jax.device_get(self._decode(steps, quorum)))
@@ -201,49 +202,60 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every program for every bucket now. Requires that nothing is under way."""
         assert not self.busy
-        none = np.zeros(self.slots, np.int32)
-        for bucket in self._buckets:
-            self._fit(bucket)
-            self._cache = programs.fork(self.model, self._cache, none, none, np.int32(0))
-            for length in self._buckets:
+        buffers = self._buffers
+        buffers.fit(0, self.slots)
+        for columns in buffers.lengths:
+            buffers.fit(columns)
+            buffers.move([], [])
+            for length in buffers.lengths:
                 for rows in self._prefill_rows(length):
                     self._prefill([], length, rows)
             self._decode(0, 1)
-        self._marks = programs.mark(self._marks, np.zeros(self._marks.shape[1], np.uint16), np.int32(0))
-        self._fit(0)
+            if buffers.few < self.slots:
+                buffers.fit(columns, buffers.few)
+                self._decode(0, 1)
+                buffers.fit(columns, self.slots)
+        for rows in (buffers.few, self.slots):
+            for length in (self.max_length, 0, self.max_length):
+                buffers.fit(length, rows)
+        buffers.fit(0)
+        buffers.mark(np.zeros(self.model.config.vocab_size, MARK), 0)
 
     def _decode(self, steps: int, quorum: int) -> Generated:
-        if self._device_knobs is None:
-            self._device_knobs = jax.device_put(self._knobs)
-        self._cache, self._marks, made = programs.decode(
+        buffers = self._buffers
+        if self._device_knobs is None or len(self._device_knobs.seed) != buffers.rows:
+            self._device_knobs = jax.device_put(jax.tree.map(lambda knob: knob[: buffers.rows], self._knobs))
+        buffers.cache, buffers.marks, made = programs.decode(
             self.model,
             self.steps,
             self.support,
             self.alternatives,
             self._params,
-            self._cache,
-            self._marks,
+            buffers.cache,
+            buffers.marks,
             self._device_knobs,
             self._tries,
-            self._state,
+            jax.tree.map(lambda each: each[: buffers.rows], self._state),
             np.int32(steps),
             np.int32(quorum),
         )
         return made
 
-    def _admit(self) -> None:
-        """Give free slots to waiting samples, each with the keys and values of its prompt but for the last token."""
+    def _admit(self) -> bool:
+        """Give free slots to waiting samples, each with the keys and values of its prompt but for the last token.
+        Whether there were any."""
         free = [slot for slot, sample in enumerate(self._running) if sample is None]
         if not free or not self._waiting:
-            return
+            return False
+        buffers = self._buffers
         # Slots that hold a prompt which is asked for again are used up last.
         admitted = [(slot, self._waiting.popleft()) for slot in free[: len(self._waiting)]]
         longest = max(len(sample.prompt) for _, sample in admitted)
         live = self._state.live
-        self._fit(max(longest, int(self._state.position[live].max(initial=0)) + 1))
+        buffers.fit(max(longest, int(self._state.position[live].max(initial=0)) + 1), self.slots)
 
         taken = {slot for slot, _ in admitted}
-        holders = {held: slot for slot, held in enumerate(self._held) if held is not None and slot not in taken}
+        holders = {held: slot for slot, held in enumerate(buffers.held) if held is not None and slot not in taken}
         forks: list[tuple[int, int]] = []
         fresh: dict[tuple[int, ...], list[int]] = {}
         for slot, sample in admitted:
@@ -253,16 +265,31 @@ class Engine:
             elif cached:
                 fresh.setdefault(cached, []).append(slot)
             self._occupy(slot, sample)
-            self._held[slot] = cached or None
+            buffers.held[slot] = cached or None
         if forks:
-            sources, targets = (self._padded(each) for each in zip(*forks, strict=True))
-            self._cache = programs.fork(self.model, self._cache, sources, targets, np.int32(len(forks)))
+            buffers.fork(*zip(*forks, strict=True))
         self._prefill_all(fresh)
+        return True
+
+    def _gather(self) -> None:
+        """Bring the few samples under way together in the first rows, and let go of the others."""
+        few = self._buffers.few
+        free = [slot for slot in range(few) if self._running[slot] is None]
+        moves = [(slot, free.pop(0)) for slot in range(few, self.slots) if self._running[slot] is not None]
+        if moves:
+            self._buffers.move(*zip(*moves, strict=True))
+        for source, slot in moves:
+            self._running[slot], self._running[source] = self._running[source], None
+            for column in (*self._state, *self._knobs):
+                column[slot] = column[source]
+            self._state.live[source] = False
+        self._device_knobs = None
+        self._buffers.fit(self._buffers.columns, few)
 
     def _prefill_all(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
         by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
         for prompt, slots in fresh.items():
-            by_length.setdefault(_round_up(len(prompt), self._buckets), []).append((prompt, slots))
+            by_length.setdefault(self._buffers.length_for(len(prompt)), []).append((prompt, slots))
         for length, group in by_length.items():
             few, many = self._prefill_rows(length)
             while group:
@@ -283,14 +310,8 @@ class Engine:
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
             places += [(row, slot, len(prompt)) for slot in slots]
-        columns = zip(*places, strict=True) if places else ((), (), ())
         fresh = programs.prefill(self.model, self._params, tokens, lengths)
-        self._cache = programs.insert(
-            self.model, self._cache, fresh, *(self._padded(each) for each in columns), np.int32(len(places))
-        )
-
-    def _padded(self, values: Sequence[int]) -> np.ndarray:
-        return np.pad(np.asarray(values, np.int32), (0, self.slots - len(values)))
+        self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
     def _occupy(self, slot: int, sample: Sample) -> None:
         params = sample.request.params
@@ -304,26 +325,9 @@ class Engine:
         for knob, value in zip(self._knobs, sample.knobs(), strict=True):
             knob[slot] = value
         if sample.marked:
-            self._marks = programs.mark(self._marks, sample.marks(self._marks.shape[1]), np.int32(slot))
+            self._buffers.mark(sample.marks(self.model.config.vocab_size), slot)
         self._device_knobs = None
         sample.admitted = time.perf_counter()
-
-    def _fit(self, length: int) -> None:
-        """Make the cache as long as the bucket that `length` needs, layer by layer, one bucket at a time."""
-        wanted = self._buckets.index(_round_up(min(length, self.max_length), self._buckets))
-        at = self._buckets.index(self._bucket)
-        while at != wanted:
-            at += 1 if wanted > at else -1
-            layers = list(self._cache)
-            self._cache = ()
-            for index, kind in enumerate(self.model.config.pattern):
-                columns = columns_of(kind, self._buckets[at])
-                if columns != layers[index].k.shape[2]:
-                    layers[index] = programs.resize(self.model, layers[index], columns)
-            self._cache = tuple(layers)
-            # A slot's keys beyond the new end are gone, so what it held counts only where it fits.
-            self._held = [held if held is not None and len(held) <= self._buckets[at] else None for held in self._held]
-        self._bucket = self._buckets[wanted]
 
     def _collect(self, made: Generated) -> list[Chunk]:
         """Hand the tokens of a call to their samples; take finished ones from their slots."""
@@ -342,7 +346,7 @@ class Engine:
             self._state.node[slot] = made.node[slot]
             self._state.live[slot] = state == RUNNING and stop is None
             if self._windowed:
-                self._held[slot] = None  # a ring forgets the beginning of what it holds
+                self._buffers.held[slot] = None  # a ring forgets the beginning of what it holds
             completion = None
             if not self._state.live[slot]:
                 self._running[slot] = None
@@ -383,15 +387,3 @@ def no_knobs(slots: int) -> Knobs:
         bias=np.zeros((slots, BIAS_SLOTS), np.float32),
         marked=np.zeros(slots, np.bool_),
     )
-
-
-def _buckets(max_length: int) -> tuple[int, ...]:
-    """Powers of two, and what lies half-way between, up to `max_length`."""
-    sizes = {max_length}
-    for power in range(int(math.log2(_LEAST_BUCKET)), max_length.bit_length()):
-        sizes |= {2**power, 3 * 2 ** (power - 1)}
-    return tuple(sorted(size for size in sizes if size <= max_length))
-
-
-def _round_up(length: int, buckets: tuple[int, ...]) -> int:
-    return next(bucket for bucket in buckets if bucket >= length)

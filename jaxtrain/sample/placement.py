@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.nn.cache import LayerCache, columns_of, empty_cache
+from jaxtrain.nn.cache import LayerCache, columns_of
 from jaxtrain.nn.model import Model, unstack
 from jaxtrain.ops.quantize import dense
 from jaxtrain.parallel.sharding import RULES, constrain_rows, param_specs
@@ -56,26 +56,15 @@ def slots_within(model: Model, length: int, budget: int) -> int:
     return slots
 
 
-def empty_buffers(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
-    """Every layer's buffer for `slots` rows of up to `length` tokens, each device making only its own part."""
-    return _empty(model, slots, length)
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(model: Model, slots: int, length: int) -> tuple[LayerCache, ...]:
-    layers = empty_cache(model.config, slots, length, model.run.dtype).layers
+def empty_buffers(model: Model, slots: int, length: int) -> tuple[tuple[LayerCache, ...], Array]:
+    """Every layer's buffers for `slots` rows of up to `length` tokens, and marks [slots, V] uint16, each device making
+    only its own part."""
+    layers = model.empty_cache(slots, length).layers
     sharding = cache_sharding(model)
-    return layers if sharding is None else jax.lax.with_sharding_constraint(layers, sharding)
-
-
-def empty_marks(model: Model, slots: int) -> Array:
-    """[slots, V] uint16, rows placed as the cache's are."""
-    return _no_marks(model, slots)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _no_marks(model: Model, slots: int) -> Array:
-    return constrain_rows(jnp.zeros((slots, model.config.vocab_size), MARK), model.run.mesh)
+    if sharding is not None:
+        layers = tuple(jax.lax.with_sharding_constraint(layer, sharding) for layer in layers)
+    return layers, constrain_rows(jnp.zeros((slots, model.config.vocab_size), MARK), model.run.mesh)
 
 
 def place_params(model: Model, params: Params) -> Params:

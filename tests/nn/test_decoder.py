@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxtrain.nn import cache
 from jaxtrain.nn.config import LayerKind, Rope
 from jaxtrain.nn.model import unstack
 from jaxtrain.train.step import batch_norm, score
@@ -63,19 +64,21 @@ def test_layers_without_a_loop_are_the_same():
     assert_close(loss_and_grad(model, params, batch), loss_and_grad(unrolled, params, batch))
 
 
+@pytest.mark.parametrize("order", [cache.ON_TPU, cache.ELSEWHERE], ids=["on-tpu", "elsewhere"])
 @pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
-def test_cached_decoding_equals_the_whole_row(pattern):
+def test_cached_decoding_equals_the_whole_row(pattern, order):
     model = tiny.model(pattern=pattern)
     params = tiny.random_params(model)
     batch = tiny.packed_batch([[20], [20]], 20)
     whole = model.hidden(params, batch)
     params = unstack(params)
     tokens, positions, segments = batch.tokens, batch.positions, batch.segment_ids
-    hidden, cache = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], model.empty_cache(2, 24))
+    seen = cache.empty_cache(model.config, 2, 24, model.run.dtype, order)
+    hidden, seen = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], seen)
     parts = [hidden]
     for t in range(7, 20):
         at = slice(t, t + 1)
-        hidden, cache = model.extend(params, tokens[:, at], positions[:, at], segments[:, at], cache)
+        hidden, seen = model.extend(params, tokens[:, at], positions[:, at], segments[:, at], seen)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 

@@ -36,7 +36,7 @@ def test_a_mesh_changes_nothing(sizes):
     model = tiny.model(mesh=mesh, **SIZES)
     asked = [*requests((1, 9, 20), max_tokens=9, temperature=0), *requests((5, 12), max_tokens=9, seed=4, n=3)]
     expected = Engine(single, params, slots=4, max_length=40).generate(asked)
-    engine = Engine(model, params, slots=4, max_length=40)
+    engine = Engine(model, params, slots=8, max_length=40)
     for ours, theirs in zip(engine.generate(asked), expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.ids.tolist() == other.ids.tolist()
@@ -59,11 +59,41 @@ def test_experts_and_sinks_score_as_the_forward_pass_does():
         np.testing.assert_allclose(completion.raw_logps, logps, atol=1e-4)
 
 
+def test_the_last_samples_are_decoded_in_fewer_rows_and_are_the_same():
+    """The long ones lie in the last slots, so they are moved, with what forbids and penalises."""
+    model = tiny.model(**SIZES)
+    params = tiny.random_params(model)
+    trie = Trie([[*range(1, 40, 2), 7], [2, 3]])
+    last = [
+        *requests((3,), max_tokens=9, seed=4, allowed_ids=range(30)),
+        *requests((15,), max_tokens=30, seed=3, repetition_penalty=1.3, frequency_penalty=0.7),
+        *requests((7,), temperature=0, trie=trie),
+    ]
+    asked = [*requests((2, 6, 3, 12), max_tokens=3, n=2, seed=1), *last]
+    engine = Engine(model, params, slots=8, max_length=50, steps=4)
+    rows = set()
+    numbers = [engine.submit(request) for request in asked]
+    made = {}
+    while engine.busy:
+        for chunk in engine.step():
+            if chunk.completion is not None:
+                made[chunk.request] = chunk.completion
+        rows.add(engine.rows)
+    assert rows == {8, 2}
+    for number, request in list(zip(numbers, asked, strict=True))[4:]:
+        # One slot: never moved, and of the same prompt, penalties and seed.
+        ((alone,),) = Engine(model, params, slots=1, max_length=50).generate([request])
+        assert made[number].ids.tolist() == alone.ids.tolist()
+        np.testing.assert_allclose(made[number].raw_logps, alone.raw_logps, atol=1e-5)
+    ((again,),) = engine.generate(last[:1])  # and room is made again
+    assert again.ids.tolist() == made[numbers[4]].ids.tolist()
+
+
 def test_no_request_compiles_anything_after_the_warm_up(caplog):
     model = tiny.model(**SIZES)
     # Bound to a device, as those are that come from a checkpoint.
     first, second = (jax.device_put(tiny.random_params(model, seed), jax.devices()[0]) for seed in (0, 5))
-    engine = Engine(model, first, slots=4, max_length=96, tokenizer=_Spaces(), alternatives=3)
+    engine = Engine(model, first, slots=8, max_length=96, tokenizer=_Spaces(), alternatives=3)
     trie = Trie([[1, 2, 3], [1, 5], [9]])
     engine.add_tries([trie])
     engine.warm_up()
