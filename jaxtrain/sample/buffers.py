@@ -13,7 +13,7 @@ from jaxtrain.sample import decode as programs
 from jaxtrain.sample.placement import beside, empty_buffers, row_shares
 from jaxtrain.types import Params
 
-_LEAST_BUCKET = 64  # columns of the shortest cache, tokens of the shortest prefill
+_LEAST_COLUMNS, _LEAST_PROMPT = 64, 32
 _PART, _LEAST_SLOTS = 4, 8  # the smaller number of rows: this part of the slots, where there are so many
 
 Prompt = tuple[int, ...]
@@ -27,20 +27,21 @@ class Buffers:
         shares = row_shares(model)
         self.few = -(-slots // (_PART * shares)) * shares if slots >= _LEAST_SLOTS else slots
         """Rows of the smaller of the two sizes, for when few slots are live and none waits."""
-        self.lengths = _lengths(max_length)
-        """Columns that there may be, and how many tokens a prefill is padded to."""
+        self.lengths = _lengths(max_length, _LEAST_COLUMNS)
+        """Columns that there may be."""
+        self.prompt_lengths = _lengths(max_length, _LEAST_PROMPT)
+        """How many tokens a prefill may be padded to."""
         self.rows, self.columns = slots, self.lengths[0]
         self.cache, self.marks = beside(model, params, empty_buffers(model, slots, self.columns))
         self.held: list[Prompt | None] = [None] * slots
         """The prompt whose keys and values a slot holds."""
 
-    def length_for(self, tokens: int) -> int:
-        """The least of `lengths` that holds so many tokens, or the longest."""
-        return next((length for length in self.lengths if length >= tokens), self.lengths[-1])
+    def prompt_length_for(self, tokens: int) -> int:
+        return _least(self.prompt_lengths, tokens)
 
     def fit(self, tokens: int, rows: int | None = None) -> None:
         """Make the buffers as long as `tokens` need, layer by layer, and of so many rows if that is given."""
-        columns, rows = self.length_for(tokens), self.rows if rows is None else rows
+        columns, rows = _least(self.lengths, tokens), self.rows if rows is None else rows
         if rows != self.rows:
             self._resize(rows, self.columns)
             self.marks = programs.resize_marks(self._model, self.marks, rows)
@@ -89,9 +90,14 @@ class Buffers:
         return np.pad(np.asarray(values, np.int32), (0, self.slots - len(values)))
 
 
-def _lengths(max_length: int) -> tuple[int, ...]:
-    """Powers of two, and what lies half-way between, up to `max_length`."""
+def _least(lengths: tuple[int, ...], tokens: int) -> int:
+    """The least that holds so many tokens, or the longest."""
+    return next((length for length in lengths if length >= tokens), lengths[-1])
+
+
+def _lengths(max_length: int, least: int) -> tuple[int, ...]:
+    """Powers of two from `least` on, and what lies half-way between, up to `max_length`."""
     sizes = {max_length}
-    for power in range(int(math.log2(_LEAST_BUCKET)), max_length.bit_length()):
+    for power in range(int(math.log2(least)), max_length.bit_length()):
         sizes |= {2**power, 3 * 2 ** (power - 1)}
     return tuple(sorted(size for size in sizes if size <= max_length))

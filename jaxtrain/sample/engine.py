@@ -207,7 +207,7 @@ class Engine:
         for columns in buffers.lengths:
             buffers.fit(columns)
             buffers.move([], [])
-            for length in buffers.lengths:
+            for length in buffers.prompt_lengths:
                 for rows in self._prefill_rows(length):
                     self._prefill([], length, rows)
             self._decode(0, 1)
@@ -289,18 +289,20 @@ class Engine:
     def _prefill_all(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
         by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
         for prompt, slots in fresh.items():
-            by_length.setdefault(self._buffers.length_for(len(prompt)), []).append((prompt, slots))
+            by_length.setdefault(self._buffers.prompt_length_for(len(prompt)), []).append((prompt, slots))
         for length, group in by_length.items():
-            few, many = self._prefill_rows(length)
+            sizes = self._prefill_rows(length)
             while group:
-                rows = many if 2 * len(group) > many else few
+                # The largest of which more than half is made use of.
+                rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
                 self._prefill(group[:rows], length, rows)
                 group = group[rows:]
 
-    def _prefill_rows(self, length: int) -> tuple[int, int]:
-        """The two sizes of a prefill of prompts of this length."""
-        many = min(self.slots, max(_PREFILL_TOKENS // length, 1))
-        return self._shares, max(many // self._shares, 1) * self._shares
+    def _prefill_rows(self, length: int) -> tuple[int, ...]:
+        """The sizes of a prefill of prompts of this length: each four times the one before."""
+        most = max(min(self.slots, _PREFILL_TOKENS // length) // self._shares, 1)
+        few = [4**power for power in range(most.bit_length()) if 4**power < most]
+        return tuple(size * self._shares for size in (*few, most))
 
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
         """Compute prompts once and put each into its slots."""
