@@ -7,9 +7,11 @@ import json
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from jaxtrain.recipes.generate import Served
@@ -146,6 +148,7 @@ class _Reply:
             raise ValueError("prompt must be one text, or the token ids of one")
         self.request = Request(ids, _params(served, body))
         self._prompt_tokens = len(ids)
+        self._told: Counter[int] = Counter()  # characters of each sample whose log-probabilities were told
 
     async def whole(self, chunks: AsyncIterator[Chunk]) -> dict[str, Any]:
         samples: dict[int, list[Chunk]] = {}
@@ -160,7 +163,7 @@ class _Reply:
             generated += len(completion.ids)
             choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason, "logprobs": None}
             if self._want_logprobs:
-                choice["logprobs"] = self._logprobs(completion)
+                choice["logprobs"] = self._logprobs(completion, index)
             if self._chat:
                 choice["message"] = {"role": "assistant", "content": completion.text}
             else:
@@ -178,7 +181,7 @@ class _Reply:
             choice: dict[str, Any] = {"index": chunk.sample, "logprobs": None}
             choice["finish_reason"] = None if completion is None else completion.finish_reason
             if self._want_logprobs:
-                choice["logprobs"] = self._logprobs(chunk)
+                choice["logprobs"] = self._logprobs(chunk, chunk.sample)
             if self._chat:
                 role = {} if chunk.sample in started else {"role": "assistant"}
                 choice["delta"] = {**role, "content": chunk.text}
@@ -197,8 +200,8 @@ class _Reply:
         total = self._prompt_tokens + generated
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": generated, "total_tokens": total}
 
-    def _logprobs(self, of: Chunk | Completion) -> dict[str, Any]:
-        """The model's own log-probabilities, before temperature and filters."""
+    def _logprobs(self, of: Chunk | Completion, sample: int) -> dict[str, Any]:
+        """The model's own log-probabilities, before temperature and filters, of a sample's next tokens."""
         sampled = [self._entry(*pair) for pair in zip(of.ids.tolist(), of.raw_logps.tolist(), strict=True)]
         others: list[list[dict[str, Any]]] = [[] for _ in sampled]
         if of.alternatives is not None:
@@ -210,12 +213,13 @@ class _Reply:
             content = [{**entry, "top_logprobs": top} for entry, top in zip(sampled, others, strict=True)]
             return {"content": content, "refusal": None}
         # Of tokens with the same text, such as parts of a character, the most probable one stays.
+        *offsets, self._told[sample] = accumulate((len(e["token"]) for e in sampled), initial=self._told[sample])
         best = [{entry["token"]: entry["logprob"] for entry in reversed(top)} for top in others]
         return {
             "tokens": [entry["token"] for entry in sampled],
             "token_logprobs": [entry["logprob"] for entry in sampled],
             "top_logprobs": best if any(best) else None,
-            "text_offset": [],
+            "text_offset": offsets,
         }
 
     def _entry(self, token: int, logp: float) -> dict[str, Any]:

@@ -155,6 +155,9 @@ def test_alternatives_come_with_the_log_probabilities(client):
     assert [len(each.top_logprobs) for each in streamed] == [3] * len(content)
     text = client.completions.create(prompt="ab", logprobs=2, **options).choices[0].logprobs
     assert max(text.top_logprobs[0].values()) == pytest.approx(text.token_logprobs[0], abs=1e-5)
+    assert text.text_offset == [sum(map(len, text.tokens[:i])) for i in range(len(text.tokens))]
+    pieces = client.completions.create(prompt="ab", logprobs=2, stream=True, **options)
+    assert [offset for piece in pieces for offset in piece.choices[0].logprobs.text_offset] == text.text_offset
 
 
 def test_content_in_parts_is_one_text(client):
