@@ -50,7 +50,7 @@ def jaxtrain(clock: Clock) -> None:
     tree = {
         "recipe": "rl",
         "model": {"config": LLAMA, "tokenizer": "none", "compute_dtype": "float32", "remat": "none"},
-        "data": {"train": {"path": "none"}, "max_length": 512},
+        "data": {"train": {"path": "none"}, "max_length": PROMPT + NEW},
         "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "weight_decay": 0.01},
         "train": {"max_grad_norm": MAX_GRAD_NORM},
         "rl": {
