@@ -1,4 +1,4 @@
-"""The SFT step compiles for TPUs and fits them, proved by their own compiler on a host without one."""
+"""The SFT step and the engine's decode compile for TPUs and fit them, by their own compiler on a host without one."""
 
 import importlib.util
 import json
@@ -18,9 +18,12 @@ SPLASH_CALLS = 4
 
 
 def compiled(shape, topology, *, tensor, rows, length):
-    program = Path(__file__).with_name("tpu_step.py")
-    arguments = map(str, (shape, topology, tensor, rows, length))
-    done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, check=False)
+    return run("tpu_step.py", shape, topology, tensor, rows, length)
+
+
+def run(program, *arguments):
+    command = [sys.executable, Path(__file__).with_name(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -41,3 +44,10 @@ def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(tensor):
     assert 12e9 < report["arguments"] < 13e9
     assert report["not_donated"] < 1e6
     assert report["arguments"] + report["temporaries"] < V5P_BYTES / 2
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_decode_takes_the_cache_as_it_lies(tensor):
+    """In another order of its axes XLA copies every layer's keys and values, there and back, at every call."""
+    report = run("tpu_decode.py", "v5p:2x2x1", tensor)
+    assert report["temporaries"] < report["buffer"]

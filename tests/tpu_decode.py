@@ -1,0 +1,62 @@
+"""Compile the engine's decode for a TPU that is not there, as `tpu_step` does the SFT step; prints one line of JSON."""
+
+import json
+import sys
+from dataclasses import replace
+
+import tpu_step  # first of all: it says what libtpu stands on
+
+# isort: split
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from jaxtrain.config import MeshSection
+from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.model import Model, unstack
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import replicated
+from jaxtrain.sample import decode as programs
+from jaxtrain.sample.constraints import join_tries
+from jaxtrain.sample.engine import no_knobs
+from jaxtrain.sample.placement import serving_shardings
+
+SLOTS, COLUMNS, STEPS = 64, 4096, 32
+
+
+def compile_decode(topology: str, tensor: int) -> jax.stages.Compiled:
+    """Two layers as wide as Qwen3-8B's and a small vocabulary, bf16, heads over "tensor"."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(MeshSection(preset="fsdp_tensor", tensor=tensor), devices)
+    wide = tpu_step.SHAPES["8b"]
+    config = replace(wide, num_layers=2, pattern=wide.pattern[:2], vocab_size=1024)
+    model = Model(config, run=Execution(jnp.dtype("bfloat16"), "none", "auto", mesh, context=COLUMNS))
+
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.run.dtype), model.abstract())
+    placed = jax.tree.map(tpu_step.placed, half, serving_shardings(model))
+    shardings = jax.jit(unstack).lower(placed).compile().output_shardings
+    params = jax.tree.map(tpu_step.placed, jax.eval_shape(unstack, placed), shardings)
+    cache = jax.eval_shape(lambda: model.empty_cache(SLOTS, COLUMNS).layers)
+    cache = tuple(jax.tree.map(tpu_step.placed, layer, programs.cache_sharding(model)) for layer in cache)
+    marks = np.zeros((SLOTS, config.vocab_size), np.uint16)
+    state = programs.Slots(*(np.zeros(SLOTS, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
+    tries, _ = join_tries(())
+    rest = jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=replicated(mesh)),
+        (marks, no_knobs(SLOTS), tries, state, np.int32(STEPS), np.int32(1)),
+    )
+    return programs.decode.lower(model, STEPS, 0, 0, params, cache, *rest).compile()
+
+
+def report(compiled: jax.stages.Compiled, tensor: int) -> dict[str, int]:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    wide = tpu_step.SHAPES["8b"]
+    buffer = SLOTS * COLUMNS * wide.num_kv_heads // tensor * wide.head_dim * 2
+    return {"buffer": buffer, "temporaries": memory.temp_size_in_bytes}
+
+
+if __name__ == "__main__":
+    topology, tensor = sys.argv[1:]
+    print(json.dumps(report(compile_decode(topology, int(tensor)), int(tensor))))
