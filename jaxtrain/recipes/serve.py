@@ -8,14 +8,14 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, TypeVar
 
 from jaxtrain.recipes.generate import Served
-from jaxtrain.sample.async_engine import AsyncEngine
+from jaxtrain.sample.async_engine import AsyncEngine, StoppedError
 from jaxtrain.sample.requests import Chunk, Completion, Request, SamplingParams
 
 _T = TypeVar("_T")
@@ -35,14 +35,14 @@ _IGNORED = {"model", "messages", "prompt", "stream", "stream_options", "user", "
 _NEUTRAL = {"echo": (False, None), "best_of": (1, None)}
 
 
-def make_app(served: Served) -> Any:
-    """The ASGI application."""
+def make_app(served: Served, on_failure: Callable[[Exception], None] | None = None) -> Any:
+    """The ASGI application. `on_failure` is told what ended the engine, if anything does."""
     from starlette.applications import Starlette
     from starlette.requests import Request as Http
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    engine = AsyncEngine(served.engine)
+    engine = AsyncEngine(served.engine, on_failure)
 
     def answering(chat: bool):
         async def answer(http: Http) -> Any:
@@ -58,7 +58,7 @@ def make_app(served: Served) -> Any:
                 return StreamingResponse(reply.stream(chunks), media_type="text/event-stream")
             try:
                 return JSONResponse(await _unless_left(http, reply.whole(chunks)))
-            except _FailedError as error:
+            except (_FailedError, StoppedError) as error:
                 return JSONResponse(_error(str(error), "server_error"), status_code=500)
 
         return answer
@@ -90,12 +90,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(served: Served, listening: socket.socket) -> None:
-    """Answer until interrupted."""
+    """Answer until interrupted. What ends the engine is raised once all who wait are told, so that whoever watches over
+    the server starts it anew."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(make_app(served), log_level="warning"))
+    failures: list[Exception] = []
+
+    def stop(failure: Exception) -> None:
+        failures.append(failure)
+        server.should_exit = True
+
+    server = uvicorn.Server(uvicorn.Config(make_app(served, stop), log_level="warning"))
     with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
         server.run(sockets=[listening])
+    if failures:
+        raise failures[0]
 
 
 class _FailedError(Exception):
@@ -173,23 +182,29 @@ class _Reply:
 
     async def stream(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[str]:
         started: set[int] = set()
-        async for chunk in chunks:
-            completion = chunk.completion
-            if completion is not None and completion.error is not None:
-                yield f"data: {json.dumps(_error(completion.error, 'server_error'))}\n\n"
-                return
-            choice: dict[str, Any] = {"index": chunk.sample, "logprobs": None}
-            choice["finish_reason"] = None if completion is None else completion.finish_reason
-            if self._want_logprobs:
-                choice["logprobs"] = self._logprobs(chunk, chunk.sample)
-            if self._chat:
-                role = {} if chunk.sample in started else {"role": "assistant"}
-                choice["delta"] = {**role, "content": chunk.text}
-            else:
-                choice["text"] = chunk.text
-            started.add(chunk.sample)
-            yield f"data: {json.dumps(self._object('.chunk' if self._chat else '', [choice]))}\n\n"
-        yield "data: [DONE]\n\n"
+        try:
+            async for chunk in chunks:
+                yield f"data: {json.dumps(self._piece(chunk, started))}\n\n"
+            yield "data: [DONE]\n\n"
+        except (_FailedError, StoppedError) as error:
+            yield f"data: {json.dumps(_error(str(error), 'server_error'))}\n\n"
+
+    def _piece(self, chunk: Chunk, started: set[int]) -> dict[str, Any]:
+        """A chunk as its event; `started` are the samples that were told of before."""
+        completion = chunk.completion
+        if completion is not None and completion.error is not None:
+            raise _FailedError(completion.error)
+        choice: dict[str, Any] = {"index": chunk.sample, "logprobs": None}
+        choice["finish_reason"] = None if completion is None else completion.finish_reason
+        if self._want_logprobs:
+            choice["logprobs"] = self._logprobs(chunk, chunk.sample)
+        if self._chat:
+            role = {} if chunk.sample in started else {"role": "assistant"}
+            choice["delta"] = {**role, "content": chunk.text}
+        else:
+            choice["text"] = chunk.text
+        started.add(chunk.sample)
+        return self._object(".chunk" if self._chat else "", [choice])
 
     def _object(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion" if self._chat else "text_completion"

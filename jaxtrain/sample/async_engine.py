@@ -14,17 +14,25 @@ from jaxtrain.sample.requests import Chunk, Request
 _Tell = Callable[[Chunk | None], None]
 
 
+class StoppedError(RuntimeError):
+    """The engine was closed, or its `__cause__` ended it."""
+
+
 class AsyncEngine:
     """The engine in a thread of its own, which serves any number of coroutines, of any event loop, at a time.
 
         serving = AsyncEngine(engine)
         async for chunk in serving.stream(request): ...
 
-    Nobody else may use the engine until `close`.
+    Nobody else may use the engine until `close`. An exception in the engine ends it for all.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] | None = None):
+        """`on_failure` is told, in the engine's thread, what ended it."""
         self._engine = engine
+        self._on_failure = on_failure
+        self._failure: Exception | None = None
+        self._stopped = False
         # Requests to begin, each with whom to tell of it; without a request, whom not to tell any more.
         self._inbox: queue.Queue[tuple[Request | None, _Tell] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -33,7 +41,7 @@ class AsyncEngine:
     async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
         """The chunks of a request, as they come. To leave early cancels it.
 
-        Raises ValueError for one that cannot be served, RuntimeError where the engine stops before it is done.
+        Raises ValueError for one that cannot be served, StoppedError where the engine stops before it is done.
         """
         self._engine.check([request])
         arrived: asyncio.Queue[Chunk | None] = asyncio.Queue()
@@ -47,9 +55,11 @@ class AsyncEngine:
         running = request.params.n
         try:
             while running:
-                chunk = await arrived.get() if self._thread.is_alive() or not arrived.empty() else None
+                # What is put in after it stopped nobody reads; what was in before is answered.
+                chunk = None if self._stopped and arrived.empty() else await arrived.get()
                 if chunk is None:
-                    raise RuntimeError("the engine has stopped")
+                    why = "" if self._failure is None else f": {type(self._failure).__name__}: {self._failure}"
+                    raise StoppedError(f"the engine has stopped{why}") from self._failure
                 running -= chunk.completion is not None
                 yield chunk
         finally:
@@ -62,6 +72,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         told: dict[int, _Tell] = {}
+        listening: set[_Tell] = set()
         try:
             while True:
                 while not self._engine.busy or not self._inbox.empty():
@@ -73,11 +84,22 @@ class AsyncEngine:
                         left = [number for number, each in told.items() if each is tell]
                         self._engine.cancel(left)
                         told = {number: each for number, each in told.items() if each is not tell}
+                        listening.discard(tell)
                     else:
+                        listening.add(tell)
                         told[self._engine.submit(request)] = tell
                 for chunk in self._engine.step():
                     told[chunk.request](chunk)
+        except Exception as error:
+            self._failure = error
         finally:
+            self._stopped = True  # from here on nobody waits for what it has put in
             self._engine.cancel(list(told))
-            for tell in told.values():
+            while not self._inbox.empty():
+                item = self._inbox.get()
+                if item is not None and item[0] is not None:
+                    listening.add(item[1])
+            for tell in listening:
                 tell(None)
+            if self._failure is not None and self._on_failure is not None:
+                self._on_failure(self._failure)

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 import time
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.recipes.generate import chat, generate_file, load_served
-from jaxtrain.recipes.serve import listen
+from jaxtrain.recipes.serve import listen, serve
 from jaxtrain.sample.requests import Request, SamplingParams
 
 SIZES = {"vocab_size": 259, "num_hidden_layers": 1}
@@ -206,7 +207,6 @@ def test_what_cannot_be_done_is_said(client, options, message):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_hangs_up_frees_its_slots(served, client, monkeypatch, stream):
-    httpx = pytest.importorskip("httpx")
     finished, step = [], served.engine.step
 
     def slow():
@@ -216,15 +216,46 @@ def test_a_client_that_hangs_up_frees_its_slots(served, client, monkeypatch, str
         return chunks
 
     monkeypatch.setattr(served.engine, "step", slow)
-    body = {"prompt": "ab", "max_tokens": 90, "n": 200, "stream": stream}
+    body = json.dumps({"prompt": "ab", "max_tokens": 90, "n": 200, "stream": stream})
+    connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20 if stream else 0.5)
+    connection.request("POST", f"{client.base_url.path}completions", body, {"Content-Type": "application/json"})
     if stream:
-        with httpx.stream("POST", f"{client.base_url}completions", json=body) as reply:
-            next(reply.iter_lines())
+        assert connection.getresponse().readline().startswith(b"data: {")
     else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{client.base_url}completions", json=body, timeout=0.5)
+        with pytest.raises(TimeoutError):
+            connection.getresponse()
+    connection.close()
     end = time.monotonic() + 20
     while served.engine.busy and time.monotonic() < end:
         time.sleep(0.02)
     assert not served.engine.busy and len(finished) < 200
     assert client.completions.create(model="tiny", prompt="ab", max_tokens=5).usage.completion_tokens
+
+
+def test_a_server_whose_engine_fails_says_so_and_ends(folder):
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    served = load_served(folder, dtype="float32", max_length=96, slots=2, cache_gib=None, steps=8)
+    step, calls, ended = served.engine.step, [], []
+
+    def fail_on_the_second():
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return step()
+
+    def run():
+        with pytest.raises(MemoryError) as error:
+            serve(served, listening)
+        ended.append(error.value)
+
+    served.engine.step = fail_on_the_second
+    listening = listen("127.0.0.1", 0)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}/v1", api_key="none", max_retries=0)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    pieces = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=40, stream=True)
+    with pytest.raises(openai.APIError, match="the engine has stopped: MemoryError: no room"):
+        list(pieces)
+    thread.join(20)
+    assert not thread.is_alive() and len(ended) == 1

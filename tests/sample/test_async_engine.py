@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 import tiny
 
-from jaxtrain.sample.async_engine import AsyncEngine
+from jaxtrain.sample.async_engine import AsyncEngine, StoppedError
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
 
@@ -98,9 +98,31 @@ def test_closing_tells_who_still_waits(engine):
         async for _ in serving.stream(request(0, max_tokens=60, n=40)):
             serving.close()
 
-    with pytest.raises(RuntimeError, match="the engine has stopped"):
+    with pytest.raises(StoppedError, match=r"the engine has stopped$"):
         asyncio.run(ask())
     assert not engine.busy
+
+
+@pytest.mark.parametrize("where", ["step", "submit"])
+def test_what_ends_the_engine_is_told_to_all_who_wait_or_ask_later(engine, monkeypatch, where):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    failures = []
+    serving = AsyncEngine(engine, failures.append)
+    monkeypatch.setattr(engine, where, fail)
+
+    async def ask():
+        return [chunk async for chunk in serving.stream(request(0))]
+
+    async def several():
+        return await asyncio.gather(ask(), ask(), return_exceptions=True)
+
+    for error in (*asyncio.run(several()), *asyncio.run(several())):
+        assert isinstance(error, StoppedError) and isinstance(error.__cause__, MemoryError)
+        assert str(error) == "the engine has stopped: MemoryError: no room"
+    serving.close()
+    assert len(failures) == 1 and not engine.busy
 
 
 def test_breaking_off_a_stream_leaves_nothing_behind(engine):
