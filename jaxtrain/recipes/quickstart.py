@@ -24,9 +24,9 @@ from jaxtrain.sample.requests import Request, SamplingParams
 QUESTION = "What is 47 + 38?"
 _TRAIN_ROWS, _EVAL_ROWS = 6000, 300
 _NEW_TOKENS = 48
-# The first model, before reinforcement, sees few problems often: it is sure of what it knows and gets less than half of
-# the others right. One that sees many problems briefly is as good when greedy, but its samples are hardly ever right.
-_FIRST_ROWS, _FIRST_STEPS = 200, 360
+# The first model, before reinforcement, sees few problems often: it is sure of what it knows and gets about half of the
+# others right. One that sees many problems briefly is as good when greedy, but its samples are hardly ever right.
+_FIRST_ROWS, _FIRST_STEPS = 230, 500
 
 
 def run(config: RunConfig) -> int:
