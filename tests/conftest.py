@@ -1,6 +1,9 @@
 """Every test runs on eight fake CPU devices, so that shardings are real ones."""
 
+import gc
 import os
+
+import pytest
 
 # Hundreds of small programs are compiled and each runs for milliseconds: without the optimiser and the newer fusion
 # emitters they compile nine times faster.
@@ -8,3 +11,14 @@ COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters
 os.environ["JAXTRAIN_TEST_XLA_FLAGS"] = COMPILE_FAST  # for the processes that tests start
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILE_FAST}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Each compiled program has memory mappings of its own, and Linux lets a process have 65530: one that keeps those
+    of all tests ends in a segmentation fault of the compiler, after gigabytes."""
+    import jax  # reads what is set above
+
+    yield
+    jax.clear_caches()
+    gc.collect()
