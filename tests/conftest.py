@@ -15,8 +15,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Each compiled program has memory mappings of its own, and Linux lets a process have 65530: one that keeps those
-    of all tests ends in a segmentation fault of the compiler, after gigabytes."""
+    """Each compiled program has memory mappings of its own, four modules of tests about 20,000, and Linux lets a
+    process have 65,530. Those that kept all tests' now and then died of a segmentation fault in the compiler."""
     import jax  # reads what is set above
 
     yield

@@ -33,6 +33,7 @@ class AsyncEngine:
         self._on_failure = on_failure
         self._failure: Exception | None = None
         self._stopped = False
+        self._listeners: set[_Tell] = set()
         # Requests to begin, each with whom to tell of it; without a request, whom not to tell any more.
         self._inbox: queue.Queue[tuple[Request | None, _Tell] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -51,18 +52,21 @@ class AsyncEngine:
             with suppress(RuntimeError):  # the loop is closed: its coroutine has left, and its cancelling is under way
                 here.call_soon_threadsafe(arrived.put_nowait, chunk)
 
+        self._listeners.add(tell)  # before the question whether it has stopped: who is listed then is told so
         self._inbox.put((request, tell))
         running = request.params.n
         try:
+            if self._stopped:
+                tell(None)
             while running:
-                # What is put in after it stopped nobody reads; what was in before is answered.
-                chunk = None if self._stopped and arrived.empty() else await arrived.get()
+                chunk = await arrived.get()
                 if chunk is None:
                     why = "" if self._failure is None else f": {type(self._failure).__name__}: {self._failure}"
                     raise StoppedError(f"the engine has stopped{why}") from self._failure
                 running -= chunk.completion is not None
                 yield chunk
         finally:
+            self._listeners.discard(tell)
             self._inbox.put((None, tell))
 
     def close(self) -> None:
@@ -72,7 +76,6 @@ class AsyncEngine:
 
     def _run(self) -> None:
         told: dict[int, _Tell] = {}
-        listening: set[_Tell] = set()
         try:
             while True:
                 while not self._engine.busy or not self._inbox.empty():
@@ -84,22 +87,16 @@ class AsyncEngine:
                         left = [number for number, each in told.items() if each is tell]
                         self._engine.cancel(left)
                         told = {number: each for number, each in told.items() if each is not tell}
-                        listening.discard(tell)
                     else:
-                        listening.add(tell)
                         told[self._engine.submit(request)] = tell
                 for chunk in self._engine.step():
                     told[chunk.request](chunk)
         except Exception as error:
             self._failure = error
         finally:
-            self._stopped = True  # from here on nobody waits for what it has put in
             self._engine.cancel(list(told))
-            while not self._inbox.empty():
-                item = self._inbox.get()
-                if item is not None and item[0] is not None:
-                    listening.add(item[1])
-            for tell in listening:
+            self._stopped = True
+            for tell in self._listeners.copy():
                 tell(None)
             if self._failure is not None and self._on_failure is not None:
                 self._on_failure(self._failure)
