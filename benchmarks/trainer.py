@@ -35,7 +35,7 @@ class Trainer:
             tx,
             schedule,
             sft_loss,
-            linear=True,
+            separable=True,
             microbatches=self.config.train.microbatches,
             max_grad_norm=self.config.train.max_grad_norm,
         )

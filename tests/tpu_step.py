@@ -76,7 +76,7 @@ def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int)
     state = jax.tree.map(placed, state, shardings)
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding))
-    step = make_step(model, tx, schedule, sft_loss, linear=True, max_grad_norm=1.0)
+    step = make_step(model, tx, schedule, sft_loss, separable=True, max_grad_norm=1.0)
     return jit_step(step, state, mesh).lower(state, batch).compile()
 
 

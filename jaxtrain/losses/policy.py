@@ -56,6 +56,11 @@ class Objective:
     correction: Correction | None = None
     max_completion_length: int = 1  # the divisor of `dr_grpo`
 
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over tokens, in which each appears with its own log-probability alone."""
+        return self.level == "token" and (self.correction is None or self.correction.level == "token")
+
 
 class Tokens(NamedTuple):
     """What a surrogate sees, [B, T] each."""

@@ -7,15 +7,16 @@ padding cost nothing and the largest temporary is one chunk of logits. With z = 
     d logp / d h = W[:, y] - W p         needs no cotangent: computed in the forward pass, scaled in the backward pass;
     d logp / d W = h (onehot(y) - p)^T   is summed over the tokens, so it needs their cotangents.
 
-For a loss that is linear in `logp` with the given weights (SFT) the cotangents are known up to one factor, and the
-second sum too is taken in the forward pass: three matrix products instead of four. A frozen head needs two.
+Where a loss is a sum over tokens (SFT, and every policy loss whose ratio is a token's own) the cotangent of a token
+follows from its own logp, so that the second sum too is taken in the forward pass, as soon as a chunk's logp are there:
+three matrix products instead of four. A frozen head needs two.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,19 @@ VOCAB_AXIS = "tensor"
 MESH_AXES = (*ROWS, VOCAB_AXIS)
 _REPLICAS = tuple(axis for axis in ROWS if axis != "fsdp")  # each of them holds the whole head
 
+# How far a cotangent may be from the one that was foreseen: two roundings of one formula.
+_SAME = 1e-5
+
 # Logits of the padded vocabulary: finite, so that a probability of exactly 0 times one of them is 0 and no NaN.
 _MASKED = -1e30
+
+
+class Foreseen(NamedTuple):
+    """The derivative of a loss by `logp`, for a loss in which that of a token depends on no other token's `logp`."""
+
+    derivative: Callable[[Array, Any, Any], Array]  # (logp [B, T], rows, whole) -> [B, T]; closes over no traced array
+    rows: Any  # arrays [B, T, ...] that it needs
+    whole: Any  # and what is the same for all rows
 
 
 def token_scores(
@@ -47,7 +59,7 @@ def token_scores(
     temperature: float = 1.0,
     mesh: Mesh | None = None,
     chunk: int = 512,
-    linear: bool = False,
+    foreseen: Foreseen | None = None,
 ) -> TokenScores:
     """Score every token whose weight is not zero by the hidden state before it.
 
@@ -65,8 +77,8 @@ def token_scores(
         temperature: divides the logits, as it did when the token was drawn.
         mesh: with the axes of `make_mesh`. Rows lie over `ROWS`, the head's D over fsdp, its Vp over tensor.
         chunk: tokens whose logits exist at once, on each device.
-        linear: expect a loss c * sum(weights * logp) and sum the head's gradient while scoring. Any other loss gets its
-            right gradient too, but pays for that sum a second time.
+        foreseen: the loss that will be taken of these scores, so that the head's gradient is summed while scoring. Any
+            other loss gets its right gradient too, but pays for that sum a second time.
 
     Returns:
         TokenScores of [B, T] float32. `logp` is differentiable by `hidden` and `head`, once.
@@ -75,14 +87,17 @@ def token_scores(
     padded = head.shape[0 if transposed else 1]
     assert supports is None or supports.shape[:2] == tokens.shape, (supports.shape, tokens.shape)
     chunk = min(chunk, tokens.size)
-    plan = _Plan(transposed, vocab_size, vocab_size < padded, softcap, temperature, chunk, linear, mesh is not None)
+    derivative, *given = foreseen or (None, None, None)
+    vocabulary = (transposed, vocab_size, vocab_size < padded, softcap, temperature)
+    plan = _Plan(*vocabulary, chunk, tokens.shape[1], derivative, mesh is not None)
     score = functools.partial(_score_rows, plan)
     if mesh is None:
-        return score(hidden, head, tokens, weights, supports)
-    rows = PartitionSpec(ROWS)
+        return score(hidden, head, tokens, weights, supports, *given)
+    rows, whole = PartitionSpec(ROWS), PartitionSpec()
     head_spec = PartitionSpec(VOCAB_AXIS, "fsdp") if transposed else PartitionSpec("fsdp", VOCAB_AXIS)
-    return jax.shard_map(score, mesh=mesh, in_specs=(rows, head_spec, rows, rows, rows), out_specs=rows)(
-        hidden, head, tokens, weights, supports
+    in_specs = (rows, head_spec, rows, rows, rows, rows, whole)
+    return jax.shard_map(score, mesh=mesh, in_specs=in_specs, out_specs=rows)(
+        hidden, head, tokens, weights, supports, *given
     )
 
 
@@ -95,7 +110,8 @@ class _Plan(NamedTuple):
     softcap: float | None
     temperature: float
     chunk: int
-    linear: bool
+    length: int  # T
+    derivative: Callable[[Array, Any, Any], Array] | None  # of the loss that is foreseen
     sharded: bool  # inside shard_map
 
     def gather(self, head: Array, dtype: jnp.dtype) -> Array:
@@ -116,6 +132,15 @@ class _Plan(NamedTuple):
             d_head = lax.psum(lax.psum_scatter(d_head, "fsdp", scatter_dimension=axis, tiled=True), _REPLICAS)
         return d_head.astype(dtype)
 
+    def ahead(self, x: Array) -> Array:
+        """[B, T, ...] -> [B * T, ...]: at every position what belongs to the token after it."""
+        shifted = jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
+        return shifted.reshape(-1, *x.shape[2:])
+
+    def behind(self, x: Array) -> Array:
+        """[B * T] -> [B, T]: `ahead` undone; 0 at the first token of a row."""
+        return jnp.pad(x.reshape(-1, self.length)[:, :-1], ((0, 0), (1, 0)))
+
     def over_vocab(self, reduce: Callable[..., Array], x: Array) -> Array:
         return reduce(x, VOCAB_AXIS) if self.sharded else x
 
@@ -126,17 +151,24 @@ class _Plan(NamedTuple):
 
 
 def _score_rows(
-    plan: _Plan, hidden: Array, head: Array, tokens: Array, weights: Array, supports: Array | None
+    plan: _Plan,
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    weights: Array,
+    supports: Array | None,
+    rows: Any,
+    whole: Any,
 ) -> TokenScores:
     """Shift, so that a hidden state meets the token after it, and shift the scores back."""
-    rows, length, width = hidden.shape
-    plan = plan._replace(chunk=min(plan.chunk, rows * length))
-    targets, ahead = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))).reshape(-1) for x in (tokens, weights))
-    if supports is not None:
-        supports = jnp.pad(supports[:, 1:], ((0, 0), (0, 1), (0, 0))).reshape(rows * length, -1)
+    plan = plan._replace(chunk=min(plan.chunk, tokens.size))
     # Each part of the vocabulary has its share of the hidden states' gradient: the transpose of `varying` sums them.
-    scores: tuple[Array, ...] = _scores(plan, plan.varying(hidden.reshape(-1, width)), head, targets, ahead, supports)
-    return TokenScores(*(jnp.pad(s.reshape(rows, length)[:, :-1], ((0, 0), (1, 0))) for s in scores))
+    hidden = plan.varying(hidden.reshape(-1, hidden.shape[2]))
+    supports = None if supports is None else plan.ahead(supports)
+    scores: tuple[Array, ...] = _scores(
+        plan, hidden, head, plan.ahead(tokens), plan.ahead(weights), supports, rows, whole
+    )
+    return TokenScores(*map(plan.behind, scores))
 
 
 class _Compact(NamedTuple):
@@ -159,6 +191,15 @@ class _Compact(NamedTuple):
         source = lax.dynamic_slice(self.source, (i * chunk,), (chunk,))
         return [x.at[source].get(mode="fill", fill_value=0) for x in arrays]
 
+    def take_all(self, x: Array) -> Array:
+        """[n] -> [M]; zeros after the last weighted token."""
+        return x.at[self.source].get(mode="fill", fill_value=0)
+
+    def put(self, i: Array, chunk: int, values: Array) -> Array:
+        """The i-th chunk's values [C] where they belong among zeros [n]."""
+        source = lax.dynamic_slice(self.source, (i * chunk,), (chunk,))
+        return jnp.zeros_like(self.present, values.dtype).at[source].set(values, mode="drop")
+
     def expand(self, x: Array) -> Array:
         """[M, ...] -> [n, ...], zero where a position carries no weight."""
         return jnp.where(self.present.reshape(-1, *[1] * (x.ndim - 1)), x[self.rank], 0)
@@ -175,56 +216,76 @@ class _Stats(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scores(
-    plan: _Plan, hidden: Array, head: Array, targets: Array, weights: Array, supports: Array | None
+    plan: _Plan,
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    weights: Array,
+    supports: Array | None,
+    rows: Any,
+    whole: Any,
 ) -> tuple[Array, Array, Array]:
     """hidden [n, D], targets and weights [n], supports [n, k] -> logp, entropy, correct [n]."""
     compact = _Compact.of(weights, plan.chunk)
-    head = plan.gather(head, hidden.dtype)
-    stats, _, _ = _walk(plan, compact, hidden, head, targets, supports, None, want_hidden=False)
+    stats, *_ = _walk(plan, compact, hidden, plan.gather(head, hidden.dtype), targets, supports, want_hidden=False)
     return tuple(map(compact.expand, stats[:3]))
 
 
-def _scores_fwd(plan: _Plan, hidden, head, targets, weights, supports):
-    train_head = head.perturbed
-    hidden, head, targets, weights = hidden.value, head.value, targets.value, weights.value
-    supports = None if supports is None else supports.value
+def _scores_fwd(plan: _Plan, *primals):
+    train_head = primals[1].perturbed
+    hidden, head, targets, weights, supports, rows, whole = jax.tree.map(lambda primal: primal.value, primals)
     compact = _Compact.of(weights, plan.chunk)
-    whole = plan.gather(head, hidden.dtype)
-    guess = weights if plan.linear and train_head else None
-    stats, d_hidden, d_head = _walk(plan, compact, hidden, whole, targets, supports, guess, want_hidden=True)
+    gathered = plan.gather(head, hidden.dtype)
+    derivative = plan.derivative
+    foreseen = (lambda logp: derivative(logp, rows, whole)) if derivative and train_head else None
+    stats, d_hidden, d_head, used = _walk(
+        plan, compact, hidden, gathered, targets, supports, foreseen, want_hidden=True
+    )
     # An empty array carries the parameter's dtype.
-    again = (hidden, whole, targets, weights, supports, stats.logsumexp, head[:0]) if train_head else None
+    again = (hidden, gathered, targets, supports, stats.logsumexp, used, head[:0]) if train_head else None
     return tuple(map(compact.expand, stats[:3])), (compact, d_hidden, d_head, again)
 
 
 def _scores_bwd(plan: _Plan, residuals, cotangents):
     compact, d_hidden, d_head, again = residuals
     g = cotangents[0]
+    nothing = (None,) * 5  # to targets, weights, supports and what the foreseen loss needs
     if isinstance(g, SymbolicZero):
-        return None, None, None, None, None
+        return None, None, *nothing
     d_hidden = compact.expand(d_hidden) * plan.varying(g)[:, None].astype(d_hidden.dtype)
     if again is None:
-        return d_hidden, None, None, None, None
-    hidden, whole, targets, weights, supports, logsumexp, like = again
-    recompute = functools.partial(_head_gradient, plan, compact, hidden, whole, targets, supports, g, logsumexp)
+        return d_hidden, None, *nothing
+    hidden, gathered, targets, supports, logsumexp, used, like = again
+    recompute = functools.partial(_head_gradient, plan, compact, hidden, gathered, targets, supports, g, logsumexp)
     if d_head is None:
         d_head = recompute()
     else:
-        factor = jnp.vdot(g, weights) / jnp.maximum(jnp.vdot(weights, weights), jnp.finfo(jnp.float32).tiny)
-        as_expected = jnp.all(jnp.abs(g - factor * weights) <= 1e-6 * jnp.abs(factor * weights))
-        d_head = lax.cond(as_expected, lambda: factor * d_head, recompute)
-    return d_hidden, plan.scatter(d_head, like.dtype), None, None, None
+        # Relative to the largest as well: a small derivative may be what is left of two large terms.
+        error, size = jnp.abs(compact.take_all(g) - used), jnp.abs(used)
+        as_foreseen = jnp.all(error <= _SAME * jnp.maximum(size, 1e-2 * size.max()))
+        d_head = lax.cond(as_foreseen, lambda: d_head, recompute)
+    return d_hidden, plan.scatter(d_head, like.dtype), *nothing
 
 
 _scores.defvjp(_scores_fwd, _scores_bwd, symbolic_zeros=True)
 
 
-def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, supports, guess, *, want_hidden: bool):
-    """Stats [M]; d logp / d hidden [M, D] if wanted; d head [D, V] for the cotangents `guess` [n], if given."""
+def _walk(
+    plan: _Plan,
+    compact: _Compact,
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    supports: Array | None,
+    foreseen: Callable[[Array], Array] | None = None,
+    *,
+    want_hidden: bool,
+) -> tuple[_Stats, Array | None, Array | None, Array | None]:
+    """Stats [M]; d logp / d hidden [M, D] if wanted; d head [D, V] for the `foreseen` cotangents, and these [M]."""
     chunk, size, width = plan.chunk, len(compact.source), hidden.shape[1]
 
     def body(i: Array, carry: tuple) -> tuple:
-        stats, d_hidden, d_head = carry
+        stats, d_hidden, d_head, used = carry
         x, y, *support = compact.take(i, chunk, hidden, targets, *_given(supports))
         (logits, slope), column = _logits(plan, x, head, *support), _column(plan, y, head)
         new, p = _stats(plan, logits, column)
@@ -233,14 +294,20 @@ def _walk(plan: _Plan, compact: _Compact, hidden, head, targets, supports, guess
             residue = _residue(p, column, slope, x.dtype)
             dx = _dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
             d_hidden = lax.dynamic_update_slice(d_hidden, dx, (i * chunk, 0))
-            if guess is not None:
-                d_head += _outer(x, residue, *compact.take(i, chunk, guess))
-        return stats, d_hidden, d_head
+            if foreseen is not None:
+                # Of all tokens, of which only this chunk's see their own logp: no others are asked for.
+                of_all = foreseen(plan.behind(compact.put(i, chunk, new.logp)))
+                (g,) = compact.take(i, chunk, plan.ahead(of_all))
+                used = lax.dynamic_update_slice(used, g, (i * chunk,))
+                d_head += _outer(x, residue, g)
+        return stats, d_hidden, d_head, used
 
+    nothing = plan.varying(jnp.zeros(size), ROWS)
     start = (
-        _Stats(*[plan.varying(jnp.zeros(size), ROWS)] * len(_Stats._fields)),
+        _Stats(*[nothing] * len(_Stats._fields)),
         plan.varying(jnp.zeros((size, width), hidden.dtype)) if want_hidden else None,
-        _no_gradient(plan, head) if guess is not None else None,
+        _no_gradient(plan, head) if foreseen is not None else None,
+        nothing if foreseen is not None else None,
     )
     return lax.fori_loop(0, compact.trips, body, start)
 

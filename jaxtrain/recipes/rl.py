@@ -115,12 +115,15 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
         begun = restore_or_begin(config, trained, critic, checkpoints, prompts, tokenizer)
         temperature = section.sampling.temperature
 
-        def learner(role: Trained, state: TrainState, run: RunConfig, loss: Loss, per_token: PerToken) -> Learner:
+        def learner(
+            role: Trained, state: TrainState, run: RunConfig, loss: Loss, per_token: PerToken, separable: bool = False
+        ) -> Learner:
             step = make_step(
                 role.policy.model,
                 role.tx,
                 make_schedule(run.optimizer, run.train.steps),
                 loss,
+                separable=separable,
                 temperature=temperature,
                 microbatches=run.train.microbatches,
                 max_grad_norm=run.train.max_grad_norm,
@@ -129,7 +132,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
 
         policy_loss = make_policy_loss(algorithm.surrogate, objective)
         logps = _log_probabilities(policy.model, temperature)
-        roles = Roles(learner(trained, begun.policy, config, policy_loss, logps))
+        roles = Roles(learner(trained, begun.policy, config, policy_loss, logps, objective.separable))
         if critic is not None and begun.critic is not None:
             value_loss = make_value_loss(section.critic.epsilon)
             values = _values(critic.policy.model)

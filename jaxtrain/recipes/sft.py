@@ -50,7 +50,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
         tx,
         schedule,
         sft_loss,
-        linear=True,
+        separable=True,
         microbatches=config.train.microbatches,
         max_grad_norm=config.train.max_grad_norm,
     )

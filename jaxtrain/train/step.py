@@ -13,7 +13,7 @@ from jaxtrain.lora import join
 from jaxtrain.losses.router import router_loss
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
-from jaxtrain.ops.token_scores import token_scores
+from jaxtrain.ops.token_scores import Foreseen, token_scores
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
@@ -39,24 +39,21 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
 
 
 def score(
-    model: Model,
-    params: Params,
-    batch: Batch,
-    dropout_key: Array | None = None,
-    *,
-    linear: bool = False,
-    temperature: float = 1.0,
+    model: Model, params: Params, batch: Batch, dropout_key: Array | None = None, *, temperature: float = 1.0
 ) -> TokenScores:
-    """Scores of every weighted token of packed rows, each among its signal `supports` where the batch has that one.
-
-    `linear` only changes their cost: see `token_scores`.
-    """
+    """Scores of every weighted token of packed rows, each among its signal `supports` where the batch has that one."""
     hidden = model.hidden(params, batch, dropout_key)
-    return _scores_of(model, params, hidden, batch, linear=linear, temperature=temperature)
+    return _scores_of(model, params, hidden, batch, temperature=temperature)
 
 
 def _scores_of(
-    model: Model, params: Params, hidden: Array, batch: Batch, *, linear: bool, temperature: float
+    model: Model,
+    params: Params,
+    hidden: Array,
+    batch: Batch,
+    *,
+    temperature: float,
+    foreseen: Foreseen | None = None,
 ) -> TokenScores:
     return token_scores(
         hidden,
@@ -69,8 +66,18 @@ def _scores_of(
         softcap=model.config.logit_softcap,
         temperature=temperature,
         mesh=model.run.mesh,
-        linear=linear,
+        foreseen=foreseen,
     )
+
+
+def _derivative(loss: Loss) -> Callable[[Array, Batch, Norm], Array]:
+    """Of `loss` by the log-probabilities [B, T]."""
+
+    def derivative(logp: Array, rows: Batch, whole: Norm) -> Array:
+        nothing = jnp.zeros_like(logp)
+        return jax.grad(lambda logp: loss(TokenScores(logp, nothing, nothing), rows, whole)[0])(logp)
+
+    return derivative
 
 
 def token_values(model: Model, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
@@ -89,18 +96,21 @@ def make_step(
     schedule: Schedule,
     loss: Loss,
     *,
-    linear: bool = False,
+    separable: bool = False,
     temperature: float = 1.0,
     microbatches: int = 1,
     max_grad_norm: float | None = None,
 ) -> Step:
     """A pure `(state, batch) -> (state, report)`; jit it with the state donated.
 
-    `linear` says that the loss is a multiple of sum(loss_weights * logp), as in SFT: its head costs a quarter less.
+    `separable` says that the loss is a sum over tokens, in which each appears with its own log-probability alone, as in
+    SFT: the head then costs a quarter less. (Said of any other loss it costs a quarter more; the gradient is right.)
     The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
     The load-balancing loss of a mixture of experts is the exception: each microbatch has one, weighed by its tokens.
     A step whose loss or gradient is not finite changes nothing but the counters.
     """
+
+    derivative = _derivative(loss) if separable else None
 
     def objective(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
@@ -109,7 +119,8 @@ def make_step(
         if model.output == SCALAR:
             scores = _values_of(model, whole, hidden, batch)
         else:
-            scores = _scores_of(model, whole, hidden, batch, linear=linear, temperature=temperature)
+            foreseen = derivative and Foreseen(derivative, batch, norm)
+            scores = _scores_of(model, whole, hidden, batch, temperature=temperature, foreseen=foreseen)
         value, metrics = loss(scores, batch, norm)
         if routing is None:
             return value, metrics

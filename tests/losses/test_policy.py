@@ -8,6 +8,7 @@ from trajectories import trajectory
 
 from jaxtrain.losses.policy import Correction, Objective, cispo, clip, make_policy_loss
 from jaxtrain.losses.value import make_value_loss
+from jaxtrain.rl.algorithms import ALGORITHMS
 from jaxtrain.rl.rollouts import pack
 from jaxtrain.train.step import add_metrics, batch_norm
 from jaxtrain.types import TokenScores
@@ -50,6 +51,25 @@ def run(batch, surrogate, objective, drop=()):
 
     (value, metrics), gradient = jax.value_and_grad(of, has_aux=True)(jnp.asarray(batch.signals["new"]))
     return float(value), metrics, np.asarray(gradient)
+
+
+CORRECTIONS = [None, Correction("token"), Correction("token", "mask"), Correction("sequence")]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_loss_says_rightly_whether_a_token_sees_its_own_log_probability_alone(problem, name, correction):
+    """On policy, where the old policy is the present one, and off."""
+    batch, _, _ = problem
+    algorithm = ALGORITHMS[name]
+    objective = algorithm.objective(correction, 8)
+    other = np.arange(batch.tokens.shape[1]) % 2 == 1
+    changed = batch._replace(signals={**batch.signals, "new": np.where(other, 0, batch.signals["new"])})
+    alone = True
+    for drop in [(), ("old_logps",)]:
+        gradient, beside = (run(each, algorithm.surrogate, objective, drop)[2] for each in (batch, changed))
+        alone &= np.allclose(gradient[:, ~other], beside[:, ~other], rtol=1e-5, atol=1e-7)
+    assert alone == objective.separable
 
 
 def clipped(ratio, advantage, low, high):

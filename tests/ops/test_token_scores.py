@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -6,14 +7,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jaxtrain.ops.token_scores import token_scores
+from jaxtrain.ops import token_scores as head_of
+from jaxtrain.ops.token_scores import Foreseen, token_scores
 from jaxtrain.parallel.mesh import AXES
 
 ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 33, 16, 90, 96
 CHUNK = 16
 
 HEADS = pytest.mark.parametrize("transposed", [True, False], ids=["tied", "untied"])
-LINEAR = pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])
+FORESEEN = pytest.mark.parametrize("foreseen", ["linear", "curved", None])
 
 
 def problem(seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -38,7 +40,10 @@ def naive(hidden, head, tokens, weights, softcap: float | None = None) -> tuple[
     return tuple(jnp.pad(jnp.where(scored, x, 0), ((0, 0), (1, 0))) for x in (of_token, entropy, correct))
 
 
-def scorer(tokens, weights, transposed, mesh=None, linear=False, chunk=CHUNK, softcap=None):
+def scorer(tokens, weights, transposed, mesh=None, foreseen=None, chunk=CHUNK, softcap=None):
+    if foreseen is not None:
+        foreseen = Foreseen(DERIVATIVES[foreseen], (weights, factors(weights)), DIVISOR)
+
     def score(hidden, head):
         head = head if transposed else head.T
         return token_scores(
@@ -51,19 +56,23 @@ def scorer(tokens, weights, transposed, mesh=None, linear=False, chunk=CHUNK, so
             softcap=softcap,
             mesh=mesh,
             chunk=chunk,
-            linear=linear,
+            foreseen=foreseen,
         )
 
     return score
 
 
-def losses(weights):
-    """One linear in logp with the weights, as SFT has it, and one of per-token factors, as RL has it."""
-    factors = jnp.asarray(np.random.default_rng(9).normal(size=weights.shape), jnp.float32)
-    return {
-        "linear": lambda logp: -jnp.sum(logp * weights) / 7,
-        "any": lambda logp: jnp.sum(jnp.exp(0.1 * logp) * factors * (weights != 0)),
-    }
+DIVISOR = 7.0
+# Sums over tokens: linear in logp with the weights, as SFT has it, and of factors beside a ratio, as RL has it.
+LOSSES = {
+    "linear": lambda logp, rows, divisor: -jnp.sum(logp * rows[0]) / divisor,
+    "curved": lambda logp, rows, divisor: jnp.sum(jnp.exp(0.1 * logp) * rows[1] * (rows[0] != 0)) / divisor,
+}
+DERIVATIVES = {name: jax.grad(loss) for name, loss in LOSSES.items()}
+
+
+def factors(weights):
+    return jnp.asarray(np.random.default_rng(9).normal(size=weights.shape), jnp.float32)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -76,39 +85,39 @@ def make_mesh(*sizes: int) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def check_against_naive(transposed: bool, linear: bool, mesh: Mesh | None = None, softcap: float | None = None) -> None:
+def check_against_naive(
+    transposed: bool, foreseen: str | None, mesh: Mesh | None = None, softcap: float | None = None
+) -> None:
+    """Of either loss, whichever of them was foreseen."""
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, weights, transposed, mesh, linear, softcap=softcap)
+    score = scorer(tokens, weights, transposed, mesh, foreseen, softcap=softcap)
     expected = naive(hidden, head, tokens, weights, softcap)
     assert_close(jax.jit(score)(hidden, head), expected)
-    for loss in losses(weights).values():
-        actual = jax.jit(jax.value_and_grad(lambda h, w, loss=loss: loss(score(h, w).logp), (0, 1)))(hidden, head)
-        assert_close(
-            actual,
-            jax.value_and_grad(lambda h, w, loss=loss: loss(naive(h, w, tokens, weights, softcap)[0]), (0, 1))(
-                hidden, head
-            ),
-        )
+    for loss in LOSSES.values():
+        of = functools.partial(loss, rows=(weights, factors(weights)), divisor=DIVISOR)
+        actual = jax.jit(jax.value_and_grad(lambda h, w, of=of: of(score(h, w).logp), (0, 1)))(hidden, head)
+        wanted = jax.value_and_grad(lambda h, w, of=of: of(naive(h, w, tokens, weights, softcap)[0]), (0, 1))
+        assert_close(actual, wanted(hidden, head))
         assert not actual[1][1][VOCAB:].any(), "the padded vocabulary has a gradient"
 
 
-@LINEAR
+@FORESEEN
 @HEADS
-def test_equals_the_naive_head_in_scores_and_gradients(transposed, linear):
-    check_against_naive(transposed, linear)
+def test_equals_the_naive_head_in_scores_and_gradients(transposed, foreseen):
+    check_against_naive(transposed, foreseen)
 
 
-@LINEAR
+@FORESEEN
 @HEADS
-def test_capped_logits_too(transposed, linear):
-    check_against_naive(transposed, linear, make_mesh(1, 4, 1, 2) if linear else None, softcap=3.0)
+def test_capped_logits_too(transposed, foreseen):
+    check_against_naive(transposed, foreseen, make_mesh(1, 4, 1, 2) if foreseen else None, softcap=3.0)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 2, 2)], ids=str)
-@LINEAR
+@FORESEEN
 @HEADS
-def test_sharded_equals_single(transposed, linear, shape):
-    check_against_naive(transposed, linear, make_mesh(*shape))
+def test_sharded_equals_single(transposed, foreseen, shape):
+    check_against_naive(transposed, foreseen, make_mesh(*shape))
 
 
 def test_data_shards_may_differ_in_how_many_chunks_they_walk():
@@ -157,9 +166,24 @@ def test_temperature_and_supports_make_the_distribution_that_was_drawn_from(tran
         )
 
     assert_close(jax.jit(score)(hidden, head)[:2], expected(hidden, head))
-    loss = losses(weights)["any"]
+    loss = functools.partial(LOSSES["curved"], rows=(weights, factors(weights)), divisor=DIVISOR)
     actual = jax.jit(jax.grad(lambda h, w: loss(score(h, w).logp), (0, 1)))(hidden, head)
     assert_close(actual, jax.grad(lambda h, w: loss(expected(h, w)[0]), (0, 1))(hidden, head))
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2)], ids=str)
+def test_logits_are_computed_again_only_for_a_loss_that_was_not_foreseen(shape, monkeypatch):
+    hidden, head, tokens, weights = problem()
+    monkeypatch.setattr(head_of, "_head_gradient", lambda plan, compact, hidden, head, *_: head.T * jnp.nan)
+    score = scorer(tokens, weights, True, shape and make_mesh(*shape), "curved")
+
+    def poisoned(name):
+        loss = functools.partial(LOSSES[name], rows=(weights, factors(weights)), divisor=DIVISOR)
+        gradient = jax.jit(jax.grad(lambda h, w: loss(score(h, w).logp), (0, 1)))(hidden, head)
+        return any(bool(jnp.isnan(g).any()) for g in gradient)
+
+    assert not poisoned("curved")
+    assert poisoned("linear")
 
 
 @HEADS
@@ -171,7 +195,7 @@ def test_result_does_not_depend_on_the_chunk(transposed):
 
 def test_nothing_weighted_gives_zeros_and_no_gradient():
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, jnp.zeros_like(weights).at[:, 0].set(1), True, linear=True)
+    score = scorer(tokens, jnp.zeros_like(weights).at[:, 0].set(1), True, foreseen="linear")
     value, gradients = jax.value_and_grad(lambda h, w: score(h, w).logp.sum(), (0, 1))(hidden, head)
     assert value == 0 and not any(g.any() for g in gradients)
 
@@ -180,7 +204,7 @@ def test_positions_without_weight_may_hold_anything():
     """Not even a NaN in the hidden state of a position that scores nothing reaches the others."""
     hidden, head, tokens, weights = problem()
     idle = jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))[..., None] == 0
-    score = scorer(tokens, weights, True, linear=True)
+    score = scorer(tokens, weights, True, foreseen="linear")
     gradient = jax.value_and_grad(lambda h, w: jnp.sum(score(h, w).logp * weights), (0, 1))
     assert_close(gradient(jnp.where(idle, jnp.nan, hidden), head), gradient(hidden, head), 0)
 
@@ -192,10 +216,10 @@ def test_entropy_and_correct_carry_no_gradient():
     assert not any(g.any() for g in gradients)
 
 
-@LINEAR
-def test_a_frozen_head_costs_no_product_of_its_own(linear):
+@FORESEEN
+def test_a_frozen_head_costs_no_product_of_its_own(foreseen):
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, weights, True, linear=linear)
+    score = scorer(tokens, weights, True, foreseen=foreseen)
 
     def products(argnums):
         gradient = jax.grad(lambda h, w: jnp.sum(score(h, w).logp * weights), argnums)
@@ -207,7 +231,7 @@ def test_a_frozen_head_costs_no_product_of_its_own(linear):
 
 def test_bfloat16_follows_float32_and_sums_the_head_gradient_in_float32():
     hidden, head, tokens, weights = problem(dtype="bfloat16")
-    score = scorer(tokens, weights, True, linear=True)
+    score = scorer(tokens, weights, True, foreseen="linear")
 
     def loss(h, w):
         return jnp.sum(score(h, w).logp * weights)
@@ -233,8 +257,9 @@ def test_temporaries_are_a_fraction_of_the_naive_heads(transposed):
     weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
 
     def chunked(hidden, head, tokens, weights):
-        scores = token_scores(hidden, head, tokens, weights, transposed=transposed, vocab_size=vocab, linear=True)
-        return jnp.sum(scores.logp * weights)
+        foreseen = Foreseen(lambda logp, rows, whole: rows, weights, None)
+        how = {"transposed": transposed, "vocab_size": vocab, "foreseen": foreseen}
+        return jnp.sum(token_scores(hidden, head, tokens, weights, **how).logp * weights)
 
     def whole(hidden, head, tokens, weights):
         logits = jnp.einsum("btd,vd->btv" if transposed else "btd,dv->btv", hidden[:, :-1], head)

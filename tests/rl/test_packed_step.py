@@ -6,10 +6,11 @@ import pytest
 import tiny
 from trajectories import trajectory
 
-from jaxtrain.config import OptimizerSection
+from jaxtrain.config import MeshSection, OptimizerSection
 from jaxtrain.losses.policy import Correction, Objective, clip, make_policy_loss
 from jaxtrain.losses.value import make_value_loss
 from jaxtrain.optim import make_optimizer, make_schedule
+from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.rl.rollouts import pack
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import make_step, score
@@ -32,11 +33,12 @@ def batch():
     return packed.spread(**noise).batch
 
 
-def one_step(model, params, batch, loss, microbatches):
+def one_step(model, params, batch, loss, microbatches=1, separable=False):
     section = OptimizerSection(learning_rate=1e-2, schedule="constant", eps=1e-3)
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
-    step = make_step(model, tx, schedule, loss, temperature=0.7, microbatches=microbatches, max_grad_norm=1.0)
+    how = {"separable": separable, "temperature": 0.7, "microbatches": microbatches, "max_grad_norm": 1.0}
+    step = make_step(model, tx, schedule, loss, **how)
     state, report = jax.jit(step)(new_state(params, {}, tx, jax.random.key(0)), batch)
     return state.params, {name: float(metric.value) for name, metric in report.means.items()}
 
@@ -55,6 +57,22 @@ def test_microbatches_are_one_batch(batch, role):
     assert one.keys() == many.keys()
     for name in one.keys() - {"clip_ratio/low_min", "clip_ratio/high_max"}:
         assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("correction", [Correction("token"), Correction("sequence")], ids=lambda each: each.level)
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_a_step_does_not_depend_on_whether_its_loss_was_foreseen(batch, sharded, correction, microbatches):
+    """Nor on whether it was foreseen wrongly, as for a whole sample's correction."""
+    mesh = make_mesh(MeshSection(preset="fsdp_tensor", tensor=2), jax.devices()[:4]) if sharded else None
+    model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1], mesh=mesh)
+    loss = make_policy_loss(clip, Objective(correction=correction))
+    batch = batch._replace(signals={k: v for k, v in batch.signals.items() if k != "old_logps"})  # on policy
+    params = model.init(jax.random.key(0))
+    (plain, one), (foreseen, other) = (one_step(model, params, batch, loss, microbatches, s) for s in (False, True))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(foreseen), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 def test_a_filtered_sample_is_scored_among_what_the_filter_left(batch):
