@@ -22,6 +22,7 @@ from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.rope import rope_tables, segment_lengths
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.blockwise import RESIDUALS
+from jaxtrain.ops.project import project_on_table
 from jaxtrain.parallel.sharding import constrain_rows
 from jaxtrain.types import Array, Params, Routing
 
@@ -245,8 +246,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """float32 logits [..., V] of hidden states [..., D]: for decoding and tests, where few tokens are asked for."""
         kernel = self.head().astype(hidden.dtype)
-        contract = ((hidden.ndim - 1,), (1 if self.lm_head is self.custom_head is None else 0,))
-        logits = jax.lax.dot_general(hidden, kernel, (contract, ((), ())), preferred_element_type=jnp.float32)
+        if self.lm_head is self.custom_head is None:
+            logits = project_on_table(hidden, kernel)
+        else:
+            logits = jnp.tensordot(hidden, kernel, 1, preferred_element_type=jnp.float32)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits[..., : self.config.vocab_size]

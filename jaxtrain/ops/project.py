@@ -1,4 +1,4 @@
-"""A linear map whose weight gradient is a fast matrix product on every platform."""
+"""Linear maps that are fast matrix products on every platform."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from jaxtrain.types import Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x: Array, kernel: Array, rank: int) -> Array:
-    """x [..., *in] @ kernel [*in, *out] over the last `rank` axes of x -> [..., *out]. Differentiable once."""
+    """x [..., *in] @ kernel [*in, *out] over the last `rank` axes of x -> [..., *out]. Differentiable once.
+
+    The weight's gradient is the product that needs care.
+    """
     return jnp.tensordot(x, kernel, rank)
 
 
@@ -53,6 +56,25 @@ def _on_cpu(x: Array, g: Array, rank: int) -> Array:
     else:
         d_kernel = lax.optimization_barrier(lax.optimization_barrier(g.T) @ x).T
     return d_kernel.reshape(*in_shape, *out_shape)
+
+
+def project_on_table(x: Array, table: Array) -> Array:
+    """x [..., D] . table [V, D] -> float32 [..., V]: logits of a head that is the embedding."""
+    rows = x.reshape(-1, x.shape[-1])
+    logits = lax.platform_dependent(rows, table, cpu=_table_first, default=_rows_first)
+    return logits.reshape(*x.shape[:-1], len(table))
+
+
+def _rows_first(rows: Array, table: Array) -> Array:
+    return lax.dot_general(rows, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _table_first(rows: Array, table: Array) -> Array:
+    """XLA's CPU kernels repack their right side at every call, which here would be the whole table.
+
+    The barrier keeps XLA from folding the transpose into the product, sides exchanged.
+    """
+    return lax.optimization_barrier(_rows_first(table, rows)).T
 
 
 def _last(x: Array, rank: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.ops.project import project
+from jaxtrain.ops.project import project, project_on_table
 
 SHAPES = {
     "widening": ((3, 5, 4), (4, 7), 1),
@@ -25,11 +25,24 @@ def test_value_and_both_gradients_are_tensordots(x_shape, kernel_shape, rank):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_table_is_projected_on_in_float32(dtype):
+    rng = np.random.default_rng(0)
+    x, table = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((3, 5, 4), (7, 4)))
+    expected = jnp.einsum("btd,vd->btv", *(each.astype(jnp.float32) for each in (x, table)))
+    for project_it in (project_on_table, jax.jit(project_on_table)):
+        actual = project_it(x, table)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["gradient", "table"])
 @pytest.mark.parametrize(("platform", "barriers"), [("cpu", True), ("tpu", False)])
-def test_only_a_cpu_transposes_by_itself(platform, barriers):
+def test_only_a_cpu_transposes_by_itself(platform, barriers, of):
     def loss(x, kernel):
         return project(x, kernel, 1).sum()
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 16, 4), (4, 6))]
-    lowered = jax.jit(jax.grad(loss, 1)).trace(*shapes).lower(lowering_platforms=(platform,))
+    run, kernel = (jax.grad(loss, 1), (4, 6)) if of == "gradient" else (project_on_table, (6, 4))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 16, 4), kernel)]
+    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=(platform,))
     assert ("optimization_barrier" in lowered.as_text()) == barriers
