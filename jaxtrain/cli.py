@@ -73,13 +73,14 @@ def _recipe(name: str) -> Any:
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
+    step: Annotated[int | None, typer.Option(help="of which checkpoint; default: the newest", min=0)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's own")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="write the adapters alone, as a PEFT folder")] = False,
 ) -> None:
     """Write a run's model as a Hugging Face folder, adapters merged."""
     from jaxtrain.recipes.export import export_run
 
-    export_run(run, out, dtype=dtype, adapter=adapter)
+    export_run(run, out, step=step, dtype=dtype, adapter=adapter)
     typer.echo(f"wrote {out}")
 
 

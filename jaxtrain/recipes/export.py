@@ -22,20 +22,23 @@ from jaxtrain.recipes.setup import base_params, make_policy, make_tokenizer
 from jaxtrain.train.checkpoint import Checkpoints
 
 
-def export_run(run: Path, out: Path, *, dtype: str | None = None, adapter: bool = False) -> None:
-    """Write the model of a run's newest checkpoint to `out`, adapters merged, on whatever devices there are here.
+def export_run(
+    run: Path, out: Path, *, step: int | None = None, dtype: str | None = None, adapter: bool = False
+) -> None:
+    """Write the model of a run's checkpoint to `out`, adapters merged, on whatever devices there are here.
 
     A base that the run held quantised is read again as it was, and the adapters are merged into that.
 
+    `step` names the checkpoint; default: the newest.
     `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
     `adapter` writes the adapters alone, as a PEFT folder.
-    Raises ValueError where `run` holds no run or no checkpoint, or `out` is not empty.
+    Raises ValueError where `run` holds no run or no such checkpoint, or `out` is not empty.
     """
     config = read_run_config(run)
     policy = make_policy(config, make_mesh(MeshSection(preset=config.mesh.preset)))
     target: dict[str, Any] = {"params": policy.trained}
     with Checkpoints(str(run / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore(target, partial=True)
+        restored = checkpoints.restore(target, partial=True, step=step)
     if restored is None:
         raise ValueError(f"{run} holds no checkpoint yet")
     params = restored.state["params"]

@@ -119,19 +119,25 @@ class Checkpoints:
                 self._writer.close()
                 self._writer = None
 
-    def restore(self, abstract: Any, partial: bool = False) -> Restored | None:
-        """The newest checkpoint that is whole, or None where there is none at all.
+    def restore(self, abstract: Any, partial: bool = False, step: int | None = None) -> Restored | None:
+        """The newest checkpoint that is whole, or that of `step`; None where there is none at all.
 
         `abstract` is a tree of jax.ShapeDtypeStruct (or arrays): its shardings say where the leaves go, on whatever
         mesh. With `partial` it may lack leaves that the checkpoint has, e.g. ask for the parameters only.
-        A damaged checkpoint is passed over with a warning. Raises CheckpointError if all are damaged, or if the
-        newest whole one has other leaves, shapes or dtypes than `abstract`.
+        A damaged checkpoint is passed over with a warning, unless it is the one asked for. Raises CheckpointError if
+        all are damaged, if `step` has none, or if the one found has other leaves, shapes or dtypes than `abstract`.
         Where only some processes meet the damage, the others notice when orbax's barrier times out after 5 minutes.
         """
         self.wait()
         wanted = _named_leaves(abstract)
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none at all"
+                raise CheckpointError(f"{self._dir} holds no checkpoint of step {step}: {there}")
+            steps = [step]
+        for step in reversed(steps):
             try:
                 record = self._read_record(step)
                 self._check_model(step, record["leaves"], wanted, partial)

@@ -182,6 +182,24 @@ def test_an_undamaged_checkpoint_restores_without_a_warning(two_steps):
     assert restored.step == 8
 
 
+def test_an_older_checkpoint_can_be_asked_for(two_steps):
+    restored = Checkpoints(two_steps, 1, 2).restore(abstract(make_state()), step=4)
+    assert restored is not None
+    assert restored.step == 4
+    assert_same(restored.state, make_state(seed=4))
+
+
+def test_what_was_asked_for_is_never_replaced_by_another(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint of step 5: there are those of 4, 8"):
+        Checkpoints(tmp_path, 1, 2).restore(abstract(make_state()), step=5)
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint of step 5: there is none at all"):
+        Checkpoints(tmp_path / "none", 1, 2).restore(abstract(make_state()), step=5)
+    cut(largest(tmp_path / "8"))
+    with pytest.raises(CheckpointError, match=r"8 is damaged"):
+        Checkpoints(tmp_path, 1, 2).restore(abstract(make_state()), step=8)
+
+
 def test_never_starts_afresh_over_damaged_checkpoints(tmp_path, two_steps):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     cut(largest(tmp_path / "4"))
