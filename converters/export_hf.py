@@ -24,12 +24,14 @@ from converters.families.registry import FAMILIES, for_head, weight_rows
 from converters.import_hf import bind_checkpoint
 from converters.rows import bind, by_name, flatten, join
 from converters.safetensors_io import DTYPES, Spec, open_checkpoint, plan_files, write_checkpoint
+from converters.tokenizer import load_tokenizer
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
 CUSTOM_HEAD = "custom_head.safetensors"  # what transformers has no place for, under our names
 GENERATION = "generation_config.json"
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -169,12 +171,21 @@ def _with_dtype(hf: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
 
 
 def _write_rest(folder: Path, hf: Mapping[str, Any], source: Path | None) -> None:
-    """config.json, and what the source folder holds of tokenizer, chat template and generation_config.json."""
+    """config.json, and what the source folder holds of tokenizer, chat template and generation_config.json.
+
+    Where neither says which token ends a text, as for a model that began here, the tokenizer does: without one
+    transformers' generate goes on to its limit.
+    """
     _write_json(folder / "config.json", hf)
     if source is not None:
         copy_files(source, folder, (*TOKENIZER_FILES, GENERATION))
-    tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf.get(key) is not None}
-    if tokens and not (folder / GENERATION).exists():
+    if (folder / GENERATION).exists():
+        return
+    tokens = {key: hf[key] for key in _SPECIAL if hf.get(key) is not None}
+    if not tokens and (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+        tokens = {key: getattr(tokenizer, key) for key in _SPECIAL if getattr(tokenizer, key) is not None}
+    if tokens:
         _write_json(folder / GENERATION, tokens)
 
 

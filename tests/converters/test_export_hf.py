@@ -16,6 +16,7 @@ from converters import export_hf as export_module
 from converters.errors import CheckpointError
 from converters.export_hf import convert, export_hf
 from converters.import_hf import read_config
+from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 
 TOKENIZER = {
     "tokenizer.json": '{"version": "1.0"}',
@@ -199,3 +200,15 @@ def test_random_parameters_export_with_a_config_of_ones_own(tmp_path):
     assert written == {**hf, "architectures": ["Qwen3ForCausalLM"], "dtype": "float32"}
     _, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report.values()), report
+
+
+def test_a_model_that_began_here_ends_its_texts_with_the_tokenizers_token(tmp_path):
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    sizes = {key: value for key, value in hf_folders.SIZES.items() if not key.endswith("_token_id")}
+    hf = {"model_type": "qwen3", **sizes, "tie_word_embeddings": True}
+    config, _ = read_config(hf)
+    params = hf_folders.Model(config).init(jax.random.key(0))
+    out = export_hf(params, config, hf, tmp_path / "out", tokenizer_from=tmp_path / "tokenizer")
+    eos = load_tokenizer(out).eos_token_id
+    assert eos is not None
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == eos
