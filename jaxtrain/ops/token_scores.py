@@ -86,7 +86,6 @@ def token_scores(
     assert hidden.shape[:2] == tokens.shape == weights.shape, (hidden.shape, tokens.shape, weights.shape)
     padded = head.shape[0 if transposed else 1]
     assert supports is None or supports.shape[:2] == tokens.shape, (supports.shape, tokens.shape)
-    chunk = min(chunk, tokens.size)
     derivative, *given = foreseen or (None, None, None)
     vocabulary = (transposed, vocab_size, vocab_size < padded, softcap, temperature)
     plan = _Plan(*vocabulary, chunk, tokens.shape[1], derivative, mesh is not None)

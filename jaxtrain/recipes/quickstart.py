@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
 from jaxtrain.recipes import rl, sft
 from jaxtrain.recipes.export import export_run
+from jaxtrain.recipes.run_folder import read_metrics
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
 
@@ -101,8 +101,7 @@ def run_rl(config: RunConfig, first: RunConfig) -> int:
 
 def first_with(run: Path, share: float) -> tuple[int, float]:
     """The first evaluated step of a run with so many exact matches, or the last of all, and how many it has."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    matches = {line["step"]: line["eval_exact_match"] for line in lines if "eval_exact_match" in line}
+    matches = {line["step"]: line["eval_exact_match"] for line in read_metrics(run) if "eval_exact_match" in line}
     step = next((step for step, match in matches.items() if match >= share), max(matches))
     return step, matches[step]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxtrain.config import RunConfig, load_config
 from jaxtrain.config.rollouts import PlacementSection
 from jaxtrain.recipes import rl
-from jaxtrain.recipes.run_folder import CONFIG
+from jaxtrain.recipes.run_folder import CONFIG, read_metrics
 
 
 class Compared(NamedTuple):
@@ -43,5 +42,4 @@ def _update(config: RunConfig) -> RunConfig:
 
 
 def _losses(run: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
+    return {line["step"]: line["loss"] for line in read_metrics(run) if line.get("loss") is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def read_run_config(folder: Path) -> RunConfig:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is no folder of a run: it holds no {CONFIG}")
     return load_config(folder / CONFIG)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def abstract_state(policy: Policy, tx: optax.GradientTransformation, seed: int) -> TrainState:
