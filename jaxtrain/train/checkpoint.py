@@ -12,6 +12,7 @@ that is saved and again from the state that was restored, so it covers everythin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import warnings
@@ -56,6 +57,7 @@ class Checkpoints:
         self._writer: ocp.training.Checkpointer | None = None
         self._damaged: list[int] = []
         self._saving: int | None = None
+        self._response: Any = None  # orbax's, of the save under way
         logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
 
     def __enter__(self) -> Self:
@@ -96,7 +98,7 @@ class Checkpoints:
         parts = {"state": {name: _raw(leaf) for name, leaf in leaves.items()}, "record": _seal(record)}
         self._saving = step
         try:
-            writer.save_checkpointables_async(step, parts, force=True)
+            self._response = writer.save_checkpointables_async(step, parts, force=True)
         except _IO_ERRORS as error:
             raise self._save_error(error) from error
 
@@ -105,10 +107,13 @@ class Checkpoints:
         if self._writer is None or self._saving is None:
             return
         try:
+            if self._response is not None:
+                # Each response has a thread with an event loop of its own, which ends only when the result is read.
+                self._response.result()
             self._writer.wait()
         except _IO_ERRORS as error:
             raise self._save_error(error) from error
-        self._saving = None
+        self._saving = self._response = None
 
     def close(self) -> None:
         """`wait`, and let go of the folder. Safe to call twice."""
@@ -161,7 +166,7 @@ class Checkpoints:
             if self._damaged and jax.process_index() == 0:
                 # Kept for whoever wants to look, but neither counted among `keep` nor in the way of the same step.
                 for step in self._damaged:
-                    (self._dir / str(step)).rename(self._dir / f"{step}.damaged")
+                    (self._dir / str(step)).rename(self._free_name(f"{step}.damaged"))
             _barrier("checkpoints opened")
             self._damaged = []
             newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
@@ -172,6 +177,12 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         return self._writer
+
+    def _free_name(self, name: str) -> epath.Path:
+        """`name`, or with a number if an earlier run has put the same step aside: it is saved again and may be
+        damaged again."""
+        names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
+        return next(path for path in (self._dir / each for each in names) if not path.exists())
 
     def _read_record(self, step: int) -> dict[str, Any]:
         try:
@@ -219,7 +230,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._dir / str(step)} is a checkpoint of another model:\n{listed}{more}")
 
     def _save_error(self, error: Exception) -> CheckpointError:
-        step, self._saving = self._saving, None
+        step, self._saving, self._response = self._saving, None, None
         self._writer = None  # it would raise the same error again; a new one also removes what is half written
         left = [kept for kept in self.steps() if kept != step]
         kept = f"the checkpoint of step {left[-1]} is still valid" if left else "there is no older one"

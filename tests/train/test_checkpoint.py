@@ -1,10 +1,11 @@
+import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -223,6 +224,32 @@ def test_a_run_that_fell_back_saves_the_damaged_step_again(tmp_path, two_steps):
     assert_same(again.state, make_state(seed=4))
 
 
+def test_a_step_that_is_damaged_again_is_put_aside_again(tmp_path, two_steps):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    for times in range(1, 4):
+        cut(largest(tmp_path / "8"))
+        with Checkpoints(tmp_path, 1, 2) as checkpoints, pytest.warns(RuntimeWarning, match="falling back to step 4"):
+            restored = checkpoints.restore(abstract(make_state()))
+            assert restored is not None
+            checkpoints.save(8, restored.state, DATA, META)
+        assert checkpoints.steps() == [4, 8]
+        assert len(list(tmp_path.glob("8.damaged*"))) == times
+
+
+def test_saves_leave_no_threads_and_no_descriptors_behind(tmp_path):
+    state = {"w": jnp.zeros(4)}
+    with Checkpoints(tmp_path, every=1, keep=2) as checkpoints:
+        counts = []
+        for step in range(1, 201):
+            checkpoints.save(step, state, {}, {})
+            if step in (20, 200):
+                checkpoints.wait()
+                counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    (descriptors, threads), (descriptors_after, threads_after) = counts
+    assert descriptors_after <= descriptors + 2
+    assert threads_after <= threads + 2
+
+
 def test_a_checkpoint_of_another_model_is_an_error_that_names_the_parameter(two_steps):
     wider, other = abstract(make_state(width=1024)), abstract(make_state())
     with pytest.raises(
@@ -247,7 +274,6 @@ def test_another_dtype_is_an_error(two_steps):
 PRELUDE = """
 import sys, jax, jax.numpy as jnp
 from jaxtrain.train.checkpoint import CheckpointError, Checkpoints
-from jaxtrain.train.preemption import EXIT_CODE, Preemption
 def big(step):
     return {"w": jnp.full((16, 1024, 1024), step, jnp.float32)}
 """
@@ -335,64 +361,3 @@ def test_a_file_size_limit_is_an_error_and_the_older_checkpoint_is_valid(tmp_pat
     restored = Checkpoints(tmp_path, 1, 3).restore({"w": jax.ShapeDtypeStruct((1000,), jnp.float32)})
     assert restored is not None
     assert restored.step == 1
-
-
-def test_sigterm_is_a_flag_within_the_context_only():
-    code = """
-    import os, signal
-    with Preemption() as preemption:
-        assert not preemption.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached(2)
-    assert EXIT_CODE == 143
-    print("outside", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    """
-    process = spawn(code)
-    assert "outside" in output(process)
-    assert process.returncode == -signal.SIGTERM
-
-
-HOST = """
-    import json, time
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
-    folder, address, host = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    jax.distributed.initialize(address, num_processes=2, process_id=host)
-    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), (jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
-    values = np.arange(64.0, dtype=np.float32)
-    state = {"w": jax.make_array_from_callback((64,), sharding, lambda index: values[index])}
-    mine = {str(shard): {"read": shard, "bins": "x" * (host * 10)} for shard in range(4 * host, 4 * host + 4)}
-    with Checkpoints(folder, every=1, keep=2) as checkpoints, Preemption() as preemption:
-        for step in range(1, 10_000):
-            print("step", step, flush=True)
-            time.sleep(0.01 * (1 + host))
-            if preemption.reached(step):
-                checkpoints.save(step, state, mine, {"host": host})
-                checkpoints.wait()
-                restored = checkpoints.restore(state)
-                assert sorted(restored.data_state) == sorted(map(str, range(8))), restored.data_state
-                print("stopped", step, flush=True)
-                sys.exit(EXIT_CODE)
-"""
-
-
-def test_two_hosts_stop_at_one_step_and_one_host_goes_on(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    hosts = [spawn(HOST, tmp_path, address, host) for host in range(2)]
-    for line in hosts[0].stdout or ():
-        if line.startswith("step 3"):
-            break
-    hosts[1].send_signal(signal.SIGTERM)
-    said = [output(host) for host in hosts]
-    assert [host.returncode for host in hosts] == [143, 143], said
-    stopped = [re.findall(r"stopped (\d+)", text) for text in said]
-    assert len(stopped[0]) == 1 and stopped[0] == stopped[1]
-    restored = Checkpoints(tmp_path, 1, 1).restore({"w": jax.ShapeDtypeStruct((64,), jnp.float32)})
-    assert restored is not None
-    assert restored.step == int(stopped[0][0])
-    assert sorted(restored.data_state, key=int) == [str(shard) for shard in range(8)]
-    np.testing.assert_array_equal(restored.state["w"], np.arange(64.0))
