@@ -54,13 +54,16 @@ def train(
     resume: Annotated[bool, typer.Option(help="go on where the run folder's newest checkpoint ends")] = True,
 ) -> None:
     """Train, or go on training, as CONFIG says."""
-    from jaxtrain.config import dump_config, load_config
+    from jaxtrain.train.preemption import Preemption
 
-    run = load_config(config, overrides)
-    if print_config:
-        typer.echo(dump_config(run), nl=False)
-        return
-    sys.exit(_recipe(run.recipe)(run, resume=resume).exit_code)
+    with Preemption() as preemption:  # before anything that takes long is imported
+        from jaxtrain.config import dump_config, load_config
+
+        run = load_config(config, overrides)
+        if print_config:
+            typer.echo(dump_config(run), nl=False)
+            return
+        sys.exit(_recipe(run.recipe)(run, resume=resume, preemption=preemption).exit_code)
 
 
 def _recipe(name: str) -> Any:
@@ -252,7 +255,9 @@ def quickstart(
 
 
 def main() -> None:
-    """Entry point. A ValueError or an OSError is the user's to mend, so it is printed without a traceback."""
+    """Entry point. A ValueError or an OSError is for the user to correct, so it is printed without a traceback."""
+    from jaxtrain.train.preemption import Interrupted
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -263,6 +268,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except Interrupted as stopped:
+        typer.echo(str(stopped), err=True)
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

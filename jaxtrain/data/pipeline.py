@@ -93,12 +93,27 @@ class TrainStream:
 
     def __next__(self) -> Batch:
         """The next batch. Whatever went wrong while it was made is raised here."""
+        batch, self._state = self._running().take()
+        self._count(batch)
+        return batch
+
+    def has_next(self) -> bool:
+        """Whether another batch comes; waits until that is known. The state stays that of the last one handed out.
+
+        Raises what went wrong while it was made.
+        """
+        return self._running().has_next()
+
+    def padding(self) -> Batch:
+        """A batch of nothing but padding, of the shape of the others. It counts nowhere."""
+        rows = self._rows_per_shard * len(self._shards)
+        return stack_rows([make_row([], self._data.max_length)] * rows)
+
+    def _running(self) -> _Producer:
         if self._producer is None:
             workers = ThreadPoolExecutor(self._data.workers, thread_name_prefix="tokenise")
             self._producer = _Producer(self._batches(workers), workers)
-        batch, self._state = self._producer.take()
-        self._count(batch)
-        return batch
+        return self._producer
 
     def _batches(self, workers: ThreadPoolExecutor) -> Iterator[tuple[Batch, State]]:
         streams = [shard.rows(workers) for shard in self._shards.values()]
@@ -198,6 +213,7 @@ class _Producer:
         self._elements, self._workers = elements, workers
         self._queue: queue.Queue[Any] = queue.Queue(_BATCHES_AHEAD)
         self._stop = threading.Event()
+        self._next: tuple[Batch, State] | None = None  # looked at and not taken
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="pack", daemon=True)
         self._thread.start()
@@ -220,13 +236,25 @@ class _Producer:
                 continue
         return False
 
-    def take(self) -> tuple[Batch, State]:
-        if self._end is None:
+    def has_next(self) -> bool:
+        if self._next is None and self._end is None:
             element = self._queue.get()
-            if not isinstance(element, BaseException):
-                return element
-            self._end = element
+            if isinstance(element, BaseException):
+                self._end = element
+            else:
+                self._next = element
+        if self._end is None:
+            return True
+        if isinstance(self._end, StopIteration):
+            return False
         raise self._end
+
+    def take(self) -> tuple[Batch, State]:
+        if not self.has_next():
+            raise StopIteration
+        assert self._next is not None
+        element, self._next = self._next, None
+        return element
 
     def close(self) -> None:
         self._stop.set()

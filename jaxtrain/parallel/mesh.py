@@ -56,6 +56,8 @@ def initialize_distributed(environ: Mapping[str, str] = os.environ) -> None:
 
     Raises ValueError where only the first of those three is set.
     """
+    # It would take SIGTERM from `train.preemption`, which handles the other signals too.
+    jax.config.update("jax_enable_preemption_service", False)
     if "JAX_COORDINATOR_ADDRESS" in environ:
         if not {"JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} <= environ.keys():
             raise ValueError("JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be too")

@@ -29,8 +29,14 @@ _SLOTS = 32  # questions answered at a time
 Evaluation = Callable[[TrainState], dict[str, float]]
 
 
-def make_evaluation(config: RunConfig, policy: Policy, encode: Encoder, tokenizer: Any) -> Evaluation | None:
-    """`state -> eval_* metrics` over `data.eval`; None where there is none. Wrong data are an error now, not later."""
+def make_evaluation(
+    config: RunConfig, policy: Policy, encode: Encoder, tokenizer: Any, check: Callable[[], None]
+) -> Evaluation | None:
+    """`state -> eval_* metrics` over `data.eval`; None where there is none. Wrong data are an error now, not later.
+
+    `check` is called before every piece of work, the same number of times on all hosts; what it raises ends the
+    evaluation (see `Agreement.check`).
+    """
     if config.data.eval is None:
         return None
     mesh = policy.model.run.mesh
@@ -47,13 +53,14 @@ def make_evaluation(config: RunConfig, policy: Policy, encode: Encoder, tokenize
         # Every host packs all rows and places its own: an evaluation is short and its batches are the same everywhere.
         whole = eval_batches(sources, config.data, encode, rows=rows)
         for batch in itertools.islice(whole, config.eval.batches):
+            check()
             yield place_batch(batch, mesh, range(rows), rows)
 
     def of_state(state: TrainState) -> dict[str, float]:
         metrics = evaluate(eval_step, state.params, state.frozen, batches())
         if prompts:
             params = join(state.params, state.frozen)
-            answers = answer(policy.model, params, tokenizer, prompts, stops, config.eval.max_new_tokens)
+            answers = answer(policy.model, params, tokenizer, prompts, stops, config.eval.max_new_tokens, check)
             right = sum(given.strip() == prompt.answer.strip() for given, prompt in zip(answers, prompts, strict=True))
             metrics["eval_exact_match"] = right / len(prompts)
         return metrics
@@ -69,17 +76,30 @@ def held_out_prompts(config: RunConfig, encode: Encoder) -> list[Prompt]:
 
 
 def answer(
-    model: Model, params: Params, tokenizer: Any, prompts: list[Prompt], stops: list[int], max_new_tokens: int
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    stops: list[int],
+    max_new_tokens: int,
+    check: Callable[[], None],
 ) -> list[str]:
     """Greedy answers as text, special tokens left out."""
     asked = [prompt.input_ids for prompt in prompts]
-    return [str(each.text) for each in greedy_completions(model, params, tokenizer, asked, stops, max_new_tokens)]
+    completions = greedy_completions(model, params, tokenizer, asked, stops, max_new_tokens, check)
+    return [str(each.text) for each in completions]
 
 
 def greedy_completions(
-    model: Model, params: Params, tokenizer: Any, prompts: Sequence[np.ndarray], stops: list[int], max_new_tokens: int
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    stops: list[int],
+    max_new_tokens: int,
+    check: Callable[[], None],
 ) -> list[Completion]:
-    """Greedy answers to prompts of ids [n]."""
+    """Greedy answers to prompts of ids [n]. `check` is called before every call of the engine, and may raise."""
     # Made anew each time, so that its copy of the weights is not kept while training; what it compiled is.
     engine = Engine(
         model,
@@ -89,4 +109,9 @@ def greedy_completions(
         tokenizer=tokenizer,
     )
     params_of_all = SamplingParams(max_tokens=max_new_tokens, temperature=0, stop_ids=stops, logprobs=False)
-    return [completion for (completion,) in engine.generate([Request(ids, params_of_all) for ids in prompts])]
+    numbers = [engine.submit(Request(ids, params_of_all)) for ids in prompts]
+    done: dict[int, Completion] = {}
+    while engine.busy:
+        check()
+        done |= {chunk.request: chunk.completion for chunk in engine.step() if chunk.completion is not None}
+    return [done[number] for number in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
@@ -10,14 +11,15 @@ from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.progress import Progress
 from jaxtrain.recipes.reporting import Taken, Window
 from jaxtrain.train.checkpoint import Checkpoints
-from jaxtrain.train.preemption import EXIT_CODE, Preemption
+from jaxtrain.train.lockstep import Agreement
+from jaxtrain.train.preemption import Interrupted, exit_code
 
 Result = TypeVar("Result", bound=Taken)
 Metrics = dict[str, float]
 
 
 class Outcome(NamedTuple):
-    exit_code: int  # 0; 143 where SIGTERM ended the run after a last checkpoint
+    exit_code: int  # 0; 128 + the signal's number where one ended the run after a last checkpoint
     metrics: Metrics  # the last value of each
 
 
@@ -26,7 +28,7 @@ def follow(
     config: RunConfig,
     window: Window,
     checkpoints: Checkpoints,
-    preemption: Preemption,
+    agreement: Agreement,
     *,
     start: int,
     evaluation: Callable[[Result], Metrics] | None,
@@ -37,9 +39,10 @@ def follow(
     """Take the steps after the `start`th, and do after each what is due: report, measure, save.
 
     They are done in this order, so that a resumed run logs what the uninterrupted one would. After the last step, also
-    where the data ran dry, all three are done, due or not. SIGTERM saves the step under way and ends the run.
+    where the data are exhausted, all three are done, due or not. A signal saves the last step that is done and ends the
+    run; an evaluation or a rollout that is under way is given up. Raises Interrupted where no step is done yet.
 
-    `hear` is told of every step; `extra` are metrics of the steps since the last report, beside those of `window`.
+    `hear` is called with every step; `extra` are metrics of the steps since the last report, beside those of `window`.
     """
     latest: Metrics = {}
     with (
@@ -63,26 +66,42 @@ def follow(
                 latest.update(metrics)
 
         done_at = {report: start, measure: start, save: start}
-        result = None
-        for result in results:
-            number = result.step
-            window.add(result)
-            hear(result, progress)
-            progress.update(number)
-            stopping = preemption.reached(number)
-            saving = checkpoints.due(number) or stopping
-            due = {
-                report: number % config.log.every == 0 or number == 1 or saving,
-                measure: number % config.eval.every == 0 and not stopping,
-                save: saving,
-            }
-            for action in (action for action in due if due[action]):
-                action(result)
-                done_at[action] = number
-            if stopping:
-                progress.print(f"SIGTERM: stopped after step {number}, which is saved")
-                return Outcome(EXIT_CODE, latest)
-        if result is not None:
-            for action in (action for action in done_at if done_at[action] < result.step):
-                action(result)
+        result, stopped = None, 0
+
+        def do(actions: Iterable[Callable[[Result], None]]) -> None:
+            assert result is not None
+            for action in actions:
+                if done_at[action] < result.step:
+                    action(result)
+                    done_at[action] = result.step
+
+        try:
+            for result in results:
+                number = result.step
+                agreement.started()
+                window.add(result)
+                hear(result, progress)
+                progress.update(number)
+                stopped = agreement.stopping()
+                if stopped:
+                    break
+                saving = checkpoints.due(number)
+                due = {
+                    report: number % config.log.every == 0 or number == 1 or saving,
+                    measure: number % config.eval.every == 0,
+                    save: saving,
+                }
+                do(action for action in due if due[action])
+            if result is not None and not stopped:
+                do(done_at)
+        except Interrupted:
+            if result is None:
+                raise
+            stopped = agreement.signal()
+        if stopped:
+            do((report, save))
+            checkpoints.wait()
+            assert result is not None
+            progress.print(f"{signal.Signals(stopped).name}: stopped after step {result.step}, which is saved")
+            return Outcome(exit_code(stopped), latest)
     return Outcome(0, latest)

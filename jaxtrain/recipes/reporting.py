@@ -121,6 +121,7 @@ class RolloutWindow:
             for report in reports[1:]:
                 means = add_metrics(means, report.means)
             metrics |= {f"critic/{name}": float(metric.value) for name, metric in means.items()}
+            metrics["critic/skipped_steps"] = int(reports[-1].skipped)
             metrics["critic/grad_norm"] = float(sum(report.grad_norm for report in reports) / len(reports))
         self._sums, self._critic, self._seconds = {}, [], []
         return metrics

@@ -45,18 +45,28 @@ from jaxtrain.rl.trajectories import Replay, sample_table, write_step
 from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.train.checkpoint import Checkpoints
+from jaxtrain.train.lockstep import Agreement
 from jaxtrain.train.preemption import Preemption
 from jaxtrain.train.step import Loss, jit_step, make_step, score, token_values
 from jaxtrain.types import TrainState
 
 
-def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -> Outcome:
+def run(
+    config: RunConfig, *, resume: bool = True, replay: Path | None = None, preemption: Preemption | None = None
+) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
     `replay`: learn from the samples that the run in that folder recorded, and draw none.
+    `preemption`: one that is in force already, so that signals are handled from the start of the process on.
 
-    Raises ValueError for what the user can mend: config, data, checkpoint; NonFiniteError where training diverges.
+    Raises ValueError for what a user can correct: config, data, checkpoint; NonFiniteError where training diverges;
+    Interrupted where a signal asks to stop before the first step.
     """
+    with preemption or Preemption() as requests:
+        return _run(config, resume, replay, requests)
+
+
+def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preemption) -> Outcome:
     initialize_distributed()
     section = config.rl
     assert section is not None
@@ -109,8 +119,8 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
     with (
         RewardPool(section.rewards, section.reward_workers) as pool,
         Checkpoints(str(folder / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
-        Preemption() as preemption,
     ):
+        preemption.on_request(pool.interrupt)
         begin(config, folder, checkpoints, resume)
         begun = restore_or_begin(config, trained, critic, checkpoints, prompts, tokenizer)
         temperature = section.sampling.temperature
@@ -145,6 +155,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
 
         start = int(begun.policy.step)
         sampler = make_sampler(section.placement, spec, policy.model, roles.policy.params, start, sampling_mesh)
+        preemption.on_request(sampler.interrupt)
         scorer = RewardScorer(
             section.rewards,
             pool,
@@ -160,7 +171,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
             samples=section.generations,
             max_completion_length=section.max_completion_length,
         )
-        evaluation = make_rl_evaluation(config, policy, encode, tokenizer, sampler, scorer)
+        evaluation = make_rl_evaluation(config, policy, encode, tokenizer, sampler, scorer, preemption.check)
         source: Source = OnPolicy(collect, sampler, prompts.get_state)
         if section.placement.staleness:
             if section.reward_models and mesh.size > 1:
@@ -199,7 +210,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
                 config,
                 window,
                 checkpoints,
-                preemption,
+                Agreement(preemption, mesh),
                 start=start,
                 evaluation=evaluation and (lambda update: evaluation(update.roles.policy)),
                 save=lambda update: save(

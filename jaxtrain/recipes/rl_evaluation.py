@@ -24,9 +24,18 @@ Evaluation = Callable[[Learner], dict[str, float]]
 
 
 def make_rl_evaluation(
-    config: RunConfig, policy: Policy, encode: Encoder, tokenizer: Any, sampler: Sampler, scorer: Scorer
+    config: RunConfig,
+    policy: Policy,
+    encode: Encoder,
+    tokenizer: Any,
+    sampler: Sampler,
+    scorer: Scorer,
+    check: Callable[[], None],
 ) -> Evaluation | None:
-    """`learner -> eval_reward, eval_rewards/<name>` over the first `eval.generate` prompts of `data.eval`, or None."""
+    """`learner -> eval_reward, eval_rewards/<name>` over the first `eval.generate` prompts of `data.eval`, or None.
+
+    `check` is called again and again meanwhile; what it raises ends the evaluation.
+    """
     if config.data.eval is None or config.eval.generate == 0:
         return None
     sources = [Source(section, keep_columns=True) for section in as_list(config.data.eval)]
@@ -37,7 +46,7 @@ def make_rl_evaluation(
 
     def greedy(learner: Learner) -> list[Trajectory]:
         asked, most = [prompt.ids for prompt in prompts], config.eval.max_new_tokens
-        answers = greedy_completions(policy.model, learner.params, tokenizer, asked, stops, most)
+        answers = greedy_completions(policy.model, learner.params, tokenizer, asked, stops, most, check)
         return [trajectory_of(prompt, 0, completion) for prompt, completion in zip(prompts, answers, strict=True)]
 
     def of_learner(learner: Learner) -> dict[str, float]:

@@ -17,18 +17,28 @@ from jaxtrain.recipes.reporting import Window
 from jaxtrain.recipes.run_folder import begin, restore_or_begin, save
 from jaxtrain.recipes.setup import check_batch, make_policy, make_tokenizer, open_stream
 from jaxtrain.train.checkpoint import Checkpoints
+from jaxtrain.train.lockstep import Agreement, Lockstep
 from jaxtrain.train.loop import train
 from jaxtrain.train.preemption import Preemption
 from jaxtrain.train.step import jit_step, make_step
 
 
-def run(config: RunConfig, *, resume: bool = True) -> Outcome:
+def run(config: RunConfig, *, resume: bool = True, preemption: Preemption | None = None) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
-    Raises ValueError for what the user can mend: config, data, checkpoint; NonFiniteError where training diverges.
+    `preemption`: one that is in force already, so that signals are handled from the start of the process on.
+
+    Raises ValueError for what a user can correct: config, data, checkpoint; NonFiniteError where training diverges;
+    Interrupted where a signal asks to stop before the first step.
     """
+    with preemption or Preemption() as requests:
+        return _run(config, resume, requests)
+
+
+def _run(config: RunConfig, resume: bool, preemption: Preemption) -> Outcome:
     initialize_distributed()
     mesh = make_mesh(config.mesh)
+    agreement = Agreement(preemption, mesh)
     rows = config.train.batch_size
     check_batch(config, mesh)
     policy = make_policy(config, mesh)
@@ -41,7 +51,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
         prompt_format=config.data.prompt_format,
         vocab_size=policy.model.config.vocab_size,
     )
-    evaluation = make_evaluation(config, policy, encode, tokenizer)
+    evaluation = make_evaluation(config, policy, encode, tokenizer, agreement.check)
 
     schedule = make_schedule(config.optimizer, config.train.steps)
     tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
@@ -60,7 +70,6 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
     with (
         open_stream(config, encode, mesh) as stream,
         Checkpoints(str(folder / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
-        Preemption() as preemption,
     ):
         begin(config, folder, checkpoints, resume)
         state, num_tokens = restore_or_begin(config, policy, tx, checkpoints, stream, tokenizer)
@@ -68,7 +77,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
         results = train(
             jit_step(step, state, mesh),
             state,
-            stream,
+            Lockstep(stream, agreement),
             lambda batch: place_batch(batch, mesh, held, rows),
             steps=config.train.steps,
             max_skipped_in_a_row=config.train.max_skipped_in_a_row,
@@ -79,7 +88,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
             config,
             window,
             checkpoints,
-            preemption,
+            agreement,
             start=int(state.step),
             evaluation=evaluation and (lambda result: evaluation(result.state)),
             save=lambda result: save(config, checkpoints, result, stream, window.num_tokens, tokenizer),

@@ -133,6 +133,8 @@ def reinforce(
             number, done = number + 1, done + 1
             recent.append(batch)
             check_finite(report, recent, plan.max_skipped_in_a_row, number, inspection_dir)
+            if critic_report is not None:
+                check_finite(critic_report, recent, plan.max_skipped_in_a_row, number, inspection_dir, "critic")
             seconds = time.perf_counter() - start
             yield Update(number, roles, report, critic_report, batch, experience, done, seconds)
 

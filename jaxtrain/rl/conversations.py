@@ -7,6 +7,7 @@ exactly them. Of what the environment says only the new part is rendered and tok
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +36,7 @@ class Conversations:
     max_turns: int  # of the model
     max_length: int  # tokens, opening included
     seconds: float  # that an environment has for a reset or a step
+    interrupted: threading.Event = field(default_factory=threading.Event)  # set: give up, as `call_all` does
 
     def lead(
         self, generate: Generate, prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
@@ -46,7 +48,9 @@ class Conversations:
         """
         talks = [[_Talk(prompt, sample) for sample in range(samples)] for prompt in prompts]
         everyone = [talk for group in talks for talk in group]
-        begun = call_all([partial(_begin, self.factory, talk.prompt) for talk in everyone], self.seconds)
+        begun = call_all(
+            [partial(_begin, self.factory, talk.prompt) for talk in everyone], self.seconds, self.interrupted
+        )
         for talk, answer in zip(everyone, begun, strict=True):
             if isinstance(answer, BaseException):
                 talk.lose(answer)
@@ -58,7 +62,9 @@ class Conversations:
             for talk, (completion,) in zip(live, answers, strict=True):
                 talk.hear(completion)
             listening = [talk for talk in live if not talk.ended]
-            replies = call_all([partial(_step, talk.environment, talk.said) for talk in listening], self.seconds)
+            replies = call_all(
+                [partial(_step, talk.environment, talk.said) for talk in listening], self.seconds, self.interrupted
+            )
             for talk, reply in zip(listening, replies, strict=True):
                 if isinstance(reply, BaseException):
                     talk.lose(reply)

@@ -24,11 +24,13 @@ from jaxtrain.rl.rollouts import Prompt, Trajectory
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import Synced, from_host, to_host
 from jaxtrain.rl.worker import WorkerSpec
+from jaxtrain.train.preemption import Interrupted
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
 
 _MOST_TRIES = 3  # of a share of the prompts, each by another worker
+_LOOK_SECONDS = 0.2  # how often a wait looks whether it is interrupted
 _START_SECONDS = 300.0  # of a process: imports, JAX, the first weights
 
 
@@ -93,6 +95,7 @@ class RaySampler:
         self._weights: tuple[Any, int] | None = None  # a reference to the newest, and their version
         self._events: Counter[str] = Counter()
         self._sync: dict[str, float] = {}
+        self._interrupted = threading.Event()
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
         """Raises what a worker raises; RuntimeError where a share of the prompts was lost with several workers."""
@@ -106,8 +109,10 @@ class RaySampler:
                 share, worker = waiting.popleft(), idle.popleft()
                 call = self._handles[worker].sample.remote(prompts[share.start : share.stop], samples)
                 busy[call] = share, worker, time.monotonic() + self._seconds
+            if self._interrupted.is_set():
+                raise Interrupted
             soonest = min(deadline for _, _, deadline in busy.values())
-            ready, _ = self._ray.wait(list(busy), timeout=max(soonest - time.monotonic(), 0.0))
+            ready, _ = self._ray.wait(list(busy), timeout=min(max(soonest - time.monotonic(), 0.0), _LOOK_SECONDS))
             overdue = [call for call, (_, _, end) in busy.items() if call not in ready and time.monotonic() >= end]
             for call in [*ready, *overdue]:
                 share, worker, _ = busy.pop(call)
@@ -146,6 +151,10 @@ class RaySampler:
 
     def process_ids(self) -> list[int]:
         return self._ray.get([handle.process_id.remote() for handle in self._handles])
+
+    def interrupt(self) -> None:
+        """Give up the samples under way, and all to come: `sample` raises Interrupted soon. From any thread."""
+        self._interrupted.set()
 
     def close(self) -> None:
         """End the workers. Ray itself goes on, since it may be the user's."""

@@ -20,12 +20,14 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.train.preemption import Interrupted
 
 log = logging.getLogger(__name__)
 
 Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite"]
 
 _START_SECONDS = 120.0  # to import a user's modules
+_LOOK_SECONDS = 0.2  # how often a wait looks whether it is interrupted
 
 
 class Scores(NamedTuple):
@@ -46,11 +48,12 @@ class RewardPool:
         self._rewards = {reward.name: reward for reward in rewards}
         paths = [reward.function for reward in rewards]
         self._scoring = threading.Lock()
-        self._workers = [_Worker(paths) for _ in range(workers if rewards else 0)]
+        self._interrupted = threading.Event()
+        self._workers = [_Worker(paths, self._interrupted) for _ in range(workers if rewards else 0)]
         try:
             for worker in self._workers:
                 worker.wait_until_ready()
-        except ValueError:
+        except (ValueError, Interrupted):
             self.close()
             raise
 
@@ -59,6 +62,10 @@ class RewardPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def interrupt(self) -> None:
+        """Give up the scoring under way, and all to come: it raises Interrupted soon. From any thread."""
+        self._interrupted.set()
 
     def close(self) -> None:
         for worker in self._workers:
@@ -74,6 +81,7 @@ class RewardPool:
         """Every reward of every sample; all arguments are [n].
 
         Takes as long as the slowest function, at most about ten times its limit however many of its calls hang.
+        Raises Interrupted soon after `interrupt`.
         """
         samples = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         count = len(completions)
@@ -112,8 +120,10 @@ class RewardPool:
                     continue
                 worker.send(self._rewards[task.name], task, samples)
                 busy[worker.connection] = worker, task, time.monotonic() + self._rewards[task.name].seconds
+            if self._interrupted.is_set():
+                raise Interrupted
             soonest = min((deadline for _, _, deadline in busy.values()), default=time.monotonic())
-            ready = wait(list(busy), max(soonest - time.monotonic(), 0))
+            ready = wait(list(busy), min(max(soonest - time.monotonic(), 0), _LOOK_SECONDS))
             now = time.monotonic()
             for connection, (worker, task, deadline) in list(busy.items()):
                 if connection not in ready and now < deadline:
@@ -152,8 +162,8 @@ def _cut(name: str, count: int, pieces: int) -> list[_Task]:
 
 
 class _Worker:
-    def __init__(self, paths: list[str]):
-        self._paths = paths
+    def __init__(self, paths: list[str], interrupted: threading.Event):
+        self._paths, self._interrupted = paths, interrupted
         self._start()
 
     def _start(self) -> None:
@@ -168,7 +178,11 @@ class _Worker:
     def wait_until_ready(self) -> None:
         """Raises ValueError with what importing a function raised."""
         problem = "importing the functions took too long"
-        if self.connection.poll(_START_SECONDS):
+        deadline = time.monotonic() + _START_SECONDS
+        while not (ready := self.connection.poll(_LOOK_SECONDS)) and time.monotonic() < deadline:
+            if self._interrupted.is_set():
+                raise Interrupted
+        if ready:
             try:
                 problem = self.connection.recv()
             except EOFError:

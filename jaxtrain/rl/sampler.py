@@ -14,6 +14,7 @@ from jaxtrain.rl.rollouts import Prompt, Trajectory
 from jaxtrain.rl.sync import Synced
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Completion, Request, SamplingParams
+from jaxtrain.train.preemption import Interrupted
 from jaxtrain.types import Params
 
 
@@ -38,6 +39,7 @@ class EngineSampler:
         self._sampling = threading.Lock()
         self._pending: deque[tuple[Params, int]] = deque(maxlen=1)
         self._metrics: dict[str, float] = {}
+        self._interrupted = threading.Event() if conversations is None else conversations.interrupted
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
         if self._conversations is not None:
@@ -63,6 +65,10 @@ class EngineSampler:
         """Of the newest `set_params`: bytes of the parameters, and the seconds they took to get where they sample."""
         return self._metrics
 
+    def interrupt(self) -> None:
+        """Give up the samples under way, and all to come: `sample` raises Interrupted soon. From any thread."""
+        self._interrupted.set()
+
     def close(self) -> None:
         """Nothing to give back: the engine goes with this object."""
 
@@ -82,6 +88,9 @@ class EngineSampler:
             numbers = {self._engine.submit(request): index for index, request in enumerate(requests)}
             done: list[dict[int, Completion]] = [{} for _ in requests]
             while self._engine.busy:
+                if self._interrupted.is_set():
+                    self._engine.cancel(list(numbers))
+                    raise Interrupted
                 self._take_weights()
                 for chunk in self._engine.step():
                     if chunk.completion is not None:

@@ -34,12 +34,17 @@ class OnPolicy:
     """
 
     def __init__(self, collect: Collect, sampler: Sampler, state: Callable[[], Any]):
-        self._collect, self._sampler = collect, sampler
-        self.state = state
+        self._collect, self._sampler, self._take_state = collect, sampler, state
+        self._state = state()
 
     def __call__(self, params: Params, number: int) -> Collected | None:
         seconds = _hand_over(self._sampler, params, number)
-        return _timed(self._collect(), {"time/sync": seconds})
+        collected = self._collect()
+        self._state = self._take_state()  # not while it collects: a rollout that is given up has drawn prompts
+        return _timed(collected, {"time/sync": seconds})
+
+    def state(self) -> Any:
+        return self._state
 
     def close(self) -> None:
         """Nothing is under way."""

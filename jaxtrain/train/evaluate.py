@@ -30,6 +30,8 @@ def evaluate(
     total: Metrics = {}
     for batch in batches:
         metrics = eval_step(params, frozen, batch)
+        # The host runs one batch ahead of the device and not the whole set, so that whoever makes the batches can stop.
+        jax.block_until_ready(total)
         total = add_metrics(total, metrics) if total else metrics
     means = {f"eval_{name}": float(mean.value) for name, mean in jax.device_get(total).items()}
     if "eval_loss" in means:

@@ -67,26 +67,47 @@ def train(
         check_finite(before, recent, max_skipped_in_a_row, int(state.step), inspection_dir)
 
 
-def check_finite(report: StepReport, recent: Sequence[Batch], limit: int, step: int, folder: Path) -> None:
+def check_finite(
+    report: StepReport, recent: Sequence[Batch], limit: int, step: int, folder: Path, role: str = "policy"
+) -> None:
     """Raises NonFiniteError where `limit` steps in a row up to `step` were skipped; their batches are then in `folder`.
 
-    `recent` are the last batches, of one shape.
+    `recent` are the last batches, on the host. `role` is the model that took the steps: "policy" or "critic".
     """
     in_a_row = int(report.skipped_in_a_row)
-    if in_a_row:
-        log.warning("step %d was skipped: its loss or gradient is not finite (%d in a row)", step, in_a_row)
+    if not in_a_row:
+        return
+    of_role = "" if role == "policy" else f" of the {role}"
+    log.warning(f"step %d{of_role} was skipped: its loss or gradient is not finite (%d in a row)", step, in_a_row)
     if in_a_row < limit:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"non_finite_step_{step}_process_{jax.process_index()}.npz"
-    fields = ("tokens", "positions", "segment_ids", "loss_weights")
-    stacked: dict[str, Any] = {name: np.stack([getattr(batch, name) for batch in recent]) for name in fields}
-    np.savez(path, **stacked)
+    np.savez(path, **_stacked(recent))
+    rate = "optimizer.learning_rate" if role == "policy" else f"rl.{role}.learning_rate"
     raise NonFiniteError(
-        f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; their batches are in "
-        f"{path}. The parameters are those before the first of them. A lower optimizer.learning_rate, a longer "
+        f"{in_a_row} steps{of_role} in a row up to step {step} had a loss or gradient that is not finite; their "
+        f"batches are in {path}. The parameters{of_role} are those before the first of them. A lower {rate}, a longer "
         "optimizer.warmup_steps or model.compute_dtype=float32 often help"
     )
+
+
+def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:
+    """Every leaf of the batches as one array [batches, rows, ...]; `rows` [batches] says how many of the rows are real.
+
+    Batches of reinforcement learning differ in rows; the shorter ones are filled up with rows of zeros, which are
+    padding. A signal that some of them lack is left out.
+    """
+    signals = set.intersection(*(set(batch.signals) for batch in batches))
+    columns: dict[str, list[Any]] = {name: [getattr(batch, name) for batch in batches] for name in Batch._fields[:4]}
+    columns |= {f"signals.{name}": [batch.signals[name] for batch in batches] for name in sorted(signals)}
+    rows = [len(batch.tokens) for batch in batches]
+
+    def filled(leaf: Any) -> np.ndarray:
+        return np.pad(leaf, [(0, max(rows) - len(leaf))] + [(0, 0)] * (np.ndim(leaf) - 1))
+
+    stacked: dict[str, Any] = {name: np.stack([filled(leaf) for leaf in leaves]) for name, leaves in columns.items()}
+    return {**stacked, "rows": np.array(rows)}
 
 
 def _warn_of_recompilation(step: Step, batch: Batch) -> None:
