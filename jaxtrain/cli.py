@@ -33,11 +33,11 @@ QUICKSTART = Path("configs/quickstart/sft.yaml")
 Model = Annotated[Path, typer.Argument(help="Hugging Face folder")]
 Dtype = Annotated[ComputeDtype, typer.Option(help="of the weights and the cache")]
 MaxLength = Annotated[int, typer.Option(help="tokens of prompt and answer together", min=2)]
-MaxTokens = Annotated[int | None, typer.Option(help="new tokens; default: as many as --max-length leaves", min=1)]
-Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0)]
-TopK = Annotated[int, typer.Option(help="0 keeps all", min=0)]
-TopP = Annotated[float, typer.Option(min=0, max=1)]
-MinP = Annotated[float, typer.Option(min=0, max=1)]
+MaxTokens = Annotated[int | None, typer.Option(help="new tokens; default: as many as --max-length leaves")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+TopK = Annotated[int, typer.Option(help="0 keeps all")]
+TopP = Annotated[float, typer.Option(help="1 keeps all")]
+MinP = Annotated[float, typer.Option(help="0 keeps all")]
 Seed = Annotated[int | None, typer.Option(help="decides what is sampled")]
 Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; as often as needed")]
 CacheGib = Annotated[float | None, typer.Option(help="instead of --slots: GiB of cache a device may hold")]
@@ -159,7 +159,7 @@ def generate(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
-    n: Annotated[int, typer.Option(help="completions of each prompt", min=1)] = 1,
+    n: Annotated[int, typer.Option(help="completions of each prompt")] = 1,
     seed: Seed = None,
     stop: Stop = None,
     plain: Annotated[bool, typer.Option("--plain", help="a prompt is text to continue, not a user's turn")] = False,

@@ -8,10 +8,12 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
+import jax
+
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Chunk, Request
 
-_Tell = Callable[[Chunk | None], None]
+_Tell = Callable[[Chunk | Exception | None], None]  # an exception costs its request alone; None: the engine has stopped
 
 
 class StoppedError(RuntimeError):
@@ -24,7 +26,8 @@ class AsyncEngine:
         serving = AsyncEngine(engine)
         async for chunk in serving.stream(request): ...
 
-    Nobody else may use the engine until `close`. An exception in the engine ends it for all.
+    Nobody else may use the engine until `close`. An exception that comes of one request is raised in its `stream`
+    alone; one of the device, or memory that runs out, ends the engine for all.
     """
 
     def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] | None = None):
@@ -45,10 +48,10 @@ class AsyncEngine:
         Raises ValueError for one that cannot be served, StoppedError where the engine stops before it is done.
         """
         self._engine.check([request])
-        arrived: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        arrived: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
         here = asyncio.get_running_loop()
 
-        def tell(chunk: Chunk | None) -> None:
+        def tell(chunk: Chunk | Exception | None) -> None:
             with suppress(RuntimeError):  # the loop is closed: its coroutine has left, and its cancelling is under way
                 here.call_soon_threadsafe(arrived.put_nowait, chunk)
 
@@ -63,6 +66,8 @@ class AsyncEngine:
                 if chunk is None:
                     why = "" if self._failure is None else f": {type(self._failure).__name__}: {self._failure}"
                     raise StoppedError(f"the engine has stopped{why}") from self._failure
+                if isinstance(chunk, Exception):
+                    raise chunk
                 running -= chunk.completion is not None
                 yield chunk
         finally:
@@ -88,7 +93,12 @@ class AsyncEngine:
                         self._engine.cancel(left)
                         told = {number: each for number, each in told.items() if each is not tell}
                     else:
-                        told[self._engine.submit(request)] = tell
+                        try:
+                            told[self._engine.submit(request)] = tell
+                        except (MemoryError, jax.errors.JaxRuntimeError):
+                            raise
+                        except Exception as error:  # nothing of it was admitted, so the others can go on
+                            tell(error)
                 for chunk in self._engine.step():
                     told[chunk.request](chunk)
         except Exception as error:

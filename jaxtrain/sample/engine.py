@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -15,20 +16,14 @@ from jaxtrain.nn.model import Model
 from jaxtrain.sample import decode as programs
 from jaxtrain.sample.buffers import Buffers
 from jaxtrain.sample.constraints import Trie, join_tries
-from jaxtrain.sample.decode import BROKEN, ENDED, FULL, RUNNING, STOPPED, Generated, Slots
+from jaxtrain.sample.decode import BROKEN, ENDED, FULL, STOPPED, Generated, Slots
 from jaxtrain.sample.filters import Knobs
 from jaxtrain.sample.placement import MARK, place_params, row_shares, slots_within
-from jaxtrain.sample.requests import (
-    BIAS_SLOTS,
-    STOP_SLOTS,
-    Chunk,
-    Completion,
-    FinishReason,
-    Request,
-    check_request,
-)
-from jaxtrain.sample.samples import Sample
+from jaxtrain.sample.requests import Chunk, Completion, FinishReason, Request, check_request
+from jaxtrain.sample.samples import Sample, SlotValues, no_knobs
 from jaxtrain.types import Params
+
+log = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 2048  # of the widest prefill, so that short prompts share a call
 
@@ -185,11 +180,15 @@ class Engine:
         return bool(self._waiting) or any(self._running)
 
     def step(self) -> list[Chunk]:
-        """Fill free slots, run one device call, and return what it made."""
-        admitted = self._admit()
+        """Fill free slots, run one device call, and return what it made.
+
+        An exception in the host's work for one sample (its knobs, its text) makes that sample a failed completion.
+        What the device raises, and memory that runs out, concern everybody and are raised.
+        """
+        admitted, failed = self._admit()
         live = self._state.live
         if not live.any():
-            return []
+            return failed
         steps = min(self.steps, int(self._state.left[live].max()))
         # Those that are left when nothing waits are most often the long ones. After an admission there may be another.
         if not admitted and not self._waiting and live.sum() <= self._buffers.few < self._buffers.rows:
@@ -197,7 +196,7 @@ class Engine:
         self._buffers.fit(int(self._state.position[live].max()) + steps)
         # With samples waiting, a call ends once a share of the slots is free; else it goes on to its end.
         quorum = max(1, int(live.sum()) - self.slots // 8) if self._waiting else 1
-        return self._collect(jax.device_get(self._decode(steps, quorum)))
+        return failed + self._collect(jax.device_get(self._decode(steps, quorum)))
 
     def warm_up(self) -> None:
         """Compile every program for every bucket now. Requires that nothing is under way."""
@@ -241,35 +240,48 @@ class Engine:
         )
         return made
 
-    def _admit(self) -> bool:
+    def _admit(self) -> tuple[bool, list[Chunk]]:
         """Give free slots to waiting samples, each with the keys and values of its prompt but for the last token.
-        Whether there were any."""
+
+        Returns whether there were any, and the chunks of those that cannot be admitted.
+        """
         free = [slot for slot, sample in enumerate(self._running) if sample is None]
-        if not free or not self._waiting:
-            return False
-        buffers = self._buffers
         # Slots that hold a prompt which is asked for again are used up last.
-        admitted = [(slot, self._waiting.popleft()) for slot in free[: len(self._waiting)]]
-        longest = max(len(sample.prompt) for _, sample in admitted)
+        admitted: list[tuple[int, Sample, SlotValues]] = []
+        failed: list[Chunk] = []
+        while self._waiting and len(admitted) < len(free):
+            sample = self._waiting.popleft()
+            try:
+                values = sample.slot_values(self.model.config.vocab_size)
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever it is, it came of this sample alone
+                failed.append(self._failed(sample, error))
+            else:
+                admitted.append((free[len(admitted)], sample, values))
+        if not admitted:
+            return False, failed
+        buffers = self._buffers
+        longest = max(len(sample.prompt) for _, sample, _ in admitted)
         live = self._state.live
         buffers.fit(max(longest, int(self._state.position[live].max(initial=0)) + 1), self.slots)
 
-        taken = {slot for slot, _ in admitted}
+        taken = {slot for slot, _, _ in admitted}
         holders = {held: slot for slot, held in enumerate(buffers.held) if held is not None and slot not in taken}
         forks: list[tuple[int, int]] = []
         fresh: dict[tuple[int, ...], list[int]] = {}
-        for slot, sample in admitted:
+        for slot, sample, values in admitted:
             cached = sample.prompt[:-1]
             if cached in holders:
                 forks.append((holders[cached], slot))
             elif cached:
                 fresh.setdefault(cached, []).append(slot)
-            self._occupy(slot, sample)
+            self._occupy(slot, sample, values)
             buffers.held[slot] = cached or None
         if forks:
             buffers.fork(*zip(*forks, strict=True))
         self._prefill_all(fresh)
-        return True
+        return True, failed
 
     def _gather(self) -> None:
         """Bring the few samples under way together in the first rows, and let go of the others."""
@@ -315,7 +327,7 @@ class Engine:
         fresh = programs.prefill(self.model, self._params, tokens, lengths)
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
-    def _occupy(self, slot: int, sample: Sample) -> None:
+    def _occupy(self, slot: int, sample: Sample, values: SlotValues) -> None:
         params = sample.request.params
         self._running[slot] = sample
         self._state.token[slot] = sample.prompt[-1]
@@ -324,10 +336,10 @@ class Engine:
         self._state.left[slot] = room if params.max_tokens is None else params.max_tokens
         self._state.live[slot] = True
         self._state.node[slot] = 0 if params.trie is None else self._roots[params.trie]
-        for knob, value in zip(self._knobs, sample.knobs(), strict=True):
-            knob[slot] = value
-        if sample.marked:
-            self._buffers.mark(sample.marks(self.model.config.vocab_size), slot)
+        for knob, value in zip(self._knobs, values.knobs, strict=True):
+            knob[slot] = value[0]
+        if values.marks is not None:
+            self._buffers.mark(values.marks, slot)
         self._device_knobs = None
         sample.admitted = time.perf_counter()
 
@@ -339,53 +351,26 @@ class Engine:
             if sample is None:
                 continue
             count, state = int(made.count[slot]), int(made.state[slot])
-            before = len(sample.ids)
-            stop = sample.add(tuple(column[slot, :count].copy() for column in made[:6]), self.version, now)
             if count:
                 self._state.token[slot] = made.tokens[slot, count - 1]
             self._state.position[slot] += count
             self._state.left[slot] -= count
             self._state.node[slot] = made.node[slot]
-            self._state.live[slot] = state == RUNNING and stop is None
             if self._windowed:
                 self._buffers.held[slot] = None  # a ring forgets the beginning of what it holds
-            completion = None
-            if not self._state.live[slot]:
+            values = tuple(column[slot, :count].copy() for column in made[:6])
+            try:
+                chunk = sample.advance(values, _REASONS.get(state), state == STOPPED, self.version, now)
+            except MemoryError:
+                raise
+            except Exception as error:  # of the tokenizer, most likely: it costs the sample whose text it is
+                chunk = self._failed(sample, error)
+            chunks.append(chunk)
+            self._state.live[slot] = chunk.completion is None
+            if chunk.completion is not None:
                 self._running[slot] = None
-                reason = _REASONS[state] if stop is None else "stop"
-                completion = sample.finish(reason, stop or len(sample.ids), stop is None and state == STOPPED, now)
-            text = sample.new_text(completion is not None, stop is None and state == STOPPED)
-            new = slice(0, len(sample.ids) - before)
-            chunks.append(
-                Chunk(
-                    sample.number,
-                    sample.index,
-                    made.tokens[slot, new].copy(),
-                    made.raw_logps[slot, new].copy(),
-                    text,
-                    completion,
-                    sample.alternatives(made.best[slot, new].copy(), made.best_logps[slot, new].copy()),
-                )
-            )
         return chunks
 
-
-def no_knobs(slots: int) -> Knobs:
-    """Knobs on the host that ask for nothing: greedy, all tokens."""
-    return Knobs(
-        seed=np.zeros(slots, np.uint32),
-        sample=np.zeros(slots, np.int32),
-        temperature=np.zeros(slots, np.float32),
-        top_k=np.zeros(slots, np.int32),
-        top_p=np.ones(slots, np.float32),
-        min_p=np.zeros(slots, np.float32),
-        stop_ids=np.full((slots, STOP_SLOTS), -1, np.int32),
-        want_logps=np.zeros(slots, np.bool_),
-        want_best=np.zeros(slots, np.bool_),
-        repetition=np.ones(slots, np.float32),
-        presence=np.zeros(slots, np.float32),
-        frequency=np.zeros(slots, np.float32),
-        bias_ids=np.full((slots, BIAS_SLOTS), -1, np.int32),
-        bias=np.zeros((slots, BIAS_SLOTS), np.float32),
-        marked=np.zeros(slots, np.bool_),
-    )
+    def _failed(self, sample: Sample, error: Exception) -> Chunk:
+        log.error("sample %d of request %d failed", sample.index, sample.number, exc_info=error)
+        return sample.fail(f"{type(error).__name__}: {error}", time.perf_counter())

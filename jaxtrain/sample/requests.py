@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxtrain.sample.constraints import Trie
 
 STOP_SLOTS, BIAS_SLOTS = 8, 64  # how many of each a request may bring
+INT32_MAX = 2**31 - 1
 
 FinishReason = Literal["stop", "length", "failed"]
+
+
+class FieldError(ValueError):
+    """A request that is refused because of one of its fields."""
+
+    def __init__(self, where: str, field: str, problem: str):
+        super().__init__(f"{where}: {problem}")
+        self.field, self.problem = field, problem
+
+
+class Bounds(NamedTuple):
+    """The numbers that a field may hold, both ends included."""
+
+    kind: type[int] | type[float]
+    least: float
+    most: float
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """What is wrong with a value, if anything is. A boolean is not a number here."""
+        number = numbers.Integral if self.kind is int else numbers.Real
+        if not isinstance(value, number) or isinstance(value, bool):
+            return f"{name} must be {'int' if self.kind is int else 'a number'}, not {shown(value)}"
+        if value < self.least:
+            return f"{name}={shown(value)} must be at least {self.least:.10g}"
+        if not value <= self.most:  # NaN too
+            return f"{name}={shown(value)} must be at most {self.most:.10g}"
+        return None
+
+
+# Every number of a request. They are computed with in int32, uint32 and float32, so what overflows there is out.
+BOUNDS: Mapping[str, Bounds] = {
+    "max_tokens": Bounds(int, 1, INT32_MAX),
+    "temperature": Bounds(float, 0, 1e6),
+    "top_k": Bounds(int, 0, INT32_MAX),
+    "top_p": Bounds(float, 1e-6, 1),
+    "min_p": Bounds(float, 0, 1),
+    "repetition_penalty": Bounds(float, 1e-6, 1e6),
+    "presence_penalty": Bounds(float, -1e6, 1e6),
+    "frequency_penalty": Bounds(float, -1e6, 1e6),
+    "seed": Bounds(int, 0, 2**32 - 1),
+    "n": Bounds(int, 1, INT32_MAX),
+    "alternatives": Bounds(int, 0, INT32_MAX),
+}
+LEAST_TEMPERATURE = 1e-6  # above 0, which is greedy: a smaller one overflows the scaled logits
+BIAS = Bounds(float, -1e6, 1e6)  # of logit_bias
+TOKEN_ID = Bounds(int, 0, INT32_MAX)  # a vocabulary is smaller, which `check_request` knows
+STOP_STRINGS, STOP_CHARACTERS = 16, 1024  # how many, and of what length: all are searched for after every token
 
 
 @dataclass(frozen=True)
@@ -20,7 +69,8 @@ class SamplingParams:
     """How to continue a prompt. The defaults sample from the model's own distribution, up to the engine's limit.
 
     In this order: penalties, biases, allowed ids and trie, temperature, top-k, top-p of what top-k left, min-p.
-    `temperature=0` is greedy whatever the filters say.
+    `temperature=0` is greedy whatever the filters say. Raises FieldError for a value outside `BOUNDS` or of another
+    type: the command line, the server and reinforcement learning all rely on this check.
     """
 
     max_tokens: int | None = None  # None: as many as the engine's max_length leaves
@@ -29,7 +79,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # keeps tokens at least this share as probable as the most probable one
     stop: Sequence[str] = ()  # text that ends the sample, and is no part of its text
-    stop_ids: Sequence[int] = ()  # a token of these ends the sample and is its last id
+    stop_ids: Sequence[int] | np.ndarray = ()  # a token of these ends the sample and is its last id
     repetition_penalty: float = 1.0  # above 1: makes tokens of the prompt and of the sample less probable
     presence_penalty: float = 0.0  # above 0: makes tokens of the sample less probable
     frequency_penalty: float = 0.0  # above 0: the same, by as much for every time that a token came
@@ -42,30 +92,69 @@ class SamplingParams:
     logprobs: bool = True  # False spares their computation where no request in a slot wants them
 
     def __post_init__(self) -> None:
-        wrong = {
-            f"max_tokens={self.max_tokens} must be at least 1": self.max_tokens is not None and self.max_tokens < 1,
-            f"temperature={self.temperature} must be at least 0, and finite": not 0 <= self.temperature < np.inf,
-            f"top_k={self.top_k} must be at least 0 (0 keeps all tokens)": self.top_k < 0,
-            f"top_p={self.top_p} must be above 0 and at most 1": not 0 < self.top_p <= 1,
-            f"min_p={self.min_p} must be between 0 and 1": not 0 <= self.min_p <= 1,
-            f"seed={self.seed} must fit into 32 bits": self.seed is not None and not 0 <= self.seed < 2**32,
-            f"n={self.n} must be at least 1": self.n < 1,
-            f"alternatives={self.alternatives} must be at least 0": self.alternatives < 0,
-            f"repetition_penalty={self.repetition_penalty} must be above 0": not self.repetition_penalty > 0,
-            f"presence_penalty={self.presence_penalty} must be finite": not np.isfinite(self.presence_penalty),
-            f"frequency_penalty={self.frequency_penalty} must be finite": not np.isfinite(self.frequency_penalty),
-            "a bias in logit_bias must be finite": not all(map(np.isfinite, self.logit_bias.values())),
-            f"stop={self.stop!r} must be a list of strings": isinstance(self.stop, str),
-            "what is in stop must be text, and not empty": not all(
-                isinstance(each, str) and each for each in self.stop
-            ),
-            "allowed_ids is empty, so nothing could be generated": (
-                self.allowed_ids is not None and not len(self.allowed_ids)
-            ),
-        }
-        for message, holds in wrong.items():
-            if holds:
-                raise ValueError(f"sampling: {message}")
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("max_tokens", "seed"):
+                self._refuse(name, bounds.problem(name, value))
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise FieldError(
+                "sampling", "temperature", f"temperature={self.temperature} must be 0 or at least {LEAST_TEMPERATURE}"
+            )
+        self._refuse("stop", _stop_problem(self.stop))
+        self._refuse("stop_ids", ids_problem("stop_ids", self.stop_ids))
+        if self.allowed_ids is not None:
+            self._refuse("allowed_ids", ids_problem("allowed_ids", self.allowed_ids))
+            if not len(self.allowed_ids):
+                self._refuse("allowed_ids", "allowed_ids is empty, so nothing could be generated")
+        if not isinstance(self.logit_bias, Mapping):
+            self._refuse("logit_bias", f"logit_bias must map token ids to numbers, not be {shown(self.logit_bias)}")
+        self._refuse("logit_bias", ids_problem("logit_bias", list(self.logit_bias)))
+        for token, bias in self.logit_bias.items():
+            self._refuse("logit_bias", BIAS.problem(f"logit_bias of token {token}", bias))
+        if not isinstance(self.trie, Trie | None):
+            self._refuse("trie", f"trie must be a Trie, not {shown(self.trie)}")
+        if not isinstance(self.logprobs, bool):
+            self._refuse("logprobs", f"logprobs must be true or false, not {shown(self.logprobs)}")
+
+    def _refuse(self, name: str, problem: str | None) -> None:
+        if problem is not None:
+            raise FieldError("sampling", name, problem)
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: in full where it is short."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write one of more than 4300 digits
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def ids_problem(name: str, ids: Any) -> str | None:
+    """What keeps `ids` from being token ids, if anything does: those outside int32, fractions, booleans, null."""
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            return f"{name} must be a list of token ids, not {ids.dtype} of shape {ids.shape}"
+        outside = ids[(ids < TOKEN_ID.least) | (ids > TOKEN_ID.most)] if ids.size else ids
+        problem = TOKEN_ID.problem("a token id", int(outside[0])) if outside.size else None
+        return problem and f"{name} must be a list of token ids: {problem}"
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+        return f"{name} must be a list of token ids, not {shown(ids)}"
+    problems = (TOKEN_ID.problem("a token id", each) for each in ids)
+    problem = next((each for each in problems if each is not None), None)
+    return problem and f"{name} must be a list of token ids: {problem}"
+
+
+def _stop_problem(stop: Any) -> str | None:
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        return f"stop={shown(stop)} must be a list of strings"
+    if len(stop) > STOP_STRINGS:
+        return f"stop has {len(stop)} strings, and there may be up to {STOP_STRINGS}"
+    for each in stop:
+        if not isinstance(each, str) or not each:
+            return f"what is in stop must be text, and not empty; there is {shown(each)}"
+        if len(each) > STOP_CHARACTERS:
+            return f"a string in stop has {len(each)} characters, and there may be up to {STOP_CHARACTERS}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -126,40 +215,47 @@ class Chunk(NamedTuple):
 def check_request(
     request: Request, *, vocab_size: int, max_length: int, alternatives: int, has_tokenizer: bool, name: str
 ) -> None:
-    """Raise ValueError, naming the request, for one that can never be served."""
-    ids, params = np.asarray(request.prompt_ids), request.params
+    """Raise FieldError, naming the request, for one that can never be served."""
+    params = request.params
+
+    def refuse(field: str, problem: str) -> None:
+        raise FieldError(name, field, problem)
+
+    if problem := ids_problem("prompt_ids", request.prompt_ids):
+        refuse("prompt_ids", problem)
+    ids = np.asarray(request.prompt_ids)
     if ids.size == 0:
-        raise ValueError(f"{name}: the prompt is empty; a model continues at least one token (e.g. its bos token)")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}: prompt_ids must be a list of token ids, not {ids.dtype} of shape {ids.shape}")
+        refuse("prompt_ids", "the prompt is empty; a model continues at least one token (e.g. its bos token)")
     if ids.size + 1 > max_length:
-        raise ValueError(
-            f"{name}: the prompt has {ids.size} tokens, and max_length={max_length} leaves no room for a new one"
+        refuse(
+            "prompt_ids",
+            f"the prompt has {ids.size} tokens, and max_length={max_length} leaves no room for a new one",
         )
     if params.max_tokens is not None and ids.size + params.max_tokens > max_length:
-        raise ValueError(
-            f"{name}: {ids.size} prompt tokens + max_tokens={params.max_tokens} = {ids.size + params.max_tokens} "
-            f"can never fit into max_length={max_length}; max_tokens={max_length - ids.size} would"
+        refuse(
+            "max_tokens",
+            f"{ids.size} prompt tokens + max_tokens={params.max_tokens} = {ids.size + params.max_tokens} "
+            f"can never fit into max_length={max_length}; max_tokens={max_length - ids.size} would",
         )
-    for kind, given, most in (
-        ("stop_ids", params.stop_ids, STOP_SLOTS),
-        ("biases", params.logit_bias, BIAS_SLOTS),
+    for field_name, kind, given, most in (
+        ("stop_ids", "stop_ids", params.stop_ids, STOP_SLOTS),
+        ("logit_bias", "biases", params.logit_bias, BIAS_SLOTS),
     ):
         if len(given) > most:
-            raise ValueError(f"{name}: {len(given)} {kind}, and the engine holds up to {most} a request")
+            refuse(field_name, f"{len(given)} {kind}, and the engine holds up to {most} a request")
     if params.alternatives > alternatives:
-        raise ValueError(f"{name}: alternatives={params.alternatives}, and the engine tells up to {alternatives}")
+        refuse("alternatives", f"alternatives={params.alternatives}, and the engine tells up to {alternatives}")
     if params.stop and not has_tokenizer:
-        raise ValueError(f"{name}: stop strings need an engine with a tokenizer; use stop_ids")
+        refuse("stop", "stop strings need an engine with a tokenizer; use stop_ids")
     allowed = () if params.allowed_ids is None else params.allowed_ids
-    for kind, tokens in (
-        ("prompt", ids),
-        ("stop", params.stop_ids),
-        ("biased", list(params.logit_bias)),
-        ("allowed", allowed),
-        ("trie", () if params.trie is None else params.trie.tokens),
+    for field_name, kind, tokens in (
+        ("prompt_ids", "prompt", ids),
+        ("stop_ids", "stop", params.stop_ids),
+        ("logit_bias", "biased", list(params.logit_bias)),
+        ("allowed_ids", "allowed", allowed),
+        ("trie", "trie", () if params.trie is None else params.trie.tokens),
     ):
         tokens = np.asarray(tokens, np.int64)
         outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
         if outside.size:
-            raise ValueError(f"{name}: {kind} id {outside[0]} is outside the vocabulary of {vocab_size}")
+            refuse(field_name, f"{kind} id {outside[0]} is outside the vocabulary of {vocab_size}")

@@ -125,6 +125,27 @@ def test_what_ends_the_engine_is_told_to_all_who_wait_or_ask_later(engine, monke
     assert len(failures) == 1 and not engine.busy
 
 
+def test_a_submission_that_raises_costs_its_request_alone(engine, serving, monkeypatch):
+    submit = engine.submit
+
+    def fail_on_one(asked):
+        if asked.params.seed == 1:
+            raise TypeError("what is this")
+        return submit(asked)
+
+    monkeypatch.setattr(engine, "submit", fail_on_one)
+
+    async def ask(number):
+        return [chunk async for chunk in serving.stream(request(number))][-1].completion
+
+    async def several():
+        return await asyncio.gather(*map(ask, range(3)), return_exceptions=True)
+
+    first, error, third = asyncio.run(several())
+    assert isinstance(error, TypeError) and str(error) == "what is this"
+    assert len(first.ids) == len(third.ids) == 9
+
+
 def test_breaking_off_a_stream_leaves_nothing_behind(engine):
     for _ in engine.stream([request(0, n=5)]):
         break

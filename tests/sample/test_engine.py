@@ -11,6 +11,7 @@ from jaxtrain.sample import decode as programs
 from jaxtrain.sample.constraints import Trie
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.sample.samples import Sample
 from jaxtrain.train.step import score
 from jaxtrain.types import Batch
 
@@ -172,6 +173,63 @@ class Letters:
 @pytest.fixture(scope="module")
 def speaking(model_and_params):
     return Engine(*model_and_params, slots=3, max_length=LENGTH, steps=5, support=8, tokenizer=Letters())
+
+
+class Brittle(Letters):
+    """Raises once a text holds the character of token 7."""
+
+    def decode(self, ids, skip_special_tokens):
+        if 7 in ids:
+            raise UnicodeError("no such character")
+        return super().decode(ids, skip_special_tokens)
+
+
+@pytest.mark.parametrize("stop", [(), ("x",)], ids=["text", "stop string"])
+def test_a_text_that_raises_costs_its_sample_alone(model_and_params, caplog, stop):
+    engine = Engine(*model_and_params, slots=2, max_length=LENGTH, steps=3, tokenizer=Brittle())
+    good = Request([1, 2], SamplingParams(12, temperature=0, allowed_ids=[5], stop=stop))
+    bad = Request([1, 2], SamplingParams(12, allowed_ids=[5, 6, 7], seed=0, stop=stop, n=2))
+    chunks = list(engine.stream([good, bad, good]))
+    done = {(chunk.request, chunk.sample): chunk.completion for chunk in chunks if chunk.completion}
+    assert len(done) == 4 and not engine.busy
+    for index in (0, 2):
+        assert done[index, 0].finish_reason == "length" and done[index, 0].text == "5" * 12
+    for index in (0, 1):
+        completion = done[1, index]
+        assert completion.finish_reason == "failed" and completion.error == "UnicodeError: no such character"
+        assert len(completion.ids) == len(completion.raw_logps) == len(completion.versions) and completion.text == ""
+    assert caplog.text.count("of request 1 failed") == 2
+
+
+def test_an_admission_that_raises_costs_its_sample_alone(engine, monkeypatch):
+    numbers, slot_values = [], Sample.slot_values
+
+    def fail_on_one(sample, vocab_size):
+        if numbers and sample.number == numbers[1]:
+            raise OverflowError("too large")
+        return slot_values(sample, vocab_size)
+
+    monkeypatch.setattr(Sample, "slot_values", fail_on_one)
+    alone = engine.generate([Request([1, 2], SamplingParams(6, temperature=0))])[0][0]
+    params = SamplingParams(6, temperature=0)
+    numbers = [engine.submit(Request([1, 2], params)) for _ in range(3)]
+    done = {}
+    while engine.busy:
+        done |= {chunk.request: chunk.completion for chunk in engine.step() if chunk.completion}
+    assert done[numbers[1]].finish_reason == "failed" and done[numbers[1]].error == "OverflowError: too large"
+    assert done[numbers[1]].ids.size == done[numbers[1]].logps.size == 0
+    for number in (numbers[0], numbers[2]):
+        assert done[number].ids.tolist() == alone.ids.tolist()
+
+
+def test_memory_that_runs_out_is_everybodys(engine, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Sample, "slot_values", fail)
+    with pytest.raises(MemoryError):
+        engine.generate([Request([1, 2], SamplingParams(6))])
+    assert not engine.busy
 
 
 def test_a_stop_string_ends_the_sample_where_it_is_complete(speaking):
