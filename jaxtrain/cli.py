@@ -110,7 +110,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Compare a checkpoint under jaxtrain and under transformers. Exit code 1 where they differ, and the place said."""
-    from jaxtrain.recipes.verify import print_report, verify
+    from jaxtrain.verify import print_report, verify
 
     report = verify(source, tokens=tokens, dtype=dtype.value, layers=layers, gradients=gradients, decode=decode)
     print_report(report, as_json)

@@ -14,7 +14,7 @@ from converters.errors import CheckpointError
 from converters.families import qwen2
 from converters.families.registry import FAMILIES, register
 from jaxtrain.recipes.new_family import write_draft
-from jaxtrain.recipes.verify import compare, load_subject
+from jaxtrain.verify import compare, load_subject
 
 
 class FooConfig(Qwen2Config):

@@ -10,7 +10,7 @@ import numpy as np
 from converters.errors import CheckpointError
 from converters.reference import Reference
 from converters.verify import Departure, Point
-from jaxtrain.recipes.verify.checks import (
+from jaxtrain.verify.checks import (
     LAST_PLACES,
     LOGIT_TOLERANCE,
     Check,
@@ -22,8 +22,8 @@ from jaxtrain.recipes.verify.checks import (
     low_precision,
     round_trip,
 )
-from jaxtrain.recipes.verify.locate import locate
-from jaxtrain.recipes.verify.subject import Subject, load_subject, our_logits, token_rows
+from jaxtrain.verify.locate import locate
+from jaxtrain.verify.subject import Subject, load_subject, our_logits, token_rows
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from converters.reference import Reference, Seen
 from converters.verify import Departure, Pair, Point, compare_values, first_departure, pair_modules
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.rope import rope_table
-from jaxtrain.recipes.verify.subject import Subject, as_batch, params_as, precise
+from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 from jaxtrain.types import Array
 
 MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over a token's part of what a module gave

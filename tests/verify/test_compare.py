@@ -19,10 +19,10 @@ from converters.reference import Reference
 from converters.rows import Split
 from jaxtrain.cli import app
 from jaxtrain.nn.config import Rope
-from jaxtrain.recipes.verify import compare, load_subject
-from jaxtrain.recipes.verify.compare import find_checkpoint
-from jaxtrain.recipes.verify.locate import locate
-from jaxtrain.recipes.verify.subject import token_rows
+from jaxtrain.verify import compare, load_subject
+from jaxtrain.verify.compare import find_checkpoint
+from jaxtrain.verify.locate import locate
+from jaxtrain.verify.subject import token_rows
 
 WINDOW, LAYER = 37, 1
 TOKENS = 90

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxtrain.recipes.verify.compare import Report
+from jaxtrain.verify.compare import Report
 
 
 def print_report(report: Report, as_json: bool) -> None:
