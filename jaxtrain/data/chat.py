@@ -1,40 +1,36 @@
-"""Conversations -> token ids and the mask of what the assistant says, for any chat template.
+"""Conversations -> token ids and the loss weight of each token, for any chat template.
 
-The ids are those of the tokenizer's own `apply_chat_template`. The mask is found in the rendered text and carried to
-the tokens by their character offsets, so it cannot change the ids. Where the assistant speaks is found in this order:
+The ids are those of the tokenizer's own `apply_chat_template`. The weights are found in the rendered text and carried
+to the tokens by their character offsets, so they cannot change the ids. Where the assistant speaks is found in this
+order:
 
 1. by the template's own `{% generation %}` marks;
-2. by tracing: the template's syntax tree gets a call at the head of every loop over messages, which writes nothing but
-   notes how much has been written when a message's turn comes. Of an assistant's turn, what `add_generation_prompt`
-   writes is the prompt's, all else up to the end-of-turn token is the assistant's. This also holds where a template
-   rewrites earlier turns, as Qwen3's does with thinking;
+2. by tracing (`tracing.py`): of what the template's loop writes for an assistant's message, the generation prompt
+   belongs to the prompt, and everything after it, up to the end-of-turn token, is the assistant's. This also holds
+   where a template rewrites earlier turns, as Qwen3's does with thinking;
 3. where a template does not loop over its messages: by the difference between the conversation up to a turn and
-   including it, which is an error where the one is not the beginning of the other.
+   including it, which is an error where the one is not a prefix of the other.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jinja2
 import numpy as np
-from jinja2 import nodes
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
-Message = dict[str, Any]
-Span = tuple[int, int]  # [start, end) in the characters of the rendered text
+from jaxtrain.data.tracing import Message, Span, Trace, names_read, refusal, trace
 
-_TRACE = "_jaxtrain_trace"
 _PROBE = "jaxtrain-probe"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the key that holds an assistant's reasoning
 
 
 class EncodedChat(NamedTuple):
     input_ids: np.ndarray  # [n] int32
-    mask: np.ndarray  # [n] bool, the assistant's tokens and their end-of-turn tokens
+    loss_weights: np.ndarray  # [n] float32
 
 
 class ChatTokenizer:
@@ -49,7 +45,7 @@ class ChatTokenizer:
                 "data.prompt_format=plain"
             )
         self._tokenizer = tokenizer
-        self._encode = without_limits(tokenizer).encode
+        self._backend = without_limits(tokenizer)
         self._special = tuple(sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
         self._headers = lru_cache(maxsize=256)(self._find_headers)
 
@@ -59,41 +55,53 @@ class ChatTokenizer:
         *,
         tools: list[Any] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-        first_trained: int = 0,
+        weights: Sequence[float] | None = None,
+        loss_on: Literal["assistant", "all"] = "assistant",
     ) -> EncodedChat:
-        """Encode a conversation; assistant turns before message number `first_trained` stay out of the mask.
+        """Encode a conversation.
 
-        Raises ValueError where the template refuses the conversation or the assistant's part of it cannot be found.
+        `weights` are the loss weights of the messages; None is 1 for each. With `loss_on="assistant"` those of the
+        assistant's apply to the assistant's own tokens and their end-of-turn token, and everything else weighs 0. With
+        `loss_on="all"` they apply to whole turns of any role, and text outside of turns weighs 1.
+
+        Raises ValueError where the template refuses the conversation, leaves out a part of it (`tools`, tool calls, the
+        reasoning or the whole of a turn that is trained), or the tokens of a turn cannot be located.
         """
-        kwargs = template_kwargs or {}
         messages = [_with_reasoning_names(message) for message in messages]
-        text = self.render(messages, tools=tools, template_kwargs=kwargs)
-        spans = self._assistant_spans(text, messages, tools, kwargs)
-        trained = [span for index, span in spans if index >= first_trained]
-        encoding = self._encode(text, add_special_tokens=False)
-        return EncodedChat(np.array(encoding.ids, np.int32), tokens_within(encoding.offsets, trained))
+        weights = [1.0] * len(messages) if weights is None else weights
+        assert len(weights) == len(messages)
+        chat = _Chat(messages, weights, tools, template_kwargs or {})
+        text = self.render(messages, tools=tools, template_kwargs=chat.kwargs)
+        self._check_reasoning(text, chat)
+        spans = self._assistant_spans(text, chat)
+        self._check_not_empty(text, spans)
+        if loss_on == "all":
+            spans = self._turn_spans(text, chat)
+        encoding = encode(self._backend, text, add_special_tokens=False)
+        outside = 1.0 if loss_on == "all" else 0.0
+        return EncodedChat(np.array(encoding.ids, np.int32), token_weights(encoding.offsets, spans, outside))
 
     def prompt(
         self, messages: list[Message], *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> np.ndarray:
-        """The ids [n] int32 that make the model answer `messages`."""
+        """The ids [n] int32 that make the model answer `messages`. Raises ValueError as `render` does."""
         text = self.render(messages, tools=tools, template_kwargs=template_kwargs or {}, add_generation_prompt=True)
-        return np.array(self._encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(encode(self._backend, text, add_special_tokens=False).ids, np.int32)
 
     def reply(self, messages: list[Message], template_kwargs: dict[str, Any] | None = None) -> tuple[list[int], int]:
-        """What stands between two turns of the assistant: the ids of the end of its turn, `messages` and the prompt
-        for its next one; and how many of them end its turn (the ids that a sampler may have drawn itself already).
+        """The ids between two turns of the assistant: the end of its turn, `messages` and the prompt for its next one;
+        and how many of them end its turn (which a sampler may have drawn itself already).
 
-        Only this is rendered, after a turn that stands for any: what was said before is never tokenised again.
+        Only this is rendered, after a placeholder turn: earlier turns are never tokenised again.
         """
         kwargs = template_kwargs or {}
         before = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        text = self.render(before + messages, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
+        text = self._apply(before + messages, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
         _, *between = text.split(_PROBE, 2)
         if len(between) != 2:
             raise ValueError("the chat template does not write an assistant's turn as it is: nothing can follow it")
         end = self._end_of_turn(between[1], 0, 0)
-        encoding = self._encode(between[1], add_special_tokens=False)
+        encoding = encode(self._backend, between[1], add_special_tokens=False)
         return encoding.ids, sum(start < end for start, _ in encoding.offsets)
 
     def decode(self, ids: list[int]) -> str:
@@ -110,6 +118,41 @@ class ChatTokenizer:
         template_kwargs: dict[str, Any],
         add_generation_prompt: bool = False,
     ) -> str:
+        """The text that the template makes of a conversation.
+
+        Raises ValueError where the template fails, and where it leaves out `tools` or a message's `tool_calls`.
+        """
+
+        def apply(messages: list[Message], tools: list[Any] | None) -> str:
+            return self._apply(
+                messages, tools=tools, template_kwargs=template_kwargs, add_generation_prompt=add_generation_prompt
+            )
+
+        text = apply(messages, tools)
+        names = names_read(self._tokenizer.get_chat_template(tools=tools))
+        if tools and "tools" not in names and apply(messages, None) == text:
+            raise ValueError(
+                "the chat template does not write the tools of this conversation: give a template that does as "
+                "model.chat_template, or remove them"
+            )
+        for number, message in enumerate(messages):
+            if not message.get("tool_calls") or "tool_calls" in names:
+                continue
+            if apply(_with_message(messages, number, _without(message, "tool_calls")), tools) == text:
+                raise ValueError(
+                    f"messages[{number}]: the chat template does not write its tool_calls: give a template that does "
+                    "as model.chat_template"
+                )
+        return text
+
+    def _apply(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[Any] | None,
+        template_kwargs: dict[str, Any],
+        add_generation_prompt: bool = False,
+    ) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
@@ -118,26 +161,72 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **template_kwargs,
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template runs any expression over the row, and may fail in any way
+            raise refusal(error) from error
         assert isinstance(text, str)
         return text
 
-    def _assistant_spans(
-        self, text: str, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any]
-    ) -> list[tuple[int, Span]]:
-        template = self._tokenizer.get_chat_template(tools=tools)
-        trace = _trace(template, messages, {"tools": tools, **self._tokenizer.special_tokens_map, **kwargs})
-        if trace.text != text:  # the template depends on more than it is given
-            return self._spans_by_prefix(text, messages, tools, kwargs)
-        if trace.generated:
-            return trace.generated
-        assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        blocks = trace.blocks()
-        if any(index not in blocks for index in assistant):
-            return self._spans_by_prefix(text, messages, tools, kwargs)
-        headers = self._headers(template, json.dumps(kwargs, sort_keys=True))
-        return [(index, self._answer_within(text, blocks[index], headers)) for index in assistant]
+    def _check_reasoning(self, text: str, chat: _Chat) -> None:
+        """Raises ValueError for the reasoning of a trained turn under a template that never writes any."""
+        if not names_read(self._tokenizer.get_chat_template(tools=chat.tools)).isdisjoint(_REASONING):
+            return
+        for number, message in enumerate(chat.messages):
+            if chat.weights[number] and str(message.get("reasoning_content") or "").strip():
+                without = _with_message(chat.messages, number, _without(message, *_REASONING))
+                if self._apply(without, tools=chat.tools, template_kwargs=chat.kwargs) == text:
+                    raise ValueError(
+                        f"messages[{number}]: the chat template does not write its reasoning: give a template that "
+                        "does as model.chat_template, or put the reasoning into the content"
+                    )
+
+    def _check_not_empty(self, text: str, spans: list[_Weighted]) -> None:
+        """Raises ValueError for a trained turn of which the template writes nothing but its end."""
+        words: dict[int, str] = {}
+        for span in spans:
+            if span.weight:
+                words[span.message] = words.get(span.message, "") + text[span.start : span.end]
+        for number, said in words.items():
+            ending = next((token for token in self._special if said.rstrip().endswith(token)), "")
+            if not said.rstrip().removesuffix(ending).strip():
+                raise ValueError(
+                    f"messages[{number}]: the chat template writes nothing of this assistant's turn but its end, so an "
+                    "empty answer would be trained"
+                )
+
+    def _assistant_spans(self, text: str, chat: _Chat) -> list[_Weighted]:
+        """The assistant's own words in the rendered text, end-of-turn tokens included."""
+        assistant = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        traced = self._trace(chat)
+        if traced.text != text:  # the template depends on more than it is given
+            spans = self._spans_by_prefix(text, assistant, chat)
+        elif traced.generated:
+            spans = _of_messages(traced.generated, assistant, chat.weights)
+        elif not traced.blocks().keys() >= set(assistant):
+            spans = self._spans_by_prefix(text, assistant, chat)
+        else:
+            template = self._tokenizer.get_chat_template(tools=chat.tools)
+            headers = self._headers(template, json.dumps(chat.kwargs, sort_keys=True))
+            blocks = traced.blocks()
+            spans = [(number, self._answer_within(text, blocks[number], headers)) for number in assistant]
+        return [_Weighted(number, *span, chat.weights[number]) for number, span in spans]
+
+    def _turn_spans(self, text: str, chat: _Chat) -> list[_Weighted]:
+        """Whole turns whose weight is not 1, of any role."""
+        weighted = [number for number, weight in enumerate(chat.weights) if weight != 1]
+        blocks = self._trace(chat).blocks() if weighted else {}
+        for number in weighted:
+            if number not in blocks:
+                raise ValueError(
+                    f"messages[{number}]: the chat template does not write this turn in a loop over the messages, so "
+                    "its weight cannot be applied; use data.loss_on=assistant"
+                )
+        return [_Weighted(number, *blocks[number], chat.weights[number]) for number in weighted]
+
+    def _trace(self, chat: _Chat) -> Trace:
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        return trace(
+            template, chat.messages, {"tools": chat.tools, **self._tokenizer.special_tokens_map, **chat.kwargs}
+        )
 
     def _answer_within(self, text: str, block: Span, headers: tuple[str, ...]) -> Span:
         start, end = block
@@ -165,30 +254,70 @@ class ChatTokenizer:
         """
         variables = {"tools": None, **self._tokenizer.special_tokens_map, **json.loads(kwargs_json)}
         user, answer = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}
-        plain = _trace(template, [user], variables).text
-        prompted = _trace(template, [user], {**variables, "add_generation_prompt": True})
+        plain = trace(template, [user], variables).text
+        prompted = trace(template, [user], {**variables, "add_generation_prompt": True})
         # Some templates write an end of the text in place of the prompt; the prompt is then what follows the loop.
         before = len(plain) if prompted.text.startswith(plain) else prompted.blocks()[0][1]
-        full = _trace(template, [user, answer, user, answer], variables)
+        full = trace(template, [user, answer, user, answer], variables)
         start, end = full.blocks()[1]
         return prompted.text[before:], full.text[start : full.text.index(_PROBE, start, end)]
 
-    def _spans_by_prefix(
-        self, text: str, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any]
-    ) -> list[tuple[int, Span]]:
+    def _spans_by_prefix(self, text: str, assistant: list[int], chat: _Chat) -> list[tuple[int, Span]]:
         spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(messages[:index], tools=tools, template_kwargs=kwargs, add_generation_prompt=True)
-            after = self.render(messages[: index + 1], tools=tools, template_kwargs=kwargs)
+        for number in assistant:
+            options: dict[str, Any] = {"tools": chat.tools, "template_kwargs": chat.kwargs}
+            before = self._apply(chat.messages[:number], add_generation_prompt=True, **options)
+            after = self._apply(chat.messages[: number + 1], **options)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
-                    f"messages[{index}]: the chat template writes this turn differently once others follow, so the "
-                    "assistant's tokens cannot be told: mark them with {% generation %} in a model.chat_template"
+                    f"messages[{number}]: the chat template writes this turn differently once others follow, so the "
+                    "assistant's tokens cannot be located: mark them with {% generation %} in a model.chat_template"
                 )
-            spans.append((index, (len(before), self._end_of_turn(text, len(before), len(after)))))
+            spans.append((number, (len(before), self._end_of_turn(text, len(before), len(after)))))
         return spans
+
+
+class _Chat(NamedTuple):
+    messages: list[Message]
+    weights: Sequence[float]  # of each message
+    tools: list[Any] | None
+    kwargs: dict[str, Any]  # further arguments of the template
+
+
+class _Weighted(NamedTuple):
+    """A run of the rendered text and the loss weight of its tokens."""
+
+    message: int
+    start: int
+    end: int
+    weight: float
+
+
+def _of_messages(
+    generated: list[tuple[int | None, Span]], assistant: list[int], weights: Sequence[float]
+) -> list[tuple[int, Span]]:
+    """Spans with the numbers of their messages, which a template that marks outside of a loop does not tell.
+
+    Raises ValueError where the messages differ in weight and cannot be told apart.
+    """
+    if all(number is not None for number, _ in generated):
+        return [(number, span) for number, span in generated if number is not None]
+    if len(generated) == len(assistant):
+        return [(number, span) for number, (_, span) in zip(assistant, generated, strict=True)]
+    if len({weights[number] for number in assistant}) > 1:
+        raise ValueError(
+            "the chat template's {% generation %} marks are not in a loop over the messages, so the assistant's turns "
+            "cannot be told apart, and not all of them are trained alike"
+        )
+    return [(assistant[0], span) for _, span in generated]
+
+
+def _with_message(messages: list[Message], number: int, message: Message) -> list[Message]:
+    return [*messages[:number], message, *messages[number + 1 :]]
+
+
+def _without(message: Message, *keys: str) -> Message:
+    return {key: value for key, value in message.items() if key not in keys}
 
 
 def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -199,132 +328,37 @@ def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
     return backend
 
 
-def tokens_within(offsets: list[Span], spans: list[Span]) -> np.ndarray:
-    """Tokens [n] bool whose first character lies in one of the spans.
+def encode(backend: Any, text: str, *, add_special_tokens: bool) -> Any:
+    """The `tokenizers.Encoding` of a text. Raises ValueError for a lone surrogate, which no UTF-8 text holds."""
+    try:
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+    except (TypeError, UnicodeError) as error:
+        at = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+        if at is None:
+            raise
+        raise ValueError(
+            f"the text holds a lone surrogate, U+{ord(text[at]):04X}, which is half of a character: "
+            f"...{text[max(at - 20, 0) : at + 1]!a}"
+        ) from error
+
+
+def token_weights(offsets: list[Span], spans: Sequence[tuple[int, int, int, float]], outside: float) -> np.ndarray:
+    """Weights [n] float32 of tokens at `offsets`.
+
+    A token has the weight of the span (.., start, end, weight) that holds its first character, else `outside`.
 
     A token that straddles the beginning of a span is not in it: the model never gets to choose that token, because the
-    prompt before the span has been tokenised on its own when it is asked.
+    prompt before the span is tokenised on its own when the model is asked.
     """
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    within = np.zeros(len(starts), bool)
-    for start, end in spans:
-        within |= (starts >= start) & (starts < end) & (ends > start)
-    return within
-
-
-class _Event(NamedTuple):
-    kind: str  # "turn": a loop comes to `value`; "end": that loop is over; "open", "close": of a {% generation %}
-    loop: int
-    value: Any
-    at: int  # characters written so far
-
-
-class _Trace(NamedTuple):
-    text: str
-    events: list[_Event]
-    turns: list[int | None]  # of each event: the number of the message whose turn it is
-
-    @property
-    def generated(self) -> list[tuple[int, Span]]:
-        """The spans in `{% generation %}` marks and the messages they belong to."""
-        marks = self._at("open", "close")
-        pairs = zip(marks[::2], marks[1::2], strict=True)
-        return [(turn or 0, (start, end)) for (start, turn), (end, _) in pairs if start < end]
-
-    def blocks(self) -> dict[int, Span]:
-        """What the template's loops wrote for each message; without those for which that cannot be said."""
-        found: dict[int, list[Span]] = {}
-        for (start, turn), (end, _) in pairwise([*_changes(self._at("turn", "end")), (len(self.text), None)]):
-            if turn is not None and self.text[start:end].strip():
-                found.setdefault(turn, []).append((start, end))
-        return {turn: spans[0] for turn, spans in found.items() if len(spans) == 1}
-
-    def _at(self, *kinds: str) -> list[tuple[int, int | None]]:
-        noted = zip(self.events, self.turns, strict=True)
-        return [(event.at, turn) for event, turn in noted if event.kind in kinds]
-
-
-def _changes(bounds: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
-    """Without the bounds of inner loops, at which the turn stays the same."""
-    changed, last = [], None
-    for at, turn in bounds:
-        if turn != last:
-            changed.append((at, turn))
-        last = turn
-    return changed
-
-
-def _trace(template: str, messages: list[Message], variables: dict[str, Any]) -> _Trace:
-    written, pieces, events, turns = 0, [], [], []
-    messages = [dict(message) for message in messages]  # told apart by identity, so each must be an object of its own
-    numbers = {id(message): number for number, message in enumerate(messages)}
-    speaking: tuple[int, int] | None = None  # the loop and the message whose turn it is
-
-    def note(kind: str, loop: int, value: Any = None) -> str:
-        nonlocal speaking
-        if kind == "turn" and id(value) in numbers:
-            speaking = (loop, numbers[id(value)])
-        elif kind == "end" and speaking is not None and speaking[0] == loop:
-            speaking = None
-        events.append(_Event(kind, loop, value, written))
-        turns.append(speaking and speaking[1])
-        return ""
-
-    context = {"documents": None, "add_generation_prompt": False, **variables, "messages": messages, _TRACE: note}
-    try:
-        for piece in _traced_template(template).generate(context):
-            pieces.append(piece)
-            written += len(piece)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
-    return _Trace("".join(pieces), events, turns)
-
-
-@lru_cache(maxsize=16)
-def _traced_template(source: str) -> jinja2.Template:
-    """The template with notes of its loops and generation marks, which write nothing."""
-    environment = _compile_jinja_template(source).environment  # the one that apply_chat_template renders with
-    tree = environment.parse(source)
-    for number, parent, body, node in list(_marked_nodes(tree)):
-        at = next(place for place, child in enumerate(body) if child is node)
-        if isinstance(node, nodes.For):
-            assert isinstance(node.target, nodes.Name)
-            node.body.insert(0, _note(node, "turn", number, nodes.Name(node.target.name, "load")))
-            body.insert(at + 1, _note(parent, "end", number))
-        else:
-            body.insert(at, _note(parent, "open", number))
-            body.insert(at + 2, _note(parent, "close", number))
-    tree.set_environment(environment)
-    return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
-
-
-def _marked_nodes(tree: nodes.Template):
-    """Loops over one name and `{% generation %}` blocks: a number each, the parent, the list they are in."""
-    number = 0
-    for parent in [tree, *tree.find_all(nodes.Node)]:
-        for _, body in parent.iter_fields():
-            for node in list(body) if isinstance(body, list) else []:
-                loop = isinstance(node, nodes.For) and isinstance(node.target, nodes.Name)
-                if loop or _is_generation(node):
-                    number += 1
-                    yield number, parent, body, node
-
-
-def _is_generation(node: Any) -> bool:
-    call = node.call.node if isinstance(node, nodes.CallBlock) else None
-    return isinstance(call, nodes.ExtensionAttribute) and call.name == "_generation_support"
-
-
-def _note(near: nodes.Node, kind: str, number: int, *value: nodes.Expr) -> nodes.Output:
-    arguments = [nodes.Const(kind), nodes.Const(number), *value]
-    call = nodes.Call(nodes.Name(_TRACE, "load"), arguments, [], None, None)
-    output = nodes.Output([call])
-    output.set_lineno(near.lineno)
-    return output
+    weights = np.full(len(starts), outside, np.float32)
+    for _, start, end, weight in spans:
+        weights[(starts >= start) & (starts < end) & (ends > start)] = weight
+    return weights
 
 
 def _with_reasoning_names(message: Message) -> Message:
-    """Without nulls, and with the thought under every name that templates read, as transformers passes it on."""
+    """Without nulls, and with the reasoning under every name that templates read, as transformers passes it on."""
     message = {key: value for key, value in message.items() if value is not None}
-    thoughts = [message[name] for name in ("reasoning_content", "thinking", "reasoning") if name in message]
-    return {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]} if thoughts else message
+    found = [message[name] for name in _REASONING if name in message]
+    return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else message

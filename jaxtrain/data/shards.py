@@ -64,11 +64,7 @@ class Reader:
             return _Read([], "bad_rows")
 
     def _pieces(self, source: Source, row: int) -> Pieces:
-        content = source[row]
-        try:
-            example = self._encode(content)
-        except ValueError as error:
-            raise DataError(f"{source.place(row)}: {error}") from error
+        example = source.make(row, self._encode)
         return fit(example, self._data.max_length, self._data.overlong)
 
     def _warn(self, error: DataError) -> None:

@@ -1,9 +1,9 @@
-"""Rows of JSON-lines and Parquet files by their number, read when they are asked for.
+"""Random access to the rows of JSON-lines and Parquet files.
 
-A training run reads rows in shuffled order, so every file must give any row at once. Plain JSON lines do: they are
-memory-mapped, and only the offsets of their lines are held. What cannot be addressed by row (gzip, zstd, Parquet) is
-unpacked once, piece by piece, into an unnamed temporary file that the system removes with the process, and that one
-is memory-mapped. Memory stays small either way.
+A training run reads rows in shuffled order, so every file must support access by index. Plain JSON lines are
+memory-mapped, and only the offsets of their lines are held. Files without random access (gzip, zstd, Parquet) are
+unpacked once, piece by piece, into an unnamed temporary file that the system removes with the process, and that file
+is memory-mapped. Memory use stays small either way.
 """
 
 from __future__ import annotations
@@ -14,29 +14,22 @@ import json
 import mmap
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtrain.config import SourceSection
+from jaxtrain.data.columns import COLUMNS, RENDERED_COLUMNS, Row, rename_columns
+from jaxtrain.data.nulls import without_arrow_fillings
 
-Row = dict[str, Any]
-
-FORMATS = {  # the columns of each kind of example, in the order in which they are looked for
-    "input_ids": ("input_ids",),
-    "messages": ("messages",),
-    "prompt+completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-OPTIONAL_COLUMNS = ("labels", "tools", "chat_template_kwargs")
-COLUMNS = (*(column for columns in FORMATS.values() for column in columns), *OPTIONAL_COLUMNS)
+T = TypeVar("T")
 
 _SCAN_BYTES, _UNPACK_BYTES = 1 << 26, 1 << 20
-_BLANK = 4  # a line of fewer bytes may be a blank one
+_WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)  # what bytes.strip removes
 
 
 class DataError(ValueError):
@@ -46,10 +39,12 @@ class DataError(ValueError):
 class Rows(Protocol):
     """One file's rows."""
 
+    types: Mapping[str, pa.DataType]  # of its columns; empty where the file declares none
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row:
-        """Raises DataError where the row is no JSON object."""
+        """Raises DataError where the row cannot be read or is no JSON object."""
         ...
 
     def place(self, index: int) -> str:
@@ -61,7 +56,7 @@ class Source:
     """All rows of a `SourceSection`, under our column names."""
 
     def __init__(self, section: SourceSection, *, keep_columns: bool = False):
-        """`keep_columns` leaves those that are not mapped in the rows, for rewards to look at.
+        """`keep_columns` keeps columns that are not mapped in the rows, for reward functions to read.
 
         Raises DataError for missing or broken files, for no rows at all, and for unknown names in `columns`.
         """
@@ -86,6 +81,10 @@ class Source:
         """Raises DataError that names file and line where the row cannot be read or lacks a mapped column."""
         rows, local = self._locate(index)
         row = rows[local]
+        for ours in RENDERED_COLUMNS if rows.types else ():
+            theirs = self.section.columns.get(ours, ours)
+            if theirs in row:
+                row[theirs] = without_arrow_fillings(row[theirs], rows.types[theirs])
         missing = [theirs for theirs in self.section.columns.values() if theirs not in row]
         if missing:
             raise DataError(f"{rows.place(local)}: there is no column {missing[0]!r}" + _nearest(missing[0], list(row)))
@@ -93,7 +92,18 @@ class Source:
             return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}
         return rename_columns(row, self.section.columns)
 
+    def make(self, index: int, function: Callable[[Row], T]) -> T:
+        """`function` of a row. Raises DataError that names file and line for any fault of the row, a ValueError of
+        `function` included.
+        """
+        row = self[index]
+        try:
+            return function(row)
+        except ValueError as error:
+            raise DataError(f"{self.place(index)}: {error}") from error
+
     def place(self, index: int) -> str:
+        """Where a row stands, as an error names it: `file:line`."""
         rows, local = self._locate(index)
         return rows.place(local)
 
@@ -102,15 +112,6 @@ class Source:
             raise IndexError(index)
         file = bisect_right(self._ends, index)
         return self._files[file], index - (self._ends[file - 1] if file else 0)
-
-
-def rename_columns(row: Row, columns: dict[str, str]) -> Row:
-    """`row` under our names. A map also says which kind of example is meant where a row could be several."""
-    mapped = {ours: row[theirs] for ours, theirs in columns.items()}
-    meant = {name for names in FORMATS.values() if mapped.keys() & names for name in names}
-    if not meant:
-        return row | mapped
-    return {name: value for name, value in row.items() if name in meant or name in OPTIONAL_COLUMNS} | mapped
 
 
 def find_files(path: str) -> list[Path]:
@@ -155,6 +156,8 @@ def _nearest_file(path: Path) -> str:
 
 
 class _JsonLines:
+    types: Mapping[str, pa.DataType] = {}
+
     def __init__(self, path: Path, file: IO[bytes], limit: int | None):
         self._path = path
         size = file.seek(0, 2)
@@ -174,6 +177,10 @@ class _JsonLines:
             raise DataError(f"{self.place(index)}: broken JSON: {error.msg} at character {error.pos + 1}") from None
         except UnicodeDecodeError as error:
             raise DataError(f"{self.place(index)}: no UTF-8: {error.reason} at byte {error.start + 1}") from None
+        except ValueError as error:  # an integer of more digits than Python reads
+            raise DataError(f"{self.place(index)}: a number that cannot be read: {error}") from None
+        except RecursionError:
+            raise DataError(f"{self.place(index)}: brackets are nested too deeply to be read") from None
         if not isinstance(row, dict):
             raise DataError(f"{self.place(index)}: a row must be a JSON object, not {type(row).__name__}")
         return row
@@ -187,19 +194,26 @@ class _JsonLines:
 
 def _line_starts(data: mmap.mmap | bytes, most: int | None) -> np.ndarray:
     """Offsets [rows] int64 of the lines that are not blank, of the first `most` only."""
-    parts, rows = [np.zeros(1, np.int64)], 0
+    parts, rows, start = [], 0, 0  # `start`: of the first line that begins in the block, or before it
     for at in range(0, len(data), _SCAN_BYTES):
         block = np.frombuffer(data, np.uint8, min(_SCAN_BYTES, len(data) - at), at)
-        parts.append(np.flatnonzero(block == ord("\n")) + at + 1)
-        rows += np.count_nonzero(np.diff(parts[-1]) >= _BLANK)
-        if most is not None and rows > most:
+        ends = np.flatnonzero(block == ord("\n")) + at + 1
+        starts = np.append(start, ends)
+        starts, start = starts[:-1], int(starts[-1])
+        parts.append(_not_blank(data, starts, ends))
+        rows += len(parts[-1])
+        if most is not None and rows >= most:
             break
-    starts = np.concatenate(parts)
-    starts = starts[starts < len(data)]
-    ends = np.append(starts[1:], len(data))
-    short = np.flatnonzero(ends - starts < _BLANK)
-    blank = [i for i in short if not data[starts[i] : ends[i]].strip()]
-    return np.delete(starts, blank)[:most]
+    else:
+        if start < len(data):  # the last line has no line break
+            parts.append(_not_blank(data, np.array([start]), np.array([len(data)])))
+    return np.concatenate([np.zeros(0, np.int64), *parts])[:most]
+
+
+def _not_blank(data: mmap.mmap | bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """`starts` [n] of lines that end at `ends` [n], without those of lines that are only whitespace."""
+    suspects = np.flatnonzero(np.isin(np.frombuffer(data, np.uint8)[starts], _WHITESPACE))
+    return np.delete(starts, [i for i in suspects if not data[starts[i] : ends[i]].strip()])
 
 
 class _ParquetRows:
@@ -207,6 +221,7 @@ class _ParquetRows:
         self._path = path
         self._batches = _unpack_parquet(path, limit)
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])
+        self.types = {field.name: field.type for field in self._batches[0].schema} if self._batches else {}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -214,20 +229,14 @@ class _ParquetRows:
     def __getitem__(self, index: int) -> Row:
         batch = int(np.searchsorted(self._ends, index, side="right"))
         local = index - (int(self._ends[batch - 1]) if batch else 0)
-        (row,) = self._batches[batch].slice(local, 1).to_pylist()
-        return _without_nulls(row)
+        try:
+            (row,) = self._batches[batch].slice(local, 1).to_pylist(maps_as_pydicts="strict")
+        except (ValueError, KeyError, OverflowError, pa.ArrowException) as error:  # no UTF-8, a key twice, no such date
+            raise DataError(f"{self.place(index)}: a value that cannot be read: {error}") from None
+        return row
 
     def place(self, index: int) -> str:
         return f"{self._path}:row {index + 1}"
-
-
-def _without_nulls(value: Any) -> Any:
-    # A Parquet column has one struct type, so every message and every tool carries the fields of all others as null.
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    return value
 
 
 def _unpack_parquet(path: Path, limit: int | None) -> list[pa.RecordBatch]:

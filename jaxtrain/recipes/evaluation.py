@@ -12,7 +12,7 @@ import numpy as np
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder, Prompt
 from jaxtrain.data.pipeline import eval_batches
-from jaxtrain.data.sources import read_rows
+from jaxtrain.data.sources import DataError, Source
 from jaxtrain.lora import join
 from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.model import Model
@@ -69,10 +69,25 @@ def make_evaluation(
 
 
 def held_out_prompts(config: RunConfig, encode: Encoder) -> list[Prompt]:
-    """The first `eval.generate` questions of `data.eval`."""
+    """The first `eval.generate` questions of `data.eval`. Bad rows are an error or left out, as `data.on_bad_row` says.
+
+    Raises DataError.
+    """
     assert config.data.eval is not None
-    rows = itertools.chain.from_iterable(read_rows(source) for source in as_list(config.data.eval))
-    return [encode.prompt(row) for row in itertools.islice(rows, config.eval.generate)]
+    prompts: list[Prompt] = []
+    for section in as_list(config.data.eval) if config.eval.generate else []:
+        source = Source(section)
+        for row in range(len(source)):
+            if len(prompts) == config.eval.generate:
+                return prompts
+            try:
+                prompts.append(source.make(row, encode.prompt))
+            except DataError:
+                if config.data.on_bad_row == "error":
+                    raise
+    if config.eval.generate and not prompts:
+        raise DataError(f"no row of data.eval is a question that eval.generate={config.eval.generate} could ask")
+    return prompts
 
 
 def answer(

@@ -27,8 +27,8 @@ def test_the_byte_tokenizer_is_a_folder_that_transformers_loads(tmp_path, load):
     assert tok.decode(chat.input_ids) == (
         "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n日本 🙂\n 4<|im_end|>\n"
     )
-    assert tok.decode(chat.input_ids[chat.mask]) == "日本 🙂\n 4<|im_end|>"
-    assert tok.eos_token_id == chat.input_ids[chat.mask][-1] != tok.pad_token_id
+    assert tok.decode(chat.input_ids[chat.loss_weights > 0]) == "日本 🙂\n 4<|im_end|>"
+    assert tok.eos_token_id == chat.input_ids[chat.loss_weights > 0][-1] != tok.pad_token_id
 
 
 def test_a_tokenizer_survives_saving_with_its_template(tmp_path):

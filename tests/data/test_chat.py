@@ -63,7 +63,7 @@ STOCK = {
 def marked(tok, chat) -> str:
     """The decoded text with marks around every run of masked tokens."""
     runs, inside = "", False
-    for token, masked in zip(chat.input_ids, chat.mask, strict=True):
+    for token, masked in zip(chat.input_ids, chat.loss_weights > 0, strict=True):
         if masked != inside:
             runs += "«" if masked else "»"
             inside = masked
@@ -97,7 +97,7 @@ def test_with_a_system_turn_the_mask_moves_along(name):
 def test_turns_of_the_prompt_stay_out_of_the_mask(name):
     template, special, expected = STOCK[name]
     tok = tokenizer(template, **special)
-    chat = ChatTokenizer(tok)(CHAT, first_trained=2)
+    chat = ChatTokenizer(tok)(CHAT, weights=[0, 0, 0, 1])
     assert marked(tok, chat) == expected.replace("«", "", 1).replace("»", "", 1)
 
 
@@ -213,7 +213,7 @@ def test_characters_of_several_tokens_stay_whole():
     tok = tokenizer(CHATML)
     messages = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "日本 🙂é"}]
     chat = ChatTokenizer(tok)(messages)
-    assert tok.decode(chat.input_ids[chat.mask]) == "日本 🙂é<|im_end|>"
+    assert tok.decode(chat.input_ids[chat.loss_weights > 0]) == "日本 🙂é<|im_end|>"
 
 
 def test_a_template_that_rewrites_turns_without_a_loop_over_them_is_an_error():

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, QWEN25, tokenizer
+from chat_templates import BY_INDEX, CHATML, QWEN25, tokenizer
 
 from jaxtrain.data.formats import Encoder
 
@@ -162,6 +162,157 @@ def test_what_is_wrong_with_a_row_is_said(row, message):
     _, encode = chat_encoder(vocab_size=500)
     with pytest.raises(ValueError, match=message):
         encode(row)
+
+
+SECOND = [{"role": "user", "content": "user"}, {"role": "assistant", "content": "tool"}]
+
+
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({"weight": 0}, 0),
+        ({"weight": 1}, 1),
+        ({"weight": 0.25}, 0.25),
+        ({"train": False}, 0),
+        ({"train": True}, 1),
+        ({"loss": False}, 0),
+        ({"weight": None, "train": None}, 1),
+        ({"weight": 0, "train": False}, 0),
+    ],
+)
+@pytest.mark.parametrize("sharegpt", [False, True])
+def test_a_message_says_how_much_it_weighs(keys, weight, sharegpt):
+    tok, encode = chat_encoder()
+    messages = [CHAT[0], CHAT[1] | keys, *SECOND]
+    if sharegpt:
+        messages = [{"from": m["role"], "value": m["content"]} | {k: m[k] for k in keys if k in m} for m in messages]
+    example = encode({"conversations" if sharegpt else "messages": messages})
+    plain = encode({"messages": CHAT + SECOND})
+    np.testing.assert_array_equal(example.input_ids, plain.input_ids)
+    turns = np.cumsum(np.diff(plain.loss_weights, prepend=0) > 0)  # counts the assistant's turns from 1
+    first = np.flatnonzero((turns == 1) & (plain.loss_weights > 0))
+    expected = plain.loss_weights.copy()
+    expected[first] *= weight
+    np.testing.assert_array_equal(example.loss_weights, expected)
+    assert tok.decode(plain.input_ids[first]) == "Paris<|im_end|>"
+
+
+def test_weights_count_in_a_completion_and_stay_out_of_the_template():
+    tok = tokenizer(CHATML.replace("message['content']", "message['content'] + message.keys() | join"))
+    row = {"prompt": CHAT[:1], "completion": [CHAT[1] | {"weight": 0}, *SECOND]}
+    text = tok.decode(Encoder(tok)(row).input_ids)
+    assert "weight" not in text and "Parisrolecontent" in text
+    assert learned(tok, Encoder(tok)(row)) == "toolrolecontent<|im_end|>"
+
+
+def test_weights_count_for_whole_turns_where_everything_is_trained():
+    tok, encode = chat_encoder(loss_on="all")
+    system = {"role": "system", "content": "You are helpful"}
+    example = encode({"messages": [system, CHAT[0] | {"weight": 0.5}, CHAT[1] | {"weight": 0}, *SECOND]})
+    halves = tok.decode(example.input_ids[example.loss_weights == 0.5])
+    silent = tok.decode(example.input_ids[example.loss_weights == 0])
+    assert halves == "<|im_start|>user\nWhat<|im_end|>\n"
+    assert silent == "<|im_start|>assistant\nParis<|im_end|>\n"
+    with pytest.raises(ValueError, match=r"messages\[1\].*weight cannot be applied"):
+        Encoder(tokenizer(BY_INDEX), loss_on="all")({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}, r"messages\[0\]: weight 1 on a turn of the user"),
+        ({"prompt": CHAT + SECOND[:1], "completion": SECOND[1:]}, None),
+        (
+            {"prompt": [CHAT[0], CHAT[1] | {"train": True}, SECOND[0]], "completion": SECOND[1:]},
+            r"messages\[1\]: weight 1 on a turn of the prompt",
+        ),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, "all weights are 0"),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": -1}]}, r"messages\[1\]: weight must be a number"),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": float("nan")}]}, "weight must be a number"),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": "0"}]}, "weight must be a number"),
+        ({"messages": [CHAT[0], CHAT[1] | {"train": "no"}]}, "train must be true or false"),
+        ({"messages": [CHAT[0], CHAT[1] | {"train": 0.5}]}, "train must be true or false"),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": 1, "train": False}]}, "weight and train contradict"),
+        ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{"begin_offset": 0}]}]}, "train_detail is not supported"),
+    ],
+)
+def test_weights_that_cannot_be_honoured_are_refused(row, message):
+    _, encode = chat_encoder()
+    if message is None:
+        assert encode(row).loss_weights.any()
+        return
+    with pytest.raises(ValueError, match=message):
+        encode(row)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize("content", [None, "Paris"])
+def test_what_a_template_leaves_out_is_an_error(content):
+    calling = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    messages = [CHAT[0], calling, {"role": "tool", "content": "2"}, CHAT[1]]
+    ignoring = tokenizer(CHATML.replace("message['content']", "(message['content'] or '')"))
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template does not write its tool_calls"):
+        Encoder(ignoring)({"messages": messages})
+    with pytest.raises(ValueError, match="does not write the tools"):
+        Encoder(ignoring)({"messages": CHAT, "tools": [TOOL]})
+    with pytest.raises(ValueError, match="does not write the tools"):
+        Encoder(ignoring).question({"prompt": "What", "tools": [TOOL]})
+    thinking = [CHAT[0], CHAT[1] | {"reasoning_content": "2 and 2"}]
+    with pytest.raises(ValueError, match=r"messages\[1\]: the chat template does not write its reasoning"):
+        Encoder(ignoring)({"messages": thinking})
+    whole = tokenizer("{{ messages | tojson }}{{ tools | tojson }}")  # names none of them, and writes all of them
+    assert "add" in tok_prompt(whole, messages, [TOOL])
+
+
+def tok_prompt(tok, messages, tools):
+    return tok.decode(Encoder(tok).question({"prompt": messages, "tools": tools})[0])
+
+
+def test_a_turn_that_renders_to_nothing_but_its_end_is_an_error():
+    cleaning = tokenizer(CHATML.replace("message['content']", "message['content'] | replace('[x]', '')"))
+    with pytest.raises(ValueError, match=r"messages\[1\].*nothing of this assistant's turn but its end"):
+        Encoder(cleaning)({"messages": [CHAT[0], {"role": "assistant", "content": "[x]"}, *SECOND]})
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": "[x]", "weight": 0}, *SECOND]}
+    assert learned(cleaning, Encoder(cleaning)(row)) == "tool<|im_end|>"  # it is not trained, so it may be empty
+
+
+def test_a_row_that_cannot_be_walked_or_written_is_a_fault_of_the_row():
+    tok = tokenizer(QWEN25)
+    deep = "[" * 100_000
+    with pytest.raises(ValueError, match="nested too deeply"):
+        Encoder(tok)({"messages": CHAT, "tools": deep})
+    with pytest.raises(ValueError, match=r"lone surrogate, U\+D83D"):
+        Encoder(tok)({"prompt": "x \ud83d", "completion": "y"})
+    with pytest.raises(ValueError, match="lone surrogate"):
+        Encoder(tok).question({"prompt": "x \ud83d"})
+    with pytest.raises(ValueError, match="lone surrogate"):
+        Encoder(tokenizer(None), prompt_format="plain")({"prompt": "x", "completion": "\udfff"})
+    failing = tokenizer("{% for m in messages %}{{ [][1].x.y }}{{ 1 / 0 }}{% endfor %}")
+    with pytest.raises(ValueError, match="the chat template refuses the conversation"):
+        Encoder(failing)({"messages": CHAT})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": None, "prompt": "What", "completion": "Paris"},
+        {"messages": CHAT, "input_ids": None, "labels": None, "tools": None, "images": None, "system": ""},
+        {"text": None, "messages": None, "conversations": CHAT, "images": []},
+    ],
+)
+def test_null_columns_beside_a_good_format_are_absent(row):
+    tok, encode = chat_encoder()
+    assert tok.decode(encode(row).input_ids) == TURNS
+
+
+def test_a_question_without_a_prompt_is_an_error_with_its_reason():
+    _, encode = chat_encoder()
+    for row in ({"text": "x"}, {"input_ids": [1]}, {"prompt": None}, {"answer": "x"}):
+        with pytest.raises(ValueError, match=r"no conversation|no columns"):
+            encode.question(row)
 
 
 def test_what_is_wrong_with_a_tokenizer_is_said():

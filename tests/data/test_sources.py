@@ -61,6 +61,65 @@ def test_blank_lines_and_a_missing_last_line_break_are_no_rows(tmp_path):
     assert read(path, limit=20) == ROWS
 
 
+@pytest.mark.parametrize("blank", [b"", b" ", b"     ", b"\t \x0b\x0c ", b" " * 100, b"\r"])
+@pytest.mark.parametrize("scan", [None, 16])
+def test_lines_of_whitespace_are_blank_however_long(tmp_path, monkeypatch, blank, scan):
+    if scan:
+        monkeypatch.setattr("jaxtrain.data.sources._SCAN_BYTES", scan)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + blank + b'\n  {"a": 2}\n' + blank + b"\n" + blank)
+    assert read(path) == [{"a": 1}, {"a": 2}]
+    assert read(path, limit=1) == [{"a": 1}] and read(path, limit=2) == [{"a": 1}, {"a": 2}]
+    source = Source(SourceSection(path=str(path)))
+    assert source.place(1).endswith(":3")
+    path.write_bytes(blank + b"\n" + blank)
+    with pytest.raises(DataError, match="holds no rows"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"id": ' + "9" * 5000 + "}", "a number that cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+    ],
+)
+def test_what_python_cannot_hold_is_a_bad_row(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n' + line + '\n{"a": 2}\n')
+    source = Source(SourceSection(path=str(path)))
+    assert source[0] == {"a": 1} and source[2] == {"a": 2}
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{reason}"):
+        source[1]
+
+
+def test_a_parquet_value_that_cannot_be_read_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    broken = pa.array([b"good", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), path)
+    source = Source(SourceSection(path=str(path)))
+    assert source[0] == {"text": "good"}
+    with pytest.raises(DataError, match=r"a\.parquet:row 2: a value that cannot be read"):
+        source[1]
+
+
+def test_null_columns_of_parquet_are_null_and_not_missing(tmp_path):
+    path = write(tmp_path / "a.parquet", [{"q": "a", "c": "b"}, {"q": None, "c": "b"}])
+    assert read(path, columns={"prompt": "q", "completion": "c"})[1] == {"prompt": None, "completion": "b"}
+
+
+def test_a_fault_of_a_row_is_named_with_its_place(tmp_path):
+    source = Source(SourceSection(path=str(write(tmp_path / "a.jsonl"))))
+    assert source.make(3, lambda row: row["text"]) == ROWS[3]["text"]
+
+    def refuse(row):
+        raise ValueError("no")
+
+    with pytest.raises(DataError, match=r"a\.jsonl:4: no"):
+        source.make(3, refuse)
+
+
 def test_a_broken_line_is_named_with_its_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": "good"}\n{"text": "bad\n[1]\n\xff\n')

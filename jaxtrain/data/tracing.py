@@ -1,0 +1,150 @@
+"""Where a chat template writes each message: its loops and `{% generation %}` marks, traced while it renders.
+
+The template's syntax tree gets a call at the head of every loop over one name and around every generation mark. The
+calls write nothing and note how many characters have been written.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2 import nodes
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+Message = dict[str, Any]
+Span = tuple[int, int]  # [start, end) in the characters of the rendered text
+
+_TRACE = "_jaxtrain_trace"
+
+
+class Event(NamedTuple):
+    kind: str  # "turn": a loop comes to `value`; "end": that loop is over; "open", "close": of a {% generation %}
+    loop: int
+    value: Any
+    at: int  # characters written so far
+
+
+class Trace(NamedTuple):
+    text: str
+    events: list[Event]
+    turns: list[int | None]  # of each event: the number of the message whose turn it is
+
+    @property
+    def generated(self) -> list[tuple[int | None, Span]]:
+        """The spans in `{% generation %}` marks and the numbers of their messages; None outside of a loop over them."""
+        marks = self._at("open", "close")
+        pairs = zip(marks[::2], marks[1::2], strict=True)
+        return [(turn, (start, end)) for (start, turn), (end, _) in pairs if start < end]
+
+    def blocks(self) -> dict[int, Span]:
+        """What the template's loops wrote for each message; without messages for which that is not one run of text."""
+        found: dict[int, list[Span]] = {}
+        for (start, turn), (end, _) in pairwise([*_changes(self._at("turn", "end")), (len(self.text), None)]):
+            if turn is not None and self.text[start:end].strip():
+                found.setdefault(turn, []).append((start, end))
+        return {turn: spans[0] for turn, spans in found.items() if len(spans) == 1}
+
+    def _at(self, *kinds: str) -> list[tuple[int, int | None]]:
+        noted = zip(self.events, self.turns, strict=True)
+        return [(event.at, turn) for event, turn in noted if event.kind in kinds]
+
+
+def _changes(bounds: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
+    """Without the bounds of inner loops, at which the turn stays the same."""
+    changed, last = [], None
+    for at, turn in bounds:
+        if turn != last:
+            changed.append((at, turn))
+        last = turn
+    return changed
+
+
+def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> Trace:
+    """Render `messages` with `variables` and note where each message is written.
+
+    Raises ValueError where the template refuses the conversation.
+    """
+    written, pieces, events, turns = 0, [], [], []
+    messages = [dict(message) for message in messages]  # told apart by identity, so each must be an object of its own
+    numbers = {id(message): number for number, message in enumerate(messages)}
+    speaking: tuple[int, int] | None = None  # the loop and the message whose turn it is
+
+    def note(kind: str, loop: int, value: Any = None) -> str:
+        nonlocal speaking
+        if kind == "turn" and id(value) in numbers:
+            speaking = (loop, numbers[id(value)])
+        elif kind == "end" and speaking is not None and speaking[0] == loop:
+            speaking = None
+        events.append(Event(kind, loop, value, written))
+        turns.append(speaking and speaking[1])
+        return ""
+
+    context = {"documents": None, "add_generation_prompt": False, **variables, "messages": messages, _TRACE: note}
+    try:
+        for piece in _traced_template(template).generate(context):
+            pieces.append(piece)
+            written += len(piece)
+    except Exception as error:  # a template runs any expression over the row, and may fail in any way
+        raise refusal(error) from error
+    return Trace("".join(pieces), events, turns)
+
+
+def refusal(error: Exception) -> ValueError:
+    """A failure inside a template as a fault of the row that it renders."""
+    return ValueError(f"the chat template refuses the conversation: {str(error) or type(error).__name__}")
+
+
+@lru_cache(maxsize=16)
+def names_read(source: str) -> frozenset[str]:
+    """The names that a template mentions: of variables, attributes and keys."""
+    tree = _compile_jinja_template(source).environment.parse(source)
+    mentioned = [node.name for node in tree.find_all(nodes.Name)]
+    mentioned += [node.attr for node in tree.find_all(nodes.Getattr)]
+    mentioned += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return frozenset(mentioned)
+
+
+@lru_cache(maxsize=16)
+def _traced_template(source: str) -> jinja2.Template:
+    """The template with notes of its loops and generation marks, which write nothing."""
+    environment = _compile_jinja_template(source).environment  # the one that apply_chat_template renders with
+    tree = environment.parse(source)
+    for number, parent, body, node in list(_marked_nodes(tree)):
+        at = next(place for place, child in enumerate(body) if child is node)
+        if isinstance(node, nodes.For):
+            assert isinstance(node.target, nodes.Name)
+            node.body.insert(0, _note(node, "turn", number, nodes.Name(node.target.name, "load")))
+            body.insert(at + 1, _note(parent, "end", number))
+        else:
+            body.insert(at, _note(parent, "open", number))
+            body.insert(at + 2, _note(parent, "close", number))
+    tree.set_environment(environment)
+    return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+
+
+def _marked_nodes(tree: nodes.Template):
+    """Loops over one name and `{% generation %}` blocks: a number each, the parent, the list they are in."""
+    number = 0
+    for parent in [tree, *tree.find_all(nodes.Node)]:
+        for _, body in parent.iter_fields():
+            for node in list(body) if isinstance(body, list) else []:
+                loop = isinstance(node, nodes.For) and isinstance(node.target, nodes.Name)
+                if loop or _is_generation(node):
+                    number += 1
+                    yield number, parent, body, node
+
+
+def _is_generation(node: Any) -> bool:
+    call = node.call.node if isinstance(node, nodes.CallBlock) else None
+    return isinstance(call, nodes.ExtensionAttribute) and call.name == "_generation_support"
+
+
+def _note(near: nodes.Node, kind: str, number: int, *value: nodes.Expr) -> nodes.Output:
+    arguments = [nodes.Const(kind), nodes.Const(number), *value]
+    call = nodes.Call(nodes.Name(_TRACE, "load"), arguments, [], None, None)
+    output = nodes.Output([call])
+    output.set_lineno(near.lineno)
+    return output
