@@ -37,11 +37,11 @@ def jaxtrain(clock: Clock) -> None:
     from jaxtrain.parallel.batches import local_rows, place_batch
     from jaxtrain.recipes.setup import base_params, make_policy
     from jaxtrain.rl.algorithms import find_algorithm
-    from jaxtrain.rl.collect import Collect
+    from jaxtrain.rl.collect import Collector, Limits
     from jaxtrain.rl.controller import Learner, Plan, Roles, reinforce
     from jaxtrain.rl.placement import make_meshes, make_sampler
     from jaxtrain.rl.rollouts import Prompt, Trajectory
-    from jaxtrain.rl.sources import OnPolicy
+    from jaxtrain.rl.sources import OnPolicySource
     from jaxtrain.rl.worker import WorkerSpec
     from jaxtrain.sample.requests import SamplingParams
     from jaxtrain.train.state import new_state
@@ -85,12 +85,12 @@ def jaxtrain(clock: Clock) -> None:
         values = rewards([t.completion_ids for t in trajectories])
         return [t._replace(reward=value) for t, value in zip(trajectories, values, strict=True)]
 
-    collect = Collect(take, sampler, scorer, algorithm, prompts=PROMPTS, samples=SAMPLES, max_completion_length=NEW)
+    collect = Collector(take, sampler, scorer, algorithm, prompts=PROMPTS, samples=SAMPLES, limits=Limits(NEW))
     per_token = jax.jit(lambda params, batch: score(policy.model, params, batch).logp)
     roles = Roles(Learner(state, jit_step(step, state, mesh), per_token))
     for _ in reinforce(
         roles,
-        OnPolicy(collect, sampler, dict),
+        OnPolicySource(collect, sampler, dict),
         algorithm,
         Plan(1, 1, config.data.max_length, 1, 5),
         lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),

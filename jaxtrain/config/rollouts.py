@@ -32,8 +32,12 @@ class EnvironmentSection(Section):
     args: dict[str, Any] = Field(default_factory=dict)  # keywords for the factory
     weight: float = 1.0  # of the environment's own rewards, beside those of rl.rewards
     max_turns: PositiveInt = 8
-    max_tokens: PositiveInt | None = None  # of all turns, the environment's tokens included; default: what fits
+    max_tokens: PositiveInt | None = None  # of a conversation, prompt and environment included; default: what fits
     seconds: PositiveFloat = 30.0  # the limit of one reset or step
+
+    def max_length(self, row_length: int) -> int:
+        """Tokens of a conversation that is packed into rows of `row_length`."""
+        return min(self.max_tokens or row_length, row_length)
 
 
 class PlacementSection(Section):

@@ -48,6 +48,8 @@ class ChatTokenizer:
         self._backend = without_limits(tokenizer)
         self._special = tuple(sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
         self._headers = lru_cache(maxsize=256)(self._find_headers)
+        # What was seen to change the rendered text, so that it is not rendered twice for every conversation.
+        self._rendered_roles: set[str] = set()
 
     def __call__(
         self,
@@ -97,6 +99,7 @@ class ChatTokenizer:
         kwargs = template_kwargs or {}
         before = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
         text = self._apply(before + messages, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
+        self._check_roles_rendered(text, before, messages, kwargs)
         _, *between = text.split(_PROBE, 2)
         if len(between) != 2:
             raise ValueError("the chat template does not write an assistant's turn as it is: nothing can follow it")
@@ -227,6 +230,26 @@ class ChatTokenizer:
         return trace(
             template, chat.messages, {"tools": chat.tools, **self._tokenizer.special_tokens_map, **chat.kwargs}
         )
+
+    def _check_roles_rendered(
+        self, text: str, before: list[Message], messages: list[Message], kwargs: dict[str, Any]
+    ) -> None:
+        """Raises ValueError where the template writes nothing for one of `messages`."""
+        for number, message in enumerate(messages):
+            role = message["role"]
+            if role in self._rendered_roles:
+                continue
+            others = before + messages[:number] + messages[number + 1 :]
+            try:
+                without = self._apply(others, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
+            except ValueError:  # the template needs the message, so it reads it
+                without = None
+            if without == text:
+                raise ValueError(
+                    f"the chat template writes nothing for a message of the role {role!r}: give a template that does "
+                    "as model.chat_template, or answer in another role"
+                )
+            self._rendered_roles.add(role)
 
     def _answer_within(self, text: str, block: Span, headers: tuple[str, ...]) -> Span:
         start, end = block

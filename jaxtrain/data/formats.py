@@ -84,6 +84,11 @@ class Encoder:
         """
         with _nesting_bounded():
             if row.get("prompt") is None:
+                if row.get("messages") is None and row.get("conversations") is None:
+                    raise ValueError(
+                        f"there is no prompt: this row has {', '.join(map(repr, row)) or 'no columns'}, and needs "
+                        "`prompt` or `messages`; name them with data.train.columns, e.g. {prompt: question}"
+                    )
                 messages = conversation(row).messages
                 row = {"answer": messages[-1].get("content"), **row, "prompt": messages[:-1]}
             if isinstance(row["prompt"], str) and self._prompt_format == "plain":

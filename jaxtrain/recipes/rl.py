@@ -12,6 +12,7 @@ import numpy as np
 
 from converters.families.registry import has_scalar_head
 from jaxtrain.config import RunConfig
+from jaxtrain.config.rl import RLSection
 from jaxtrain.config.rollouts import RewardModelSection
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.prompts import PromptStream
@@ -33,14 +34,14 @@ from jaxtrain.recipes.rl_folder import Trained, initial_params, restore_or_begin
 from jaxtrain.recipes.run_folder import begin
 from jaxtrain.recipes.setup import adapter_params, as_list, base_params, make_policy, make_tokenizer, stop_ids
 from jaxtrain.rl.algorithms import find_algorithm
-from jaxtrain.rl.collect import Collect
+from jaxtrain.rl.collect import Collector, Limits, check_generations
 from jaxtrain.rl.controller import Learner, PerToken, Plan, Reference, Roles, Update, reinforce
 from jaxtrain.rl.placement import make_meshes, make_sampler
 from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.rollouts import Prompt
 from jaxtrain.rl.scoring import RewardScorer, conversation_metrics
-from jaxtrain.rl.sources import Ahead, OnPolicy, Source
+from jaxtrain.rl.sources import OnPolicySource, PrefetchingSource, SampleSource
 from jaxtrain.rl.trajectories import Replay, sample_table, write_step
 from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.sample.requests import SamplingParams
@@ -73,6 +74,7 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
     if jax.process_count() > 1:
         raise ValueError("recipe rl has one controller: start one process; rl.placement.kind=ray adds others")
     algorithm = find_algorithm(section)
+    check_generations(algorithm, section.generations)
     mesh, sampling_mesh = make_meshes(section.placement, config.mesh)
     policy = make_policy(config, mesh)
     if policy.model.output != LANGUAGE:
@@ -162,17 +164,17 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
             section.environment.weight if section.environment else 1.0,
             [_reward_model(config, each, mesh) for each in section.reward_models],
         )
-        collect = Collect(
-            prompts.take,
+        collect = Collector(
+            prompts.draw,
             sampler,
             scorer,
             algorithm,
             prompts=section.prompts,
             samples=section.generations,
-            max_completion_length=section.max_completion_length,
+            limits=_limits(section, config.data.max_length),
         )
         evaluation = make_rl_evaluation(config, policy, encode, tokenizer, sampler, scorer, preemption.check)
-        source: Source = OnPolicy(collect, sampler, prompts.get_state)
+        source: SampleSource = OnPolicySource(collect, sampler, prompts.get_state)
         if section.placement.staleness:
             if section.reward_models and mesh.size > 1:
                 raise ValueError(
@@ -180,7 +182,7 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
                     "rl.placement.staleness=0 or a single device that trains"
                 )
             staleness = section.placement.staleness
-            source = Ahead(collect, sampler, prompts.get_state, staleness=staleness, updates=plan.updates)
+            source = PrefetchingSource(collect, sampler, prompts.get_state, staleness=staleness, updates=plan.updates)
         if replay is not None:
             source = Replay(replay)
         window, rollouts = Window(policy.model, begun.num_tokens), RolloutWindow()
@@ -233,6 +235,13 @@ def prompt_maker(encode: Encoder, most: int) -> Callable[[int, Row], Prompt]:
         return Prompt(number, ids, columns)
 
     return make
+
+
+def _limits(section: RLSection, max_length: int) -> Limits:
+    environment = section.environment
+    if environment is None:
+        return Limits(section.max_completion_length)
+    return Limits(section.max_completion_length * environment.max_turns, environment.max_length(max_length))
 
 
 def _optimizer(config: RunConfig, axes: Any) -> Any:

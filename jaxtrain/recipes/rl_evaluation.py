@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder
-from jaxtrain.data.sources import Source
+from jaxtrain.data.prompts import held_out_prompts
+from jaxtrain.data.sources import Row
 from jaxtrain.recipes.evaluation import greedy_completions
 from jaxtrain.recipes.setup import Policy, as_list, stop_ids
 from jaxtrain.rl.controller import Learner
@@ -38,10 +38,11 @@ def make_rl_evaluation(
     """
     if config.data.eval is None or config.eval.generate == 0:
         return None
-    sources = [Source(section, keep_columns=True) for section in as_list(config.data.eval)]
-    rows = itertools.islice((source[row] for source in sources for row in range(len(source))), config.eval.generate)
-    questions = [encode.question(row) for row in rows]
-    prompts = [Prompt(_FIRST + number, ids, columns) for number, (ids, columns) in enumerate(questions)]
+
+    def make(number: int, row: Row) -> Prompt:
+        return Prompt(_FIRST + number, *encode.question(row))
+
+    prompts = held_out_prompts(as_list(config.data.eval), config.data, make, count=config.eval.generate)
     stops = stop_ids(config.model, policy, tokenizer)
 
     def greedy(learner: Learner) -> list[Trajectory]:

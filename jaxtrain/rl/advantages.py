@@ -99,6 +99,14 @@ def gae(outcomes: Outcomes, settings: Settings) -> Advantages:
     return Advantages(_normalised(raw, outcomes), returns)
 
 
+_GROUP_RELATIVE = (group_normalised, group_centred, leave_one_out)
+
+
+def samples_needed(estimator: Estimator) -> int:
+    """How many samples of a group must have a reward for any of them to have an advantage other than 0."""
+    return 2 if estimator in _GROUP_RELATIVE else 1
+
+
 def group_statistics(totals: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, unbiased standard deviation and number of the rewards in each sample's group, [n] each; NaN is left out."""
     mean, std, count = np.zeros((3, len(totals)))
@@ -111,12 +119,12 @@ def group_statistics(totals: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray
     return mean, std, count
 
 
-def overlong_penalty(length: int, most: int, cache: int) -> float:
+def overlong_penalty(length: int, limit: int, cache: int) -> float:
     """DAPO's soft overlong punishment, equation 13 of Yu et al. 2025 (arXiv:2503.14476).
 
-    0 up to `most - cache` tokens, then falling to -1 at `most`.
+    0 up to `limit - cache` tokens, then falling to -1 at `limit`.
     """
-    return -min(max(length - (most - cache), 0) / cache, 1.0)
+    return -min(max(length - (limit - cache), 0) / cache, 1.0)
 
 
 def _totals(outcomes: Outcomes) -> np.ndarray:
@@ -125,7 +133,7 @@ def _totals(outcomes: Outcomes) -> np.ndarray:
 
 
 def _same_for_all_tokens(outcomes: Outcomes, advantages: np.ndarray) -> Advantages:
-    known = np.nan_to_num(advantages)
+    known = np.where(np.isfinite(advantages), advantages, 0)  # a sample without a reward has none
     return Advantages([(mask * value).astype(np.float32) for mask, value in zip(outcomes.masks, known, strict=True)])
 
 

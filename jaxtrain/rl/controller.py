@@ -22,7 +22,7 @@ from jaxtrain.rl.advantages import Outcomes
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.rollouts import Packed, Trajectory, pack, rows_needed
-from jaxtrain.rl.sources import Source
+from jaxtrain.rl.sources import SampleSource
 from jaxtrain.train.loop import check_finite
 from jaxtrain.train.step import Step, StepReport
 from jaxtrain.types import Array, Batch, Params, TrainState
@@ -100,7 +100,7 @@ class Pending(NamedTuple):
 
 def reinforce(
     roles: Roles,
-    source: Source,
+    source: SampleSource,
     algorithm: Algorithm,
     plan: Plan,
     place: Callable[[Batch], Batch],

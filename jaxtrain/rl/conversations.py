@@ -1,12 +1,12 @@
-"""Many conversations between the model and environments at once, a turn of all of them at a time.
+"""Many conversations between the model and environments at once, advancing together turn by turn.
 
-Token in, token out: what the model wrote stays the ids that were drawn, and every further turn of the engine continues
-exactly them. Of what the environment says only the new part is rendered and tokenised, and it carries no loss.
+Token in, token out: what the model wrote stays the ids that were sampled, and every further turn of the engine continues
+exactly these. Of what the environment says only the new part is rendered and tokenised, and it carries no loss.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,105 +16,112 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.chat import ChatTokenizer, Message
-from jaxtrain.rl.deadlines import call_all
-from jaxtrain.rl.environments import PART, Environment, Factory, Opening, Reply
+from jaxtrain.rl.deadlines import awaited, call_all
+from jaxtrain.rl.environments import (
+    REWARD_PART,
+    Environment,
+    Factory,
+    Opening,
+    Reply,
+    checked_opening,
+    checked_reply,
+)
 from jaxtrain.rl.rollouts import NO_ID, Prompt, Trajectory
 from jaxtrain.sample.requests import Completion, Request, SamplingParams
-
-log = logging.getLogger(__name__)
 
 Generate = Callable[[Sequence[Request]], list[list[Completion]]]
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """How conversations are led."""
+    """The settings of conversations, and the loop that runs them."""
 
     factory: Factory
     chat: ChatTokenizer
     params: SamplingParams  # of every turn
     max_turns: int  # of the model
     max_length: int  # tokens, opening included
-    seconds: float  # that an environment has for a reset or a step
-    interrupted: threading.Event = field(default_factory=threading.Event)  # set: give up, as `call_all` does
+    seconds: float  # the limit of a reset or a step
+    interrupted: threading.Event = field(default_factory=threading.Event)  # set: stop waiting, as `call_all` does
 
-    def lead(
+    def run(
         self, generate: Generate, prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
     ) -> list[list[Trajectory]]:
-        """`samples` conversations on every prompt. `seed(number, sample)` decides what the model says.
+        """`samples` conversations on every prompt. `seed(prompt number, sample)` seeds what the model samples.
 
-        An environment that raises or takes too long costs its sample: the trajectory ends there, with the reason
-        "error". Raises ValueError where the chat template has no place for what an environment says.
+        An environment that raises, takes too long or returns something of the wrong shape costs its sample: the
+        trajectory ends there with the finish reason "error" and the error in `info`.
+
+        Raises ValueError where the chat template cannot render what an environment says, or never writes its tools.
         """
-        talks = [[_Talk(prompt, sample) for sample in range(samples)] for prompt in prompts]
-        everyone = [talk for group in talks for talk in group]
-        begun = call_all(
-            [partial(_begin, self.factory, talk.prompt) for talk in everyone], self.seconds, self.interrupted
-        )
-        for talk, answer in zip(everyone, begun, strict=True):
-            if isinstance(answer, BaseException):
-                talk.lose(answer)
+        groups = [[_Conversation(prompt, sample) for sample in range(samples)] for prompt in prompts]
+        conversations = [conversation for group in groups for conversation in group]
+        openings = [partial(_open_environment, self.factory, c.prompt) for c in conversations]
+        opened = call_all(openings, self.seconds, self.interrupted)
+        for conversation, result in zip(conversations, opened, strict=True):
+            if isinstance(result, BaseException):
+                conversation.fail(result)
             else:
-                talk.environment, opening = answer
-                self._open(talk, opening)
-        while live := [talk for talk in everyone if not talk.ended]:
-            answers = generate([self._request(talk, seed) for talk in live])
-            for talk, (completion,) in zip(live, answers, strict=True):
-                talk.hear(completion)
-            listening = [talk for talk in live if not talk.ended]
-            replies = call_all(
-                [partial(_step, talk.environment, talk.said) for talk in listening], self.seconds, self.interrupted
-            )
-            for talk, reply in zip(listening, replies, strict=True):
+                conversation.environment, opening = result
+                self._render_opening(conversation, opening)
+        while active := [conversation for conversation in conversations if not conversation.finish_reason]:
+            completions = generate([self._request(conversation, seed) for conversation in active])
+            for conversation, (completion,) in zip(active, completions, strict=True):
+                conversation.add_turn(completion)
+            active = [conversation for conversation in active if not conversation.finish_reason]
+            steps = [partial(_step, c.environment, c.last_text) for c in active]
+            replies = call_all(steps, self.seconds, self.interrupted)
+            for conversation, reply in zip(active, replies, strict=True):
                 if isinstance(reply, BaseException):
-                    talk.lose(reply)
+                    conversation.fail(reply)
                 else:
-                    self._answer(talk, reply)
-        return [[talk.trajectory(self.chat) for talk in group] for group in talks]
+                    self._render_reply(conversation, reply)
+        return [[conversation.trajectory(self.chat) for conversation in group] for group in groups]
 
-    def _request(self, talk: _Talk, seed: Callable[[int, int], int]) -> Request:
-        most = min(self.params.max_tokens or self.max_length, self._room(talk))
-        params = replace(self.params, n=1, max_tokens=most, seed=seed(talk.prompt.number, talk.sample))
-        return Request([*talk.opening, *talk.ids], params)
+    def _request(self, conversation: _Conversation, seed: Callable[[int, int], int]) -> Request:
+        max_tokens = min(self.params.max_tokens or self.max_length, self._room(conversation))
+        seed_value = seed(conversation.prompt.number, conversation.sample)
+        params = replace(self.params, n=1, max_tokens=max_tokens, seed=seed_value)
+        return Request([*conversation.opening, *conversation.ids], params)
 
-    def _room(self, talk: _Talk) -> int:
-        return self.max_length - len(talk.opening) - len(talk.ids)
+    def _room(self, conversation: _Conversation) -> int:
+        return self.max_length - len(conversation.opening) - len(conversation.ids)
 
-    def _open(self, talk: _Talk, opening: Opening) -> None:
-        options = talk.prompt.columns.get("chat_template_kwargs") or {}
-        tools = list(opening.tools) or None
-        talk.opening = self.chat.prompt(list(opening.messages), tools=tools, template_kwargs=options).tolist()
-        if self._room(talk) < 1:
-            talk.end("error", f"the opening of {len(talk.opening)} tokens leaves no room for an answer")
-            talk.opening = []  # a row could not hold it
+    def _render_opening(self, conversation: _Conversation, opening: Opening) -> None:
+        kwargs, tools = _template_kwargs(conversation.prompt), list(opening.tools) or None
+        conversation.opening = self.chat.prompt(list(opening.messages), tools=tools, template_kwargs=kwargs).tolist()
+        if self._room(conversation) < 1:
+            count = len(conversation.opening)
+            conversation.finish("error", f"the opening of {count} tokens leaves no room for an answer")
+            conversation.opening = []  # it does not fit into a packed row
 
-    def _answer(self, talk: _Talk, reply: Reply) -> None:
-        talk.reward(reply)
+    def _render_reply(self, conversation: _Conversation, reply: Reply) -> None:
+        conversation.add_reward(reply)
         if not reply.messages:
-            talk.end("stop")
-        elif talk.turns == self.max_turns:
-            talk.end("turns")
+            conversation.finish("stop")
+        elif conversation.turns == self.max_turns:
+            conversation.finish("turns")
         else:
-            options = talk.prompt.columns.get("chat_template_kwargs") or {}
-            ids, closing = self.chat.reply(list(reply.messages), options)
-            # The model has mostly drawn the end of its turn itself; where it stopped otherwise, the template's is put.
-            drawn = closing if talk.ids[-closing:] == ids[:closing] else 0
-            if self._room(talk) <= len(ids) - drawn:
-                talk.end("length")
+            ids, closing = self.chat.reply(list(reply.messages), _template_kwargs(conversation.prompt))
+            # The model has usually sampled the end of its turn itself; where it stopped otherwise, the template's is
+            # added.
+            sampled = closing if conversation.ids[-closing:] == ids[:closing] else 0
+            if self._room(conversation) <= len(ids) - sampled:
+                conversation.finish("length")
             else:
-                talk.read(ids[drawn:], reply.messages)
+                conversation.add_messages(ids[sampled:], reply.messages)
 
 
 @dataclass
-class _Talk:
-    """A conversation under way. All lists but `opening` and `messages` have an entry per token of the completion."""
+class _Conversation:
+    """One conversation in progress. All lists but `opening` and `messages` have an entry per token of the completion."""
 
     prompt: Prompt
     sample: int
     environment: Environment | None = None
     opening: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)  # by the model, not written by the environment
     logps: list[float] = field(default_factory=list)
     raw_logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -125,30 +132,28 @@ class _Talk:
     calls: int = 0
     failures: int = 0
     seconds: float = 0.0
-    ended: str = ""  # why
+    finish_reason: str = ""  # empty while it is in progress
     error: str = ""
     timed_out: bool = False
 
     @property
-    def said(self) -> str:
+    def last_text(self) -> str:
         return self.messages[-1]["content"]
 
-    def end(self, reason: str, error: str = "") -> None:
-        self.ended, self.error = reason, error
+    def finish(self, reason: str, error: str = "") -> None:
+        self.finish_reason, self.error = reason, error
 
-    def lose(self, error: BaseException) -> None:
-        """The environment raised or hung, which ends this conversation and nothing else."""
-        said = f"{type(error).__name__}: {error}"
-        log.warning("the environment of prompt %d, sample %d failed: %s", self.prompt.number, self.sample, said)
-        self.end("error", said)
+    def fail(self, error: BaseException) -> None:
+        """The environment failed, which ends this conversation and no other."""
+        self.finish("error", f"{type(error).__name__}: {_printable(error)}")
         self.timed_out = isinstance(error, TimeoutError)
 
-    def hear(self, completion: Completion) -> None:
-        """Take a turn of the model, which ends the conversation where it was cut off."""
+    def add_turn(self, completion: Completion) -> None:
+        """Append a turn of the model; one that was cut off ends the conversation."""
         count = len(completion.ids)
         self.turns += 1
         self.ids += completion.ids.tolist()
-        self.own += [True] * count
+        self.sampled += [True] * count
         self.logps += completion.logps.tolist()
         self.raw_logps += completion.raw_logps.tolist()
         self.versions += completion.versions.tolist()
@@ -157,13 +162,13 @@ class _Talk:
         self.messages.append({"role": "assistant", "content": completion.text or ""})
         self.seconds += completion.timings.finished
         if completion.finish_reason != "stop":
-            self.end(completion.finish_reason, completion.error or "")
+            self.finish(completion.finish_reason, completion.error or "")
 
-    def read(self, ids: list[int], messages: Sequence[Message]) -> None:
-        """Put what the environment says behind the model's turn."""
+    def add_messages(self, ids: list[int], messages: Sequence[Message]) -> None:
+        """Append what the environment says."""
         count = len(ids)
         self.ids += ids
-        self.own += [False] * count
+        self.sampled += [False] * count
         self.logps += [0.0] * count
         self.raw_logps += [0.0] * count
         self.versions += [self.versions[-1]] * count
@@ -171,7 +176,7 @@ class _Talk:
         self.supports += [None] * count
         self.messages += messages
 
-    def reward(self, reply: Reply) -> None:
+    def add_reward(self, reply: Reply) -> None:
         self.rewards[-1] += reply.reward
         self.calls += reply.calls
         self.failures += reply.failures
@@ -183,34 +188,48 @@ class _Talk:
             prompt=self.prompt._replace(ids=np.array(self.opening, np.int32)) if self.opening else self.prompt,
             sample=self.sample,
             completion_ids=np.array(self.ids, np.int32),
-            loss_mask=np.array(self.own, bool),
+            loss_mask=np.array(self.sampled, bool),
             sampler_logps=np.array(self.logps, np.float32),
             raw_logps=np.array(self.raw_logps, np.float32),
             versions=np.array(self.versions, np.int32),
             text=chat.decode(self.ids),
-            finish_reason=self.ended,
+            finish_reason=self.finish_reason,
             supports=_stacked(self.supports),
-            rewards={PART: float("nan") if self.error else sum(self.rewards)},
+            rewards={REWARD_PART: float("nan") if self.error else sum(self.rewards)},
             token_rewards=np.array(self.rewards, np.float32),
             timings={"rollout": self.seconds},
             info=info | ({"error": self.error} if self.error else {}),
         )
 
 
-def _begin(factory: Factory, prompt: Prompt) -> tuple[Environment, Opening]:
-    environment = factory()
-    return environment, environment.reset(prompt.columns)
+def _printable(error: BaseException) -> str:
+    """The message of a foreign exception; one whose `__str__` raises must not end the run."""
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception as inner:  # the boundary to user code, which may raise anything
+        return f"(its message cannot be read: {type(inner).__name__})"
+
+
+def _open_environment(factory: Factory, prompt: Prompt) -> tuple[Environment, Opening]:
+    environment = awaited(factory())
+    return environment, checked_opening(awaited(environment.reset(prompt.columns)))
 
 
 def _step(environment: Environment | None, text: str) -> Reply:
     assert environment is not None
-    return environment.step(text)
+    return checked_reply(awaited(environment.step(text)))
+
+
+def _template_kwargs(prompt: Prompt) -> dict[str, Any]:
+    """The row's options of the chat template: a mapping or its JSON, which was checked when the prompt was made."""
+    kwargs = prompt.columns.get("chat_template_kwargs") or {}
+    return json.loads(kwargs) if isinstance(kwargs, str) else kwargs
 
 
 def _stacked(supports: list[np.ndarray | None]) -> np.ndarray | None:
-    """[C, k], a row of NO_ID where a token has no support of its own; None where no token has one."""
+    """[C, k], rows of NO_ID for tokens without a support; None where no token has one."""
     widths = {len(support) for support in supports if support is not None}
     if not widths:
         return None
-    nothing = np.full(max(widths), NO_ID, np.int32)
-    return np.stack([nothing if support is None else support for support in supports])
+    missing = np.full(max(widths), NO_ID, np.int32)
+    return np.stack([missing if support is None else support for support in supports])

@@ -1,61 +1,106 @@
-"""Calls to foreign code, several at a time, none of which can hold the run for longer than its limit."""
+"""Concurrent calls to user code with a time limit, and the event loop on which its coroutines run."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxtrain.train.preemption import Interrupted
 
 T = TypeVar("T")
 
-_AT_ONCE = 16
-_LOOK_SECONDS = 0.2  # how often a wait looks whether it is interrupted
+_CONCURRENT_CALLS = 16
+_MAX_TIMEOUTS = 8 * _CONCURRENT_CALLS  # after so many, the calls that have not started are given up
+_LOOP_SECONDS = 1.0  # an event loop that does not respond for so long is blocked by a coroutine
+_POLL_SECONDS = 0.2  # how often a wait checks whether it is interrupted
 
 
 def call_all(
     calls: Sequence[Callable[[], T]], seconds: float, interrupted: threading.Event | None = None
 ) -> list[T | BaseException]:
-    """What each call returns, or what it raises; a TimeoutError for one that takes longer than `seconds`.
+    """What each call returns, or the exception it raised; a TimeoutError for one that takes longer than `seconds`.
 
-    A call runs in a thread of its own. One that is late is given up and its thread left to itself, since a thread
-    cannot be ended; it does not keep the process alive. All together take at most about ten times `seconds` longer than
-    the calls that return, however many hang: past that, the others are not tried.
+    A call runs in a thread of its own. A call that exceeds the limit is abandoned: its thread, which cannot be ended,
+    is a daemon and does not keep the process alive. However many calls hang, all together take at most about ten times
+    `seconds` longer than those that return, because after `_MAX_TIMEOUTS` timeouts the rest is not started.
 
     Raises Interrupted soon after `interrupted` is set.
     """
-    answers: dict[int, T | BaseException] = {}
-    done: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
+    results: dict[int, T | BaseException] = {}
+    finished: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
 
     def run(index: int) -> None:
         try:
-            done.put((index, calls[index]()))
-        except BaseException as error:  # the boundary to foreign code, which may raise anything
-            done.put((index, error))
+            finished.put((index, calls[index]()))
+        except BaseException as error:  # the boundary to user code, which may raise anything
+            finished.put((index, error))
 
-    waiting, deadlines, hung = deque(range(len(calls))), dict[int, float](), 0
+    waiting, deadlines, timeouts = deque(range(len(calls))), dict[int, float](), 0
     while waiting or deadlines:
         if interrupted is not None and interrupted.is_set():
             raise Interrupted
-        while waiting and len(deadlines) < _AT_ONCE:
+        while waiting and len(deadlines) < _CONCURRENT_CALLS:
             index = waiting.popleft()
-            if hung > 8 * _AT_ONCE:
-                answers[index] = TimeoutError("not tried: too many others hung")
+            if timeouts > _MAX_TIMEOUTS:
+                results[index] = TimeoutError("not tried: too many other calls exceeded the limit")
                 continue
             deadlines[index] = time.monotonic() + seconds
             threading.Thread(target=run, args=(index,), daemon=True).start()
-        soonest = min(deadlines.values(), default=time.monotonic())
+        next_deadline = min(deadlines.values(), default=time.monotonic())
         try:
-            index, answer = done.get(timeout=min(max(soonest - time.monotonic(), 0), _LOOK_SECONDS))
-            if deadlines.pop(index, None) is not None:  # else it was given up
-                answers[index] = answer
+            index, result = finished.get(timeout=min(max(next_deadline - time.monotonic(), 0), _POLL_SECONDS))
+            if deadlines.pop(index, None) is not None:  # else it was abandoned
+                results[index] = result
         except Empty:
             for index in [index for index, deadline in deadlines.items() if deadline <= time.monotonic()]:
                 del deadlines[index]
-                hung += 1
-                answers[index] = TimeoutError(f"took longer than {seconds:g} seconds")
-    return [answers[index] for index in range(len(calls))]
+                timeouts += 1
+                results[index] = TimeoutError(f"took longer than {seconds:g} seconds")
+    return [results[index] for index in range(len(calls))]
+
+
+def awaited(value: Any) -> Any:
+    """`value`, or its result where it is awaitable.
+
+    All awaitables run on one event loop in a thread of its own, so that a client that was opened in one call can be
+    used in the next. Must not be called from that loop.
+    """
+    if not inspect.isawaitable(value):
+        return value
+    return asyncio.run_coroutine_threadsafe(_await(value), _EVENT_LOOP.get()).result()
+
+
+async def _await(value: Awaitable[T]) -> T:
+    return await value
+
+
+class _EventLoop:
+    """A running loop, replaced where a coroutine blocks it (one that calls `time.sleep`, say)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def get(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None or not _responds(self._loop):
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="user-coroutines", daemon=True).start()
+            return self._loop
+
+
+_EVENT_LOOP = _EventLoop()
+
+
+def _responds(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(_LOOP_SECONDS)
+    except TimeoutError:
+        return False
+    return True

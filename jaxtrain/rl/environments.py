@@ -1,18 +1,21 @@
-"""What an environment is, and three small ones.
+"""The interface of an environment, the checks of what one returns, and two small environments.
 
-An environment sees text and says what happens next. It never sees a token: `conversations` keeps the model's own ids as
-they were drawn, and renders only what the environment adds. One object is made for every sample of every prompt.
+An environment reads and writes text, never tokens: `conversations` keeps the token ids that the model sampled and
+renders only what the environment adds. One object is made for every sample of every prompt. `reset`, `step` and the
+factory may be `async`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, SupportsFloat
+
+import numpy as np
 
 from jaxtrain.data.chat import Message
 
-PART = "environment"  # what its reward is called among the parts of a sample's reward
+REWARD_PART = "environment"  # the name of its reward among the parts of a sample's reward
 
 
 class Opening(NamedTuple):
@@ -21,23 +24,81 @@ class Opening(NamedTuple):
 
 
 class Reply(NamedTuple):
-    messages: Sequence[Message] = ()  # what the model reads next; nothing ends the conversation
-    reward: float = 0.0  # for the turn that it answers
-    calls: int = 0  # tools called in that turn ...
-    failures: int = 0  # ... and how many of the calls failed
+    messages: Sequence[Message] = ()  # what the model reads next; an empty sequence ends the conversation
+    reward: float = 0.0  # for the turn that this answers
+    calls: int = 0  # tool calls in that turn ...
+    failures: int = 0  # ... and how many of them failed
 
 
 class Environment(Protocol):
-    def reset(self, row: Mapping[str, Any]) -> Opening:
-        """Begin, with a row of the prompt data."""
+    def reset(self, row: Mapping[str, Any]) -> Opening | Awaitable[Opening]:
+        """Start an episode from a row of the prompt data."""
         ...
 
-    def step(self, text: str) -> Reply:
+    def step(self, text: str) -> Reply | Awaitable[Reply]:
         """Answer a turn of the model. Not called for a turn that was cut off by a limit."""
         ...
 
 
-Factory = Callable[[], Environment]
+Factory = Callable[[], Environment | Awaitable[Environment]]
+
+
+def checked_opening(opening: Any) -> Opening:
+    """`opening` as `reset` returned it. Raises ValueError that says what is wrong with it."""
+    if not isinstance(opening, Opening):
+        raise ValueError(f"reset must return an Opening, not {type(opening).__name__}")
+    _check_messages(opening.messages, "Opening")
+    if not opening.messages:
+        raise ValueError("Opening.messages is empty: the model has nothing to answer")
+    if isinstance(opening.tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in opening.tools):
+        raise ValueError("Opening.tools must be a list of JSON schemas (mappings)")
+    return opening
+
+
+def checked_reply(reply: Any) -> Reply:
+    """`reply` as `step` returned it, its reward as a float. Raises ValueError that says what is wrong with it."""
+    if not isinstance(reply, Reply):
+        raise ValueError(f"step must return a Reply, not {type(reply).__name__}")
+    _check_messages(reply.messages, "Reply")
+    for name, count in (("calls", reply.calls), ("failures", reply.failures)):
+        if not isinstance(count, int):
+            raise ValueError(f"Reply.{name} must be an integer, not {type(count).__name__}")
+    if not isinstance(reply.reward, SupportsFloat):
+        raise ValueError(f"Reply.reward must be a number, not {type(reply.reward).__name__}")
+    reward = float(reply.reward)
+    if not abs(reward) <= np.finfo(np.float32).max:  # NaN too
+        raise ValueError(f"Reply.reward must be finite in float32, not {reward}")
+    return reply._replace(reward=reward)
+
+
+def _check_messages(messages: Any, what: str) -> None:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f"{what}.messages must be a list of messages, not {type(messages).__name__}")
+    for number, message in enumerate(messages):
+        where = f"{what}.messages[{number}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} must be a mapping with a role, not {message!r:.80}")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
+            raise ValueError(f"{where}: content must be a string, not {type(content).__name__}")
+        _check_text(message, where)
+
+
+def _check_text(value: Any, where: str) -> None:
+    """Every string must have a UTF-8 form, or the tokenizer fails on it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: the text is not valid Unicode: {error.reason} at {error.start}") from None
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_text(key, where)
+            _check_text(inner, where)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_text(inner, where)
 
 
 class NumberReversal:
@@ -46,37 +107,39 @@ class NumberReversal:
     tries = 3
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
-        self._wanted, self._left = str(row["number"])[::-1], self.tries
+        self._target, self._tries_left = str(row["number"])[::-1], self.tries
         question = f"Write {row['number']} backwards, as digits only."
         return Opening([{"role": "user", "content": question}])
 
     def step(self, text: str) -> Reply:
-        self._left -= 1
-        given = text.strip()
-        right = sum(a == b for a, b in zip(given, self._wanted, strict=False))
-        reward = right / max(len(given), len(self._wanted))
-        if given == self._wanted or not self._left:
+        self._tries_left -= 1
+        answer = text.strip()
+        right = sum(a == b for a, b in zip(answer, self._target, strict=False))
+        reward = right / max(len(answer), len(self._target))
+        if answer == self._target or not self._tries_left:
             return Reply(reward=reward)
         return Reply([{"role": "user", "content": "That is not right. Try again."}], reward)
 
 
 class GuessingGame:
-    """Find the whole number of the column `secret`. The first guess is worth 1, and each further one half as much."""
+    """Find the integer of the column `secret`. The first guess is worth 1, and each further one half as much."""
 
-    def __init__(self, most: int = 20):
-        self._most = most
+    def __init__(self, largest: int = 20):
+        self._largest = largest
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
-        self._secret, self._worth = int(row["secret"]), 1.0
-        question = f"I think of a whole number from 1 to {self._most}. Guess it. Answer with a number only."
+        self._secret, self._value = int(row["secret"]), 1.0
+        question = f"I think of a whole number from 1 to {self._largest}. Guess it. Answer with a number only."
         return Opening([{"role": "user", "content": question}])
 
     def step(self, text: str) -> Reply:
         numbers = re.findall(r"\d+", text)
         if not numbers:
             return Reply()
-        guess, worth = int(numbers[-1]), self._worth
-        if guess == self._secret:
-            return Reply(reward=worth)
-        self._worth /= 2
-        return Reply([{"role": "user", "content": "Higher." if guess < self._secret else "Lower."}])
+        guess = numbers[-1].lstrip("0")
+        if guess == str(self._secret):
+            return Reply(reward=self._value)
+        self._value /= 2
+        # Compared as strings of digits: the model may write more digits than int() accepts.
+        higher = (len(guess), guess) < (len(str(self._secret)), str(self._secret))
+        return Reply([{"role": "user", "content": "Higher." if higher else "Lower."}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import signal
@@ -22,8 +21,6 @@ import numpy as np
 from jaxtrain.config.rollouts import RewardSection
 from jaxtrain.train.preemption import Interrupted
 
-log = logging.getLogger(__name__)
-
 Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite"]
 
 _START_SECONDS = 120.0  # to import a user's modules
@@ -32,8 +29,8 @@ _LOOK_SECONDS = 0.2  # how often a wait looks whether it is interrupted
 
 class Scores(NamedTuple):
     parts: dict[str, np.ndarray]  # name -> [n] float64, unweighted; NaN where it does not apply or failed
-    lost: np.ndarray  # [n] bool: a function failed on the sample, so its reward is not known
     failures: Counter[tuple[str, Failure]]  # (reward's name, kind) -> samples lost to it
+    reasons: dict[int, str]  # of every sample that a function failed on: "<function>: <what it raised or did>"
 
 
 class RewardPool:
@@ -87,7 +84,7 @@ class RewardPool:
         count = len(completions)
         parts = {name: np.full(count, np.nan) for name in self._rewards}
         failures: Counter[tuple[str, Failure]] = Counter()
-        lost = np.zeros(count, bool)
+        reasons: dict[int, str] = {}
         tasks = [task for name in self._rewards for task in _cut(name, count, len(self._workers))]
         with self._scoring:  # an evaluation may come while a rollout ahead of time is scored
             answers = list(self._run(tasks, samples))
@@ -98,10 +95,9 @@ class RewardPool:
                 parts[task.name][sample] = value
                 if not math.isfinite(value):
                     failures[task.name, failure or "not_finite"] += 1
-                    lost[sample], parts[task.name][sample] = True, np.nan
-            if failure is not None:
-                log.warning("the reward %s lost sample %d: %s", task.name, task.samples[0], said)
-        return Scores(parts, lost, failures)
+                    reasons.setdefault(sample, f"{task.name}: {said or f'not finite: {value}'}")
+                    parts[task.name][sample] = np.nan
+        return Scores(parts, failures, reasons)
 
     def _run(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]):
         """Answers to all tasks; those of more than one sample that fail are cut up and tried again."""
@@ -115,7 +111,7 @@ class RewardPool:
                 if hung[task.name] > 8 * len(self._workers):
                     idle.appendleft(worker)
                     yield from (
-                        _Answer(one, None, "timeout", "not tried: too many others hung") for one in task.singles()
+                        _Answer(one, None, "timeout", "timeout: not tried: too many others hung") for one in task.singles()
                     )
                     continue
                 worker.send(self._rewards[task.name], task, samples)
@@ -129,7 +125,7 @@ class RewardPool:
                 if connection not in ready and now < deadline:
                     continue
                 del busy[connection]
-                answer = worker.answer(task) if connection in ready else _Answer(task, None, "timeout", "took too long")
+                answer = worker.answer(task) if connection in ready else _Answer(task, None, "timeout", "timeout: took too long")
                 if answer.failure in ("timeout", "died"):
                     hung[task.name] += answer.failure == "timeout"
                     worker.restart()
@@ -199,11 +195,11 @@ class _Worker:
         try:
             values, said = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            return _Answer(task, None, "died", "it ended its process")
+            return _Answer(task, None, "died", "died: it ended its process")
         if values is None:
             return _Answer(task, None, "error", said)
         if len(values) != len(task.samples):
-            return _Answer(task, None, "wrong_length", f"{len(values)} values for {len(task.samples)} samples")
+            return _Answer(task, None, "wrong_length", f"wrong length: {len(values)} values for {len(task.samples)} samples")
         return _Answer(task, values, None, "")
 
     def restart(self) -> None:

@@ -16,6 +16,7 @@ from jaxtrain.data.packing import BestFit, Example, make_row, stack_rows
 from jaxtrain.types import Batch, Params
 
 NO_ID = -1  # fills a token's support up to the width of the widest
+LOST_REWARD = "lost_reward"  # the key of `Trajectory.info` that says why a sample has no reward
 SUPPORTS = "supports"  # the signal of that name: [B, T, k] ids that could have been drawn, NO_ID where there are fewer
 
 

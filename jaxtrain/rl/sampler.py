@@ -43,7 +43,7 @@ class EngineSampler:
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
         if self._conversations is not None:
-            return self._conversations.lead(self._generate, prompts, samples, self._draw_seed)
+            return self._conversations.run(self._generate, prompts, samples, self._draw_seed)
         requests = [self._request(prompt, samples) for prompt in prompts]
         answers = self._generate(requests)
         return [

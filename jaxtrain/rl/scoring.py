@@ -1,27 +1,29 @@
-"""The reward of a trajectory: the weighted sum of what reward functions and its environment say."""
+"""The reward of a trajectory: the weighted sum of its parts, from reward functions, reward models and its environment."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.config.rollouts import RewardSection
-from jaxtrain.rl.environments import PART
+from jaxtrain.rl.environments import REWARD_PART
+from jaxtrain.rl.failures import FailureLog
 from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
-from jaxtrain.rl.rollouts import Trajectory
+from jaxtrain.rl.rollouts import LOST_REWARD, Trajectory
 
 
 class RewardScorer:
     """A `Scorer`: reward functions in a pool, reward models, and the part that an environment has given.
 
-    A sample that a function, its environment or the sampler failed on has the reward NaN, as has one to which no part
-    applies: it must not train.
+    A sample is lost, with the reward NaN and the reason in `info[LOST_REWARD]`, where a function, a model, its
+    environment or the sampler failed on it, where no part applies to it, and where the sum is not finite: it must not
+    train.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class RewardScorer:
         environment_weight: float = 1.0,
         models: Sequence[RewardModel] = (),
     ):
-        self._weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {PART: environment_weight}
+        self._weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {REWARD_PART: environment_weight}
         self._pool, self._models = pool, models
         self._counts: Counter[str] = Counter()
+        self._log = FailureLog()
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         start = time.perf_counter()
@@ -46,24 +49,46 @@ class RewardScorer:
         )
         for model in self._models:
             scores.parts[model.name] = model(trajectories)
-            broken = ~np.isfinite(scores.parts[model.name])
-            scores.failures[model.name, "not_finite"] += int(broken.sum())
-            scores.lost[broken] = True
+            for index in np.flatnonzero(~np.isfinite(scores.parts[model.name])).tolist():
+                scores.failures[model.name, "not_finite"] += 1
+                scores.reasons.setdefault(index, f"{model.name}: not finite: {scores.parts[model.name][index]}")
+                scores.parts[model.name][index] = np.nan
         seconds = time.perf_counter() - start
         for (name, kind), count in (+scores.failures).items():
             self._counts[f"rewards/{name}/{kind}"] += count
         scored = []
         for index, t in enumerate(trajectories):
             parts = dict(t.rewards) | {name: float(part[index]) for name, part in scores.parts.items()}
-            known = [self._weights[name] * part for name, part in parts.items() if not math.isnan(part)]
-            lost = bool(scores.lost[index]) or "error" in t.info or not known
-            self._counts["rewards/lost"] += lost
-            reward = math.nan if lost else math.fsum(known)
+            reward, reason = self._total(parts)
+            if "error" in t.info:  # its environment or the sampler failed: the functions saw only a part of it
+                reason = f"{REWARD_PART if 'turns' in t.info else 'sampler'}: {t.info['error']}"
+            reason = scores.reasons.get(index, reason)
             # Weighted as their sum is, so that the tokens' rewards stay a share of the sample's.
-            by_token = None if t.token_rewards is None else self._weights[PART] * t.token_rewards
-            timings = {**t.timings, "reward": seconds}
-            scored.append(t._replace(rewards=parts, reward=reward, token_rewards=by_token, timings=timings))
+            by_token = None if t.token_rewards is None else self._weights[REWARD_PART] * t.token_rewards
+            info = {**t.info, LOST_REWARD: reason} if reason else t.info
+            scored.append(
+                t._replace(
+                    rewards=parts,
+                    reward=math.nan if reason else reward,
+                    token_rewards=by_token,
+                    timings={**t.timings, "reward": seconds},
+                    info=info,
+                )
+            )
+        reasons = [t.info[LOST_REWARD] for t in scored if LOST_REWARD in t.info]
+        self._counts["rewards/lost"] += len(reasons)
+        self._log.report(reasons, len(scored))
         return scored
+
+    def _total(self, parts: Mapping[str, float]) -> tuple[float, str]:
+        """The weighted sum of the parts that apply, or why there is none."""
+        known = [self._weights[name] * part for name, part in parts.items() if not math.isnan(part)]
+        if not known:
+            return math.nan, f"{', '.join(parts)}: None: no reward applies to the sample"
+        total = float(sum(known))
+        if not abs(total) <= np.finfo(np.float32).max:
+            return math.nan, f"{', '.join(parts)}: not finite: the weighted sum is {total}"
+        return total, ""
 
     def metrics(self) -> dict[str, float]:
         """Samples lost since the last call: `rewards/lost` in all, `rewards/<function>/<kind of failure>`."""
@@ -81,16 +106,16 @@ def _completion(trajectory: Trajectory) -> Any:
 
 
 def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """How conversations went: turns, tool calls (a trajectory), failed ones (a call), samples lost to an error, a
-    time limit included."""
-    led = [t.info for t in trajectories if "turns" in t.info]
-    if not led:
+    """Of conversations: turns and tool calls per trajectory, failures per call, and samples lost to an error (those that
+    exceeded a time limit included)."""
+    infos = [t.info for t in trajectories if "turns" in t.info]
+    if not infos:
         return {}
-    calls = sum(info["tool_calls"] for info in led)
+    calls = sum(info["tool_calls"] for info in infos)
     return {
-        "environment/turns": float(np.mean([info["turns"] for info in led])),
-        "environment/errors": float(sum("error" in info for info in led)),
-        "environment/timeouts": float(sum(info.get("timed_out", False) for info in led)),
-        "tools/call_frequency": calls / len(led),
-        "tools/failure_frequency": sum(info["tool_failures"] for info in led) / max(calls, 1),
+        "environment/turns": float(np.mean([info["turns"] for info in infos])),
+        "environment/errors": float(sum("error" in info for info in infos)),
+        "environment/timeouts": float(sum(info.get("timed_out", False) for info in infos)),
+        "tools/call_frequency": calls / len(infos),
+        "tools/failure_frequency": sum(info["tool_failures"] for info in infos) / max(calls, 1),
     }

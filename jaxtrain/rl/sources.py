@@ -1,4 +1,4 @@
-"""Where the trainer's samples come from: drawn when they are asked for, or ahead of time while it trains."""
+"""Where the trainer's samples come from: drawn on demand, or prefetched by a thread while it trains."""
 
 from __future__ import annotations
 
@@ -12,125 +12,127 @@ from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.rollouts import Sampler
 from jaxtrain.types import Params
 
-Collect = Callable[[], Collected | None]
+CollectSamples = Callable[[], Collected | None]
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     def __call__(self, params: Params, number: int) -> Collected | None:
-        """The samples to learn from next, for a policy of `number` optimizer steps. None: there are no more."""
+        """The next samples to learn from, for a policy of `number` optimizer steps; None where there are no more."""
         ...
 
     def state(self) -> Any:
-        """Of the prompts, after those of the samples handed out last: where a resumed run goes on."""
+        """The state of the prompts after those of the samples returned last: where a resumed run continues."""
         ...
 
     def close(self) -> None: ...
 
 
-class OnPolicy:
+class OnPolicySource:
     """Samples of the present policy: the sampler gets its weights, then draws.
 
-    It does before every rollout, so that whoever resumes from a checkpoint draws what an uninterrupted run would have.
+    It gets them before every rollout, so that a run resumed from a checkpoint draws what an uninterrupted one would.
     """
 
-    def __init__(self, collect: Collect, sampler: Sampler, state: Callable[[], Any]):
+    def __init__(self, collect: CollectSamples, sampler: Sampler, state: Callable[[], Any]):
         self._collect, self._sampler, self._take_state = collect, sampler, state
         self._state = state()
 
     def __call__(self, params: Params, number: int) -> Collected | None:
-        seconds = _hand_over(self._sampler, params, number)
+        seconds = _set_params(self._sampler, params, number)
         collected = self._collect()
-        self._state = self._take_state()  # not while it collects: a rollout that is given up has drawn prompts
-        return _timed(collected, {"time/sync": seconds})
+        self._state = self._take_state()  # not during the rollout: an interrupted one has drawn prompts already
+        return _with_times(collected, {"time/sync": seconds})
 
     def state(self) -> Any:
         return self._state
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Nothing to stop: rollouts run inside `__call__`."""
 
 
-class Ahead:
+class PrefetchingSource:
     """Samples drawn by a thread while the trainer works on earlier ones.
 
-    A rollout begins once its first update lies at most `staleness` optimizer steps ahead of the newest weights. Weights
-    that come while it is under way are used from the engine's next call on, so its tokens may be fresher than that, and
-    each is tagged with the version that drew it.
+    A rollout starts once its first update is at most `staleness` optimizer steps after the newest weights. Weights that
+    arrive during a rollout are used from the engine's next call on, so its tokens may be fresher than that, and each is
+    tagged with the version that sampled it.
     """
 
-    def __init__(self, collect: Collect, sampler: Sampler, state: Callable[[], Any], *, staleness: int, updates: int):
+    def __init__(
+        self, collect: CollectSamples, sampler: Sampler, state: Callable[[], Any], *, staleness: int, updates: int
+    ):
         """Every rollout serves `updates` optimizer steps.
 
-        Raises ValueError where `staleness` is too small for any rollout to begin early.
+        Raises ValueError where `staleness` is too small for any rollout to start early.
         """
         if staleness < updates:
             raise ValueError(
                 f"rl.placement.staleness={staleness}: samples serve {updates} optimizer steps, so the next rollout can "
-                f"only begin early with a staleness of {updates} or more (0: on policy)"
+                f"only start early with a staleness of {updates} or more (0: on policy)"
             )
-        self._collect, self._sampler, self._take_state = collect, sampler, state
+        self._collect, self._sampler, self._read_state = collect, sampler, state
         self._staleness, self._updates = staleness, updates
-        self._newest = 0
-        self._news = threading.Condition()
+        self._newest_version = 0
+        self._changed = threading.Condition()
         self._closed = False
-        self._made: SimpleQueue[_Made] = SimpleQueue()
+        self._rollouts: SimpleQueue[_Rollout] = SimpleQueue()
         self._state = state()
         self._thread: threading.Thread | None = None
 
     def __call__(self, params: Params, number: int) -> Collected | None:
-        seconds = _hand_over(self._sampler, params, number)
-        with self._news:
-            self._newest = number
-            self._news.notify_all()
+        seconds = _set_params(self._sampler, params, number)
+        with self._changed:
+            self._newest_version = number
+            self._changed.notify_all()
         if self._thread is None:  # not before the sampler has its first weights
             self._thread = threading.Thread(target=self._work, args=(number,), name="rollouts", daemon=True)
             self._thread.start()
         start = time.perf_counter()
-        made = self._made.get()
-        if made.error is not None:
-            raise made.error
-        self._state = made.state
-        return _timed(made.collected, {"time/sync": seconds, "time/wait": time.perf_counter() - start})
+        rollout = self._rollouts.get()
+        if rollout.error is not None:
+            raise rollout.error
+        self._state = rollout.state
+        return _with_times(rollout.collected, {"time/sync": seconds, "time/wait": time.perf_counter() - start})
 
     def state(self) -> Any:
         return self._state
 
     def close(self) -> None:
-        """Wait for the rollout that is under way, and begin no other."""
-        with self._news:
+        """Wait for the rollout that is running, and start no other."""
+        with self._changed:
             self._closed = True
-            self._news.notify_all()
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
 
     def _work(self, first: int) -> None:
         due = first - self._staleness
         while True:
-            with self._news:
-                self._news.wait_for(lambda at=due: self._closed or self._newest >= at)
+            with self._changed:
+                self._changed.wait_for(lambda at=due: self._closed or self._newest_version >= at)
                 if self._closed:
                     return
             try:
-                made = _Made(self._collect(), self._take_state(), None)
-            except BaseException as error:  # it is the trainer's thread that has to end the run
-                made = _Made(None, None, error)
-            self._made.put(made)
-            if made.collected is None:
+                rollout = _Rollout(self._collect(), self._read_state(), None)
+            except BaseException as error:  # raised in the trainer's thread, by `__call__`
+                rollout = _Rollout(None, None, error)
+            self._rollouts.put(rollout)
+            if rollout.collected is None:
                 return
             due += self._updates
 
 
-class _Made(NamedTuple):
+class _Rollout(NamedTuple):
     collected: Collected | None
     state: Any
     error: BaseException | None
 
 
-def _hand_over(sampler: Sampler, params: Params, number: int) -> float:
+def _set_params(sampler: Sampler, params: Params, number: int) -> float:
     start = time.perf_counter()
     sampler.set_params(params, number)
     return time.perf_counter() - start
 
 
-def _timed(collected: Collected | None, times: dict[str, float]) -> Collected | None:
+def _with_times(collected: Collected | None, times: dict[str, float]) -> Collected | None:
     return collected and collected._replace(metrics={**collected.metrics, **times})

@@ -1,12 +1,12 @@
-"""Tools: Python functions that the model may call, in the format that Qwen and Hermes were taught.
+"""Tools: Python functions that the model may call, in the format of Qwen and Hermes.
 
     <tool_call>
     {"name": "calculator", "arguments": {"expression": "47 * 38"}}
     </tool_call>
 
-A turn may hold several calls; a turn without one ends the conversation. The answers come back as messages of the role
-`tool`, which the chat template writes. A call that cannot be read, or whose function raises, is counted and answered
-with the error, so that the model can mend it.
+A turn may hold several calls; a turn without one ends the conversation. The results come back as messages of the role
+`tool`, which the chat template writes. A call that cannot be parsed, or whose function raises, is counted as a failure
+and answered with the error, so that the model can correct it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import get_json_schema
 
+from jaxtrain.rl.deadlines import awaited
 from jaxtrain.rl.environments import Opening, Reply
 
-# What an argument may cause, and the model can mend. Anything else is the environment's fault and costs the sample.
-_MENDABLE = (ValueError, TypeError, ArithmeticError, LookupError, SyntaxError, OSError, RuntimeError)
 _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|$)", re.DOTALL)
 
 
@@ -34,15 +33,21 @@ class ToolCall(NamedTuple):
 
 
 def tool_calls(text: str) -> list[ToolCall | ValueError]:
-    """The calls of a turn in order; an error, with what is wrong, for one that cannot be read."""
-    return [_read(body, end) for body, end in _CALL.findall(text)]
+    """The calls of a turn in order; a ValueError that says what is wrong for one that cannot be parsed."""
+    return [_parse(body, end) for body, end in _CALL.findall(text)]
 
 
 class Tools:
-    """An environment of functions. Each needs type hints and a docstring in Google's style, as in transformers."""
+    """An environment of functions. Each needs type hints and a docstring in Google's style, as in transformers.
+
+    The functions may be `async`.
+    """
 
     def __init__(self, *functions: Callable[..., Any]):
+        """Raises ValueError for two functions of one name."""
         self._functions = {function.__name__: function for function in functions}
+        if len(self._functions) < len(functions):
+            raise ValueError(f"two tools have one name: {', '.join(function.__name__ for function in functions)}")
         self._schemas = [get_json_schema(function) for function in functions]
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
@@ -50,21 +55,27 @@ class Tools:
         return Opening([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, self._schemas)
 
     def step(self, text: str) -> Reply:
-        answers = [self._answer(call) for call in tool_calls(text)]
-        messages = [{"role": "tool", "name": name, "content": content} for name, content, _ in answers]
-        return Reply(messages, calls=len(answers), failures=sum(not ok for _, _, ok in answers))
+        results = [self._call(call) for call in tool_calls(text)]
+        messages = [{"role": "tool", "name": name, "content": _text(content)} for name, content, _ in results]
+        return Reply(messages, calls=len(results), failures=sum(not ok for _, _, ok in results))
 
-    def _answer(self, call: ToolCall | ValueError) -> tuple[str, str, bool]:
+    def _call(self, call: ToolCall | ValueError) -> tuple[str, str, bool]:
+        """Name, result and whether the call succeeded."""
         if isinstance(call, ValueError):
             return "unknown", f"error: {call}", False
         if call.name not in self._functions:
-            return call.name, f"error: there is no tool {call.name!r}, only {', '.join(self._functions)}", False
+            return _text(call.name), f"error: there is no tool {call.name!r}, only {', '.join(self._functions)}", False
         function = self._functions[call.name]
         try:
             inspect.signature(function).bind(**call.arguments)
-            return call.name, str(function(**call.arguments)), True
-        except _MENDABLE as error:
-            return call.name, f"error: {error}", False
+            return call.name, str(awaited(function(**call.arguments))), True
+        except Exception as error:  # the boundary to a user's function: whatever it raises is an answer to the model
+            return call.name, f"error: {str(error) or type(error).__name__}", False
+
+
+def _text(text: str) -> str:
+    """`text` with an escape in place of what has no UTF-8 form: a model may write one half of a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def calculator(expression: str) -> float | int:
@@ -74,7 +85,10 @@ def calculator(expression: str) -> float | int:
     Args:
         expression: numbers, parentheses and the operators + - * / // % **
     """
-    return _value(ast.parse(expression.strip(), mode="eval").body)
+    try:
+        return _value(ast.parse(expression.strip(), mode="eval").body)
+    except (RecursionError, MemoryError):  # MemoryError is what the parser raises for deep nesting
+        raise ValueError("the expression is nested too deeply") from None
 
 
 def calculator_tools() -> Tools:
@@ -93,7 +107,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-_MOST = 1e15  # of an operand of **: the model must not be able to fill the memory
+_MAX_BASE, _MAX_EXPONENT = 1e15, 64  # of **: the model must not be able to exhaust the memory
 
 
 def _value(node: ast.expr) -> float | int:
@@ -104,20 +118,22 @@ def _value(node: ast.expr) -> float | int:
             return _OPERATORS[type(op)](_value(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             a, b = _value(left), _value(right)
-            if isinstance(op, ast.Pow) and (abs(a) > _MOST or abs(b) > 64):
+            if isinstance(op, ast.Pow) and (abs(a) > _MAX_BASE or abs(b) > _MAX_EXPONENT):
                 raise ValueError("the power is too large")
             return _OPERATORS[type(op)](a, b)
-    raise ValueError(f"{ast.unparse(node)} is no arithmetic")
+    raise ValueError(f"{ast.unparse(node)} is not arithmetic")
 
 
-def _read(body: str, end: str) -> ToolCall | ValueError:
+def _parse(body: str, end: str) -> ToolCall | ValueError:
     if not end:
         return ValueError("the call has no </tool_call>")
     try:
         call = json.loads(body)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more digits than Python converts
         return ValueError(f"the call is not valid JSON: {error}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return ValueError('a call is {"name": ..., "arguments": {...}}')
+        return ValueError('a call must be {"name": ..., "arguments": {...}}')
     arguments = call.get("arguments", {})
-    return ToolCall(call["name"], arguments) if isinstance(arguments, dict) else ValueError("arguments are an object")
+    if not isinstance(arguments, dict):
+        return ValueError("arguments must be an object")
+    return ToolCall(call["name"], arguments)

@@ -78,7 +78,7 @@ def recorded_steps(run_dir: str | Path) -> list[int]:
 
 
 class Replay:
-    """A `Source` of what a run recorded, step by step, whatever the weights are."""
+    """A `SampleSource` of what a run recorded, step by step, whatever the weights are."""
 
     def __init__(self, run_dir: str | Path):
         """Raises ValueError for a folder without recorded samples."""

@@ -58,6 +58,6 @@ class WorkerSpec:
             chat=ChatTokenizer(self.tokenizer),
             params=self.params,
             max_turns=section.max_turns,
-            max_length=min(section.max_tokens or self.max_length, self.max_length),
+            max_length=section.max_length(self.max_length),
             seconds=section.seconds,
         )

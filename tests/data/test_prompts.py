@@ -18,18 +18,18 @@ ROWS = [{"question": f"q{i}", "answer": i} for i in range(5)]
 
 
 def test_epochs_are_numbered_on_and_a_state_goes_on_where_it_was_taken(tmp_path):
-    whole = stream(tmp_path, ROWS).take(12)
+    whole = stream(tmp_path, ROWS).draw(12)
     assert [number for number, _ in whole] == list(range(12))
     assert sorted(question for _, question in whole[:5]) == [row["question"] for row in ROWS]
     first, second = stream(tmp_path, ROWS), stream(tmp_path, ROWS)
-    assert first.take(7) == whole[:7]
+    assert first.draw(7) == whole[:7]
     second.set_state(json.loads(json.dumps(first.get_state())))
-    assert second.take(5) == whole[7:]
+    assert second.draw(5) == whole[7:]
 
 
 def test_a_dry_source_gives_fewer(tmp_path):
     prompts = stream(tmp_path, ROWS, epochs=1)
-    assert [len(prompts.take(3)) for _ in range(3)] == [3, 2, 0]
+    assert [len(prompts.draw(3)) for _ in range(3)] == [3, 2, 0]
 
 
 def test_bad_rows_are_errors_with_their_place_or_skipped_and_counted(tmp_path):
@@ -42,7 +42,7 @@ def test_bad_rows_are_errors_with_their_place_or_skipped_and_counted(tmp_path):
         stream(tmp_path, ROWS, make)
     prompts = stream(tmp_path, ROWS, make, on_bad_row="skip")
     with pytest.warns(UserWarning, match="skipped a bad row"):
-        assert prompts.take(8) == list(range(8))
+        assert prompts.draw(8) == list(range(8))
     assert prompts.get_state()["prompts"]["bad_rows"] == 2
     with pytest.raises(DataError, match="no row gives a prompt"), pytest.warns(UserWarning):
-        stream(tmp_path, ROWS[:1], make, on_bad_row="skip").take(1)
+        stream(tmp_path, ROWS[:1], make, on_bad_row="skip").draw(1)

@@ -4,7 +4,7 @@ from trajectories import trajectory
 
 from jaxtrain.rl.advantages import group_normalised
 from jaxtrain.rl.algorithms import Algorithm
-from jaxtrain.rl.collect import Collect, rollout_metrics
+from jaxtrain.rl.collect import Collector, Limits, rollout_metrics
 from jaxtrain.rl.rollouts import Prompt
 
 
@@ -12,7 +12,7 @@ class Prompts:
     def __init__(self, most=10**6):
         self.number, self.most = 0, most
 
-    def take(self, count):
+    def draw(self, count):
         taken = [
             Prompt(n, np.arange(3, dtype=np.int32), {}) for n in range(self.number, min(self.number + count, self.most))
         ]
@@ -39,14 +39,14 @@ class FakeSampler:
 
 def collect(rights, prompts=None, *, changes=None, **algorithm):
     sampler = FakeSampler(rights, **(changes or {}))
-    made = Collect(
-        (prompts or Prompts()).take,
+    made = Collector(
+        (prompts or Prompts()).draw,
         sampler,
         list,
         Algorithm(group_normalised, **algorithm),
         prompts=4,
         samples=4,
-        max_completion_length=10,
+        limits=Limits(10),
     )
     return made(), sampler
 

@@ -41,7 +41,7 @@ def lead(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, m
     chat = ChatTokenizer(script.tok)
     conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length, seconds)
     prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
-    return conversations.lead(script, prompts, samples, lambda number, sample: 10 * number + sample)
+    return conversations.run(script, prompts, samples, lambda number, sample: 10 * number + sample)
 
 
 def pieces(tok, trajectory):

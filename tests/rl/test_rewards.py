@@ -2,34 +2,35 @@ import importlib.util
 
 import pytest
 
-from jaxtrain.rl.rewards import exact_answer, final_number, format_match, length_penalty, math_equal, repetition_penalty
+from jaxtrain.rl.rewards import exact_answer, format_match, length_penalty, math_equal, repetition_penalty
 
 
 def said(text):
     return [{"role": "assistant", "content": text}]
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("She has 1,234 eggs", 1234),
-        ("16 - 3 = 13 eggs.\n#### 18", 18),
-        ("#### 18 eggs of 20", 18),
-        ("it costs $3.50.", 3.5),
-        ("-7", -7),
-        ("10-3", 3),
-        ("#### 1\n#### 2", 2),
-        ("#### nothing after 5", 5),
-        ("no number", None),
-    ],
-)
-def test_the_final_number(text, number):
-    assert final_number(text) == number
-
-
 def test_exact_answer_takes_strings_and_messages():
     answers = ["48 / 2 = 24\n#### 24", "24", "none", "24"]
     assert exact_answer(["so 24", said("24.0"), "24", "25 or 24 or 26"], answer=answers) == [1, 1, None, 0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("The answer is 5/2", "1/2", 0),
+        ("2", "1/2", 0),
+        ("0.5", "1/2", 1),
+        ("The answer is \u22123", "-3", 1),
+        ("The answer is \u22123", "3", 0),
+        (r"so \boxed{1{,}000}", "$1,000.", 1),
+        ("1e3 in all", "1,000", 1),
+        ("50%", "50", 1),
+        ("no number", "3", 0),
+        ("Paris", "Paris", None),
+    ],
+)
+def test_exact_answer_reads_the_spellings_of_a_number(completion, answer, reward):
+    assert exact_answer([completion], answer=[answer]) == [reward]
 
 
 def test_format_match_wants_the_whole_completion():
@@ -38,7 +39,7 @@ def test_format_match_wants_the_whole_completion():
 
 
 def test_penalties_grow_with_length_and_repetition():
-    assert length_penalty([[0] * 5, [0] * 10, [0] * 15, [0] * 30], most=10) == [0, 0, -0.5, -2]
+    assert length_penalty([[0] * 5, [0] * 10, [0] * 15, [0] * 30], max_tokens=10) == [0, 0, -0.5, -2]
     assert repetition_penalty([[1, 2, 3, 4], [7] * 12, [1]], ngram=3) == [0, pytest.approx(-0.9), 0]
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from jaxtrain.rl.collect import Collected
-from jaxtrain.rl.sources import Ahead, OnPolicy
+from jaxtrain.rl.sources import OnPolicySource, PrefetchingSource
 
 
 class World:
@@ -43,7 +43,7 @@ def wait_until(condition):
 
 def test_on_policy_draws_with_the_weights_given():
     world = World(rollouts=2)
-    source = OnPolicy(world.collect, world, world.state)
+    source = OnPolicySource(world.collect, world, world.state)
     for number in (0, 1):
         world.may_finish.release()
         collected = source({}, number)
@@ -55,7 +55,7 @@ def test_on_policy_draws_with_the_weights_given():
 @pytest.mark.parametrize(("staleness", "updates"), [(1, 1), (2, 1), (3, 1), (2, 2), (5, 2)])
 def test_ahead_begins_rollouts_as_early_as_the_bound_allows_and_no_earlier(staleness, updates):
     world = World()
-    source = Ahead(world.collect, world, world.state, staleness=staleness, updates=updates)
+    source = PrefetchingSource(world.collect, world, world.state, staleness=staleness, updates=updates)
     lead = staleness // updates
     for rollout in range(4):
         number = 10 + rollout * updates
@@ -75,7 +75,7 @@ def test_ahead_begins_rollouts_as_early_as_the_bound_allows_and_no_earlier(stale
 
 def test_weights_reach_a_rollout_that_is_under_way():
     world = World()
-    source = Ahead(world.collect, world, world.state, staleness=1, updates=1)
+    source = PrefetchingSource(world.collect, world, world.state, staleness=1, updates=1)
     world.may_finish.release()
     source({}, 0)
     assert wait_until(lambda: world.began == [0, 0])
@@ -87,7 +87,7 @@ def test_weights_reach_a_rollout_that_is_under_way():
 
 def test_the_end_of_the_prompts_and_errors_reach_the_trainer():
     world = World(rollouts=1)
-    source = Ahead(world.collect, world, world.state, staleness=1, updates=1)
+    source = PrefetchingSource(world.collect, world, world.state, staleness=1, updates=1)
     world.may_finish.release()
     assert source({}, 0) is not None and source({}, 1) is None
     source.close()
@@ -99,7 +99,7 @@ def test_the_end_of_the_prompts_and_errors_reach_the_trainer():
             raise self.error
 
     world = Broken()
-    source = Ahead(world.collect, world, world.state, staleness=1, updates=1)
+    source = PrefetchingSource(world.collect, world, world.state, staleness=1, updates=1)
     with pytest.raises(ValueError, match="no such prompt"):
         source({}, 0)
     source.close()
@@ -108,4 +108,4 @@ def test_the_end_of_the_prompts_and_errors_reach_the_trainer():
 def test_a_staleness_below_the_updates_of_a_rollout_is_an_error():
     world = World()
     with pytest.raises(ValueError, match="samples serve 4 optimizer steps"):
-        Ahead(world.collect, world, world.state, staleness=3, updates=4)
+        PrefetchingSource(world.collect, world, world.state, staleness=3, updates=4)

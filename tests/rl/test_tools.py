@@ -1,5 +1,8 @@
+import asyncio
+
 import pytest
 
+from jaxtrain.rl.environments import checked_reply
 from jaxtrain.rl.tools import ToolCall, Tools, calculator, calculator_tools, tool_calls
 
 
@@ -42,7 +45,7 @@ def test_a_turn_with_calls_is_answered_and_one_without_ends():
         ('{"name": "calculator", "arguments": {"expr": "1"}}', "missing a required argument: 'expression'"),
         ('{"name": "calculator", "arguments": {"expression": "1 / 0"}}', "division by zero"),
         ('{"name": "calculator", "arguments": {"expression": "1 +"}}', "invalid syntax"),
-        ('{"name": "calculator", "arguments": {"expression": "__import__(\'os\')"}}', "is no arithmetic"),
+        ('{"name": "calculator", "arguments": {"expression": "__import__(\'os\')"}}', "is not arithmetic"),
         ('{"name": "calculator", "arguments": {"expression": "9 ** 9 ** 9"}}', "too large"),
     ],
 )
@@ -69,3 +72,47 @@ def test_several_functions_are_told_apart():
 
     reply = Tools(calculator, twice).step(GOOD + call('{"name": "twice", "arguments": {"text": "ab"}}'))
     assert [message["content"] for message in reply.messages] == ["1786", "abab"]
+
+
+def test_whatever_a_model_writes_is_answered_and_costs_no_sample():
+    """Errors that are neither JSONDecodeError nor ValueError: each of these lost the sample."""
+    bodies = {
+        "[" * 100_000: "not valid JSON",
+        '{"name": "calculator", "arguments": {"expression": ' + "9" * 5000 + "}}": "not valid JSON",
+        '{"name": "calculator", "arguments": {"expression": 5}}': "no attribute 'strip'",
+        '{"name": "calculator", "arguments": {"expression": "' + "-" * 100_000 + '1"}}': "nested too deeply",
+        '{"name": "calculator", "arguments": {"expression": "' + "(" * 5000 + '1"}}': "too many nested parentheses",
+        '{"name": "\\udc00", "arguments": {}}': "there is no tool '\\udc00'",
+    }
+    for body, expected in bodies.items():
+        reply = checked_reply(calculator_tools().step(call(body)))
+        assert expected in reply.messages[0]["content"] and (reply.calls, reply.failures) == (1, 1)
+
+
+def test_async_tools_are_awaited_and_any_exception_is_an_answer():
+    class Missing(Exception):
+        pass
+
+    async def population(city: str) -> int:
+        """
+        How many people live in a city.
+
+        Args:
+            city: its name
+        """
+        await asyncio.sleep(0.001)
+        if city != "Paris":
+            raise Missing
+        return 2_048_472
+
+    reply = Tools(population).step(
+        call('{"name": "population", "arguments": {"city": "Paris"}}')
+        + call('{"name": "population", "arguments": {"city": "\\udc00"}}')
+    )
+    assert [message["content"] for message in reply.messages] == ["2048472", "error: Missing"]
+    assert (reply.calls, reply.failures) == (2, 1)
+
+
+def test_two_tools_of_one_name_are_an_error():
+    with pytest.raises(ValueError, match="two tools have one name: calculator, calculator"):
+        Tools(calculator, calculator)
