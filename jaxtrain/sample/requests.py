@@ -124,7 +124,14 @@ class Chunk(NamedTuple):
 
 
 def check_request(
-    request: Request, *, vocab_size: int, max_length: int, alternatives: int, has_tokenizer: bool, name: str
+    request: Request,
+    *,
+    vocab_size: int,
+    max_length: int,
+    support: int,
+    alternatives: int,
+    has_tokenizer: bool,
+    name: str,
 ) -> None:
     """Raise ValueError, naming the request, for one that can never be served."""
     ids, params = np.asarray(request.prompt_ids), request.params
@@ -147,6 +154,8 @@ def check_request(
     ):
         if len(given) > most:
             raise ValueError(f"{name}: {len(given)} {kind}, and the engine holds up to {most} a request")
+    if 0 < support < min(params.top_k, vocab_size):
+        raise ValueError(f"{name}: top_k={params.top_k}, and the engine returns supports of up to {support} tokens")
     if params.alternatives > alternatives:
         raise ValueError(f"{name}: alternatives={params.alternatives}, and the engine tells up to {alternatives}")
     if params.stop and not has_tokenizer:
