@@ -48,6 +48,7 @@ ALIASES = {
     "lora_dropout": "model.lora.dropout",
     "target_modules": "model.lora.targets",
     "use_rslora": "model.lora.rslora",
+    "use_bias_correction_kl": "rl.kl_bias_correction",
 }
 
 

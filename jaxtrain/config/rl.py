@@ -18,12 +18,21 @@ class SamplingSection(Section):
     top_k: NonNegativeInt = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Fraction = 0.0
-    support: PositiveInt = 64  # with a filter: tokens that it leaves at most, under which the sample is then scored
+    support: PositiveInt = 64  # with a filter: tokens kept at most, among which the trainer scores the sample
     slots: PositiveInt = 64  # samples in flight
 
     @property
     def filtered(self) -> bool:
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SamplingSection:
+        if self.top_k > self.support:
+            raise ValueError(
+                f"top_k={self.top_k} is more than support={self.support}, the number of tokens that the trainer scores "
+                "a sample among: raise support, or lower top_k"
+            )
+        return self
 
 
 class CorrectionSection(Section):
@@ -62,9 +71,10 @@ class RLSection(Section):
     beta: NonNegativeFloat | None = None  # of the KL to the reference; 0 needs no reference
     kl: Literal["k1", "k2", "k3"] | None = None
     kl_in: Literal["loss", "reward"] | None = None
+    kl_bias_correction: bool | None = None  # KL in the loss: weighed by p / p_old (TRL's use_bias_correction_kl)
     epsilon_low: NonNegativeFloat | None = None
     epsilon_high: NonNegativeFloat | None = None
-    dual_clip: PositiveFloat | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     gamma: Fraction | None = None
     lam: Fraction | None = None
     max_refills: NonNegativeInt | None = None  # dynamic sampling: rounds that replace groups whose rewards are alike
@@ -85,4 +95,9 @@ class RLSection(Section):
             raise ValueError(f"two rewards are named {twice[0]!r}: metrics and weights tell them by their name")
         if self.prompts % self.minibatches:
             raise ValueError(f"prompts={self.prompts} is no multiple of minibatches={self.minibatches}")
+        if self.placement.staleness and self.correction is None:
+            raise ValueError(
+                f"placement.staleness={self.placement.staleness} needs `correction`: nothing else bounds the weight of "
+                "samples drawn from older weights (the clip is around the trainer's own log-probabilities)"
+            )
         return self

@@ -64,6 +64,11 @@ class RunConfig(Section):
                 f"train.batch_size={self.train.batch_size} is no multiple of "
                 f"train.microbatches={self.train.microbatches}"
             )
+        if self.rl is not None and self.model.lora is not None and self.model.lora.dropout:
+            raise ValueError(
+                f"model.lora.dropout={self.model.lora.dropout} must be 0 with recipe rl: the sampler and the old "
+                "log-probabilities are without dropout, so that the first update would not have a ratio of 1"
+            )
         if self.rl is not None and self.rl.max_completion_length >= self.data.max_length:
             raise ValueError(
                 f"rl.max_completion_length={self.rl.max_completion_length} leaves no room for a prompt in "

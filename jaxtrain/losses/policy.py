@@ -53,8 +53,18 @@ class Objective:
     aggregation: Aggregation = "dapo"
     beta: float = 0.0  # of the KL in the loss; 0 needs no reference
     kl: Divergence = "k3"
+    kl_bias_correction: bool = False  # weigh the KL by the token's ratio to the old policy
     correction: Correction | None = None
     max_completion_length: int = 1  # the divisor of `dr_grpo`
+
+    def __post_init__(self) -> None:
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(
+                f"dual_clip={self.dual_clip} must be more than 1: at the old policy, where the ratio is 1, it would "
+                "already cut off the gradient of every negative advantage"
+            )
+        if self.beta:
+            check_kl_in_loss(self.kl, self.kl_bias_correction)
 
     @property
     def separable(self) -> bool:
@@ -113,6 +123,27 @@ def divergence(kind: Divergence, logp: Array, ref: Array) -> Array:
             return jnp.expm1(log_ratio) - log_ratio
 
 
+def check_kl_in_loss(kind: Divergence, bias_correction: bool) -> None:
+    """Raise ValueError for an estimate whose gradient is not that of a KL.
+
+    With y drawn from the policy p, what a loss descends is the mean over y of the derivative of the estimate at y:
+
+        k1           0: the mean of d log p is 0, whatever the reference is
+        k2           the gradient of KL(p || reference)
+        k3           the gradient of KL(reference || p)
+        k1, k3 times p / p_old, differentiated with it: the gradient of KL(p || reference); also off policy, for samples
+            of p_old. DeepSeek-V3.2 (arXiv:2512.02556) has it so with k3.
+    """
+    if kind == "k1" and not bias_correction:
+        raise ValueError(
+            "kl=k1 in the loss has an expected gradient of 0: use k2 or k3, kl_bias_correction=true, or kl_in=reward"
+        )
+    if kind == "k2" and bias_correction:
+        raise ValueError(
+            "kl_bias_correction=true is for k1 and k3: k2 has the gradient of KL(policy || reference) without it"
+        )
+
+
 def aggregate(loss: Array, batch: Batch, norm: Norm, objective: Objective) -> Array:
     """[B, T] -> []. The sums are over this microbatch, the divisors those of the whole global batch.
 
@@ -144,9 +175,10 @@ def make_policy_loss(
         weights, signals, logp = batch.loss_weights, batch.signals, scores.logp
         old = signals["old_logps"] if "old_logps" in signals else jax.lax.stop_gradient(logp)
         log_ratio = (logp - old) * (weights > 0)
+        # Far outside every bound already, and exp stays finite, so that no gradient is 0 * inf.
+        token_log_ratio = jnp.clip(log_ratio, -20, 20)
         if objective.level == "sequence":  # GSPO, Zheng et al. 2025 (arXiv:2507.18071): the geometric mean
             log_ratio = segment_means(log_ratio, weights, batch.segment_ids)
-        # Far outside every bound already, and exp stays finite, so that no gradient is 0 * inf.
         log_ratio = jnp.clip(log_ratio, -20, 20)
         tokens = Tokens(logp, log_ratio, signals["advantages"], weights)
         per_token = surrogate(tokens, objective)
@@ -158,7 +190,9 @@ def make_policy_loss(
             metrics |= _factor_metrics(factor, weights)
         if objective.beta:
             kl = divergence(objective.kl, logp, signals["ref_logps"])
-            per_token = per_token + objective.beta * kl
+            # The token's own ratio at either level, since the estimate is the token's.
+            weighed = kl * jnp.exp(token_log_ratio) if objective.kl_bias_correction else kl
+            per_token = per_token + objective.beta * weighed
             metrics["kl"] = _mean(kl, weights)
         value = aggregate(per_token, batch, norm, objective)
         metrics |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from jaxtrain.rl.controller import Learner, PerToken, Plan, Reference, Roles, Up
 from jaxtrain.rl.placement import make_meshes, make_sampler
 from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
-from jaxtrain.rl.rollouts import Prompt
+from jaxtrain.rl.rollouts import Prompt, support_metrics
 from jaxtrain.rl.scoring import RewardScorer, conversation_metrics
 from jaxtrain.rl.sources import OnPolicySource, PrefetchingSource, SampleSource
 from jaxtrain.rl.trajectories import Replay, sample_table, write_step
@@ -150,9 +151,9 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
             values = _values(critic.policy.model)
             roles = roles._replace(critic=learner(critic, begun.critic, critic_config, value_loss, values))
         if algorithm.needs_reference:
-            # Under LoRA it is the base, which is there anyway, with the adapters off.
-            model = Model(policy.model.config, None, policy.model.run, policy.model.param_dtype)
-            params = None if policy.model.base_frozen else initial_params(config, policy)
+            params = initial_params(config, policy, begun.policy.frozen)
+            # Without adapters of its own the reference is the base alone.
+            model = policy.model if params else replace(policy.model, lora=None, new_tokens=None)
             roles = roles._replace(reference=Reference(params, _log_probabilities(model, temperature)))
 
         start = int(begun.policy.step)
@@ -299,6 +300,7 @@ def _extra_metrics(update: Update, sampler: Any, scorer: RewardScorer) -> Mappin
         **sampler.metrics(),
         **scorer.metrics(),
         **conversation_metrics(trajectories),
+        **support_metrics(trajectories),
         "staleness/mean": float(staleness.mean()),
         "staleness/max": float(staleness.max()),
     }

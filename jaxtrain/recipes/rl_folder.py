@@ -17,7 +17,7 @@ import optax
 from jaxtrain.config import RunConfig
 from jaxtrain.data.prompts import PromptStream
 from jaxtrain.recipes.run_folder import abstract_state, check_tokenizer, fingerprint, fresh_state
-from jaxtrain.recipes.setup import Policy, base_params
+from jaxtrain.recipes.setup import Policy, adapter_params, base_params
 from jaxtrain.rl.controller import Experience, Pending, Update
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Batch, Params, TrainState
@@ -99,9 +99,17 @@ def save(
             path.unlink()
 
 
-def initial_params(config: RunConfig, policy: Policy) -> Params:
-    """The parameters that a run begins with, without adapters: what the reference is, also of a resumed run."""
-    return base_params(config.model, policy, config.run.seed)
+def initial_params(config: RunConfig, policy: Policy, frozen: Params) -> Params:
+    """What a run starts from, beside its `frozen` weights; the same for a resumed run.
+
+    Without frozen weights, all parameters. With them, the adapters of `model.lora.path`, or nothing: new adapters do
+    not change the base.
+    """
+    if not policy.model.base_frozen:
+        return base_params(config.model, policy, config.run.seed)
+    if config.model.lora is None or config.model.lora.path is None:
+        return {}
+    return adapter_params(config.model, policy, config.run.seed, frozen)
 
 
 def _tree(states: dict[str, TrainState]) -> dict[str, Any]:

@@ -7,12 +7,23 @@ functions are yours or the ready ones of `rl.advantages` and `losses.policy`.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxtrain.config import ConfigError
 from jaxtrain.config.rl import CriticSection, RLSection
-from jaxtrain.losses.policy import Aggregation, Correction, Divergence, Level, Objective, Surrogate, cispo, clip
+from jaxtrain.losses.policy import (
+    Aggregation,
+    Correction,
+    Divergence,
+    Level,
+    Objective,
+    Surrogate,
+    check_kl_in_loss,
+    cispo,
+    clip,
+)
 from jaxtrain.named import load_named
 from jaxtrain.rl.advantages import (
     Estimator,
@@ -39,6 +50,7 @@ class Algorithm:
     beta: float = 0.0  # of the KL to the reference; 0 needs no reference
     kl: Divergence = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    kl_bias_correction: bool = False  # KL in the loss: weighed by the ratio to the old policy
     max_refills: int = 0  # dynamic sampling: how often groups that are all alike are replaced by others
     overlong_filter: bool = False  # samples that were cut off carry no loss
     overlong_cache: float = 0.0  # soft punishment over this last share of max_completion_length; 0: none
@@ -63,6 +75,7 @@ class Algorithm:
             self.aggregation,
             self.beta if self.kl_in == "loss" else 0.0,
             self.kl,
+            self.kl_bias_correction,
             correction,
             max_completion_length,
         )
@@ -96,11 +109,20 @@ _OVERRIDES = (
     "epsilon_low",
     "gamma",
     "kl",
+    "kl_bias_correction",
     "kl_in",
     "lam",
     "max_refills",
     "overlong_cache",
     "overlong_filter",
+)
+
+_READERS: dict[str, tuple[Callable[..., Any], ...]] = {"dual_clip": (clip,), "gamma": (gae,), "lam": (gae,)}
+"""Numbers that only some of our functions read. All others are read by every one; a user's function may read all."""
+
+_OURS: tuple[Callable[..., Any], ...] = (
+    *(clip, cispo),
+    *(gae, globally_normalised, group_centred, group_normalised, leave_one_out),
 )
 
 
@@ -116,5 +138,27 @@ def find_algorithm(section: RLSection) -> Algorithm:
         raise ConfigError(f"rl.algorithm: {name!r} is no Algorithm (jaxtrain.rl.algorithms) but {type(row).__name__}")
     if not row.critic and section.critic != CriticSection():
         raise ConfigError(f"rl.critic: {name} has no critic; among ours ppo has one")
-    given = {key: getattr(section, key) for key in _OVERRIDES}
-    return replace(row, **{key: value for key, value in given.items() if value is not None})
+    given = {key: value for key in _OVERRIDES if (value := getattr(section, key)) is not None}
+    algorithm = replace(row, **given)
+    for key in given:
+        if reason := _unread(key, algorithm):
+            raise ConfigError(f"rl.{key}={given[key]} has no effect with rl.algorithm={name}: {reason}; leave it out")
+    if algorithm.beta and algorithm.kl_in == "loss":
+        try:
+            check_kl_in_loss(algorithm.kl, algorithm.kl_bias_correction)
+        except ValueError as error:
+            raise ConfigError(f"rl.algorithm={name}, rl.kl_in=loss: {error}") from None
+    return algorithm
+
+
+def _unread(key: str, algorithm: Algorithm) -> str | None:
+    """Why a number of this name changes nothing; None where it is read."""
+    if key in ("kl", "kl_in", "kl_bias_correction") and not algorithm.beta:
+        return "rl.beta is 0, so there is no KL"
+    if key == "kl_bias_correction" and algorithm.kl_in == "reward":
+        return "the KL belongs to the reward (rl.kl_in=reward)"
+    readers = _READERS.get(key)
+    used = (algorithm.advantages, algorithm.surrogate)
+    if readers is None or any(each in readers or each not in _OURS for each in used):
+        return None
+    return f"only {' and '.join(each.__name__ for each in readers)} reads it"

@@ -44,9 +44,13 @@ class Learner(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A role that is not."""
+    """The policy that the KL is measured to: what the run started from. Its parameters never change.
 
-    params: Params | None  # None: the policy's frozen weights, which are its base under LoRA
+    Under LoRA the base is the policy's own frozen weights, and `params` is what stands beside it: nothing for new
+    adapters, which change nothing yet, or a copy of the adapters of `model.lora.path`.
+    """
+
+    params: Params
     per_token: PerToken
 
 
@@ -154,9 +158,9 @@ def prepare(
     if plan.updates > 1 or penalised:
         packed = _scored(packed, "old_logps", roles.policy.params, roles.policy.per_token, place)
     if roles.reference is not None:
-        # Asked for now: a step gives its state's buffers away, the frozen ones too.
-        base = roles.policy.state.frozen if roles.reference.params is None else roles.reference.params
-        packed = _scored(packed, "ref_logps", base, roles.reference.per_token, place)
+        # Joined now: a step donates the buffers of its state, the frozen ones too.
+        params = join(roles.reference.params, roles.policy.state.frozen)
+        packed = _scored(packed, "ref_logps", params, roles.reference.per_token, place)
     if roles.critic is not None:
         packed = _scored(packed, "values", roles.critic.params, roles.critic.per_token, place)
 

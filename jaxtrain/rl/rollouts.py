@@ -140,6 +140,13 @@ def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None =
     return packed.spread(**{SUPPORTS: [_support(t, max(widths)) for t in trajectories]}) if widths else packed
 
 
+def support_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`sampling/support_full`: the share of tokens whose support is full, so that the filters may have kept more."""
+    own = [t.supports[t.loss_mask, -1] != NO_ID for t in trajectories if t.supports is not None]
+    full = np.concatenate(own) if own else np.zeros(0)
+    return {"sampling/support_full": float(full.mean())} if len(full) else {}
+
+
 def rows_needed(trajectories: Sequence[Trajectory], max_length: int, multiple: int) -> int:
     """Rows that `pack` fills, rounded up to a multiple of `multiple` and then to one of few sizes.
 

@@ -66,8 +66,8 @@ class Engine:
             slots: samples in flight; a multiple of the parts that the mesh deals rows to.
             cache_bytes: instead of `slots`, what the cache may take on each device: as many slots as fit (`.slots`).
             tokenizer: for `Completion.text`; without one it is None.
-            support: where filters (top-k, top-p, min-p) are on, keep at most so many tokens and return their ids as
-                `Completion.supports`. 0: filters are exact and supports are not returned.
+            support: where filters (top-k, top-p, min-p) are on, return the ids they keep as `Completion.supports`, and
+                keep at most so many, the most probable; a larger `top_k` is refused. 0: no bound and no supports.
             alternatives: the most that a request may ask for as `SamplingParams.alternatives`.
             steps: tokens a slot gets per device call at most; what streams, and what `set_params` waits for.
             version: of `params`; every token is tagged with it.
@@ -141,6 +141,7 @@ class Engine:
                 request,
                 vocab_size=self.model.config.vocab_size,
                 max_length=self.max_length,
+                support=self.support,
                 alternatives=self.alternatives,
                 has_tokenizer=self.tokenizer is not None,
                 name=f"request {index}",

@@ -1,8 +1,9 @@
 """From logits to a token: the distribution that a request asks for, and one draw from it.
 
 Every knob is a traced value, one a slot, so that no request ever compiles anything. What no slot asks for is skipped
-at run time (`lax.cond`). Filters keep the tokens at or above a threshold, which is read off the few most probable ones
-where these hold all that is kept, else found by bisection over the order of floats: the vocabulary is never sorted.
+at run time (`lax.cond`). What top-k, top-p and min-p keep is defined once, in `_truncate`: the first few tokens in one
+order, whose last is read off the most probable ones where these hold all that is kept, else found by bisection over the
+order of floats. The vocabulary is never sorted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jax import lax
 
 from jaxtrain.types import Array
 
-_CANDIDATES = 64  # most probable tokens that thresholds are looked for among first
+_CANDIDATES = 64  # most probable tokens among which the last one kept is looked for first
 _BLOCK = 128  # of the vocabulary: a draw picks a block, then a token in it
 
 
@@ -66,8 +67,9 @@ def draw(
     that are `constrained` [B]. Order: temperature, top-k, top-p of what is left, min-p.
 
     The randomness is a function of (seed, sample, position) alone. With `support` > 0 a filtered or constrained row
-    keeps at most that many tokens (another keeps all, and its support is -1 throughout). `alternatives` are how many
-    of the most probable tokens are told.
+    keeps at most that many tokens, the most probable of what its filters keep, and returns their ids (another row keeps
+    all, and its support is -1 throughout); `top_k` must not exceed it. `alternatives` is how many of the most probable
+    tokens are returned as `best`.
     """
     best = _argmax(logits)
     top = jnp.take_along_axis(logits, best[:, None], -1)[:, 0]
@@ -92,9 +94,9 @@ def draw(
         return ids, values - jax.nn.logsumexp(raw, -1, keepdims=True)
 
     no_best = jnp.zeros((len(best), alternatives), jnp.int32), jnp.zeros((len(best), alternatives), jnp.float32)
-    told = lax.cond(jnp.any(live & knobs.want_best), ranked, lambda: no_best) if alternatives else no_best
+    ids_and_logps = lax.cond(jnp.any(live & knobs.want_best), ranked, lambda: no_best) if alternatives else no_best
     raw_logp = lax.cond(jnp.any(live & knobs.want_logps), scored, lambda: nothing)
-    return Drawn(token, logp, raw_logp, broken, kept, *told)
+    return Drawn(token, logp, raw_logp, broken, kept, *ids_and_logps)
 
 
 def _argmax(logits: Array) -> Array:
@@ -112,25 +114,25 @@ def _sample(
     temperature = jnp.where(knobs.temperature > 0, knobs.temperature, 1)
     scores = (logits - top[:, None]) / temperature[:, None]  # the best has 0
     filtered = live & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0) | (constrained & (support > 0)))
-    nothing_kept = jnp.full((len(top), support), -1, jnp.int32)
-
-    def everything() -> tuple[Array, Array]:
-        return jnp.exp(scores), nothing_kept
-
-    def some() -> tuple[Array, Array]:
-        if support:
-            return _bounded(scores, knobs, filtered, support)
-        least = _threshold(scores, knobs, filtered)
-        return jnp.where((scores >= least[:, None]) | ~filtered[:, None], jnp.exp(scores), 0), nothing_kept
-
-    weights, kept = lax.cond(jnp.any(filtered), some, everything)
+    weights, kept = lax.cond(
+        jnp.any(filtered),
+        lambda: _truncate(scores, knobs, filtered, support),
+        lambda: (jnp.exp(scores), jnp.full((len(top), support), -1, jnp.int32)),
+    )
     token = _pick(weights, _uniforms(knobs, positions))
     chosen = jnp.take_along_axis(scores, token[:, None], -1)[:, 0]
     return token, chosen - jnp.log(weights.sum(-1)), kept
 
 
+class _Last(NamedTuple):
+    """The last token kept, in the order of descending scores, tokens of one score in the order of their ids."""
+
+    score: Array  # [B]
+    id: Array  # [B] int32
+
+
 class _Candidates(NamedTuple):
-    """The c most probable tokens, most probable first."""
+    """The c first tokens in that order."""
 
     ids: Array  # [B, c] int32
     scores: Array  # [B, c]
@@ -138,8 +140,30 @@ class _Candidates(NamedTuple):
     complete: Array  # [B] bool, whether the filters keep no other token
 
 
+def _truncate(scores: Array, knobs: Knobs, filtered: Array, support: int) -> tuple[Array, Array]:
+    """Weights [B, V] after the filters, for scores [B, V] whose best is 0, and the ids kept [B, support].
+
+    Tokens stand in the order of descending scores, those of one score in the order of their ids. Each filter keeps the
+    first few: top-k exactly k tokens; top-p the fewest whose share of what top-k left reaches p; min-p those with at
+    least min_p times the probability of the first. The first token is always kept. A `support` then ends the list.
+    """
+    count = min(support or _CANDIDATES, scores.shape[1])
+    found = _candidates(scores, knobs, count)
+    last = _last_candidate(found)
+    if not support:
+        unclear = filtered & ~found.complete
+        last = lax.cond(
+            jnp.any(unclear),
+            lambda: jax.tree.map(lambda a, b: jnp.where(unclear, a, b), _searched(scores, knobs), last),
+            lambda: last,
+        )
+    weights = jnp.where(_up_to(scores, last) | ~filtered[:, None], jnp.exp(scores), 0)
+    ids = jnp.where(found.kept & filtered[:, None], found.ids, -1).astype(jnp.int32)
+    return weights, ids[:, :support]
+
+
 def _candidates(scores: Array, knobs: Knobs, count: int) -> _Candidates:
-    """For scores [B, V] whose best is 0. There is always one that is kept, the best."""
+    """Of scores [B, V] whose best is 0; `lax.top_k` breaks ties by the lower id."""
     values, ids = lax.top_k(scores, count)
     rank = jnp.arange(count)
     weights = jnp.exp(values)
@@ -150,43 +174,50 @@ def _candidates(scores: Array, knobs: Knobs, count: int) -> _Candidates:
     before = jnp.cumsum(weights, -1) - weights
     nucleus = (before < (knobs.top_p * mass)[:, None]) | (knobs.top_p >= 1)[:, None]
     kept = ((ranked & nucleus & (weights >= knobs.min_p[:, None])) | (rank == 0)) & (weights > 0)
-    # A larger top-k has a mass of its own, which the candidates do not tell.
+    # A larger top-k has a mass of its own, which these candidates do not show.
     known = (few | (knobs.top_k == 0)) & (count < scores.shape[1])
     return _Candidates(ids, values, kept, (known & ~kept[:, -1]) | few | (count == scores.shape[1]))
 
 
-def _bounded(scores: Array, knobs: Knobs, filtered: Array, support: int) -> tuple[Array, Array]:
-    """Weights [B, V] after the filters, with at most `support` tokens left in a filtered row, and their ids."""
-    found = _candidates(scores, knobs._replace(top_k=jnp.minimum(knobs.top_k, support)), support)
-    kept = found.kept & filtered[:, None]
-    rows = jnp.arange(len(scores))[:, None]
-    some = jnp.zeros_like(scores).at[rows, found.ids].add(jnp.where(kept, jnp.exp(found.scores), 0))
-    return jnp.where(filtered[:, None], some, jnp.exp(scores)), jnp.where(kept, found.ids, -1).astype(jnp.int32)
+def _last_candidate(found: _Candidates) -> _Last:
+    index = jnp.maximum(found.kept.sum(-1) - 1, 0)[:, None]
+    return _Last(*(jnp.take_along_axis(values, index, -1)[:, 0] for values in (found.scores, found.ids)))
 
 
-def _threshold(scores: Array, knobs: Knobs, filtered: Array) -> Array:
-    """The least score [B] that top-k, then top-p, then min-p keep, for scores [B, V] whose best is 0."""
-    found = _candidates(scores, knobs, min(_CANDIDATES, scores.shape[1]))
-    least = jnp.where(found.kept, found.scores, jnp.inf).min(-1)
-    unclear = filtered & ~found.complete
-    return lax.cond(jnp.any(unclear), lambda: jnp.where(unclear, _searched(scores, knobs), least), lambda: least)
+def _up_to(scores: Array, last: _Last) -> Array:
+    """[B, V]: whether a token stands before `last` or is it."""
+    ties = (scores == last.score[:, None]) & (jnp.arange(scores.shape[1]) <= last.id[:, None])
+    return (scores > last.score[:, None]) | ties
 
 
-def _searched(scores: Array, knobs: Knobs) -> Array:
-    """`_threshold` by bisection."""
+def _searched(scores: Array, knobs: Knobs) -> _Last:
+    """The last token that top-k, then top-p, then min-p keep, by bisection over scores and then over ids."""
     vocab = scores.shape[1]
-    wanted = jnp.where(knobs.top_k > 0, jnp.minimum(knobs.top_k, vocab), vocab)
-    least = lax.cond(
-        jnp.any(knobs.top_k > 0),
-        lambda: _largest(scores, lambda kept: kept.sum(-1) >= wanted),
-        lambda: jnp.full(len(scores), -jnp.inf),
-    )
-    least = jnp.where(knobs.top_k > 0, least, -jnp.inf)
-    weights = jnp.where(scores >= least[:, None], jnp.exp(scores), 0)
-    mass = knobs.top_p * weights.sum(-1)
-    nucleus = _largest(scores, lambda kept: jnp.where(kept, weights, 0).sum(-1) >= mass)
-    least = jnp.where(knobs.top_p < 1, jnp.maximum(least, nucleus), least)
-    return jnp.maximum(least, jnp.where(knobs.min_p > 0, jnp.log(knobs.min_p), -jnp.inf))
+    ones = jnp.ones_like(scores)
+    whole = _Last(jnp.full(len(scores), -jnp.inf), jnp.full(len(scores), vocab - 1, jnp.int32))
+
+    def reaching(values: Array, wanted: Array) -> _Last:
+        """The first token up to which values [B, V] >= 0 sum up to `wanted` [B]."""
+        score = _largest(scores, lambda kept: jnp.where(kept, values, 0).sum(-1) >= wanted)
+        above = jnp.where(scores > score[:, None], values, 0).sum(-1)
+        ties = jnp.where(scores == score[:, None], values, 0)
+        reached = above[:, None] + jnp.cumsum(ties, -1) >= wanted[:, None]
+        # Rounding may leave nothing reached: then all of that score.
+        return _Last(score, jnp.where(reached.any(-1), jnp.argmax(reached, -1), vocab - 1).astype(jnp.int32))
+
+    def where(condition: Array, some: Callable[[], _Last], otherwise: _Last) -> _Last:
+        found = lax.cond(jnp.any(condition), some, lambda: otherwise)
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), found, otherwise)
+
+    wanted = jnp.clip(knobs.top_k, 1, vocab).astype(jnp.float32)
+    last = where(knobs.top_k > 0, lambda: reaching(ones, wanted), whole)
+    weights = jnp.where(_up_to(scores, last), jnp.exp(scores), 0)
+    last = where(knobs.top_p < 1, lambda: reaching(weights, knobs.top_p * weights.sum(-1)), last)
+    # The last of what is left and is likely enough: of the least such score, the highest id.
+    likely = _up_to(scores, last) & (jnp.exp(scores) >= knobs.min_p[:, None])
+    least = jnp.where(likely, scores, jnp.inf).min(-1)
+    highest = vocab - 1 - jnp.argmax((likely & (scores == least[:, None]))[:, ::-1], -1)
+    return where(knobs.min_p > 0, lambda: _Last(least, highest.astype(jnp.int32)), last)
 
 
 def _largest(scores: Array, enough: Callable[[Array], Array]) -> Array:

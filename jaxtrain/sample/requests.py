@@ -213,7 +213,14 @@ class Chunk(NamedTuple):
 
 
 def check_request(
-    request: Request, *, vocab_size: int, max_length: int, alternatives: int, has_tokenizer: bool, name: str
+    request: Request,
+    *,
+    vocab_size: int,
+    max_length: int,
+    support: int,
+    alternatives: int,
+    has_tokenizer: bool,
+    name: str,
 ) -> None:
     """Raise FieldError, naming the request, for one that can never be served."""
     params = request.params
@@ -243,6 +250,8 @@ def check_request(
     ):
         if len(given) > most:
             refuse(field_name, f"{len(given)} {kind}, and the engine holds up to {most} a request")
+    if 0 < support < min(params.top_k, vocab_size):
+        refuse("top_k", f"top_k={params.top_k}, and the engine returns supports of up to {support} tokens")
     if params.alternatives > alternatives:
         refuse("alternatives", f"alternatives={params.alternatives}, and the engine tells up to {alternatives}")
     if params.stop and not has_tokenizer:

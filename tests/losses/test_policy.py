@@ -11,7 +11,7 @@ from jaxtrain.losses.value import make_value_loss
 from jaxtrain.rl.algorithms import ALGORITHMS
 from jaxtrain.rl.rollouts import pack
 from jaxtrain.train.step import add_metrics, batch_norm
-from jaxtrain.types import TokenScores
+from jaxtrain.types import Batch, TokenScores
 
 LENGTHS = [3, 7, 5, 1, 6, 4]
 
@@ -130,9 +130,9 @@ def corrected(level, mode, cap):
     return value
 
 
-def kl_only(formula):
+def kl_only(formula, ratio=lambda n, o: 1.0):
     def value(new, old, ref, sampler, A):
-        tokens = [formula(n, f) for n, f in each(new, ref)]
+        tokens = [ratio(n, o) * formula(n, f) for n, o, f in each(new, old, ref)]
         surrogates = [clipped(np.exp(n - o), a, 0.2, 0.2) for n, o, a in each(new, old, A)]
         return -np.concatenate(surrogates).mean() + 0.5 * np.concatenate(tokens).mean()
 
@@ -146,7 +146,16 @@ CASES = {
     "gspo": (clip, Objective(0.03, 0.04, level="sequence", aggregation="grpo"), gspo),
     "dual clip": (clip, Objective(dual_clip=1.1), dual),
     "cispo": (cispo, Objective(epsilon_low=1.0, epsilon_high=0.2), cispo_value),
-    "k1": (clip, Objective(beta=0.5, kl="k1"), kl_only(lambda p, q: p - q)),
+    "k1 times the ratio": (
+        clip,
+        Objective(beta=0.5, kl="k1", kl_bias_correction=True),
+        kl_only(lambda p, q: p - q, lambda n, o: np.exp(n) / np.exp(o)),
+    ),
+    "k3 times the ratio": (
+        clip,
+        Objective(beta=0.5, kl="k3", kl_bias_correction=True),
+        kl_only(lambda p, q: np.exp(q) / np.exp(p) - (q - p) - 1, lambda n, o: np.exp(n) / np.exp(o)),
+    ),
     "k2": (clip, Objective(beta=0.5, kl="k2"), kl_only(lambda p, q: (p - q) ** 2 / 2)),
     "k3": (
         clip,
@@ -182,6 +191,45 @@ def test_loss_and_gradient_are_the_papers(problem, name):
         row, column = np.argwhere(np.isclose(batch.signals["new"], new[index][0], atol=0))[0]
         assert gradient[row, column] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert not gradient[batch.loss_weights == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias_correction", "of"),
+    [("k2", False, "reverse"), ("k3", False, "forward"), ("k1", True, "reverse"), ("k3", True, "reverse")],
+)
+def test_the_expected_gradient_of_a_kl_in_the_loss(kind, bias_correction, of):
+    """Over all tokens of a vocabulary, each weighed by its probability: `reverse` is KL(policy || reference)."""
+    rng = np.random.default_rng(0)
+    z, ref = jnp.asarray(rng.normal(size=7)), jax.nn.log_softmax(jnp.asarray(rng.normal(size=7)))
+    p = jax.nn.softmax(z)
+    row = np.zeros((1, 7), np.int32)
+    signals = {"advantages": np.zeros((1, 7)), "sampler_logps": jnp.log(p)[None], "ref_logps": ref[None]}
+    batch = Batch(row, row, row + 1, p[None], signals)  # the weights are the probabilities, which sum to 1
+    loss = make_policy_loss(clip, Objective(beta=1.0, kl=kind, kl_bias_correction=bias_correction))
+
+    def estimated(z):
+        logp = jax.nn.log_softmax(z)[None]
+        return loss(TokenScores(logp, logp, logp), batch, batch_norm(batch))[0]
+
+    def divergence(z):
+        logp = jax.nn.log_softmax(z)
+        return jnp.sum(jnp.exp(logp) * (logp - ref)) if of == "reverse" else jnp.sum(jnp.exp(ref) * (ref - logp))
+
+    np.testing.assert_allclose(jax.grad(estimated)(z), jax.grad(divergence)(z), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"dual_clip": 1.0}, "dual_clip=1.0 must be more than 1"),
+        ({"dual_clip": 0.5}, "dual_clip=0.5 must be more than 1"),
+        ({"beta": 0.1, "kl": "k1"}, "expected gradient of 0"),
+        ({"beta": 0.1, "kl": "k2", "kl_bias_correction": True}, "for k1 and k3"),
+    ],
+)
+def test_numbers_under_which_nothing_is_learned_are_refused(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**numbers)
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(problem):

@@ -155,6 +155,30 @@ def test_lora_has_its_base_as_the_reference(place, tmp_path):
     assert lines[2]["kl"] > 1e-5
 
 
+def test_an_adapter_that_is_trained_on_is_part_of_the_reference(place, tmp_path):
+    """Also once the run is resumed."""
+    config = tree(place, beta=0.1, kl_in="loss", minibatches=2)
+    config["model"]["lora"] = {"rank": 4}
+    config["optimizer"]["learning_rate"] = 0.3
+    train(config, tmp_path / "first", steps=4)
+    export_run(tmp_path / "first", tmp_path / "adapter", adapter=True)
+    config["model"]["lora"] = {"path": str(tmp_path / "adapter")}
+    whole = train(config, tmp_path / "second", steps=4)
+    kls = [line["kl"] for line in whole if "kl" in line]
+    assert kls[0] == pytest.approx(0, abs=1e-6)
+    assert kls[3] > 1e-4
+    shutil.copytree(tmp_path / "second", tmp_path / "third")
+    shutil.rmtree(tmp_path / "third" / "checkpoints" / "4")
+    assert train(config, tmp_path / "third", steps=4) == whole
+
+
+def test_lora_dropout_is_refused(place, tmp_path):
+    config = tree(place)
+    config["model"]["lora"] = {"rank": 4, "dropout": 0.05}
+    with pytest.raises(ValueError, match=r"model\.lora\.dropout=0\.05 must be 0"):
+        train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

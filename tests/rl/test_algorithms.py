@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from jaxtrain.config import ConfigError
 from jaxtrain.config.rl import CriticSection, RLSection
@@ -48,3 +49,44 @@ def test_a_critics_numbers_need_an_algorithm_with_one():
     assert find_algorithm(section(algorithm="ppo", critic=critic)).critic
     with pytest.raises(ConfigError, match="grpo has no critic"):
         find_algorithm(section(critic=critic))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 0.9}, "rl.gamma=0.9 has no effect with rl.algorithm=grpo: only gae reads it"),
+        ({"lam": 0.9}, "only gae reads it"),
+        ({"algorithm": "cispo", "dual_clip": 3.0}, "only clip reads it"),
+        ({"kl": "k2"}, "rl.beta is 0"),
+        ({"kl_in": "reward"}, "rl.beta is 0"),
+        ({"algorithm": "rloo", "beta": 0.0, "kl": "k3"}, "rl.beta is 0"),
+        ({"algorithm": "rloo", "kl_bias_correction": True}, "the KL belongs to the reward"),
+        ({"algorithm": "rloo", "kl_in": "loss"}, "kl=k1 in the loss has an expected gradient of 0"),
+        ({"beta": 0.1, "kl": "k1"}, "kl=k1 in the loss has an expected gradient of 0"),
+        ({"beta": 0.1, "kl": "k2", "kl_bias_correction": True}, "for k1 and k3"),
+    ],
+)
+def test_numbers_without_an_effect_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        find_algorithm(section(**changes))
+
+
+def test_numbers_with_an_effect_are_not():
+    ppo = find_algorithm(section(algorithm="ppo", gamma=0.9, lam=0.8, dual_clip=3.0))
+    assert (ppo.gamma, ppo.lam, ppo.dual_clip) == (0.9, 0.8, 3.0)
+    assert find_algorithm(section(beta=0.1, kl="k1", kl_bias_correction=True)).kl_bias_correction
+    assert find_algorithm(section(algorithm="rloo", kl_in="loss", kl="k2")).kl_in == "loss"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dual_clip": 0.5}, "dual_clip"),
+        ({"dual_clip": 1.0}, "dual_clip"),
+        ({"sampling": {"top_k": 100, "top_p": 0.9}}, "top_k=100 is more than support=64"),
+        ({"placement": {"staleness": 1}, "correction": None}, "staleness=1 needs `correction`"),
+    ],
+)
+def test_sections_that_promise_what_does_not_happen_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        section(**changes)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from trajectories import trajectory
 
-from jaxtrain.rl.rollouts import NO_ID, pack, rows_needed
+from jaxtrain.rl.rollouts import NO_ID, pack, rows_needed, support_metrics
 
 
 def random_trajectories(count, seed=0):
@@ -55,3 +55,11 @@ def test_numbers_of_rows_are_few_and_waste_little(multiple):
 def test_a_trajectory_that_does_not_fit_is_an_error():
     with pytest.raises(AssertionError, match="21 tokens does not fit"):
         pack([trajectory(10, 11)], 20)
+
+
+def test_a_full_support_is_counted():
+    """Of the model's own tokens that were filtered: there the filters may have kept more than the support holds."""
+    assert support_metrics([trajectory()]) == {}
+    t = trajectory(length=4, loss_mask=np.array([1, 1, 0, 1], bool))
+    t = t._replace(supports=np.array([[1, 2], [3, -1], [-1, -1], [4, 5]], np.int32))
+    assert support_metrics([t, trajectory()]) == {"sampling/support_full": pytest.approx(2 / 3)}

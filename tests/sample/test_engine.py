@@ -97,6 +97,11 @@ def test_a_sample_ends_with_its_stop_token(engine):
         assert completion.finish_reason == ("stop" if ends else "length")
 
 
+def test_a_top_k_above_the_support_is_refused(engine):
+    with pytest.raises(ValueError, match="top_k=9, and the engine returns supports of up to 8 tokens"):
+        engine.submit(Request([1, 2], SamplingParams(max_tokens=2, top_k=9, top_p=0.9)))
+
+
 def test_supports_hold_the_mass_that_logps_are_relative_to(model_and_params, engine):
     """A filtered sample scored under its own support is its `logps`: what the trainer will do."""
     params = SamplingParams(12, temperature=0.8, top_k=5, top_p=0.9)

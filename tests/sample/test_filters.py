@@ -84,6 +84,44 @@ def test_a_support_lists_what_is_kept_and_bounds_it():
     assert (draws(4).support == -1).all()
 
 
+TIED = np.floor(np.random.default_rng(1).normal(size=(1, VOCAB)) * 2).astype(np.float32)  # few values, so many ties
+TRUNCATIONS = [
+    {"top_k": 5},
+    {"top_k": 50},
+    {"top_p": 0.5},
+    {"top_p": 0.9},
+    {"min_p": 0.1},
+    {"top_k": 150},
+    {"top_k": 30, "top_p": 0.7},
+    {"top_k": 150, "top_p": 0.9},
+    {"top_k": 150, "top_p": 0.95, "min_p": 0.02},
+]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["tied", "all alike"])
+@pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
+def test_ties_are_broken_by_the_lower_id_with_and_without_a_support(options, flat):
+    logits = np.zeros_like(TIED) if flat else TIED
+    p = np.exp(logits[0].astype(np.float64))
+    order = np.argsort(-p, kind="stable")
+    kept = order[: options.get("top_k") or VOCAB]
+    share = np.cumsum(p[kept]) / p[kept].sum()
+    # Sums of many equal terms are not those of float32 to the last bit.
+    kept = kept[np.append(0, share[:-1]) < options.get("top_p", 1.0) - 1e-6]
+    kept = kept[p[kept] >= options.get("min_p", 0.0) * p.max()]
+    rows = jnp.asarray(np.repeat(logits, 64, 0))
+    every = jnp.ones(64, bool)
+    where = jnp.arange(64)
+    exact = drawn(rows, rows, knobs_of(64, **options), where, every, ~every, 0)
+    listed = drawn(rows, rows, knobs_of(64, **options), where, every, ~every, VOCAB)
+    assert set(listed.support[0].tolist()) - {-1} == set(kept.tolist())
+    expected = np.log(p / p[kept].sum())
+    for got in (exact, listed):
+        assert set(got.token.tolist()) <= set(kept.tolist())
+        np.testing.assert_allclose(got.logp, expected[got.token], atol=2e-5)
+    np.testing.assert_array_equal(exact.token, listed.token)
+
+
 def test_zero_temperature_is_greedy_whatever_the_filters():
     got = draws(temperature=0, top_k=7, top_p=0.5, min_p=0.2)
     assert (got.token == LOGITS[0].argmax()).all() and not got.logp.any()
