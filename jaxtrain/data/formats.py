@@ -23,11 +23,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxtrain.data.chat import ChatTokenizer, encode, token_weights, without_limits
+from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.columns import Row, check_columns, kind_of
 from jaxtrain.data.messages import Conversation, conversation, question
 from jaxtrain.data.packing import Example
 from jaxtrain.data.token_ids import from_token_ids
+from jaxtrain.data.tokens import encode, token_weights, without_limits
 
 
 class Prompt(NamedTuple):
@@ -84,6 +85,11 @@ class Encoder:
         """
         with _nesting_bounded():
             if row.get("prompt") is None:
+                if row.get("messages") is None and row.get("conversations") is None:
+                    raise ValueError(
+                        f"there is no prompt: this row has {', '.join(map(repr, row)) or 'no columns'}, and needs "
+                        "`prompt` or `messages`; name them with data.train.columns, e.g. {prompt: question}"
+                    )
                 messages = conversation(row).messages
                 row = {"answer": messages[-1].get("content"), **row, "prompt": messages[:-1]}
             if isinstance(row["prompt"], str) and self._prompt_format == "plain":

@@ -1,10 +1,9 @@
-"""Prompts in the order of their mixture, one at a time, for reinforcement learning."""
+"""Prompts in the order of their mixture, one at a time: what reinforcement learning asks."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from jaxtrain.config import DataSection, SourceSection
@@ -15,15 +14,15 @@ T = TypeVar("T")
 
 
 class PromptStream(Generic[T]):
-    """Prompts made by `make(number, row)`, in an order that is the same on all hosts.
+    """Numbers and rows go to `make`, which answers with the prompt. All hosts that ask get the same ones.
 
-    `number` counts the prompts handed out since the start of the run, over all epochs.
+    The number counts the prompts handed out from the run's beginning, all epochs included.
     """
 
     def __init__(
         self, sources: Sequence[SourceSection], data: DataSection, make: Callable[[int, Row], T], *, seed: int
     ):
-        """Makes the first prompt of every source, so that wrong data fail at the start. Raises DataError."""
+        """Makes the first prompt of every source, so that wrong data are an error now. Raises DataError."""
         self._sources = [Source(section, keep_columns=True) for section in sources]
         self._mixture = Mixture(self._sources, seed=seed, shuffle=data.shuffle, shard=0, num_shards=1)
         self._make, self._skip_bad = make, data.on_bad_row == "skip"
@@ -32,7 +31,7 @@ class PromptStream(Generic[T]):
             self._read(source, 0, 0)
 
     def take(self, count: int) -> list[T]:
-        """The next `count` prompts; fewer where the sources are exhausted. Raises DataError for a bad row."""
+        """The next `count` prompts; fewer where the sources have run dry. Raises DataError for a bad row."""
         taken: list[T] = []
         fruitless = 0
         while len(taken) < count and (draw := self._mixture.draw(self._counts)) is not None:
@@ -50,7 +49,12 @@ class PromptStream(Generic[T]):
 
     def _read(self, source: Source, row: int, number: int) -> T | None:
         try:
-            return source.make(row, partial(self._make, number))
+            try:
+                return self._make(number, source[row])
+            except DataError:
+                raise
+            except ValueError as error:
+                raise DataError(f"{source.place(row)}: {error}") from error
         except DataError as error:
             if not self._skip_bad:
                 raise
