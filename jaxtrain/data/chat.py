@@ -15,17 +15,19 @@ order:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from jaxtrain.data.tokens import encode, token_weights, without_limits
 from jaxtrain.data.tracing import Message, Span, Trace, names_read, refusal, trace
 
 _PROBE = "jaxtrain-probe"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the key that holds an assistant's reasoning
+_OTHER_ROLES = ("system", "developer", "tool")  # that a template may not know
 
 
 class EncodedChat(NamedTuple):
@@ -48,8 +50,7 @@ class ChatTokenizer:
         self._backend = without_limits(tokenizer)
         self._special = tuple(sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
         self._headers = lru_cache(maxsize=256)(self._find_headers)
-        # What was seen to change the rendered text, so that it is not rendered twice for every conversation.
-        self._rendered_roles: set[str] = set()
+        self._rendered_roles: set[str] = set()  # whose words were seen in a rendered text: checked once
 
     def __call__(
         self,
@@ -98,8 +99,9 @@ class ChatTokenizer:
         """
         kwargs = template_kwargs or {}
         before = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-        text = self._apply(before + messages, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
-        self._check_roles_rendered(text, before, messages, kwargs)
+        options: dict[str, Any] = {"tools": None, "template_kwargs": kwargs, "add_generation_prompt": True}
+        text = self._apply(before + messages, **options)
+        self._check_roles(text, before + messages, lambda changed: self._apply(changed, **options), len(before))
         _, *between = text.split(_PROBE, 2)
         if len(between) != 2:
             raise ValueError("the chat template does not write an assistant's turn as it is: nothing can follow it")
@@ -123,7 +125,8 @@ class ChatTokenizer:
     ) -> str:
         """The text that the template makes of a conversation.
 
-        Raises ValueError where the template fails, and where it leaves out `tools` or a message's `tool_calls`.
+        Raises ValueError where the template fails, and where it leaves out `tools`, a message's `tool_calls` or what
+        messages of a role say.
         """
 
         def apply(messages: list[Message], tools: list[Any] | None) -> str:
@@ -132,11 +135,13 @@ class ChatTokenizer:
             )
 
         text = apply(messages, tools)
+        self._check_roles(text, messages, lambda changed: apply(changed, tools))
         names = names_read(self._tokenizer.get_chat_template(tools=tools))
         if tools and "tools" not in names and apply(messages, None) == text:
+            called = ", ".join(str((tool.get("function") or tool).get("name")) for tool in tools)
             raise ValueError(
-                "the chat template does not write the tools of this conversation: give a template that does as "
-                "model.chat_template, or remove them"
+                f"the chat template never writes the schemas of tools, so the model would not see {called}: give a "
+                "template that does as model.chat_template, or leave the tools out"
             )
         for number, message in enumerate(messages):
             if not message.get("tool_calls") or "tool_calls" in names:
@@ -147,6 +152,29 @@ class ChatTokenizer:
                     "as model.chat_template"
                 )
         return text
+
+    def _check_roles(
+        self, text: str, messages: list[Message], render: Callable[[list[Message]], str], start: int = 0
+    ) -> None:
+        """Raises ValueError where `text` does not depend on what a message from number `start` on says."""
+        for number, message in enumerate(messages[start:], start):
+            role = message["role"]
+            if (
+                role not in _OTHER_ROLES
+                or role in self._rendered_roles
+                or not str(message.get("content") or "").strip()
+            ):
+                continue
+            try:
+                changed = render(_with_message(messages, number, message | {"content": _PROBE}))
+            except ValueError:  # the template refuses these words, so it reads them
+                changed = None
+            if changed == text:
+                raise ValueError(
+                    f"messages[{number}]: the chat template writes nothing for a message of the role {role!r}: give a "
+                    "template that does as model.chat_template"
+                )
+            self._rendered_roles.add(role)
 
     def _apply(
         self,
@@ -230,26 +258,6 @@ class ChatTokenizer:
         return trace(
             template, chat.messages, {"tools": chat.tools, **self._tokenizer.special_tokens_map, **chat.kwargs}
         )
-
-    def _check_roles_rendered(
-        self, text: str, before: list[Message], messages: list[Message], kwargs: dict[str, Any]
-    ) -> None:
-        """Raises ValueError where the template writes nothing for one of `messages`."""
-        for number, message in enumerate(messages):
-            role = message["role"]
-            if role in self._rendered_roles:
-                continue
-            others = before + messages[:number] + messages[number + 1 :]
-            try:
-                without = self._apply(others, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
-            except ValueError:  # the template needs the message, so it reads it
-                without = None
-            if without == text:
-                raise ValueError(
-                    f"the chat template writes nothing for a message of the role {role!r}: give a template that does "
-                    "as model.chat_template, or answer in another role"
-                )
-            self._rendered_roles.add(role)
 
     def _answer_within(self, text: str, block: Span, headers: tuple[str, ...]) -> Span:
         start, end = block
@@ -341,43 +349,6 @@ def _with_message(messages: list[Message], number: int, message: Message) -> lis
 
 def _without(message: Message, *keys: str) -> Message:
     return {key: value for key, value in message.items() if key not in keys}
-
-
-def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The `tokenizers.Tokenizer` inside, told not to pad or cut whatever its file says: packing does both."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
-
-
-def encode(backend: Any, text: str, *, add_special_tokens: bool) -> Any:
-    """The `tokenizers.Encoding` of a text. Raises ValueError for a lone surrogate, which no UTF-8 text holds."""
-    try:
-        return backend.encode(text, add_special_tokens=add_special_tokens)
-    except (TypeError, UnicodeError) as error:
-        at = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
-        if at is None:
-            raise
-        raise ValueError(
-            f"the text holds a lone surrogate, U+{ord(text[at]):04X}, which is half of a character: "
-            f"...{text[max(at - 20, 0) : at + 1]!a}"
-        ) from error
-
-
-def token_weights(offsets: list[Span], spans: Sequence[tuple[int, int, int, float]], outside: float) -> np.ndarray:
-    """Weights [n] float32 of tokens at `offsets`.
-
-    A token has the weight of the span (.., start, end, weight) that holds its first character, else `outside`.
-
-    A token that straddles the beginning of a span is not in it: the model never gets to choose that token, because the
-    prompt before the span is tokenised on its own when the model is asked.
-    """
-    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    weights = np.full(len(starts), outside, np.float32)
-    for _, start, end, weight in spans:
-        weights[(starts >= start) & (starts < end) & (ends > start)] = weight
-    return weights
 
 
 def _with_reasoning_names(message: Message) -> Message:

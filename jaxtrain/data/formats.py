@@ -23,11 +23,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxtrain.data.chat import ChatTokenizer, encode, token_weights, without_limits
+from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.columns import Row, check_columns, kind_of
 from jaxtrain.data.messages import Conversation, conversation, question
 from jaxtrain.data.packing import Example
 from jaxtrain.data.token_ids import from_token_ids
+from jaxtrain.data.tokens import encode, token_weights, without_limits
 
 
 class Prompt(NamedTuple):

@@ -222,6 +222,27 @@ def test_a_template_that_never_writes_a_role_refuses_it_as_a_reply():
     assert "tool\n1786" in tokenizer(CHATML).decode(ids)
 
 
+def test_a_role_that_a_template_never_writes_is_refused_and_not_trained_past():
+    chat = ChatTokenizer(tokenizer(MISTRAL))
+    with pytest.raises(ValueError, match=r"messages\[2\]: .* writes nothing for a message of the role 'tool'"):
+        chat([*CHAT[:2], {"role": "tool", "content": "7"}, CHAT[1]])
+    default = [{"role": "system", "content": "You are helpful"}, *CHAT]  # as the template writes on its own
+    assert len(ChatTokenizer(tokenizer(CHATML))(default).input_ids) == len(ChatTokenizer(tokenizer(CHATML))(CHAT)[0])
+
+
+def test_generation_marks_outside_of_a_loop_belong_to_turns_in_order():
+    marks = "".join(
+        f"{{{{ messages[{n}].content }}}}{{% generation %}}{{{{ messages[{n + 1}].content }}}}{{% endgeneration %}}"
+        for n in (0, 2)
+    )
+    tok = tokenizer(marks)
+    assert marked(tok, ChatTokenizer(tok)(CHAT, weights=[0, 0, 0, 1])).count("«") == 1
+    twice = tokenizer(marks + "{% generation %}{{ messages[3].content }}{% endgeneration %}")
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        ChatTokenizer(twice)(CHAT, weights=[0, 0, 0, 1])
+    assert ChatTokenizer(twice)(CHAT).loss_weights.any()
+
+
 def test_a_token_that_straddles_the_prompt_is_not_learned():
     tok = tokenizer(CHATML)
     chat = ChatTokenizer(tok)([{"role": "user", "content": "1"}, {"role": "assistant", "content": "\n\nParis"}])

@@ -256,9 +256,9 @@ def test_what_a_template_leaves_out_is_an_error(content):
     ignoring = tokenizer(CHATML.replace("message['content']", "(message['content'] or '')"))
     with pytest.raises(ValueError, match=r"messages\[1\]: the chat template does not write its tool_calls"):
         Encoder(ignoring)({"messages": messages})
-    with pytest.raises(ValueError, match="does not write the tools"):
+    with pytest.raises(ValueError, match="never writes the schemas of tools"):
         Encoder(ignoring)({"messages": CHAT, "tools": [TOOL]})
-    with pytest.raises(ValueError, match="does not write the tools"):
+    with pytest.raises(ValueError, match="never writes the schemas of tools"):
         Encoder(ignoring).question({"prompt": "What", "tools": [TOOL]})
     thinking = [CHAT[0], CHAT[1] | {"reasoning_content": "2 and 2"}]
     with pytest.raises(ValueError, match=r"messages\[1\]: the chat template does not write its reasoning"):
@@ -311,7 +311,7 @@ def test_null_columns_beside_a_good_format_are_absent(row):
 def test_a_question_without_a_prompt_is_an_error_with_its_reason():
     _, encode = chat_encoder()
     for row in ({"text": "x"}, {"input_ids": [1]}, {"prompt": None}, {"answer": "x"}):
-        with pytest.raises(ValueError, match=r"no conversation|no columns"):
+        with pytest.raises(ValueError, match="there is no prompt"):
             encode.question(row)
 
 
