@@ -52,9 +52,6 @@ class ChatTokenizer:
         self._encode = without_limits(tokenizer).encode
         self._special = tuple(sorted(tokenizer.added_tokens_encoder, key=len, reverse=True))
         self._headers = lru_cache(maxsize=256)(self._find_headers)
-        # What was seen to change the rendered text, so that it is not rendered twice for every conversation.
-        self._renders_tools = False
-        self._rendered_roles: set[str] = set()
 
     def __call__(
         self,
@@ -71,7 +68,6 @@ class ChatTokenizer:
         kwargs = template_kwargs or {}
         messages = [_with_reasoning_names(message) for message in messages]
         text = self.render(messages, tools=tools, template_kwargs=kwargs)
-        self._check_tools_rendered(text, messages, tools, kwargs)
         spans = self._assistant_spans(text, messages, tools, kwargs)
         trained = [span for index, span in spans if index >= first_trained]
         encoding = self._encode(text, add_special_tokens=False)
@@ -80,10 +76,8 @@ class ChatTokenizer:
     def prompt(
         self, messages: list[Message], *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> np.ndarray:
-        """The ids [n] int32 that make the model answer `messages`. Raises ValueError as `__call__` does."""
-        kwargs = template_kwargs or {}
-        text = self.render(messages, tools=tools, template_kwargs=kwargs, add_generation_prompt=True)
-        self._check_tools_rendered(text, messages, tools, kwargs, add_generation_prompt=True)
+        """The ids [n] int32 that make the model answer `messages`."""
+        text = self.render(messages, tools=tools, template_kwargs=template_kwargs or {}, add_generation_prompt=True)
         return np.array(self._encode(text, add_special_tokens=False).ids, np.int32)
 
     def reply(self, messages: list[Message], template_kwargs: dict[str, Any] | None = None) -> tuple[list[int], int]:
@@ -95,7 +89,6 @@ class ChatTokenizer:
         kwargs = template_kwargs or {}
         before = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
         text = self.render(before + messages, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
-        self._check_roles_rendered(text, before, messages, kwargs)
         _, *between = text.split(_PROBE, 2)
         if len(between) != 2:
             raise ValueError("the chat template does not write an assistant's turn as it is: nothing can follow it")
@@ -129,40 +122,6 @@ class ChatTokenizer:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         assert isinstance(text, str)
         return text
-
-    def _check_tools_rendered(
-        self, text: str, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any], **options: bool
-    ) -> None:
-        """Raises ValueError where `text` is the same without the tools: the model would never see their schemas."""
-        if not tools or self._renders_tools:
-            return
-        if self.render(messages, tools=None, template_kwargs=kwargs, **options) == text:
-            names = ", ".join(str((tool.get("function") or tool).get("name")) for tool in tools)
-            raise ValueError(
-                f"the chat template never writes the schemas of tools, so the model would not see {names}: give a "
-                "template that does as model.chat_template, or leave the tools out"
-            )
-        self._renders_tools = True
-
-    def _check_roles_rendered(
-        self, text: str, before: list[Message], messages: list[Message], kwargs: dict[str, Any]
-    ) -> None:
-        """Raises ValueError where the template writes nothing for one of `messages`."""
-        for number, message in enumerate(messages):
-            role = message["role"]
-            if role in self._rendered_roles:
-                continue
-            others = before + messages[:number] + messages[number + 1 :]
-            try:
-                without = self.render(others, tools=None, template_kwargs=kwargs, add_generation_prompt=True)
-            except ValueError:  # the template needs the message, so it reads it
-                without = None
-            if without == text:
-                raise ValueError(
-                    f"the chat template writes nothing for a message of the role {role!r}: give a template that does "
-                    "as model.chat_template, or answer in another role"
-                )
-            self._rendered_roles.add(role)
 
     def _assistant_spans(
         self, text: str, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any]

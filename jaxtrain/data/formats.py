@@ -109,11 +109,6 @@ class Encoder:
         becomes the `answer` unless the row has one. Raises ValueError.
         """
         if "prompt" not in row:
-            if not row.keys() & {"messages", "conversations"}:
-                raise ValueError(
-                    f"there is no prompt: this row has {', '.join(map(repr, row)) or 'no columns'}, and needs `prompt` "
-                    "or `messages`; name them with data.train.columns, e.g. {prompt: question}"
-                )
             messages, _ = conversation(row)
             row = {"answer": messages[-1].get("content"), **row, "prompt": messages[:-1]}
         prompt = row["prompt"]

@@ -203,25 +203,6 @@ def test_tool_calls_are_learned_and_their_results_are_not(template):
     assert chat.input_ids.tolist() == tok.apply_chat_template(CALLS, tools=TOOLS)["input_ids"]
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["smollm2", "llama3"])
-def test_a_template_that_never_writes_tools_refuses_them_by_name(template):
-    chat = ChatTokenizer(tokenizer(template, bos_token="<|begin_of_text|>"))
-    question = [{"role": "user", "content": "What is 1 + 1?"}]
-    with pytest.raises(ValueError, match=r"never writes the schemas of tools.* not see add: .*model\.chat_template"):
-        chat.prompt(question, tools=TOOLS)
-    with pytest.raises(ValueError, match="never writes the schemas of tools"):
-        chat([*question, {"role": "assistant", "content": "2"}], tools=TOOLS)
-    assert len(chat.prompt(question, tools=[])) == len(chat.prompt(question))
-
-
-def test_a_template_that_never_writes_a_role_refuses_it_as_a_reply():
-    """Mistral's writes the user's and the assistant's messages and ignores all others."""
-    with pytest.raises(ValueError, match="writes nothing for a message of the role 'tool'"):
-        ChatTokenizer(tokenizer(MISTRAL)).reply([{"role": "tool", "content": "1786"}])
-    ids, _ = ChatTokenizer(tokenizer(CHATML)).reply([{"role": "tool", "content": "1786"}])
-    assert "tool\n1786" in tokenizer(CHATML).decode(ids)
-
-
 def test_a_token_that_straddles_the_prompt_is_not_learned():
     tok = tokenizer(CHATML)
     chat = ChatTokenizer(tok)([{"role": "user", "content": "1"}, {"role": "assistant", "content": "\n\nParis"}])
