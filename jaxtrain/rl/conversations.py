@@ -1,6 +1,6 @@
 """Many conversations between the model and environments at once, advancing together turn by turn.
 
-Token in, token out: what the model wrote stays the ids that were sampled, and every further turn of the engine continues
+Token in, token out: what the model wrote stays the ids that were sampled, and each further turn of the engine continues
 exactly these. Of what the environment says only the new part is rendered and tokenised, and it carries no loss.
 """
 
@@ -114,7 +114,7 @@ class Conversations:
 
 @dataclass
 class _Conversation:
-    """One conversation in progress. All lists but `opening` and `messages` have an entry per token of the completion."""
+    """A conversation in progress. All lists but `opening` and `messages` have an entry per token of the completion."""
 
     prompt: Prompt
     sample: int

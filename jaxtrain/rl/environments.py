@@ -16,6 +16,7 @@ import numpy as np
 from jaxtrain.data.chat import Message
 
 REWARD_PART = "environment"  # the name of its reward among the parts of a sample's reward
+MAX_REWARD = float(np.finfo(np.float32).max)  # advantages are float32: a larger reward would be infinite there
 
 
 class Opening(NamedTuple):
@@ -66,7 +67,7 @@ def checked_reply(reply: Any) -> Reply:
     if not isinstance(reply.reward, SupportsFloat):
         raise ValueError(f"Reply.reward must be a number, not {type(reply.reward).__name__}")
     reward = float(reply.reward)
-    if not abs(reward) <= np.finfo(np.float32).max:  # NaN too
+    if not abs(reward) <= MAX_REWARD:  # NaN too
         raise ValueError(f"Reply.reward must be finite in float32, not {reward}")
     return reply._replace(reward=reward)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-_MINUS = str.maketrans({sign: "-" for sign in "\u2212\u2013\ufe63\uff0d"} | {"\u2044": "/"})
+_MINUS = str.maketrans(dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-") | {"\u2044": "/"})
 # Between groups of three digits: LaTeX's `{,}` and `\,`, no-break and thin spaces, an apostrophe, an underscore.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\,|\{,\}|[\u00a0\u202f\u2009'\u2019_])(?=\d{3}(?!\d))")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}")
@@ -32,7 +32,9 @@ def final_number(text: str) -> float | None:
     numbers with a comma between them that do not form groups of thousands are two numbers: "3,4" ends with 4.
     """
     text = _THOUSANDS.sub(",", text.translate(_MINUS))
-    text = _FRAC.sub(lambda match: f" {match[1]}/{match[2]}" if _follows_digit(match) else f"{match[1]}/{match[2]}", text)
+    text = _FRAC.sub(
+        lambda match: f" {match[1]}/{match[2]}" if _follows_digit(match) else f"{match[1]}/{match[2]}", text
+    )
     if "####" in text:
         after_mark = _numbers(text.rpartition("####")[2])
         if after_mark:

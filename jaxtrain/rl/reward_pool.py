@@ -111,7 +111,8 @@ class RewardPool:
                 if hung[task.name] > 8 * len(self._workers):
                     idle.appendleft(worker)
                     yield from (
-                        _Answer(one, None, "timeout", "timeout: not tried: too many others hung") for one in task.singles()
+                        _Answer(one, None, "timeout", "timeout: not tried: too many others hung")
+                        for one in task.singles()
                     )
                     continue
                 worker.send(self._rewards[task.name], task, samples)
@@ -125,7 +126,11 @@ class RewardPool:
                 if connection not in ready and now < deadline:
                     continue
                 del busy[connection]
-                answer = worker.answer(task) if connection in ready else _Answer(task, None, "timeout", "timeout: took too long")
+                answer = (
+                    worker.answer(task)
+                    if connection in ready
+                    else _Answer(task, None, "timeout", "timeout: took too long")
+                )
                 if answer.failure in ("timeout", "died"):
                     hung[task.name] += answer.failure == "timeout"
                     worker.restart()
@@ -199,7 +204,9 @@ class _Worker:
         if values is None:
             return _Answer(task, None, "error", said)
         if len(values) != len(task.samples):
-            return _Answer(task, None, "wrong_length", f"wrong length: {len(values)} values for {len(task.samples)} samples")
+            return _Answer(
+                task, None, "wrong_length", f"wrong length: {len(values)} values for {len(task.samples)} samples"
+            )
         return _Answer(task, values, None, "")
 
     def restart(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from jaxtrain.rl.numbers import final_number
 
+
 def text_of(completion: Any) -> str:
     """A completion as text, whether it is a string or a list of messages."""
     if isinstance(completion, str):

@@ -1,4 +1,4 @@
-"""The reward of a trajectory: the weighted sum of its parts, from reward functions, reward models and its environment."""
+"""The reward of a trajectory: the weighted sum of what reward functions, reward models and its environment give."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config.rollouts import RewardSection
-from jaxtrain.rl.environments import REWARD_PART
+from jaxtrain.rl.environments import MAX_REWARD, REWARD_PART
 from jaxtrain.rl.failures import FailureLog
 from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
@@ -33,7 +33,9 @@ class RewardScorer:
         environment_weight: float = 1.0,
         models: Sequence[RewardModel] = (),
     ):
-        self._weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {REWARD_PART: environment_weight}
+        self._weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {
+            REWARD_PART: environment_weight
+        }
         self._pool, self._models = pool, models
         self._counts: Counter[str] = Counter()
         self._log = FailureLog()
@@ -56,28 +58,30 @@ class RewardScorer:
         seconds = time.perf_counter() - start
         for (name, kind), count in (+scores.failures).items():
             self._counts[f"rewards/{name}/{kind}"] += count
-        scored = []
+        scored: list[Trajectory] = []
+        all_reasons: list[str] = []
         for index, t in enumerate(trajectories):
             parts = dict(t.rewards) | {name: float(part[index]) for name, part in scores.parts.items()}
-            reward, reason = self._total(parts)
-            if "error" in t.info:  # its environment or the sampler failed: the functions saw only a part of it
-                reason = f"{REWARD_PART if 'turns' in t.info else 'sampler'}: {t.info['error']}"
-            reason = scores.reasons.get(index, reason)
+            reward, problem = self._total(parts)
+            # What happened first counts: of a conversation that broke off, the functions saw only a part.
+            reasons = [reason for reason in (_error(t), scores.reasons.get(index)) if reason]
+            if problem and not reasons:
+                reasons.append(problem)
+            self._counts["rewards/lost"] += bool(reasons)
+            all_reasons += reasons
             # Weighted as their sum is, so that the tokens' rewards stay a share of the sample's.
             by_token = None if t.token_rewards is None else self._weights[REWARD_PART] * t.token_rewards
-            info = {**t.info, LOST_REWARD: reason} if reason else t.info
+            info = {**t.info, LOST_REWARD: reasons[0]} if reasons else t.info
             scored.append(
                 t._replace(
                     rewards=parts,
-                    reward=math.nan if reason else reward,
+                    reward=math.nan if reasons else reward,
                     token_rewards=by_token,
                     timings={**t.timings, "reward": seconds},
                     info=info,
                 )
             )
-        reasons = [t.info[LOST_REWARD] for t in scored if LOST_REWARD in t.info]
-        self._counts["rewards/lost"] += len(reasons)
-        self._log.report(reasons, len(scored))
+        self._log.report(all_reasons, len(scored))
         return scored
 
     def _total(self, parts: Mapping[str, float]) -> tuple[float, str]:
@@ -86,7 +90,7 @@ class RewardScorer:
         if not known:
             return math.nan, f"{', '.join(parts)}: None: no reward applies to the sample"
         total = float(sum(known))
-        if not abs(total) <= np.finfo(np.float32).max:
+        if not abs(total) <= MAX_REWARD:
             return math.nan, f"{', '.join(parts)}: not finite: the weighted sum is {total}"
         return total, ""
 
@@ -94,6 +98,13 @@ class RewardScorer:
         """Samples lost since the last call: `rewards/lost` in all, `rewards/<function>/<kind of failure>`."""
         counts, self._counts = self._counts, Counter()
         return {"rewards/lost": 0.0} | {name: float(count) for name, count in counts.items()}
+
+
+def _error(trajectory: Trajectory) -> str:
+    """What the environment or the sampler failed on, if they did."""
+    if "error" not in trajectory.info:
+        return ""
+    return f"{REWARD_PART if 'turns' in trajectory.info else 'sampler'}: {trajectory.info['error']}"
 
 
 def _completion(trajectory: Trajectory) -> Any:
@@ -106,8 +117,7 @@ def _completion(trajectory: Trajectory) -> Any:
 
 
 def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Of conversations: turns and tool calls per trajectory, failures per call, and samples lost to an error (those that
-    exceeded a time limit included)."""
+    """Of conversations: turns and tool calls per trajectory, failures per call, and samples lost to an error."""
     infos = [t.info for t in trajectories if "turns" in t.info]
     if not infos:
         return {}

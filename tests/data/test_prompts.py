@@ -3,7 +3,8 @@ import json
 import pytest
 
 from jaxtrain.config import DataSection, SourceSection
-from jaxtrain.data.prompts import PromptStream
+from jaxtrain.data.formats import Encoder
+from jaxtrain.data.prompts import PromptStream, held_out_prompts
 from jaxtrain.data.sources import DataError
 
 
@@ -27,9 +28,10 @@ def test_epochs_are_numbered_on_and_a_state_goes_on_where_it_was_taken(tmp_path)
     assert second.draw(5) == whole[7:]
 
 
-def test_a_dry_source_gives_fewer(tmp_path):
+def test_an_exhausted_source_gives_fewer(tmp_path):
     prompts = stream(tmp_path, ROWS, epochs=1)
     assert [len(prompts.draw(3)) for _ in range(3)] == [3, 2, 0]
+    assert prompts.exhausted and prompts.drawn == 5
 
 
 def test_bad_rows_are_errors_with_their_place_or_skipped_and_counted(tmp_path):
@@ -46,3 +48,44 @@ def test_bad_rows_are_errors_with_their_place_or_skipped_and_counted(tmp_path):
     assert prompts.get_state()["prompts"]["bad_rows"] == 2
     with pytest.raises(DataError, match="no row gives a prompt"), pytest.warns(UserWarning):
         stream(tmp_path, ROWS[:1], make, on_bad_row="skip").draw(1)
+
+
+def question(number, row):
+    return Encoder(None).question(row)
+
+
+@pytest.mark.parametrize(
+    "row", [{"text": "x"}, {"input_ids": [1]}, {"question": "x"}, {"completion": "x"}, {"prompt": None}]
+)
+def test_a_row_without_a_prompt_is_an_error_with_its_place(tmp_path, row):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*prompt"):
+        stream(tmp_path, [row], question)
+    prompts = stream(tmp_path, [row] * 3, question, on_bad_row="skip")
+    with (
+        pytest.warns(UserWarning, match=r"rows.jsonl:[123]: "),
+        pytest.raises(DataError, match=r"no row .* \(4 bad rows\)"),
+    ):
+        prompts.draw(1)
+    once = stream(tmp_path, [row] * 3, question, on_bad_row="skip", epochs=1)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(DataError, match=r"no row gives a prompt \(3 bad rows\): .*rows.jsonl"),
+    ):
+        once.draw(1)
+
+
+def test_held_out_prompts_are_the_first_in_order_and_name_or_skip_bad_rows(tmp_path):
+    def make(number, row):
+        if row["answer"] == 1:
+            raise ValueError("no")
+        return number, row["question"]
+
+    data = stream(tmp_path, ROWS)  # writes the file
+    assert data.drawn == 0
+    source = SourceSection(path=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match=r"rows.jsonl:2: no"):
+        held_out_prompts([source], DataSection(train=source), make, count=3)
+    skipping = DataSection(train=source, on_bad_row="skip")
+    with pytest.warns(UserWarning, match="rows.jsonl:2: no"):
+        assert held_out_prompts([source], skipping, make, count=3) == [(0, "q0"), (1, "q2"), (2, "q3")]
+    assert held_out_prompts([source], skipping, make, count=1) == [(0, "q0")]

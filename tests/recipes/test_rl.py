@@ -16,6 +16,7 @@ from jaxtrain.config import parse_config
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
 from jaxtrain.recipes.export import export_run
+from jaxtrain.rl.failures import MAX_LOST_STEPS
 from jaxtrain.train.checkpoint import Checkpoints
 
 CLOCKS = ("seconds", "time", "per_second", "memory", "mfu")
@@ -186,8 +187,54 @@ def test_lora_dropout_is_refused(place, tmp_path):
         ({"max_completion_length": 48}, "leaves no room for a prompt"),
         ({"max_completion_length": 40}, "the prompt has .* tokens"),
         ({"algorithm": "grppo"}, "did you mean grpo"),
+        ({"generations": 1}, "rl.generations=1: advantages are relative"),
+        (
+            {"environment": {"factory": "jaxtrain.rl.tools:calculator_tools"}},
+            "never writes the schemas of tools.* not see calculator",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_said(place, changes, expected, tmp_path):
     with pytest.raises(ValueError, match=expected):
         train(tree(place, **changes), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("functions", "expected"),
+    [
+        ("def mine(completions, **_):\n    raise RuntimeError('no judge')\n", "mine: RuntimeError: no judge"),
+        ("def mine(completions, **_):\n    pass\n", "mine: TypeError: it must return a list of numbers"),
+        ("def mine(completions, topic, **_):\n    return [1.0]\n", "mine: ValueError: it needs 'topic'"),
+        ("from jaxtrain.rl.rewards import exact_answer as mine\n", "mine: None: no reward applies"),
+    ],
+)
+def test_rewards_that_are_all_lost_end_the_run_by_name(place, functions, expected, tmp_path, caplog):
+    (tmp_path / "rewards.py").write_text(functions)
+    (tmp_path / "words.jsonl").write_text('{"prompt": "Which city?", "answer": "Paris"}\n' * 4)
+    config = tree(place, rewards=[{"function": f"{tmp_path / 'rewards.py'}:mine"}])
+    config["data"] = config["data"] | {"train": {"path": str(tmp_path / "words.jsonl")}}
+    with pytest.raises(
+        ValueError, match=f"{MAX_LOST_STEPS} rollouts in a row have no reward to learn from: {expected}"
+    ):
+        train(config, tmp_path / "run")
+    assert caplog.text.count("lost the reward of 16 of 16 samples") == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rewards/no_signal"] for line in lines] == [1.0] * (MAX_LOST_STEPS - 1)
+    assert [line["rewards/lost"] for line in lines] == [16.0] * (MAX_LOST_STEPS - 1)
+
+
+def test_exhausted_prompts_end_the_run_with_a_message(place, tmp_path, caplog):
+    config = tree(place)
+    config["data"] = config["data"] | {"train": {"path": str(place / "train.jsonl"), "limit": 6, "epochs": 1}}
+    lines = train(config, tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2] and "eval_reward" in lines[-1]
+    assert "the prompts are exhausted" in caplog.text and (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_row_without_a_prompt_is_named(place, split, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    config = tree(place)
+    config["data"] = config["data"] | {split: {"path": str(tmp_path / "rows.jsonl")}}
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: there is no prompt: this row has 'question', 'answer'"):
+        train(config, tmp_path / "run")

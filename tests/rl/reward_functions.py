@@ -73,3 +73,23 @@ def kinds(prompts, completions, **_):
         (isinstance(p, str), isinstance(c, str) or c[0]["role"]) for p, c in zip(prompts, completions, strict=True)
     ]
     return [{(True, True): 1.0, (False, "assistant"): 2.0}[talk] for talk in talks]
+
+
+def raises_always(completions, **_):
+    raise RuntimeError("no reward")
+
+
+def returns_none(completions, **_):
+    [1.0] * len(completions)  # a forgotten `return`
+
+
+def returns_text(completions, **_):
+    return ["1.0"] * len(completions)
+
+
+def infinite(completions, **_):
+    return [math.inf] * len(completions)
+
+
+def needs_topic(completions, topic, **_):
+    return [1.0] * len(completions)

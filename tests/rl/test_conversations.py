@@ -1,5 +1,6 @@
-"""Conversations led with a scripted model: what it says and where it stops is written down in the test."""
+"""Conversations with a scripted model: the test says what it writes and where it stops."""
 
+import asyncio
 import threading
 
 import numpy as np
@@ -37,7 +38,7 @@ class Script:
         )
 
 
-def lead(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000, seconds=60.0):
+def run(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000, seconds=60.0):
     chat = ChatTokenizer(script.tok)
     conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length, seconds)
     prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
@@ -58,7 +59,7 @@ def test_a_tool_is_called_answered_and_the_models_ids_are_kept():
     tok = tokenizer(QWEN25)
     script = Script(tok, [CALL, "It is 1786."])
     prompt = [{"role": "user", "content": "What is 47 * 38?"}]
-    ((trajectory,),) = lead(script, calculator_tools, [{"prompt": prompt}])
+    ((trajectory,),) = run(script, calculator_tools, [{"prompt": prompt}])
     assert pieces(tok, trajectory) == [
         (CALL + "<|im_end|>", True),
         (
@@ -88,7 +89,7 @@ def test_a_tool_is_called_answered_and_the_models_ids_are_kept():
 
 def test_rewards_lie_on_the_last_token_of_their_turn():
     tok = tokenizer(CHATML)
-    ((trajectory,),) = lead(Script(tok, ["4322", "4321"]), NumberReversal, [{"number": 1234}])
+    ((trajectory,),) = run(Script(tok, ["4322", "4321"]), NumberReversal, [{"number": 1234}])
     assert trajectory.rewards == {"environment": 1.75}
     ends = np.flatnonzero(trajectory.token_rewards)
     assert trajectory.token_rewards[ends].tolist() == [0.75, 1.0]
@@ -101,7 +102,7 @@ def test_conversations_go_on_side_by_side_and_end_on_their_own():
     tok = tokenizer(CHATML)
     script = Script(tok, ["8", "12", "10", "11"])
     rows = [{"secret": secret} for secret in (8, 10, 11, 15)]
-    groups = lead(script, GuessingGame, rows, samples=2, max_turns=3)
+    groups = run(script, GuessingGame, rows, samples=2, max_turns=3)
     assert [len(requests) for requests in script.requests] == [8, 6, 6]
     assert [[t.rewards["environment"] for t in group] for group in groups] == [[1] * 2, [0.25] * 2, [0] * 2, [0] * 2]
     assert [[t.finish_reason for t in group] for group in groups] == [["stop"] * 2] * 2 + [["turns"] * 2] * 2
@@ -112,7 +113,7 @@ def test_conversations_go_on_side_by_side_and_end_on_their_own():
 
 def test_a_turn_that_did_not_end_with_the_templates_token_is_ended_by_the_template():
     tok = tokenizer(CHATML)
-    ((trajectory,),) = lead(Script(tok, ["1", "1", "1"], end="</s>"), NumberReversal, [{"number": 12}])
+    ((trajectory,),) = run(Script(tok, ["1", "1", "1"], end="</s>"), NumberReversal, [{"number": 12}])
     assert pieces(tok, trajectory)[:2] == [
         ("1</s>", True),
         ("<|im_end|>\n<|im_start|>user\nThat is not right. Try again.<|im_end|>\n<|im_start|>assistant\n", False),
@@ -122,18 +123,18 @@ def test_a_turn_that_did_not_end_with_the_templates_token_is_ended_by_the_templa
 def test_limits_end_a_conversation_in_time():
     tok = tokenizer(CHATML)
     rows = [{"number": 12}]
-    ((whole,),) = lead(Script(tok, ["1", "1", "1"]), NumberReversal, rows)
+    ((whole,),) = run(Script(tok, ["1", "1", "1"]), NumberReversal, rows)
     for limit in (whole.length - 1, whole.length - 2 * len("1</s>")):
         script = Script(tok, ["1", "1", "1"])
-        ((cut,),) = lead(script, NumberReversal, rows, max_length=limit)
+        ((cut,),) = run(script, NumberReversal, rows, max_length=limit)
         room = [r.params.max_tokens + len(r.prompt_ids) for requests in script.requests for r in requests]
         assert max(room) <= limit
-    ((cut,),) = lead(Script(tok, ["1", "1", "1"]), NumberReversal, rows, max_length=len(whole.prompt.ids) + 30)
+    ((cut,),) = run(Script(tok, ["1", "1", "1"]), NumberReversal, rows, max_length=len(whole.prompt.ids) + 30)
     assert cut.truncated and cut.length <= len(whole.prompt.ids) + 30 and cut.loss_mask[-1]
-    ((none,),) = lead(Script(tok, []), NumberReversal, rows, max_length=len(whole.prompt.ids))
+    ((none,),) = run(Script(tok, []), NumberReversal, rows, max_length=len(whole.prompt.ids))
     assert "leaves no room" in none.info["error"] and none.length == 1
     # A turn that the engine cut off is not shown to the environment.
-    ((cut,),) = lead(Script(tok, ["21"], finish="length"), NumberReversal, rows)
+    ((cut,),) = run(Script(tok, ["21"], finish="length"), NumberReversal, rows)
     assert cut.truncated and cut.rewards == {"environment": 0.0}
 
 
@@ -153,7 +154,7 @@ class Breaks:
 def test_an_environment_that_raises_costs_its_sample_and_no_other():
     tok = tokenizer(CHATML)
     rows = [{"when": when} for when in ("reset", "never", "step")]
-    (at_reset,), (well,), (at_step,) = lead(Script(tok, ["first", "second"]), Breaks, rows)
+    (at_reset,), (well,), (at_step,) = run(Script(tok, ["first", "second"]), Breaks, rows)
     assert at_reset.info["error"] == "RuntimeError: cannot begin" and at_reset.completion_ids.size == 0
     assert at_step.info["error"] == "KeyError: 'cannot go on'" and at_step.info["turns"] == 1
     assert np.isnan(at_reset.rewards["environment"]) and np.isnan(at_step.rewards["environment"])
@@ -180,17 +181,16 @@ class Hangs:
         return Reply([{"role": "user", "content": "More."}] if text == "first" else (), reward=1.0)
 
 
-def test_an_environment_that_hangs_costs_its_sample_and_no_other(caplog):
+def test_an_environment_that_hangs_costs_its_sample_and_no_other():
     tok = tokenizer(CHATML)
     rows = [{"when": when} for when in ("reset", "never", "step")]
-    (at_reset,), (well,), (at_step,) = lead(Script(tok, ["first", "second"]), Hangs, rows, seconds=1.0)
+    (at_reset,), (well,), (at_step,) = run(Script(tok, ["first", "second"]), Hangs, rows, seconds=1.0)
     Hangs.over.set()
     assert at_reset.info["error"] == at_step.info["error"] == "TimeoutError: took longer than 1 seconds"
     assert [t.info["timed_out"] for t in (at_reset, well, at_step)] == [True, False, True]
     assert np.isnan(at_reset.rewards["environment"]) and np.isnan(at_step.rewards["environment"])
     assert at_step.info["turns"] == 1 and at_step.loss_mask.all()
     assert well.rewards == {"environment": 2.0} and well.info["turns"] == 2 and "error" not in well.info
-    assert "the environment of prompt 2, sample 0 failed: TimeoutError" in caplog.text
 
 
 def test_what_the_template_has_no_place_for_is_an_error_of_the_run():
@@ -198,4 +198,75 @@ def test_what_the_template_has_no_place_for_is_an_error_of_the_run():
         "{% for", "{% if messages[2] is defined %}{{ raise_exception('two turns') }}{% endif %}{% for", 1
     )
     with pytest.raises(ValueError, match="two turns"):
-        lead(Script(tokenizer(template), ["1", "1"]), NumberReversal, [{"number": 12}])
+        run(Script(tokenizer(template), ["1", "1"]), NumberReversal, [{"number": 12}])
+
+
+class Awaited:
+    """All of it coroutines, and a client of one event loop that is used in every call."""
+
+    async def reset(self, row):
+        self.loop = asyncio.get_running_loop()
+        await asyncio.sleep(0.001)
+        return Opening([{"role": "user", "content": "Hello"}])
+
+    async def step(self, text):
+        assert asyncio.get_running_loop() is self.loop
+        await asyncio.sleep(0.001)
+        return Reply([{"role": "user", "content": "More."}] if text == "first" else (), reward=1.0)
+
+
+async def awaited_factory():
+    return Awaited()
+
+
+def test_coroutines_are_awaited():
+    tok = tokenizer(CHATML)
+    ((trajectory,),) = run(Script(tok, ["first", "second"]), awaited_factory, [{}])
+    assert trajectory.rewards == {"environment": 2.0} and "error" not in trajectory.info
+
+
+class BadShape:
+    """One turn that is answered well; in the other something of the wrong shape comes back."""
+
+    def reset(self, row):
+        self.reply = row.get("reply", Reply(reward=1.0))
+        return row.get("opening", Opening([{"role": "user", "content": "Hello"}]))
+
+    def step(self, text):
+        return self.reply
+
+
+def test_a_wrong_shape_costs_its_sample_and_no_other():
+    tok = tokenizer(CHATML)
+    rows = [{}, {"reply": None}, {"reply": Reply([{"role": "user", "content": "a\udc00"}])}, {"opening": None}, {}]
+    groups = run(Script(tok, ["first"]), BadShape, rows)
+    errors = [group[0].info.get("error", "") for group in groups]
+    assert errors[0] == errors[4] == ""
+    assert errors[1] == "ValueError: step must return a Reply, not NoneType"
+    assert "not valid Unicode" in errors[2] and errors[3] == "ValueError: reset must return an Opening, not NoneType"
+    assert [np.isnan(group[0].rewards["environment"]) for group in groups] == [False, True, True, True, False]
+
+
+def test_an_exception_without_a_readable_message_costs_its_sample():
+    class Unreadable(Exception):
+        def __str__(self):
+            raise RuntimeError("no message")
+
+    class Raises(BadShape):
+        def step(self, text):
+            raise Unreadable
+
+    ((trajectory,),) = run(Script(tokenizer(CHATML), ["first"]), Raises, [{}])
+    assert trajectory.info["error"] == "Unreadable: (its message cannot be read: RuntimeError)"
+
+
+def test_tools_that_the_template_never_writes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"never writes the schemas of tools.* not see calculator"):
+        run(Script(tokenizer(CHATML), ["1"]), calculator_tools, [{"prompt": "What is 47 * 38?"}])
+
+
+def test_template_options_may_be_json():
+    template = "{{ mood | default('plain') }}" + CHATML
+    script = Script(tokenizer(template), ["21"])
+    ((trajectory,),) = run(script, NumberReversal, [{"number": 12, "chat_template_kwargs": '{"mood": "good"}'}])
+    assert tokenizer(template).decode(trajectory.prompt.ids).startswith("good")

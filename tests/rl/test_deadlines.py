@@ -1,12 +1,13 @@
 """Calls that return, raise and hang, side by side."""
 
+import asyncio
 import threading
 import time
 from functools import partial
 
 import pytest
 
-from jaxtrain.rl.deadlines import call_all
+from jaxtrain.rl.deadlines import awaited, call_all
 
 
 @pytest.fixture
@@ -45,3 +46,29 @@ def test_when_many_hang_the_others_are_not_tried(over):
     assert all(isinstance(answer, TimeoutError) for answer in answers)
     assert "not tried" in str(answers[-1])
     assert len(tried) < 200
+
+
+def test_awaitables_share_one_event_loop_and_other_values_pass():
+    async def loop():
+        return asyncio.get_running_loop()
+
+    assert awaited(3) == 3 and awaited(None) is None
+    assert awaited(loop()) is awaited(loop())
+    with pytest.raises(ZeroDivisionError):
+        awaited(divide())
+
+
+async def divide():
+    return 1 / 0
+
+
+def test_a_coroutine_that_blocks_its_loop_does_not_hold_the_others(over):
+    async def block():
+        over.wait()
+
+    async def seven():
+        return 7
+
+    (late,) = call_all([partial(awaited, block())], 0.1)
+    assert isinstance(late, TimeoutError)
+    assert call_all([partial(awaited, seven())], 5.0) == [7]

@@ -39,6 +39,34 @@ def test_a_sample_is_lost_to_a_failure_an_error_or_where_nothing_applies():
     assert math.isnan(scored[0].reward) and metrics == {"rewards/lost": 1.0}
 
 
+def test_lost_samples_say_why_and_a_kind_is_logged_once_with_its_count(caplog):
+    sections = [RewardSection(function=f"{HERE}:{name}") for name in ("raises_always", "returns_none")]
+    trajectories = [sample("a"), sample("b"), sample("c", info={"error": "KeyError: 'number'", "turns": 1})]
+    with RewardPool(sections[:1], workers=1) as pool:
+        scorer = RewardScorer(sections[:1], pool)
+        for _ in range(3):
+            scored = scorer(trajectories)
+    assert [t.info["lost_reward"] for t in scored] == [
+        *["raises_always: RuntimeError: no reward"] * 2,
+        "environment: KeyError: 'number'",  # what happened first
+    ]
+    assert caplog.text.count("lost the reward") == 2 and "1 of 3 samples" in caplog.text
+    assert "lost the reward of 3 of 3 samples" in caplog.text and "RuntimeError: no reward" in caplog.text
+    caplog.clear()
+    with RewardPool(sections[1:], workers=1) as pool:
+        scored = RewardScorer(sections[1:], pool)(trajectories)
+    assert "returns_none: TypeError: it must return a list of numbers" in scored[0].info["lost_reward"]
+    scored, _ = score(trajectories, ("only_even", 1.0))
+    assert scored[0].info["lost_reward"] == "only_even: None: no reward applies to the sample"
+    assert scored[2].info["lost_reward"] == "environment: KeyError: 'number'"
+
+
+def test_a_sum_that_is_not_finite_in_float32_is_lost():
+    scored, metrics = score([sample("a"), sample("bb")], ("length", 3e38))
+    assert scored[0].reward == 3e38 and math.isnan(scored[1].reward) and metrics["rewards/lost"] == 1
+    assert scored[1].info["lost_reward"] == "length: not finite: the weighted sum is 6e+38"
+
+
 def test_an_environments_part_is_weighted_like_any_other():
     played = sample("bb", rewards={"environment": 3.0}, token_rewards=np.array([0, 1, 0, 2], np.float32))
     ((scored,), _) = score([played], ("length", 1.0), environment_weight=0.5)
