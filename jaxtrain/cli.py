@@ -170,8 +170,9 @@ def generate(
     dtype: Dtype = ComputeDtype.bfloat16,
 ) -> None:
     """Continue every prompt of a file."""
-    from jaxtrain.recipes.generate import generate_file, load_served
+    from jaxtrain.recipes.generate import generate_file
     from jaxtrain.sample.requests import SamplingParams
+    from jaxtrain.serve.load import load_served
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, stop=stop or (), seed=seed, n=n)
     served = load_served(
@@ -196,8 +197,8 @@ def chat(
 ) -> None:
     """Talk to a model; end with Ctrl-D."""
     from jaxtrain.recipes.generate import chat as converse
-    from jaxtrain.recipes.generate import load_served
     from jaxtrain.sample.requests import SamplingParams
+    from jaxtrain.serve.load import load_served
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
     served = load_served(model, dtype=dtype.value, max_length=max_length, slots=1, tensor=tensor, steps=_PIECE)
@@ -219,9 +220,10 @@ def serve(
     dtype: Dtype = ComputeDtype.bfloat16,
 ) -> None:
     """Answer over HTTP as OpenAI's API does. Needs the extra `serve`."""
-    from jaxtrain.recipes.generate import load_served
-    from jaxtrain.recipes.serve import ALTERNATIVES, listen
-    from jaxtrain.recipes.serve import serve as serve_model
+    from jaxtrain.serve.app import listen
+    from jaxtrain.serve.app import serve as serve_model
+    from jaxtrain.serve.load import load_served
+    from jaxtrain.serve.protocol import ALTERNATIVES
 
     listening = listen(host, port)
     served = load_served(

@@ -211,7 +211,7 @@ def _sure(text: str, stops: Sequence[str]) -> int:
     return sure
 
 
-def _filled(values: Sequence[Any], size: int, fill: int, kind: Any) -> np.ndarray:
+def _filled(values: Sequence[Any] | np.ndarray, size: int, fill: int, kind: Any) -> np.ndarray:
     return np.pad(np.asarray(values, kind), (0, size - len(values)), constant_values=fill)
 
 
