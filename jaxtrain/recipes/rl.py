@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import compiler_options, initialize_distributed
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.recipes.following import Outcome, follow
+from jaxtrain.recipes.open_run import RunFolder, open_run
 from jaxtrain.recipes.reporting import RolloutWindow, Window
 from jaxtrain.recipes.rl_evaluation import make_rl_evaluation
 from jaxtrain.recipes.rl_folder import Trained, initial_params, restore_or_begin, save
-from jaxtrain.recipes.run_folder import begin
 from jaxtrain.recipes.setup import adapter_params, as_list, base_params, make_policy, make_tokenizer, stop_ids
 from jaxtrain.rl.algorithms import find_algorithm
 from jaxtrain.rl.collect import Collect
@@ -50,14 +50,25 @@ from jaxtrain.train.step import Loss, jit_step, make_step, score, token_values
 from jaxtrain.types import TrainState
 
 
-def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -> Outcome:
+def run(
+    config: RunConfig, *, resume: bool = True, replay: Path | None = None, allow_change: Sequence[str] = ()
+) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
     `replay`: learn from the samples that the run in that folder recorded, and draw none.
+    `allow_change`: keys that may differ from the config that the run began with, though that changes its numbers.
 
-    Raises ValueError for what the user can mend: config, data, checkpoint; NonFiniteError where training diverges.
+    Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training diverges.
     """
     initialize_distributed()
+    with open_run(config, resume=resume, allow_change=allow_change) as folder:
+        outcome = _run(config, folder, replay)
+        if outcome.exit_code == 0:
+            folder.finish()
+        return outcome
+
+
+def _run(config: RunConfig, folder: RunFolder, replay: Path | None) -> Outcome:
     section = config.rl
     assert section is not None
     if jax.process_count() > 1:
@@ -105,14 +116,15 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
         support=section.sampling.support if section.sampling.filtered else 0,
         environment=section.environment,
     )
-    folder = Path(config.run.dir)
     with (
         RewardPool(section.rewards, section.reward_workers) as pool,
-        Checkpoints(str(folder / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
+        Checkpoints(str(folder.path / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         Preemption() as preemption,
     ):
-        begin(config, folder, checkpoints, resume)
-        begun = restore_or_begin(config, trained, critic, checkpoints, prompts, tokenizer)
+        begun = restore_or_begin(folder, trained, critic, checkpoints, prompts, tokenizer)
+        start = int(begun.policy.step)
+        if folder.finished(start):
+            return Outcome(0, {})
         temperature = section.sampling.temperature
 
         def learner(
@@ -143,7 +155,6 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
             params = None if policy.model.base_frozen else initial_params(config, policy)
             roles = roles._replace(reference=Reference(params, _log_probabilities(model, temperature)))
 
-        start = int(begun.policy.step)
         sampler = make_sampler(section.placement, spec, policy.model, roles.policy.params, start, sampling_mesh)
         scorer = RewardScorer(
             section.rewards,
@@ -178,12 +189,13 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
             rollouts.add(update, plan.updates, _extra_metrics(update, sampler, scorer))
             if update.done > 1:
                 return
-            write_step(folder, update.step, update.experience.trajectories)
+            write_step(folder.path, update.step, update.experience.trajectories)
             every = section.print_samples * plan.updates
             if every and update.experience.trajectories and (update.step - 1) % every == 0:
                 progress.show(sample_table(update.step, update.experience.trajectories))
 
         with closing(sampler), closing(source):
+            folder.start(start)
             updates = reinforce(
                 roles,
                 source,
@@ -191,7 +203,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
                 plan,
                 lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
                 steps=config.train.steps,
-                inspection_dir=folder / "inspection",
+                inspection_dir=folder.path / "inspection",
                 pending=begun.pending,
             )
             return follow(
@@ -203,7 +215,7 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
                 start=start,
                 evaluation=evaluation and (lambda update: evaluation(update.roles.policy)),
                 save=lambda update: save(
-                    config, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer
+                    folder, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer
                 ),
                 hear=hear,
                 extra=rollouts.close,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder
@@ -13,8 +13,9 @@ from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import initialize_distributed, make_mesh
 from jaxtrain.recipes.evaluation import make_evaluation
 from jaxtrain.recipes.following import Outcome, follow
+from jaxtrain.recipes.open_run import RunFolder, open_run
 from jaxtrain.recipes.reporting import Window
-from jaxtrain.recipes.run_folder import begin, restore_or_begin, save
+from jaxtrain.recipes.run_folder import restore_or_begin, save
 from jaxtrain.recipes.setup import check_batch, make_policy, make_tokenizer, open_stream
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.train.loop import train
@@ -22,12 +23,22 @@ from jaxtrain.train.preemption import Preemption
 from jaxtrain.train.step import jit_step, make_step
 
 
-def run(config: RunConfig, *, resume: bool = True) -> Outcome:
+def run(config: RunConfig, *, resume: bool = True, allow_change: Sequence[str] = ()) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
-    Raises ValueError for what the user can mend: config, data, checkpoint; NonFiniteError where training diverges.
+    `allow_change`: keys that may differ from the config that the run began with, though that changes its numbers.
+
+    Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training diverges.
     """
     initialize_distributed()
+    with open_run(config, resume=resume, allow_change=allow_change) as folder:
+        outcome = _run(config, folder)
+        if outcome.exit_code == 0:
+            folder.finish()
+        return outcome
+
+
+def _run(config: RunConfig, folder: RunFolder) -> Outcome:
     mesh = make_mesh(config.mesh)
     rows = config.train.batch_size
     check_batch(config, mesh)
@@ -55,15 +66,16 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
         max_grad_norm=config.train.max_grad_norm,
     )
 
-    folder = Path(config.run.dir)
     held = local_rows(mesh, rows)
     with (
         open_stream(config, encode, mesh) as stream,
-        Checkpoints(str(folder / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
+        Checkpoints(str(folder.path / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
         Preemption() as preemption,
     ):
-        begin(config, folder, checkpoints, resume)
-        state, num_tokens = restore_or_begin(config, policy, tx, checkpoints, stream, tokenizer)
+        state, num_tokens = restore_or_begin(folder, policy, tx, checkpoints, stream, tokenizer)
+        if folder.finished(int(state.step)):
+            return Outcome(0, {})
+        folder.start(int(state.step))
         window = Window(policy.model, num_tokens)
         results = train(
             jit_step(step, state, mesh),
@@ -72,7 +84,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
             lambda batch: place_batch(batch, mesh, held, rows),
             steps=config.train.steps,
             max_skipped_in_a_row=config.train.max_skipped_in_a_row,
-            inspection_dir=folder / "inspection",
+            inspection_dir=folder.path / "inspection",
         )
         return follow(
             results,
@@ -82,5 +94,5 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
             preemption,
             start=int(state.step),
             evaluation=evaluation and (lambda result: evaluation(result.state)),
-            save=lambda result: save(config, checkpoints, result, stream, window.num_tokens, tokenizer),
+            save=lambda result: save(folder, checkpoints, result, stream, window.num_tokens, tokenizer),
         )
