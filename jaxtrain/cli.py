@@ -52,6 +52,10 @@ def train(
     overrides: Overrides = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="print the resolved config and stop")] = False,
     resume: Annotated[bool, typer.Option(help="go on where the run folder's newest checkpoint ends")] = True,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="resume although KEY differs from the run's config; as often as needed"),
+    ] = None,
 ) -> None:
     """Train, or go on training, as CONFIG says."""
     from jaxtrain.train.preemption import Preemption
@@ -63,7 +67,10 @@ def train(
         if print_config:
             typer.echo(dump_config(run), nl=False)
             return
-        sys.exit(_recipe(run.recipe)(run, resume=resume, preemption=preemption).exit_code)
+        outcome = _recipe(run.recipe)(
+            run, resume=resume, allow_change=allow_change or (), preemption=preemption
+        )
+        sys.exit(outcome.exit_code)
 
 
 def _recipe(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from jaxtrain.config.load import ALIASES as ALIASES
 from jaxtrain.config.load import ConfigError as ConfigError
+from jaxtrain.config.load import config_tree as config_tree
 from jaxtrain.config.load import dump_config as dump_config
 from jaxtrain.config.load import known_keys as known_keys
 from jaxtrain.config.load import load_config as load_config

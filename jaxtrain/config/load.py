@@ -67,13 +67,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(tree).__name__}")
+    return parse_config(tree, str(path), overrides)
+
+
+def parse_config(tree: dict[str, Any], origin: str, overrides: list[str] | None = None) -> RunConfig:
+    """Apply the overrides to a plain tree and check it; `origin` is named in the errors.
+
+    Raises ConfigError that lists every fault at once.
+    """
     for override in overrides or []:
         _override(tree, override)
-    return parse_config(tree, str(path))
-
-
-def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Check a plain tree; `origin` is named in the errors. Raises ConfigError that lists every fault at once."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -83,7 +86,12 @@ def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved tree as YAML, which `load_config` reads back to an equal config, without keys that are unused."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude=config.unused), sort_keys=False)
+    return yaml.safe_dump(config_tree(config), sort_keys=False)
+
+
+def config_tree(config: RunConfig) -> dict[str, Any]:
+    """The resolved tree as plain values, which `parse_config` reads back, without keys that are unused."""
+    return config.model_dump(mode="json", exclude=config.unused)
 
 
 class _Loader(yaml.SafeLoader):

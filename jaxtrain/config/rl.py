@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from jaxtrain.config.marks import MAY_CHANGE
 from jaxtrain.config.rollouts import EnvironmentSection, PlacementSection, RewardModelSection, RewardSection
 from jaxtrain.config.sections import Fraction, NonNegativeInt, Section
 
@@ -19,7 +20,7 @@ class SamplingSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_p: Fraction = 0.0
     support: PositiveInt = 64  # with a filter: tokens kept at most, among which the trainer scores the sample
-    slots: PositiveInt = 64  # samples in flight
+    slots: Annotated[PositiveInt, MAY_CHANGE] = 64  # samples in flight
 
     @property
     def filtered(self) -> bool:
@@ -61,11 +62,12 @@ class RLSection(Section):
     correction: CorrectionSection | None = CorrectionSection()
     critic: CriticSection = CriticSection()
     rewards: list[RewardSection] = Field(default_factory=list)
-    reward_workers: PositiveInt = 2  # processes that run the rewards
+    reward_workers: Annotated[PositiveInt, MAY_CHANGE] = 2  # processes that run the rewards
     reward_models: list[RewardModelSection] = Field(default_factory=list)
     environment: EnvironmentSection | None = None
     placement: PlacementSection = PlacementSection()
-    print_samples: NonNegativeInt = 50  # steps between tables of samples on the terminal; 0: none
+    # steps between tables of samples on the terminal; 0: none
+    print_samples: Annotated[NonNegativeInt, MAY_CHANGE] = 50
     # The numbers of the algorithm; what is not given is the algorithm's own (`jaxtrain/rl/algorithms.py`).
     aggregation: Literal["grpo", "bnpo", "dr_grpo", "dapo", "sum"] | None = None
     beta: NonNegativeFloat | None = None  # of the KL to the reference; 0 needs no reference

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
 from jaxtrain.config.sections import NonNegativeInt, Section
 
 
@@ -22,7 +23,7 @@ class RewardSection(Section):
 
 
 class RewardModelSection(Section):
-    path: str  # a Hugging Face folder of a reward model with the policy's tokenizer
+    path: Annotated[str, INPUT_PATH]  # a Hugging Face folder of a reward model with the policy's tokenizer
     name: str = "reward_model"  # what metrics call it
     weight: float = 1.0
 
@@ -41,11 +42,14 @@ class EnvironmentSection(Section):
 
 
 class PlacementSection(Section):
-    kind: Literal["colocated", "disjoint", "ray"] = "colocated"
-    rollout_devices: PositiveInt | None = None  # disjoint: so many of the devices sample, the others train
-    workers: PositiveInt = 1  # ray: processes that sample
-    worker_seconds: PositiveFloat = 600.0  # ray: a worker that takes longer for its share is given up
-    resources: dict[str, float] = Field(default_factory=dict)  # ray: what a worker asks of the cluster, e.g. {GPU: 1}
+    kind: Annotated[Literal["colocated", "disjoint", "ray"], MAY_CHANGE] = "colocated"
+    # disjoint: this many of the devices sample, the others train
+    rollout_devices: Annotated[PositiveInt | None, MAY_CHANGE] = None
+    workers: Annotated[PositiveInt, MAY_CHANGE] = 1  # ray: processes that sample
+    # ray: a worker that takes longer for its share is given up
+    worker_seconds: Annotated[PositiveFloat, MAY_CHANGE] = 600.0
+    # ray: what a worker asks of the cluster, e.g. {GPU: 1}
+    resources: Annotated[dict[str, float], MAY_CHANGE] = Field(default_factory=dict)
     staleness: NonNegativeInt = 0  # optimizer steps that a rollout's policy may lie behind; 0: on policy
 
     @model_validator(mode="after")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from jaxtrain.config.marks import MAY_CHANGE
 from jaxtrain.config.rl import RLSection
 from jaxtrain.config.sections import (
     CheckpointSection,
@@ -40,10 +41,10 @@ class RunConfig(Section):
     data: DataSection
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
-    mesh: MeshSection = MeshSection()
-    checkpoint: CheckpointSection = CheckpointSection()
+    mesh: Annotated[MeshSection, MAY_CHANGE] = MeshSection()
+    checkpoint: Annotated[CheckpointSection, MAY_CHANGE] = CheckpointSection()
     eval: EvalSection = EvalSection()
-    log: LogSection = LogSection()
+    log: Annotated[LogSection, MAY_CHANGE] = LogSection()
     rl: RLSection | None = None  # with `recipe: rl`
 
     @model_validator(mode="after")

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE, MayChange
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -32,12 +34,13 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    dir: str = "runs/default"  # everything the run writes
+    dir: Annotated[str, MAY_CHANGE] = "runs/default"  # everything the run writes
     seed: NonNegativeInt = 0
 
 
 class LoraSection(Section):
-    path: str | None = None  # a PEFT folder to go on from; it then says what the four keys below are
+    # a PEFT folder to start from; it then determines the four keys below
+    path: Annotated[str | None, INPUT_PATH] = None
     rank: PositiveInt | None = None  # default: 16
     alpha: PositiveFloat | None = None  # default: 32
     rslora: bool | None = None  # scale by alpha / sqrt(rank) instead of alpha / rank; default: False
@@ -70,15 +73,16 @@ class AddTokensSection(Section):
 
 
 class ModelSection(Section):
-    path: str | None = None  # a Hugging Face folder: config.json, *.safetensors, tokenizer
+    path: Annotated[str | None, INPUT_PATH] = None  # a Hugging Face folder: config.json, *.safetensors, tokenizer
     config: dict[str, Any] | None = None  # instead of `path`: a config.json's content, random weights
-    tokenizer: str | None = None  # a tokenizer's folder; default: `path`; none at all where all rows are input_ids
+    # a tokenizer's folder; default: `path`; none at all where all rows are input_ids
+    tokenizer: Annotated[str | None, INPUT_PATH] = None
     add_tokens: AddTokensSection | None = None  # new rows of the vocabulary, at the mean of the old ones
-    chat_template: str | None = None  # a jinja file that replaces the tokenizer's own template
+    chat_template: Annotated[str | None, INPUT_PATH] = None  # a jinja file that replaces the tokenizer's own template
     compute_dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    remat: Annotated[Literal["none", "dots", "full"], MAY_CHANGE] = "full"  # what the backward pass computes again
+    attention: Annotated[Literal["auto", "xla", "splash", "cudnn"], MAY_CHANGE] = "auto"
     head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
     backend: Literal["jaxtrain", "torchax"] = "jaxtrain"  # torchax: any architecture of transformers, less able
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # of the load-balancing loss of a mixture of experts
@@ -102,7 +106,7 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    path: str  # .jsonl (.gz, .zst) or .parquet: a file, a folder of them or a glob
+    path: Annotated[str, INPUT_PATH]  # .jsonl (.gz, .zst) or .parquet: a file, a folder of them or a glob
     columns: dict[str, str] = {}  # our column name -> the file's, e.g. {prompt: question, completion: answer}
     weight: PositiveFloat = 1.0  # share of the mixture, over the sum of the weights
     epochs: PositiveInt | None = None  # passes over this source before it runs dry; default: without end
@@ -128,15 +132,21 @@ class DataSection(Section):
     packing_bins: PositiveInt = 16  # open rows of a virtual shard: more pack denser and start later
     virtual_shards: PositiveInt | None = None  # default: the largest power of two up to 8 that divides train.batch_size
     shuffle: bool = True
-    workers: PositiveInt = 2  # threads that read and tokenise
+    workers: Annotated[PositiveInt, MAY_CHANGE] = 2  # threads that read and tokenise
+
+
+def _longer_at_a_constant_rate(old: int, new: int, config: Any) -> bool:
+    return new > old and config.optimizer.schedule == "constant"
 
 
 class TrainSection(Section):
-    steps: PositiveInt = 1000
+    # at a constant rate a longer run may be resumed; other schedules depend on the number of steps
+    steps: Annotated[PositiveInt, MayChange(_longer_at_a_constant_rate)] = 1000
     batch_size: PositiveInt = 8  # packed rows of the global batch; recipe rl: as many as a step's samples fill
-    microbatches: PositiveInt = 1  # the batch is computed in so many pieces (gradient accumulation)
+    # the batch is computed in this many pieces (gradient accumulation)
+    microbatches: Annotated[PositiveInt, MAY_CHANGE] = 1
     max_grad_norm: PositiveFloat | None = 1.0
-    max_skipped_in_a_row: PositiveInt = 5  # non-finite gradients in a row that end the run
+    max_skipped_in_a_row: Annotated[PositiveInt, MAY_CHANGE] = 5  # non-finite gradients in a row that end the run
 
 
 class OptimizerSection(Section):
@@ -168,7 +178,7 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    every: PositiveInt = 500
+    every: Annotated[PositiveInt, MAY_CHANGE] = 500
     batches: PositiveInt | None = None  # of train.batch_size rows; default: all of data.eval
     generate: NonNegativeInt = 0  # held-out prompts to answer greedily; their exact-match accuracy is logged
     max_new_tokens: PositiveInt = 64

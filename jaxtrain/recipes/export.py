@@ -11,15 +11,17 @@ from converters.adapters import export_adapter
 from converters.export_hf import convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
-from jaxtrain.config import MeshSection
+from jaxtrain.config import MeshSection, RunConfig
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes.fallback import TorchModel, export_torch_model
-from jaxtrain.recipes.run_folder import read_run_config
-from jaxtrain.recipes.setup import base_params, make_policy, make_tokenizer
+from jaxtrain.recipes.run_inputs import changed_file, fingerprint_path
+from jaxtrain.recipes.run_record import CHECKPOINTS, SavedRun, read_saved_run
+from jaxtrain.recipes.setup import Policy, base_params, make_policy, make_tokenizer
 from jaxtrain.train.checkpoint import Checkpoints
+from jaxtrain.types import Params
 
 
 def export_run(
@@ -27,21 +29,16 @@ def export_run(
 ) -> None:
     """Write the model of a run's checkpoint to `out`, adapters merged, on whatever devices there are here.
 
-    A base that the run held quantised is read again as it was, and the adapters are merged into that.
+    The config is the one in the checkpoint. A base that the run held quantised is read again as it was, and the
+    adapters are merged into that.
 
     `step` names the checkpoint; default: the newest.
     `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
     `adapter` writes the adapters alone, as a PEFT folder.
-    Raises ValueError where `run` holds no run or no such checkpoint, or `out` is not empty.
+    Raises ValueError where `run` holds no run or no such checkpoint, where the base is no longer what the run trained
+    on, or `out` is not empty.
     """
-    config = read_run_config(run)
-    policy = make_policy(config, make_mesh(MeshSection(preset=config.mesh.preset)))
-    target: dict[str, Any] = {"params": policy.trained}
-    with Checkpoints(str(run / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore(target, partial=True, step=step)
-    if restored is None:
-        raise ValueError(f"{run} holds no checkpoint yet")
-    params = restored.state["params"]
+    config, policy, params = _restore(run, step)
     lora = policy.model.lora
     if adapter:
         others = sorted(params.keys() - {"layers"})
@@ -68,6 +65,38 @@ def export_run(
         tokenizer_from=config.model.tokenizer or config.model.path,
         tokenizer=make_tokenizer(config.model) if config.model.add_tokens else None,
     )
+
+
+def _restore(run: Path, step: int | None) -> tuple[RunConfig, Policy, Params]:
+    """A checkpoint's config, the model that it describes, and its parameters on the devices here."""
+    saved = read_saved_run(run, step)
+    if saved.step is None:
+        raise ValueError(f"{run} holds no checkpoint yet")
+    policy = make_policy(saved.config, make_mesh(MeshSection(preset=saved.config.mesh.preset)))
+    _check_base(run, saved, policy)
+    target: dict[str, Any] = {"params": policy.trained}
+    with Checkpoints(str(run / CHECKPOINTS), 1, 1) as checkpoints:
+        restored = checkpoints.restore(target, partial=True, step=step)
+    assert restored is not None
+    if restored.step != saved.step:  # the newest is damaged, and an older one may have another config
+        return _restore(run, restored.step)
+    return saved.config, policy, restored.state["params"]
+
+
+def _check_base(run: Path, saved: SavedRun, policy: Policy) -> None:
+    """Raise ValueError where what the export reads again of the base checkpoint is not what the run began with."""
+    if saved.config.model.path is None:
+        return
+    # Without frozen weights the base gives the export its config.json alone.
+    needed = ("config.json", ".safetensors") if policy.model.base_frozen else ("config.json",)
+    files = (saved.inputs.get("model.path", {}), fingerprint_path("model.path", saved.config.model.path))
+    before, now = ({name: each[name] for name in each if name.endswith(needed)} for each in files)
+    how = changed_file(before, now)
+    if before and now and how:
+        raise ValueError(
+            f"{run} trained on model.path={saved.config.model.path}, which has changed since: {how}. Bring back the "
+            "files that the run began with"
+        )
 
 
 def convert_checkpoint(source: Path, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +29,10 @@ from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import compiler_options, initialize_distributed
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.recipes.following import Outcome, follow
+from jaxtrain.recipes.open_run import RunFolder, open_run
 from jaxtrain.recipes.reporting import RolloutWindow, Window
 from jaxtrain.recipes.rl_evaluation import make_rl_evaluation
 from jaxtrain.recipes.rl_folder import Trained, initial_params, restore_or_begin, save
-from jaxtrain.recipes.run_folder import begin
 from jaxtrain.recipes.setup import adapter_params, as_list, base_params, make_policy, make_tokenizer, stop_ids
 from jaxtrain.rl.algorithms import find_algorithm
 from jaxtrain.rl.collect import Collector, Limits, check_generations
@@ -54,22 +54,32 @@ from jaxtrain.types import TrainState
 
 
 def run(
-    config: RunConfig, *, resume: bool = True, replay: Path | None = None, preemption: Preemption | None = None
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    replay: Path | None = None,
+    allow_change: Sequence[str] = (),
+    preemption: Preemption | None = None,
 ) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
     `replay`: learn from the samples that the run in that folder recorded, and draw none.
+    `allow_change`: keys that may differ from the config that the run began with, though that changes its numbers.
     `preemption`: one that is in force already, so that signals are handled from the start of the process on.
 
-    Raises ValueError for what a user can correct: config, data, checkpoint; NonFiniteError where training diverges;
+    Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training diverges;
     Interrupted where a signal asks to stop before the first step.
     """
     with preemption or Preemption() as requests:
-        return _run(config, resume, replay, requests)
+        initialize_distributed()
+        with open_run(config, resume=resume, allow_change=allow_change) as folder:
+            outcome = _run(config, folder, replay, requests)
+            if outcome.exit_code == 0:
+                folder.finish()
+            return outcome
 
 
-def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preemption) -> Outcome:
-    initialize_distributed()
+def _run(config: RunConfig, folder: RunFolder, replay: Path | None, preemption: Preemption) -> Outcome:
     section = config.rl
     assert section is not None
     if jax.process_count() > 1:
@@ -118,14 +128,15 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
         support=section.sampling.support if section.sampling.filtered else 0,
         environment=section.environment,
     )
-    folder = Path(config.run.dir)
     with (
         RewardPool(section.rewards, section.reward_workers) as pool,
-        Checkpoints(str(folder / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
+        Checkpoints(str(folder.path / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
     ):
         preemption.on_request(pool.interrupt)
-        begin(config, folder, checkpoints, resume)
-        begun = restore_or_begin(config, trained, critic, checkpoints, prompts, tokenizer)
+        begun = restore_or_begin(folder, trained, critic, checkpoints, prompts, tokenizer)
+        start = int(begun.policy.step)
+        if folder.finished(start):
+            return Outcome(0, {})
         temperature = section.sampling.temperature
 
         def learner(
@@ -156,7 +167,6 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
             model = policy.model if params else replace(policy.model, lora=None, new_tokens=None)
             roles = roles._replace(reference=Reference(params, _log_probabilities(model, temperature)))
 
-        start = int(begun.policy.step)
         sampler = make_sampler(section.placement, spec, policy.model, roles.policy.params, start, sampling_mesh)
         preemption.on_request(sampler.interrupt)
         scorer = RewardScorer(
@@ -192,12 +202,13 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
             rollouts.add(update, plan.updates, _extra_metrics(update, sampler, scorer))
             if update.done > 1:
                 return
-            write_step(folder, update.step, update.experience.trajectories)
+            write_step(folder.path, update.step, update.experience.trajectories)
             every = section.print_samples * plan.updates
             if every and update.experience.trajectories and (update.step - 1) % every == 0:
                 progress.show(sample_table(update.step, update.experience.trajectories))
 
         with closing(sampler), closing(source):
+            folder.start(start)
             updates = reinforce(
                 roles,
                 source,
@@ -205,7 +216,7 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
                 plan,
                 lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
                 steps=config.train.steps,
-                inspection_dir=folder / "inspection",
+                inspection_dir=folder.path / "inspection",
                 pending=begun.pending,
             )
             return follow(
@@ -217,7 +228,7 @@ def _run(config: RunConfig, resume: bool, replay: Path | None, preemption: Preem
                 start=start,
                 evaluation=evaluation and (lambda update: evaluation(update.roles.policy)),
                 save=lambda update: save(
-                    config, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer
+                    folder, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer
                 ),
                 hear=hear,
                 extra=rollouts.close,

@@ -16,6 +16,7 @@ import optax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.prompts import PromptStream
+from jaxtrain.recipes.open_run import RunFolder
 from jaxtrain.recipes.run_folder import abstract_state, check_tokenizer, fingerprint, fresh_state
 from jaxtrain.recipes.setup import Policy, adapter_params, base_params
 from jaxtrain.rl.controller import Experience, Pending, Update
@@ -40,7 +41,7 @@ class Begun(NamedTuple):
 
 
 def restore_or_begin(
-    config: RunConfig,
+    folder: RunFolder,
     policy: Trained,
     critic: Trained | None,
     checkpoints: Checkpoints,
@@ -48,6 +49,7 @@ def restore_or_begin(
     tokenizer: Any,
 ) -> Begun:
     """The newest checkpoint's states, its prompts' place and its half-learned samples; else step 0."""
+    config = folder.config
     seed = config.run.seed
     targets = {"policy": abstract_state(*policy, seed)._replace(frozen={})}
     if critic is not None:
@@ -58,7 +60,7 @@ def restore_or_begin(
         if critic is not None:
             states["critic"] = _fresh(config, critic, targets["critic"])
         return Begun(states["policy"], states.get("critic"), None, 0)
-    check_tokenizer(config, restored.meta, tokenizer)
+    check_tokenizer(folder, restored.meta, tokenizer)
     prompts.set_state(restored.data_state)
     states = {"policy": TrainState(**{name: restored.state[name] for name in TrainState._fields})}
     states["policy"] = states["policy"]._replace(frozen=_frozen(config, policy))
@@ -70,7 +72,7 @@ def restore_or_begin(
 
 
 def save(
-    config: RunConfig,
+    folder: RunFolder,
     checkpoints: Checkpoints,
     update: Update,
     updates: int,
@@ -81,20 +83,19 @@ def save(
     """Save a step; `updates` are taken on every step's samples, and `data_state` is that of the prompts behind them."""
     done = update.done if update.done < updates else 0
     if done and jax.process_index() == 0:
-        _write(_path(config, update.step), update.experience)
+        _write(_path(folder.config, update.step), update.experience)
     meta = {
         "num_tokens": num_tokens,
         "updates_done": done,
-        "config": config.model_dump(mode="json"),
-        "model": config.model.path or config.model.config,
         "tokenizer": fingerprint(tokenizer),
+        **folder.meta(),
     }
     states = {"policy": update.roles.policy.state._replace(frozen={})}
     if update.roles.critic is not None:
         states["critic"] = update.roles.critic.state._replace(frozen={})
     checkpoints.save(update.step, _tree(states), data_state, meta)
     kept = {update.step, *checkpoints.steps()}
-    for path in (Path(config.run.dir) / _EXPERIENCE).glob("*.npz"):
+    for path in (folder.path / _EXPERIENCE).glob("*.npz"):
         if jax.process_index() == 0 and int(path.stem) not in kept:
             path.unlink()
 

@@ -1,4 +1,4 @@
-"""A run's folder: `config.yaml metrics.jsonl tensorboard/ checkpoints/`, and how a run goes on from it."""
+"""The state of a run in its folder: where a run begins or goes on, and what it saves."""
 
 from __future__ import annotations
 
@@ -10,35 +10,17 @@ from typing import Any
 import jax
 import optax
 
-from jaxtrain.config import RunConfig, dump_config, load_config
+from jaxtrain.config import RunConfig
 from jaxtrain.data.pipeline import TrainStream
 from jaxtrain.lora import join
+from jaxtrain.recipes.open_run import RunFolder
 from jaxtrain.recipes.setup import Policy, adapter_params, base_params
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.train.loop import StepResult
 from jaxtrain.train.state import new_state, state_shardings
 from jaxtrain.types import Params, TrainState
 
-CONFIG = "config.yaml"
-
-
-def begin(config: RunConfig, folder: Path, checkpoints: Checkpoints, resume: bool) -> None:
-    """Write the resolved config. A folder that holds a run is only reused to go on with that run."""
-    if not resume and checkpoints.steps():
-        raise ValueError(
-            f"{folder} holds checkpoints up to step {checkpoints.steps()[-1]}: choose another run.dir, remove the "
-            "folder, or go on with --resume"
-        )
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(dump_config(config))
-
-
-def read_run_config(folder: Path) -> RunConfig:
-    """The config that a run was started with. Raises ValueError where the folder is none of a run."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no folder of a run: it holds no {CONFIG}")
-    return load_config(folder / CONFIG)
+_TOKENIZER_KEYS = ("model.path", "model.tokenizer", "model.chat_template", "model.add_tokens")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -63,7 +45,7 @@ def abstract_state(policy: Policy, tx: optax.GradientTransformation, seed: int) 
 
 
 def restore_or_begin(
-    config: RunConfig,
+    folder: RunFolder,
     policy: Policy,
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints,
@@ -71,12 +53,13 @@ def restore_or_begin(
     tokenizer: Any,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state (the stream is set to go on after it), else step 0; and the tokens seen so far."""
+    config = folder.config
     seed = config.run.seed
     target = abstract_state(policy, tx, seed)
     restored = checkpoints.restore(target._replace(frozen={}))
     base = base_params(config.model, policy, seed) if restored is None or policy.model.base_frozen else {}
     if restored is not None:
-        check_tokenizer(config, restored.meta, tokenizer)
+        check_tokenizer(folder, restored.meta, tokenizer)
         stream.set_state(restored.data_state)
         return restored.state._replace(frozen=base), restored.meta["num_tokens"]
     return fresh_state(config, policy, tx, target, base), 0
@@ -97,17 +80,17 @@ def fresh_state(
     return jax.jit(born, out_shardings=shardings, donate_argnums=0)(trained)._replace(frozen=frozen)
 
 
-def check_tokenizer(config: RunConfig, meta: dict[str, Any], tokenizer: Any) -> None:
-    """Raise ValueError where a checkpoint's `meta` is of a run with another tokenizer."""
-    if meta["tokenizer"] != fingerprint(tokenizer):
+def check_tokenizer(folder: RunFolder, meta: dict[str, Any], tokenizer: Any) -> None:
+    """Raise ValueError where a checkpoint's `meta` is of a run with another tokenizer, unless a change is permitted."""
+    if meta["tokenizer"] != fingerprint(tokenizer) and not folder.permits(_TOKENIZER_KEYS):
         raise ValueError(
-            f"{config.run.dir} was trained with another tokenizer or chat template: go on with that one, or choose "
-            "another run.dir"
+            f"{folder.path} was trained with another tokenizer or chat template: go on with that one, choose another "
+            "run.dir, or permit the change with --allow-change model.tokenizer"
         )
 
 
 def save(
-    config: RunConfig,
+    folder: RunFolder,
     checkpoints: Checkpoints,
     result: StepResult,
     stream: TrainStream,
@@ -117,9 +100,8 @@ def save(
     """Save a step. Frozen weights are left out: they are read, or drawn, again as they were."""
     meta = {
         "num_tokens": num_tokens,
-        "config": config.model_dump(mode="json"),
-        "model": config.model.path or config.model.config,
         "tokenizer": fingerprint(tokenizer),
+        **folder.meta(),
     }
     checkpoints.save(result.step, result.state._replace(frozen={}), stream.get_state(), meta)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder
@@ -13,8 +13,9 @@ from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import initialize_distributed, make_mesh
 from jaxtrain.recipes.evaluation import make_evaluation
 from jaxtrain.recipes.following import Outcome, follow
+from jaxtrain.recipes.open_run import RunFolder, open_run
 from jaxtrain.recipes.reporting import Window
-from jaxtrain.recipes.run_folder import begin, restore_or_begin, save
+from jaxtrain.recipes.run_folder import restore_or_begin, save
 from jaxtrain.recipes.setup import check_batch, make_policy, make_tokenizer, open_stream
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.train.lockstep import Agreement, Lockstep
@@ -23,20 +24,31 @@ from jaxtrain.train.preemption import Preemption
 from jaxtrain.train.step import jit_step, make_step
 
 
-def run(config: RunConfig, *, resume: bool = True, preemption: Preemption | None = None) -> Outcome:
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    allow_change: Sequence[str] = (),
+    preemption: Preemption | None = None,
+) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
+    `allow_change`: keys that may differ from the config that the run began with, though that changes its numbers.
     `preemption`: one that is in force already, so that signals are handled from the start of the process on.
 
-    Raises ValueError for what a user can correct: config, data, checkpoint; NonFiniteError where training diverges;
+    Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training diverges;
     Interrupted where a signal asks to stop before the first step.
     """
     with preemption or Preemption() as requests:
-        return _run(config, resume, requests)
+        initialize_distributed()
+        with open_run(config, resume=resume, allow_change=allow_change) as folder:
+            outcome = _run(config, folder, requests)
+            if outcome.exit_code == 0:
+                folder.finish()
+            return outcome
 
 
-def _run(config: RunConfig, resume: bool, preemption: Preemption) -> Outcome:
-    initialize_distributed()
+def _run(config: RunConfig, folder: RunFolder, preemption: Preemption) -> Outcome:
     mesh = make_mesh(config.mesh)
     agreement = Agreement(preemption, mesh)
     rows = config.train.batch_size
@@ -65,14 +77,15 @@ def _run(config: RunConfig, resume: bool, preemption: Preemption) -> Outcome:
         max_grad_norm=config.train.max_grad_norm,
     )
 
-    folder = Path(config.run.dir)
     held = local_rows(mesh, rows)
     with (
         open_stream(config, encode, mesh) as stream,
-        Checkpoints(str(folder / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
+        Checkpoints(str(folder.path / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
     ):
-        begin(config, folder, checkpoints, resume)
-        state, num_tokens = restore_or_begin(config, policy, tx, checkpoints, stream, tokenizer)
+        state, num_tokens = restore_or_begin(folder, policy, tx, checkpoints, stream, tokenizer)
+        if folder.finished(int(state.step)):
+            return Outcome(0, {})
+        folder.start(int(state.step))
         window = Window(policy.model, num_tokens)
         results = train(
             jit_step(step, state, mesh),
@@ -81,7 +94,7 @@ def _run(config: RunConfig, resume: bool, preemption: Preemption) -> Outcome:
             lambda batch: place_batch(batch, mesh, held, rows),
             steps=config.train.steps,
             max_skipped_in_a_row=config.train.max_skipped_in_a_row,
-            inspection_dir=folder / "inspection",
+            inspection_dir=folder.path / "inspection",
         )
         return follow(
             results,
@@ -91,5 +104,5 @@ def _run(config: RunConfig, resume: bool, preemption: Preemption) -> Outcome:
             agreement,
             start=int(state.step),
             evaluation=evaluation and (lambda result: evaluation(result.state)),
-            save=lambda result: save(config, checkpoints, result, stream, window.num_tokens, tokenizer),
+            save=lambda result: save(folder, checkpoints, result, stream, window.num_tokens, tokenizer),
         )

@@ -136,12 +136,7 @@ class Checkpoints:
         self.wait()
         wanted = _named_leaves(abstract)
         damaged: dict[int, str] = {}
-        steps = self.steps()
-        if step is not None:
-            if step not in steps:
-                there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none at all"
-                raise CheckpointError(f"{self._dir} holds no checkpoint of step {step}: {there}")
-            steps = [step]
+        steps = self._candidates(step)
         for step in reversed(steps):
             try:
                 record = self._read_record(step)
@@ -160,6 +155,31 @@ class Checkpoints:
                 f"no checkpoint can be read: {self._list(damaged)}. Bring the files back, or start in another folder"
             )
         return None
+
+    def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """Step and `meta` of the newest checkpoint whose record can be read, or of that of `step`; None where there is
+        none at all. The state is not read. Raises CheckpointError if all are damaged, or if `step` has none.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for candidate in reversed(self._candidates(step)):
+            try:
+                return candidate, self._read_record(candidate)["meta"]
+            except _DamagedError as error:
+                damaged[candidate] = str(error)
+        if damaged:
+            raise CheckpointError(f"no checkpoint can be read: {self._list(damaged)}")
+        return None
+
+    def _candidates(self, step: int | None) -> list[int]:
+        """All steps that have a checkpoint, or only `step`. Raises CheckpointError if that one has none."""
+        steps = self.steps()
+        if step is None:
+            return steps
+        if step not in steps:
+            there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none at all"
+            raise CheckpointError(f"{self._dir} holds no checkpoint of step {step}: {there}")
+        return [step]
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._writer is None:

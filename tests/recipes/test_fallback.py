@@ -76,7 +76,8 @@ def test_it_trains_resumes_and_is_exported(tmp_path):
     path = save(tmp_path / "base")
     tree = tree_of(tmp_path, path=path)
     first = sft.run(parse_config(tree | {"train": {"steps": 3, "batch_size": 8}}, "test"))
-    last = sft.run(parse_config(tree | {"train": {"steps": 6, "batch_size": 8}}, "test"))
+    longer = parse_config(tree | {"train": {"steps": 6, "batch_size": 8}}, "test")
+    last = sft.run(longer, allow_change=["train.steps"])
     assert last.metrics["loss"] < first.metrics["loss"]
     export_run(Path(tree["run"]["dir"]), tmp_path / "out")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
