@@ -67,9 +67,7 @@ def train(
         if print_config:
             typer.echo(dump_config(run), nl=False)
             return
-        outcome = _recipe(run.recipe)(
-            run, resume=resume, allow_change=allow_change or (), preemption=preemption
-        )
+        outcome = _recipe(run.recipe)(run, resume=resume, allow_change=allow_change or (), preemption=preemption)
         sys.exit(outcome.exit_code)
 
 

@@ -17,8 +17,8 @@ from converters.reference import Reference
 from converters.rows import by_name, flatten, join
 from converters.safetensors_io import open_checkpoint
 from converters.verify import Span, compare_logits
-from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 from jaxtrain.types import Array, Batch, Params
+from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 
 LOGIT_TOLERANCE = 1e-4  # |ours - theirs| in float32
 GRADIENT_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over a tensor

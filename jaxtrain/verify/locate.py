@@ -14,8 +14,8 @@ from converters.reference import Reference, Seen
 from converters.verify import Departure, Pair, Point, compare_values, first_departure, pair_modules
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.rope import rope_table
-from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 from jaxtrain.types import Array
+from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 
 MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over a token's part of what a module gave
 _IN_A_LAYER = re.compile(r"layers\.\d+\.")
