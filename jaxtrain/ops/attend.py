@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtrain.ops.blockwise import Form, Tokens, blockwise_attention
-from jaxtrain.ops.cudnn import cudnn_attention
-from jaxtrain.ops.splash import splash_attention
+from jaxtrain.ops.gpu.cudnn import cudnn_attention
+from jaxtrain.ops.tpu.splash import splash_attention
 from jaxtrain.parallel.mesh import platform_of
 
 Impl = Literal["auto", "xla", "splash", "cudnn"]

@@ -3,79 +3,62 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
+from jaxtrain.ops.cpu import matmul as cpu
 from jaxtrain.types import Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def project(x: Array, kernel: Array, rank: int) -> Array:
-    """x [..., *in] @ kernel [*in, *out] over the last `rank` axes of x -> [..., *out]. Differentiable once.
+    """x [..., *in] @ kernel [*in, *out] over the last `rank` axes of x -> [..., *out].
 
-    The weight's gradient is the product that needs care.
+    Differentiable in forward and reverse mode, any number of times. The value is a plain tensordot; only the form of
+    the kernel's gradient depends on the platform.
     """
     return jnp.tensordot(x, kernel, rank)
 
 
-def _project_fwd(x: Array, kernel: Array, rank: int) -> tuple[Array, tuple[Array, Array]]:
-    return project(x, kernel, rank), (x, kernel)
+def _project_jvp(rank: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, kernel = primals
+    d_x, d_kernel = tangents
+    y = project(x, kernel, rank)
+    # A frozen kernel has no tangent, and neither do the inputs of a first layer.
+    terms = [] if isinstance(d_x, SymbolicZero) else [project(d_x, kernel, rank)]
+    if not isinstance(d_kernel, SymbolicZero):
+        terms.append(_kernel_tangent(x, d_kernel, rank))
+    return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
-def _project_bwd(rank: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    out_rank = kernel.ndim - rank
-    d_x = lax.dot_general(g, kernel, ((_last(g, out_rank), _last(kernel, out_rank)), ((), ())))
-    # Resolved when the program is lowered, so a CPU host compiles for other platforms what they would run.
-    d_kernel = lax.platform_dependent(
-        x, g, cpu=functools.partial(_on_cpu, rank=rank), default=functools.partial(_anywhere, rank=rank)
-    )
-    return d_x, d_kernel
+project.defjvp(_project_jvp, symbolic_zeros=True)
 
 
-project.defvjp(_project_fwd, _project_bwd)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _kernel_tangent(x: Array, d_kernel: Array, rank: int) -> Array:
+    """x @ d_kernel, whose transpose with respect to `d_kernel` is the kernel's gradient.
 
-
-def _anywhere(x: Array, g: Array, rank: int) -> Array:
-    leading = tuple(range(x.ndim - rank))
-    return lax.dot_general(x, g, ((leading, leading), ((), ())))
-
-
-def _on_cpu(x: Array, g: Array, rank: int) -> Array:
-    """XLA's CPU kernels are half as fast over a leading axis of both sides as on rows times columns.
-
-    So the narrower side is transposed first; the barriers keep XLA from folding that into the product again.
+    `jax.checkpoint` makes x itself what reverse mode saves: without it the CPU form would save a transposed copy of x
+    for every projection of it.
     """
-    in_shape, out_shape = x.shape[x.ndim - rank :], g.shape[x.ndim - rank :]
-    x, g = x.reshape(-1, math.prod(in_shape)), g.reshape(-1, math.prod(out_shape))
-    if x.shape[1] <= g.shape[1]:
-        d_kernel = lax.optimization_barrier(x.T) @ g
-    else:
-        d_kernel = lax.optimization_barrier(lax.optimization_barrier(g.T) @ x).T
-    return d_kernel.reshape(*in_shape, *out_shape)
+    # Resolved when the program is lowered, so a CPU host compiles for other platforms what they would run.
+    return lax.platform_dependent(
+        x,
+        d_kernel,
+        cpu=functools.partial(cpu.project_tangent, rank=rank),
+        default=functools.partial(jnp.tensordot, axes=rank),
+    )
 
 
 def project_on_table(x: Array, table: Array) -> Array:
     """x [..., D] . table [V, D] -> float32 [..., V]: logits of a head that is the embedding."""
     rows = x.reshape(-1, x.shape[-1])
-    logits = lax.platform_dependent(rows, table, cpu=_table_first, default=_rows_first)
+    logits = lax.platform_dependent(rows, table, cpu=cpu.project_on_table, default=_project_on_table)
     return logits.reshape(*x.shape[:-1], len(table))
 
 
-def _rows_first(rows: Array, table: Array) -> Array:
+def _project_on_table(rows: Array, table: Array) -> Array:
     return lax.dot_general(rows, table, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _table_first(rows: Array, table: Array) -> Array:
-    """XLA's CPU kernels repack their right side at every call, which here would be the whole table.
-
-    The barrier keeps XLA from folding the transpose into the product, sides exchanged.
-    """
-    return lax.optimization_barrier(_rows_first(table, rows)).T
-
-
-def _last(x: Array, rank: int) -> tuple[int, ...]:
-    return tuple(range(x.ndim - rank, x.ndim))

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxtrain.types import Array, Params
 
@@ -108,24 +107,24 @@ def dense(kernel: Array | Quantized, dtype: Any) -> Array:
     return (values * jnp.expand_dims(kernel.scales, axis + 1)).astype(dtype).reshape(kernel.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def project_quantized(x: Array, kernel: Quantized, rank: int) -> Array:
-    """`ops.project.project` for a quantised kernel, which has no gradient."""
+    """`ops.project.project` for a quantised kernel, which is a constant: only `x` has a derivative."""
     return jnp.tensordot(x, dense(kernel, x.dtype), rank)
 
 
-def _forward(x: Array, kernel: Quantized, rank: int) -> tuple[Array, Quantized]:
-    return project_quantized(x, kernel, rank), kernel
+@project_quantized.defjvp
+def _project_quantized_jvp(
+    rank: int, primals: tuple[Array, Quantized], tangents: tuple[Array, Any]
+) -> tuple[Array, Array]:
+    x, kernel = primals
+    return project_quantized(x, kernel, rank), _tangent(tangents[0], kernel, rank)
 
 
-def _backward(rank: int, kernel: Quantized, g: Array) -> tuple[Array, None]:
-    wide = dense(kernel, g.dtype)
-    outputs = wide.ndim - rank
-    last = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(rank, wide.ndim))
-    return lax.dot_general(g, wide, (last, ((), ()))), None
-
-
-project_quantized.defvjp(_forward, _backward)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _tangent(d_x: Array, kernel: Quantized, rank: int) -> Array:
+    """`jax.checkpoint` dequantises the kernel again in the backward pass instead of saving it."""
+    return jnp.tensordot(d_x, dense(kernel, d_x.dtype), rank)
 
 
 def _quantize(kernel: Array, *, kind: Kind, axis: int, block: int) -> Quantized:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from jaxtrain.ops.cpu import ragged as cpu
 from jaxtrain.types import Array
-
-_TILE = 64  # rows of one group that meet its matrix at once, on CPU
 
 
 @jax.custom_vjp
@@ -21,7 +19,7 @@ def grouped_matmul(x: Array, kernels: Array, sizes: Array) -> Array:
     none and may leave rows at the end to nobody -> [M, O], 0 in the rows that are nobody's.
     """
     # Resolved when the program is lowered, so a CPU host compiles for other platforms what they would run.
-    return lax.platform_dependent(x, kernels, sizes, cpu=_tiled, default=lax.ragged_dot)
+    return lax.platform_dependent(x, kernels, sizes, cpu=cpu.grouped_matmul, default=lax.ragged_dot)
 
 
 def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -31,7 +29,7 @@ def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array
 def _backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = saved
     d_x = grouped_matmul(g, kernels.swapaxes(1, 2), sizes)
-    return d_x, lax.platform_dependent(x, g, sizes, cpu=_tiled_outer, default=_ragged_outer), None
+    return d_x, lax.platform_dependent(x, g, sizes, cpu=cpu.grouped_outer, default=_ragged_outer), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -43,63 +41,6 @@ def _ragged_outer(x: Array, g: Array, sizes: Array) -> Array:
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     return lax.ragged_dot_general(x, g, sizes, numbers)
-
-
-class _Tiles:
-    """Groups cut into tiles of `_TILE` rows, the last one of a group reaching into the next group or beyond the end.
-
-    XLA's CPU backend multiplies every row by every group's matrix in `lax.ragged_dot`; a loop over tiles multiplies
-    each once, at the cost of half a tile per group.
-    """
-
-    def __init__(self, sizes: Array):
-        self.ends = jnp.cumsum(sizes)
-        self.sizes = sizes
-        self.count = -(-sizes // _TILE)
-        self.behind = jnp.cumsum(self.count)
-
-    def at(self, i: Array) -> tuple[Array, Array, Array]:
-        """Group, first row, and the rows of that group from there on."""
-        group = jnp.searchsorted(self.behind, i, side="right", method="compare_all")
-        first = (i - (self.behind[group] - self.count[group])) * _TILE
-        return group, self.ends[group] - self.sizes[group] + first, self.sizes[group] - first
-
-
-def _tiled(x: Array, kernels: Array, sizes: Array) -> Array:
-    tiles, rows = _Tiles(sizes), len(x)
-    x = jnp.pad(x, ((0, _TILE), (0, 0)))
-
-    def body(i: Array, out: Array) -> Array:
-        group, start, _ = tiles.at(i)
-        tile = lax.dynamic_slice_in_dim(x, start, _TILE) @ kernels[group]
-        # What reaches beyond the group is overwritten by the next one's tile.
-        return lax.dynamic_update_slice_in_dim(out, tile, start, 0)
-
-    out = lax.fori_loop(0, tiles.behind[-1], body, _zeros((len(x), kernels.shape[2]), x))[:rows]
-    return jnp.where(jnp.arange(rows)[:, None] < tiles.ends[-1], out, 0)
-
-
-def _tiled_outer(x: Array, g: Array, sizes: Array) -> Array:
-    tiles = _Tiles(sizes)
-    x, g = (jnp.pad(rows, ((0, _TILE), (0, 0))) for rows in (x, g))
-
-    def body(i: Array, out: Array) -> Array:
-        group, start, left = tiles.at(i)
-        mine = jnp.arange(_TILE)[:, None] < left
-        tile = jnp.where(mine, lax.dynamic_slice_in_dim(x, start, _TILE), 0)
-        # Rows times columns: over a leading axis of both sides XLA's CPU kernels are half as fast.
-        product = lax.optimization_barrier(tile.T) @ lax.dynamic_slice_in_dim(g, start, _TILE)
-        return out.at[group].add(product.astype(jnp.float32))
-
-    shape = (len(sizes), x.shape[1], g.shape[1])
-    return lax.fori_loop(0, tiles.behind[-1], body, _zeros(shape, x).astype(jnp.float32)).astype(x.dtype)
-
-
-def _zeros(shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros in the dtype of `like` that differ between the devices of a `shard_map` where `like` does."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    zeros = jnp.zeros(shape, like.dtype)
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

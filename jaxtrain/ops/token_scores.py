@@ -24,6 +24,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxtrain.ops.cpu import matmul as cpu
 from jaxtrain.parallel.sharding import ROWS
 from jaxtrain.types import Array, TokenScores
 
@@ -380,12 +381,7 @@ def _residue(p: Array, column: Array, slope: Array | float, dtype: jnp.dtype) ->
 def _outer(x: Array, residue: Array, scale: Array) -> Array:
     """sum_t scale[t] x[t] residue[t]^T: [D, V], whichever way the head lies, because this product is the faster one."""
     x = x * scale[:, None].astype(x.dtype)
-    return lax.platform_dependent(x, residue, cpu=_outer_on_cpu, default=lambda x, residue: _dot(x, residue, 0, 0))
-
-
-def _outer_on_cpu(x: Array, residue: Array) -> Array:
-    """As in `ops.project`: XLA's CPU kernels want rows times columns; the barrier keeps the transpose out of them."""
-    return _dot(lax.optimization_barrier(x.T), residue, 1, 0)
+    return lax.platform_dependent(x, residue, cpu=cpu.outer, default=lambda x, residue: _dot(x, residue, 0, 0))
 
 
 def _no_gradient(plan: _Plan, head: Array) -> Array:

@@ -8,7 +8,7 @@ import pytest
 from jaxtrain.config import MeshSection
 from jaxtrain.ops.attend import attend
 from jaxtrain.ops.blockwise import RESIDUALS
-from jaxtrain.ops.cudnn import segment_table
+from jaxtrain.ops.gpu.cudnn import segment_table
 from jaxtrain.parallel.mesh import make_mesh
 
 SCALE = 0.3

@@ -25,6 +25,36 @@ def test_value_and_both_gradients_are_tensordots(x_shape, kernel_shape, rank):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("x_shape", "kernel_shape", "rank"), SHAPES.values(), ids=SHAPES)
+def test_forward_mode_gives_the_tangent(x_shape, kernel_shape, rank):
+    rng = np.random.default_rng(0)
+    shapes = (x_shape, kernel_shape) * 2
+    x, kernel, d_x, d_kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    _, tangent = jax.jvp(lambda x, kernel: project(x, kernel, rank), (x, kernel), (d_x, d_kernel))
+    expected = jnp.tensordot(d_x, kernel, rank) + jnp.tensordot(x, d_kernel, rank)
+    np.testing.assert_allclose(tangent, expected, rtol=0, atol=1e-5)
+
+
+def test_second_derivatives_and_vmapped_gradients_are_those_of_a_tensordot():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 5, 4), (4, 2)))
+
+    def hessian_and_gradients(product):
+        def loss(x, kernel):
+            return jnp.tanh(product(x, kernel, 1)).sum()
+
+        return jax.hessian(loss, 1)(x, kernel), jax.vmap(jax.grad(loss, 1), (0, None))(x, kernel)
+
+    for a, e in zip(hessian_and_gradients(project), hessian_and_gradients(jnp.tensordot), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5)
+
+
+def test_a_frozen_kernel_costs_no_product_in_forward_mode():
+    x, kernel = jnp.ones((8, 4)), jnp.ones((4, 6))
+    text = jax.jit(lambda x: jax.jvp(lambda x: project(x, kernel, 1), (x,), (x,))).lower(x).as_text()
+    assert text.count("stablehlo.dot_general") == 2, text
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_table_is_projected_on_in_float32(dtype):
     rng = np.random.default_rng(0)

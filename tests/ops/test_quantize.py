@@ -52,6 +52,16 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantised_kernel(axes, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
 
 
+def test_forward_mode_works_and_reverse_mode_saves_no_dequantised_kernel():
+    kernel = jax.random.normal(jax.random.key(0), (1, 24, 32))
+    held = jax.tree.map(lambda leaf: leaf[0], quantize(kernel, ("layers", "embed", "mlp"), "int8"))
+    x, d_x = (jax.random.normal(jax.random.key(i), (3, 24)) for i in (1, 2))
+    _, tangent = jax.jvp(lambda x: project_quantized(x, held, 1), (x,), (d_x,))
+    np.testing.assert_allclose(tangent, d_x @ dense(held, jnp.float32), rtol=0, atol=1e-5)
+    _, pull = jax.vjp(lambda x: project_quantized(x, held, 1), x)
+    assert not [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= kernel.size and leaf.dtype == jnp.float32]
+
+
 @pytest.mark.parametrize("kind", QUALITY)
 def test_adapters_on_a_quantised_base_train_on_a_mesh_as_on_one_device(kind):
     batch = tiny.packed_batch([[9, 20], [14, 14], [30], [8, 8, 8]], 32)
