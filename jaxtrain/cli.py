@@ -86,7 +86,7 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="write the adapters alone, as a PEFT folder")] = False,
 ) -> None:
     """Write a run's model as a Hugging Face folder, adapters merged."""
-    from jaxtrain.recipes.export import export_run
+    from jaxtrain.session.export import export_run
 
     export_run(run, out, step=step, dtype=dtype, adapter=adapter)
     typer.echo(f"wrote {out}")
@@ -98,7 +98,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="folder to write")],
 ) -> None:
     """Import and export a checkpoint without training: a test that it survives, tensor by tensor."""
-    from jaxtrain.recipes.export import convert_checkpoint
+    from jaxtrain.session.export import convert_checkpoint
 
     convert_checkpoint(source, out)
     typer.echo(f"wrote {out}")

@@ -17,7 +17,7 @@ from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
 from jaxtrain.recipes import rl, sft
-from jaxtrain.recipes.export import export_run
+from jaxtrain.session.export import export_run
 from jaxtrain.recipes.run_folder import read_metrics
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams

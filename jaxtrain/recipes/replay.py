@@ -10,7 +10,7 @@ from jaxtrain.config import RunConfig, config_tree, parse_config
 from jaxtrain.config.rollouts import PlacementSection
 from jaxtrain.recipes import rl
 from jaxtrain.recipes.run_folder import read_metrics
-from jaxtrain.recipes.run_record import read_saved_run, recorded_changes
+from jaxtrain.session.record import read_saved_run, recorded_changes
 
 
 class Compared(NamedTuple):

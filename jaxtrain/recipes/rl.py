@@ -1,56 +1,30 @@
-"""Reinforcement learning, from a config to a trained model."""
+"""Reinforcement learning: sample, reward, pack, score, advantages, update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 
-from converters.families.registry import has_scalar_head
 from jaxtrain.config import RunConfig
-from jaxtrain.config.rl import RLSection
-from jaxtrain.config.rollouts import RewardModelSection
-from jaxtrain.data.formats import Encoder
-from jaxtrain.data.prompts import PromptStream
-from jaxtrain.data.sources import Row
-from jaxtrain.lora import join
-from jaxtrain.losses.policy import Correction, make_policy_loss
-from jaxtrain.losses.value import make_value_loss
-from jaxtrain.nn.heads import LANGUAGE, SCALAR
-from jaxtrain.nn.model import Model
-from jaxtrain.observe.progress import Progress
-from jaxtrain.optim import make_optimizer, make_schedule
-from jaxtrain.parallel.batches import local_rows, place_batch
-from jaxtrain.parallel.mesh import compiler_options, initialize_distributed
-from jaxtrain.parallel.sharding import row_shares
-from jaxtrain.recipes.following import Outcome, follow
-from jaxtrain.recipes.open_run import RunFolder, open_run
-from jaxtrain.recipes.reporting import RolloutWindow, Window
-from jaxtrain.recipes.rl_evaluation import make_rl_evaluation
-from jaxtrain.recipes.rl_folder import Trained, initial_params, restore_or_begin, save
-from jaxtrain.recipes.setup import adapter_params, as_list, base_params, make_policy, make_tokenizer, stop_ids
+from jaxtrain.nn.heads import LANGUAGE
 from jaxtrain.rl.algorithms import find_algorithm
-from jaxtrain.rl.collect import Collector, Limits, check_generations
-from jaxtrain.rl.controller import Learner, PerToken, Plan, Reference, Roles, Update, reinforce
-from jaxtrain.rl.placement import make_meshes, make_sampler
-from jaxtrain.rl.reward_models import RewardModel
+from jaxtrain.rl.collect import Collected, Collector, check_generations, limits_of
+from jaxtrain.rl.evaluator import rewards_of_answers
+from jaxtrain.rl.experience import Experience, add_advantages, pack_samples, score_samples
+from jaxtrain.rl.placement import make_sampler, trainer_devices
+from jaxtrain.rl.prompts import prompt_stream
+from jaxtrain.rl.reward_models import reward_models
 from jaxtrain.rl.reward_pool import RewardPool
-from jaxtrain.rl.rollouts import Prompt, support_metrics
-from jaxtrain.rl.scoring import RewardScorer, conversation_metrics
-from jaxtrain.rl.sources import OnPolicySource, PrefetchingSource, SampleSource
-from jaxtrain.rl.trajectories import Replay, sample_table, write_step
-from jaxtrain.rl.worker import WorkerSpec
-from jaxtrain.sample.requests import SamplingParams
-from jaxtrain.train.checkpoint import Checkpoints
-from jaxtrain.train.lockstep import Agreement
+from jaxtrain.rl.roles import critic_role, reference_role
+from jaxtrain.rl.rollout_loop import RolloutLoop
+from jaxtrain.rl.scoring import RewardScorer
+from jaxtrain.rl.sources import make_source
+from jaxtrain.rl.trajectories import Replay
+from jaxtrain.session.session import Outcome, Session
 from jaxtrain.train.preemption import Preemption
-from jaxtrain.train.step import Loss, jit_step, make_step, score, token_values
-from jaxtrain.types import TrainState
 
 
 def run(
@@ -63,255 +37,56 @@ def run(
 ) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
-    `replay`: learn from the samples that the run in that folder recorded, and draw none.
-    `allow_change`: keys that may differ from the config that the run began with, though that changes its numbers.
-    `preemption`: one that is in force already, so that signals are handled from the start of the process on.
-
-    Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training diverges;
-    Interrupted where a signal asks to stop before the first step.
+    `replay`: train on the samples that the run in that folder recorded, and sample none.
+    The other arguments and the errors are those of `Session.open`.
     """
-    with preemption or Preemption() as requests:
-        initialize_distributed()
-        with open_run(config, resume=resume, allow_change=allow_change) as folder:
-            outcome = _run(config, folder, replay, requests)
-            if outcome.exit_code == 0:
-                folder.finish()
-            return outcome
-
-
-def _run(config: RunConfig, folder: RunFolder, replay: Path | None, preemption: Preemption) -> Outcome:
     section = config.rl
     assert section is not None
-    if jax.process_count() > 1:
-        raise ValueError("recipe rl has one controller: start one process; rl.placement.kind=ray adds others")
     algorithm = find_algorithm(section)
     check_generations(algorithm, section.generations)
-    mesh, sampling_mesh = make_meshes(section.placement, config.mesh)
-    policy = make_policy(config, mesh)
-    if policy.model.output != LANGUAGE:
-        raise ValueError(f"model.head={policy.model.output} says no words: recipe rl needs the language-model head")
-    tokenizer = make_tokenizer(config.model)
-    encode = Encoder(tokenizer, prompt_format=config.data.prompt_format, vocab_size=policy.model.config.vocab_size)
-    make_prompt = prompt_maker(encode, config.data.max_length - section.max_completion_length)
-    prompts = PromptStream(as_list(config.data.train), config.data, make_prompt, seed=config.run.seed)
+    if config.model.head != LANGUAGE:
+        raise ValueError(f"model.head={config.model.head} generates no text: recipe rl needs the language-model head")
+    with Session.open(
+        config,
+        resume=resume,
+        allow_change=allow_change,
+        preemption=preemption,
+        devices=partial(trainer_devices, section.placement),
+    ) as session:
+        if jax.process_count() > 1:
+            raise ValueError("recipe rl runs in one process: start one; rl.placement.kind=ray adds others that sample")
+        pool = session.enter(RewardPool(section.rewards, section.reward_workers))
+        session.preemption.on_request(pool.interrupt)
 
-    correction = section.correction and Correction(**section.correction.model_dump())
-    objective = algorithm.objective(correction, section.max_completion_length)
-    plan = Plan(
-        section.iterations,
-        section.minibatches,
-        config.data.max_length,
-        row_shares(mesh) * config.train.microbatches,
-        config.train.max_skipped_in_a_row,
-    )
-    trained = Trained(policy, _optimizer(config, policy.trained_axes))
-    critic_config = _critic_config(config)
-    critic = None
-    if algorithm.critic:
-        critic_policy = make_policy(critic_config, mesh)
-        critic = Trained(critic_policy, _optimizer(critic_config, critic_policy.trained_axes))
+        policy = session.trained_role("policy", algorithm.objective)
+        critic = critic_role(session) if algorithm.critic else None
+        prompts = prompt_stream(session, policy)
+        rollouts = RolloutLoop(session, prompts)
+        session.restore(*([policy, critic] if critic else [policy]), data=rollouts)
+        reference = reference_role(policy) if algorithm.needs_reference else None
 
-    spec = WorkerSpec(
-        policy.model,  # replaced by the one that samples
-        SamplingParams(
-            max_tokens=section.max_completion_length,
-            temperature=section.sampling.temperature,
-            top_k=section.sampling.top_k,
-            top_p=section.sampling.top_p,
-            min_p=section.sampling.min_p,
-            stop_ids=stop_ids(config.model, policy, tokenizer),
-        ),
-        config.run.seed,
-        section.sampling.slots,
-        config.data.max_length,
-        tokenizer,
-        support=section.sampling.support if section.sampling.filtered else 0,
-        environment=section.environment,
-    )
-    with (
-        RewardPool(section.rewards, section.reward_workers) as pool,
-        Checkpoints(str(folder.path / "checkpoints"), config.checkpoint.every, config.checkpoint.keep) as checkpoints,
-    ):
-        preemption.on_request(pool.interrupt)
-        begun = restore_or_begin(folder, trained, critic, checkpoints, prompts, tokenizer)
-        start = int(begun.policy.step)
-        if folder.finished(start):
-            return Outcome(0, {})
-        temperature = section.sampling.temperature
-
-        def learner(
-            role: Trained, state: TrainState, run: RunConfig, loss: Loss, per_token: PerToken, separable: bool = False
-        ) -> Learner:
-            step = make_step(
-                role.policy.model,
-                role.tx,
-                make_schedule(run.optimizer, run.train.steps),
-                loss,
-                separable=separable,
-                temperature=temperature,
-                microbatches=run.train.microbatches,
-                max_grad_norm=run.train.max_grad_norm,
-            )
-            return Learner(state, jit_step(step, state, mesh), per_token)
-
-        policy_loss = make_policy_loss(algorithm.surrogate, objective)
-        logps = _log_probabilities(policy.model, temperature)
-        roles = Roles(learner(trained, begun.policy, config, policy_loss, logps, objective.separable))
-        if critic is not None and begun.critic is not None:
-            value_loss = make_value_loss(section.critic.epsilon)
-            values = _values(critic.policy.model)
-            roles = roles._replace(critic=learner(critic, begun.critic, critic_config, value_loss, values))
-        if algorithm.needs_reference:
-            params = initial_params(config, policy, begun.policy.frozen)
-            # Without adapters of its own the reference is the base alone.
-            model = policy.model if params else replace(policy.model, lora=None, new_tokens=None)
-            roles = roles._replace(reference=Reference(params, _log_probabilities(model, temperature)))
-
-        sampler = make_sampler(section.placement, spec, policy.model, roles.policy.params, start, sampling_mesh)
-        preemption.on_request(sampler.interrupt)
-        scorer = RewardScorer(
-            section.rewards,
-            pool,
-            section.environment.weight if section.environment else 1.0,
-            [_reward_model(config, each, mesh) for each in section.reward_models],
-        )
+        sampler = make_sampler(session, policy)
+        environment_weight = section.environment.weight if section.environment else 1.0
+        reward = RewardScorer(section.rewards, pool, environment_weight, reward_models(session))
+        session.evaluator("rewards", rewards_of_answers(session, policy, sampler, reward))
         collect = Collector(
             prompts.draw,
             sampler,
-            scorer,
+            reward,
             algorithm,
             prompts=section.prompts,
             samples=section.generations,
-            limits=_limits(section, config.data.max_length),
+            limits=limits_of(section, config.data.max_length),
         )
-        evaluation = make_rl_evaluation(config, policy, encode, tokenizer, sampler, scorer, preemption.check)
-        source: SampleSource = OnPolicySource(collect, sampler, prompts.get_state)
-        if section.placement.staleness:
-            if section.reward_models and mesh.size > 1:
-                raise ValueError(
-                    f"rl.reward_models on the trainer's {mesh.size} devices cannot score beside the training: use "
-                    "rl.placement.staleness=0 or a single device that trains"
-                )
-            staleness = section.placement.staleness
-            source = PrefetchingSource(collect, sampler, prompts.get_state, staleness=staleness, updates=plan.updates)
-        if replay is not None:
-            source = Replay(replay)
-        window, rollouts = Window(policy.model, begun.num_tokens), RolloutWindow()
+        source = Replay(replay) if replay else make_source(session, collect, sampler, prompts)
 
-        def hear(update: Update, progress: Progress) -> None:
-            rollouts.add(update, plan.updates, _extra_metrics(update, sampler, scorer))
-            if update.done > 1:
-                return
-            write_step(folder.path, update.step, update.experience.trajectories)
-            every = section.print_samples * plan.updates
-            if every and update.experience.trajectories and (update.step - 1) % every == 0:
-                progress.show(sample_table(update.step, update.experience.trajectories))
+        def experience_from(samples: Collected) -> Experience:
+            experience = pack_samples(samples, config, policy.mesh)
+            score_samples(experience, algorithm, policy, reference, critic)
+            add_advantages(experience, algorithm)
+            return experience
 
-        with closing(sampler), closing(source):
-            folder.start(start)
-            updates = reinforce(
-                roles,
-                source,
-                algorithm,
-                plan,
-                lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
-                steps=config.train.steps,
-                inspection_dir=folder.path / "inspection",
-                pending=begun.pending,
-            )
-            return follow(
-                updates,
-                config,
-                window,
-                checkpoints,
-                Agreement(preemption, mesh),
-                start=start,
-                evaluation=evaluation and (lambda update: evaluation(update.roles.policy)),
-                save=lambda update: save(
-                    folder, checkpoints, update, plan.updates, source.state(), window.num_tokens, tokenizer
-                ),
-                hear=hear,
-                extra=rollouts.close,
-            )
-
-
-def prompt_maker(encode: Encoder, most: int) -> Callable[[int, Row], Prompt]:
-    """Rows -> prompts of at most `most` tokens; a longer one is a ValueError: nobody can answer what is cut off."""
-
-    def make(number: int, row: Row) -> Prompt:
-        ids, columns = encode.question(row)
-        if not 0 < len(ids) <= most:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens; data.max_length - rl.max_completion_length leaves room for {most}"
-            )
-        return Prompt(number, ids, columns)
-
-    return make
-
-
-def _limits(section: RLSection, max_length: int) -> Limits:
-    environment = section.environment
-    if environment is None:
-        return Limits(section.max_completion_length)
-    return Limits(section.max_completion_length * environment.max_turns, environment.max_length(max_length))
-
-
-def _optimizer(config: RunConfig, axes: Any) -> Any:
-    return make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.steps), axes)
-
-
-def _reward_model(config: RunConfig, section: RewardModelSection, mesh: jax.sharding.Mesh) -> RewardModel:
-    """On the trainer's devices, split as the policy is."""
-    model = config.model.model_copy(update={"path": section.path, "config": None, "lora": None, "head": SCALAR})
-    role = make_policy(config.model_copy(update={"model": model}), mesh)
-    if not has_scalar_head(role.hf):
-        raise ValueError(f"rl.reward_models: {section.path} is no reward model: it has no head of one label")
-    base = base_params(model, role, 0)
-    params = join(base, adapter_params(model, role, 0, base))
-    return RewardModel(
-        section.name,
-        section.weight,
-        role.model,
-        params,
-        lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
-        max_length=config.data.max_length,
-        row_multiple=row_shares(mesh),
-    )
-
-
-def _critic_config(config: RunConfig) -> RunConfig:
-    """The run as the critic sees it: a scalar head, and a learning rate of its own."""
-    assert config.rl is not None
-    model = config.model.model_copy(update={"head": SCALAR})
-    optimizer = config.optimizer.model_copy(update={"learning_rate": config.rl.critic.learning_rate})
-    return config.model_copy(update={"model": model, "optimizer": optimizer})
-
-
-def _log_probabilities(model: Model, temperature: float) -> PerToken:
-    return _jit(model, lambda params, batch: score(model, params, batch, temperature=temperature).logp)
-
-
-def _values(model: Model) -> PerToken:
-    return _jit(model, lambda params, batch: token_values(model, params, batch))
-
-
-def _jit(model: Model, function: PerToken) -> PerToken:
-    assert model.run.mesh is not None
-    return jax.jit(function, compiler_options=compiler_options(model.run.mesh))
-
-
-def _extra_metrics(update: Update, sampler: Any, scorer: RewardScorer) -> Mapping[str, float]:
-    """Of a rollout, once: what sampler, rewards and environments count."""
-    if update.done > 1 or not update.experience.trajectories:
-        return {}
-    trajectories = update.experience.trajectories
-    versions = [update.step - 1 - t.versions[t.loss_mask] for t in trajectories if t.loss_mask.any()]
-    staleness = np.concatenate(versions) if versions else np.zeros(1)
-    return {
-        **sampler.metrics(),
-        **scorer.metrics(),
-        **conversation_metrics(trajectories),
-        **support_metrics(trajectories),
-        "staleness/mean": float(staleness.mean()),
-        "staleness/max": float(staleness.max()),
-    }
+        for experience in rollouts.experiences(source, policy, experience_from):
+            for batch in session.steps(experience):
+                session.report(policy=policy.update(batch), critic=critic.update(batch) if critic else None)
+    return session.outcome

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtrain.config.rl import RLSection
 from jaxtrain.rl.advantages import group_statistics, overlong_penalty, samples_needed
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.failures import LostRewardGuard
@@ -30,6 +31,14 @@ class Limits(NamedTuple):
 
     completion: int  # tokens of the model, in all turns
     conversation: int | None = None  # with an environment: tokens of prompt and completion, the environment's included
+
+
+def limits_of(section: RLSection, max_length: int) -> Limits:
+    """The limits of samples in rows of `max_length` tokens."""
+    environment = section.environment
+    if environment is None:
+        return Limits(section.max_completion_length)
+    return Limits(section.max_completion_length * environment.max_turns, environment.max_length(max_length))
 
 
 class Collector:

@@ -3,62 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from contextlib import closing
 
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain.config import MeshSection
+from jaxtrain.config import RunConfig
 from jaxtrain.config.rollouts import PlacementSection
-from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import WeightSync, rollout_model
 from jaxtrain.rl.worker import WorkerSpec
-from jaxtrain.types import Params
+from jaxtrain.roles.role import TrainedRole
+from jaxtrain.sample.requests import SamplingParams
+from jaxtrain.session.session import Session
 
 
-def make_meshes(
-    placement: PlacementSection, section: MeshSection, devices: Sequence[Any] | None = None
-) -> tuple[Mesh, Mesh | None]:
-    """The trainer's mesh, and the one that samples (None: it is in other processes).
+def trainer_devices(placement: PlacementSection) -> Sequence[jax.Device]:
+    """The devices that train: all, or under `disjoint` all but the last `rollout_devices`.
 
-    Disjoint, the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them.
     Raises ValueError where none is left to train on, or a thread that samples would share devices with the trainer.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    if placement.kind == "ray":
-        return make_mesh(section, devices), None
-    if placement.kind == "colocated":
-        if placement.staleness and len(devices) > 1:
-            # Two threads may start programs in a different order on each device; their collectives then never meet.
-            raise ValueError(
-                f"rl.placement.staleness={placement.staleness} samples beside the training, which on {len(devices)} "
-                "devices needs rl.placement.kind=disjoint or ray"
-            )
-        mesh = make_mesh(section, devices)
-        return mesh, mesh
+    devices = jax.devices()
+    if placement.kind == "colocated" and placement.staleness and len(devices) > 1:
+        # Two threads may start programs in a different order on each device; their collectives then never meet.
+        raise ValueError(
+            f"rl.placement.staleness={placement.staleness} samples beside the training, which on {len(devices)} "
+            "devices needs rl.placement.kind=disjoint or ray"
+        )
+    if placement.kind != "disjoint":
+        return devices
     count = placement.rollout_devices
     assert count is not None
     if count >= len(devices):
         raise ValueError(f"rl.placement.rollout_devices={count} of {len(devices)} devices leaves none to train on")
+    return devices[:-count]
+
+
+def sampling_mesh(config: RunConfig, trainer: Mesh) -> Mesh | None:
+    """The mesh of this process that samples; None: sampling is in other processes.
+
+    Under `disjoint` the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them.
+    """
+    assert config.rl is not None
+    placement, section = config.rl.placement, config.mesh
+    if placement.kind == "ray":
+        return None
+    if placement.kind == "colocated":
+        return trainer
+    count = placement.rollout_devices
+    assert count is not None
     tensor = section.tensor if count % section.tensor == 0 else 1
     sampling = section.model_copy(update={"data": 1, "fsdp": -1, "tensor": tensor})
-    return make_mesh(section, devices[:-count]), make_mesh(sampling, devices[-count:])
+    return make_mesh(sampling, jax.devices()[-count:])
 
 
-def make_sampler(
-    placement: PlacementSection, spec: WorkerSpec, trainer: Model, params: Params, version: int, mesh: Mesh | None
-) -> EngineSampler | RaySampler:
-    """A sampler that has the trainer's `params` already. `mesh` is `make_meshes`' second; `spec.model` is set here."""
-    spec = replace(spec, model=rollout_model(trainer, mesh))
-    if placement.kind != "ray":
-        sync = WeightSync(trainer, spec.model)
-        return spec.build(sync(params).params, version, sync)
-    sampler = RaySampler(
-        spec, trainer, workers=placement.workers, seconds=placement.worker_seconds, resources=placement.resources
+def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySampler:
+    """A sampler with the policy's parameters. It is closed with the run, and interrupted when the run shall stop."""
+    section = session.config.rl
+    assert section is not None
+    model = rollout_model(policy.model, sampling_mesh(session.config, session.mesh))
+    placement, snapshot = section.placement, policy.snapshot()
+    spec = WorkerSpec(
+        model,
+        SamplingParams(
+            max_tokens=section.max_completion_length,
+            temperature=section.sampling.temperature,
+            top_k=section.sampling.top_k,
+            top_p=section.sampling.top_p,
+            min_p=section.sampling.min_p,
+            stop_ids=session.stop_ids(policy),
+        ),
+        session.config.run.seed,
+        section.sampling.slots,
+        session.config.data.max_length,
+        session.tokenizer,
+        support=section.sampling.support if section.sampling.filtered else 0,
+        environment=section.environment,
     )
-    sampler.set_params(params, version)
+    if placement.kind == "ray":
+        sampler: EngineSampler | RaySampler = RaySampler(
+            spec,
+            policy.model,
+            workers=placement.workers,
+            seconds=placement.worker_seconds,
+            resources=placement.resources,
+        )
+        sampler.set_params(*snapshot)
+    else:
+        sync = WeightSync(policy.model, model)
+        sampler = spec.build(sync(snapshot.params).params, snapshot.version, sync)
+    session.enter(closing(sampler))
+    session.preemption.on_request(sampler.interrupt)
     return sampler

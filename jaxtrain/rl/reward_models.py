@@ -1,48 +1,49 @@
-"""A reward model as a role: a scalar head reads prompt and completion and says what the sample is worth."""
+"""Reward models: a scalar head reads prompt and completion and gives the reward of the sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from jaxtrain.nn.model import Model
-from jaxtrain.rl.rollouts import Trajectory, pack, rows_needed
-from jaxtrain.types import Array, Batch, Params
+from converters.families.registry import has_scalar_head
+from jaxtrain.nn.heads import SCALAR
+from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.rl.rollouts import Trajectory, pack
+from jaxtrain.roles.role import Role
+from jaxtrain.session.session import Session
 
 
 class RewardModel:
-    """Callable: the head's number at the last token of every sample [n], packed like everything else.
+    """Callable: the head's value at the last token of every sample [n].
 
-    It reads the policy's own ids, so it must have the policy's tokenizer.
+    It reads the policy's ids, so it must have the policy's tokenizer.
     """
 
-    def __init__(
-        self,
-        name: str,
-        weight: float,
-        model: Model,
-        params: Params,
-        place: Callable[[Batch], Batch],
-        *,
-        max_length: int,
-        row_multiple: int,
-    ):
-        """`model.output` is the scalar head; `max_length` holds the longest sample; rows are placed by `place`."""
-        self.name, self.weight = name, weight
-        self._model, self._params, self._place = model, params, place
-        self._max_length, self._row_multiple = max_length, row_multiple
+    def __init__(self, role: Role, weight: float, max_length: int):
+        """`role` has a scalar head; `max_length` holds the longest sample."""
+        self.name, self.weight = role.name, weight
+        self._role, self._max_length = role, max_length
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        rows = rows_needed(trajectories, self._max_length, self._row_multiple)
-        packed = pack(trajectories, self._max_length, rows)
-        bare = packed.batch._replace(signals={})
-        values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(bare))))
-        return np.array([values[row, stop - 1] for row, _, stop in packed.spans], np.float64)
+        packed = pack(trajectories, self._max_length, multiple=row_shares(self._role.mesh))
+        values = self._role.rewards(packed.batch._replace(signals={}))
+        return np.array([values[span.row, span.stop - 1] for span in packed.spans], np.float64)
 
 
-@partial(jax.jit, static_argnums=0)
-def _values(model: Model, params: Params, batch: Batch) -> Array:
-    return model.values(params, model.hidden(params, batch))
+def reward_models(session: Session) -> list[RewardModel]:
+    """Those of `rl.reward_models`, on the trainer's devices and sharded as the policy is.
+
+    Raises ValueError for a folder that holds no reward model.
+    """
+    config = session.config
+    assert config.rl is not None
+    models = []
+    for section in config.rl.reward_models:
+        changes = {"path": section.path, "config": None, "lora": None, "head": SCALAR}
+        role = session.role(section.name, config.model.model_copy(update=changes))
+        if not has_scalar_head(role.declared.hf):
+            raise ValueError(f"rl.reward_models: {section.path} is no reward model: it has no head of one label")
+        role.load()
+        models.append(RewardModel(role, section.weight, config.data.max_length))
+    return models

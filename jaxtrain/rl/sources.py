@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol
 
+from jaxtrain.data.prompts import PromptStream
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.rollouts import Sampler
+from jaxtrain.session.session import Session
 from jaxtrain.types import Params
 
 CollectSamples = Callable[[], Collected | None]
@@ -120,6 +123,29 @@ class PrefetchingSource:
             if rollout.collected is None:
                 return
             due += self._updates
+
+
+def make_source(
+    session: Session, collect: CollectSamples, sampler: Sampler, prompts: PromptStream[Any]
+) -> OnPolicySource | PrefetchingSource:
+    """The source that `rl.placement.staleness` asks for. It is closed with the run.
+
+    Raises ValueError where samples cannot be drawn beside the training.
+    """
+    section = session.config.rl
+    assert section is not None
+    if not section.placement.staleness:
+        return OnPolicySource(collect, sampler, prompts.get_state)
+    if section.reward_models and session.mesh.size > 1:
+        raise ValueError(
+            f"rl.reward_models on the trainer's {session.mesh.size} devices cannot score beside the training: use "
+            "rl.placement.staleness=0 or a single device that trains"
+        )
+    source = PrefetchingSource(
+        collect, sampler, prompts.get_state, staleness=section.placement.staleness, updates=section.updates
+    )
+    session.enter(closing(source))
+    return source
 
 
 class _Rollout(NamedTuple):

@@ -15,7 +15,7 @@ import transformers
 from jaxtrain.config import parse_config
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes import sft
-from jaxtrain.recipes.export import export_run
+from jaxtrain.session.export import export_run
 from jaxtrain.recipes.setup import base_params, make_policy
 from jaxtrain.train.step import score
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.data.arithmetic import write_arithmetic
-from jaxtrain.recipes.export import export_run
+from jaxtrain.session.export import export_run
 
 STEPS = 12
 

@@ -16,7 +16,7 @@ from jaxtrain.config import load_config, parse_config
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes import sft
-from jaxtrain.recipes.export import export_run
+from jaxtrain.session.export import export_run
 from jaxtrain.recipes.setup import make_policy
 from jaxtrain.types import Batch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.config import ConfigError, RunConfig, load_config, parse_config
-from jaxtrain.recipes.run_inputs import Fingerprint
+from jaxtrain.session.inputs import Fingerprint
 from jaxtrain.train.checkpoint import Checkpoints
 
 CONFIG = "config.yaml"  # as the run began; written once
@@ -86,3 +86,8 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

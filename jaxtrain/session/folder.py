@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.config import RunConfig, config_tree, dump_config
 from jaxtrain.config.changes import Change, check_keys, covers, differences, input_paths
-from jaxtrain.recipes.run_inputs import Fingerprint, changed_file, fingerprints
-from jaxtrain.recipes.run_lock import FolderLock
-from jaxtrain.recipes.run_record import (
+from jaxtrain.roles.tokenizer import fingerprint
+from jaxtrain.session.inputs import Fingerprint, changed_file, fingerprints
+from jaxtrain.session.lock import FolderLock
+from jaxtrain.session.record import (
     CHANGES,
     CHECKPOINTS,
     CONFIG,
@@ -31,6 +32,8 @@ from jaxtrain.recipes.run_record import (
     write_atomically,
 )
 from jaxtrain.train.checkpoint import Checkpoints
+
+_TOKENIZER_KEYS = ("model.path", "model.tokenizer", "model.chat_template", "model.add_tokens")
 
 
 class _Checked(NamedTuple):
@@ -63,6 +66,14 @@ class RunFolder:
         """Whether one of `keys` may differ from the newest checkpoint's config: now, or since an earlier start."""
         recorded = [key for change in recorded_changes(self.path) for key in change["changes"]]
         return any(covers(keys, key) for key in (*self._allow_change, *recorded))
+
+    def check_tokenizer(self, meta: dict[str, Any], tokenizer: Any) -> None:
+        """Raise ValueError where a checkpoint's `meta` names another tokenizer, unless a change is permitted."""
+        if meta["tokenizer"] != fingerprint(tokenizer) and not self.permits(_TOKENIZER_KEYS):
+            raise ValueError(
+                f"{self.path} was trained with another tokenizer or chat template: go on with that one, choose another "
+                "run.dir, or permit the change with --allow-change model.tokenizer"
+            )
 
     def finished(self, step: int) -> bool:
         """Whether nothing is left to train after `step`, the newest checkpoint's; says so if it is."""

@@ -16,9 +16,9 @@ from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.fallback import TorchModel, export_torch_model
-from jaxtrain.recipes.run_inputs import changed_file, fingerprint_path
-from jaxtrain.recipes.run_record import CHECKPOINTS, SavedRun, read_saved_run
+from jaxtrain.roles.torch_model import TorchModel, export_torch_model
+from jaxtrain.session.inputs import changed_file, fingerprint_path
+from jaxtrain.session.record import CHECKPOINTS, SavedRun, read_saved_run
 from jaxtrain.recipes.setup import Policy, base_params, make_policy, make_tokenizer
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params

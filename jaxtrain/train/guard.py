@@ -1,70 +1,23 @@
-"""The training loop: a generator. What happens every N steps is the business of whoever iterates."""
+"""Guards on a step's report: losses that are not finite, and steps that were compiled again."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain.train.step import Step, StepReport
-from jaxtrain.types import Batch, TrainState
+from jaxtrain.train.step import StepReport
+from jaxtrain.types import Batch
 
 log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ValueError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
-
-
-class StepResult(NamedTuple):
-    step: int  # optimizer steps taken, this one included
-    state: TrainState
-    report: StepReport  # still on the device: reading it waits for the step
-    batch: Batch  # this host's rows
-    seconds: float  # since the step before was handed out: the pace, not the latency
-
-
-def train(
-    step: Step,
-    state: TrainState,
-    batches: Iterator[Batch],
-    place: Callable[[Batch], Batch],
-    *,
-    steps: int,
-    max_skipped_in_a_row: int,
-    inspection_dir: Path,
-) -> Iterator[StepResult]:
-    """Take steps until `steps` have been taken in all or the batches run dry, yielding after each.
-
-    The host runs one step ahead of the device: it looks at a step's report only once the next one has been sent off.
-    Raises NonFiniteError after `max_skipped_in_a_row` skipped steps, with their batches in `inspection_dir`.
-    """
-    recent: deque[Batch] = deque(maxlen=max_skipped_in_a_row + 1)
-    before: StepReport | None = None
-    first = int(state.step) + 1
-    last_time = time.perf_counter()
-    for number in range(first, steps + 1):
-        batch = next(batches, None)
-        if batch is None:
-            log.warning("the training data ran dry after step %d of %d", number - 1, steps)
-            break
-        recent.append(batch)
-        state, report = step(state, place(batch))
-        if number == first + 1:
-            _warn_of_recompilation(step, batch)
-        if before is not None:
-            check_finite(before, recent, max_skipped_in_a_row, number - 1, inspection_dir)
-        before, now = report, time.perf_counter()
-        yield StepResult(number, state, report, batch, now - last_time)
-        last_time = now
-    if before is not None:
-        check_finite(before, recent, max_skipped_in_a_row, int(state.step), inspection_dir)
 
 
 def check_finite(
@@ -110,8 +63,8 @@ def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:
     return {**stacked, "rows": np.array(rows)}
 
 
-def _warn_of_recompilation(step: Step, batch: Batch) -> None:
-    compiled = getattr(step, "_cache_size", lambda: 1)()
-    if compiled > 1:
+def warn_of_recompilation(compilations: int, batch: Batch) -> None:
+    """Log that the step was compiled more than once, with the shapes of `batch`."""
+    if compilations > 1:
         shapes = {name: leaf.shape for name, leaf in batch._asdict().items() if hasattr(leaf, "shape")}
-        log.warning("the step was compiled %d times; the last batch had the shapes %s", compiled, shapes)
+        log.warning("the step was compiled %d times; the last batch had the shapes %s", compilations, shapes)

@@ -1,0 +1,157 @@
+"""Declaring a role's model: which parameters it has, and the shape, dtype and sharding of each.
+
+Nothing is read or computed here: a declaration is what a checkpoint is restored into, and what a compiler is given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from converters.adapters import read_lora
+from converters.import_hf import read_config
+from converters.tokenizer import add_tokens, load_tokenizer
+from jaxtrain.config import ModelSection
+from jaxtrain.lora import check_targets, split_adapters
+from jaxtrain.nn.config import Lora, ModelConfig, NewTokens, RouterLoss
+from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.model import Model
+from jaxtrain.ops.quantize import Kind, quantize_kernels
+from jaxtrain.parallel.mesh import platform_of
+from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.roles.tokenizer import tokenizer_folder
+from jaxtrain.roles.torch_model import open_torch_model
+from jaxtrain.types import Params
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_MAX_UNROLLED_LAYERS = 8
+"""On a CPU, a model of at most this many layers is compiled without a loop; more layers take long to compile."""
+
+
+class Declaration(NamedTuple):
+    """A model, and where each of its parameters is placed."""
+
+    model: Model
+    hf: dict[str, Any]  # config.json as it was read
+    target: Params  # shape, dtype and sharding of every parameter, adapters included, none quantised
+    quantize: Kind | None = None  # how the frozen kernels are stored
+    added: NewTokens | None = None  # tokens that the checkpoint lacks, whether or not they have their own parameters
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        mesh = self.model.run.mesh
+        assert mesh is not None
+        return mesh
+
+    @property
+    def trained(self) -> Params:
+        """The part of `target` that the optimizer updates."""
+        return split_adapters(self.target)[0] if self.model.base_frozen else self.target
+
+    @property
+    def frozen(self) -> Params:
+        """The part of `target` that no step changes, quantised where the section says so."""
+        if not self.model.base_frozen:
+            return {}
+        base = split_adapters(self.target)[1]
+        return quantize_kernels(base, self.model.axes(), self.quantize) if self.quantize else base
+
+    @property
+    def trained_axes(self) -> Params:
+        """Logical axes of the trained parameters."""
+        return split_adapters(self.model.axes())[0] if self.model.base_frozen else self.model.axes()
+
+
+def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Declaration:
+    """The model that `section` describes, on `mesh` by the rules of `mesh.preset`.
+
+    Raises ValueError, naming the key, where the section does not fit the checkpoint or the mesh.
+    """
+    if section.backend == "torchax":
+        run = Execution(jnp.dtype(section.compute_dtype), mesh=mesh)
+        torch_model = open_torch_model(section, run)
+        shardings = param_specs(torch_model.axes(), torch_model.abstract(), RULES[preset], mesh)
+        target = jax.tree.map(_with_sharding, torch_model.abstract(), shardings)
+        return Declaration(torch_model, torch_model.module.config.to_dict(), target)
+    origin = section.config if section.path is None else section.path
+    assert origin is not None
+    multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
+    config, hf = read_config(origin, vocab_multiple=multiple)
+    unroll = platform_of(mesh) == "cpu" and section.remat == "none" and config.num_layers <= _MAX_UNROLLED_LAYERS
+    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll=unroll)
+    lora, added = _lora(section, config), _added_tokens(section)
+    if added:
+        config = replace(config, vocab_size=max(config.vocab_size, added.first + added.count))
+    model = Model(
+        config=config,
+        lora=lora,
+        run=run,
+        param_dtype=jnp.dtype(section.param_dtype),
+        output=section.head,
+        router_loss=_router_loss(section, config),
+        new_tokens=added if section.add_tokens and (lora or section.add_tokens.alone) else None,
+    )
+    shapes = model.abstract()
+    if model.lora:
+        check_targets(model.lora.targets, shapes)
+    shardings = param_specs(model.axes(), shapes, RULES[preset], mesh)
+    return Declaration(model, hf, jax.tree.map(_with_sharding, shapes, shardings), section.quantize, added)
+
+
+def _router_loss(section: ModelSection, config: ModelConfig) -> RouterLoss:
+    weights = RouterLoss(section.router_aux_loss_coef, section.router_z_loss_coef)
+    if config.moe is None and weights != RouterLoss():
+        raise ValueError(
+            "model.router_aux_loss_coef and model.router_z_loss_coef are for mixtures of experts; "
+            f"{config.family} has no router here"
+        )
+    return weights
+
+
+def _added_tokens(section: ModelSection) -> NewTokens | None:
+    """The tokens of `model.add_tokens` that the tokenizer lacks."""
+    requested, folder = section.add_tokens, tokenizer_folder(section)
+    if requested is None or folder is None:
+        return None
+    ids = add_tokens(load_tokenizer(folder), requested.tokens, requested.special)
+    if not ids and requested.alone:
+        raise ValueError(f"model.add_tokens.alone: the tokenizer in {folder} has all of these tokens already")
+    return NewTokens(ids[0], len(ids)) if ids else None
+
+
+def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:
+    requested = section.lora
+    if requested is None:
+        return None
+    dtype = jnp.dtype(requested.dtype)
+    if requested.path is None:
+        targets = LORA_TARGETS if requested.targets is None else tuple(requested.targets)
+        return Lora(
+            rank=requested.rank or 16,
+            alpha=requested.alpha or 32.0,
+            dropout=requested.dropout,
+            targets=targets,
+            rslora=bool(requested.rslora),
+            dtype=dtype,
+        )
+    found = replace(read_lora(requested.path, config), dropout=requested.dropout, dtype=dtype)
+    for key, value in (("rank", found.rank), ("alpha", found.alpha), ("rslora", found.rslora)):
+        wanted = getattr(requested, key)
+        if wanted not in (None, value):
+            raise ValueError(f"model.lora.{key}={wanted}, but the adapter in {requested.path} has {value}; leave it out")
+    named = replace(found, targets=tuple(requested.targets or found.targets))
+    if any(not named.covers(path) for path in found.targets):
+        raise ValueError(
+            f"model.lora.targets={requested.targets}, but the adapter in {requested.path} is on "
+            f"{', '.join(found.targets)}; leave it out"
+        )
+    return named
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
