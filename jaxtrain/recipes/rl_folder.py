@@ -125,8 +125,7 @@ def _write(path: Path, experience: Experience) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"metrics": np.array(json.dumps(experience.metrics))}
     for number, batch in enumerate(experience.batches):
-        arrays |= {f"{number}.{name}": getattr(batch, name) for name in Batch._fields[:4]}
-        arrays |= {f"{number}.signals.{name}": value for name, value in batch.signals.items()}
+        arrays |= {f"{number}.{name}": array for name, array in batch.arrays().items()}
     partial = path.with_suffix(".tmp")
     with partial.open("wb") as file:
         np.savez(file, **arrays)
@@ -143,6 +142,5 @@ def _read(path: Path) -> Experience:
     while f"{len(batches)}.tokens" in arrays:
         prefix = f"{len(batches)}."
         own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-        signals = {name.removeprefix("signals."): value for name, value in own.items() if name.startswith("signals.")}
-        batches.append(Batch(**{name: own[name] for name in Batch._fields[:4]}, signals=signals))
+        batches.append(Batch.from_arrays(own))
     return Experience(batches, metrics, [])

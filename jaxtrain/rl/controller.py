@@ -21,7 +21,7 @@ from jaxtrain.losses.policy import divergence
 from jaxtrain.rl.advantages import Outcomes
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.collect import Collected
-from jaxtrain.rl.rollouts import Packed, Trajectory, pack, rows_needed
+from jaxtrain.rl.rollouts import Packed, Trajectory, pack_parts
 from jaxtrain.rl.sources import Source
 from jaxtrain.train.loop import check_finite
 from jaxtrain.train.step import Step, StepReport
@@ -146,8 +146,7 @@ def prepare(
     """
     start = time.perf_counter()
     parts = [list(part) for part in _cut(collected.trajectories, plan.minibatches)]
-    rows = max(rows_needed(part, plan.max_length, plan.row_multiple) for part in parts)
-    packed = [pack(part, plan.max_length, rows) for part in parts]
+    packed = pack_parts(parts, plan.max_length, plan.row_multiple)
     penalised = algorithm.needs_reference and algorithm.kl_in == "reward"
     if plan.updates > 1 or penalised:
         packed = _scored(packed, "old_logps", roles.policy.params, roles.policy.per_token, place)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxtrain.nn.model import Model
-from jaxtrain.rl.rollouts import Trajectory, pack, rows_needed
+from jaxtrain.rl.rollouts import Trajectory, pack_parts
 from jaxtrain.types import Array, Batch, Params
 
 
@@ -36,8 +36,7 @@ class RewardModel:
         self._max_length, self._row_multiple = max_length, row_multiple
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        rows = rows_needed(trajectories, self._max_length, self._row_multiple)
-        packed = pack(trajectories, self._max_length, rows)
+        (packed,) = pack_parts([trajectories], self._max_length, self._row_multiple)
         bare = packed.batch._replace(signals={})
         values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(bare))))
         return np.array([values[row, stop - 1] for row, _, stop in packed.spans], np.float64)

@@ -70,7 +70,7 @@ def train(
 def check_finite(report: StepReport, recent: Sequence[Batch], limit: int, step: int, folder: Path) -> None:
     """Raises NonFiniteError where `limit` steps in a row up to `step` were skipped; their batches are then in `folder`.
 
-    `recent` are the last batches, of one shape.
+    `recent` are the last batches, on the host.
     """
     in_a_row = int(report.skipped_in_a_row)
     if in_a_row:
@@ -79,14 +79,29 @@ def check_finite(report: StepReport, recent: Sequence[Batch], limit: int, step: 
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"non_finite_step_{step}_process_{jax.process_index()}.npz"
-    fields = ("tokens", "positions", "segment_ids", "loss_weights")
-    stacked: dict[str, Any] = {name: np.stack([getattr(batch, name) for batch in recent]) for name in fields}
-    np.savez(path, **stacked)
+    np.savez(path, **_stacked(recent))
     raise NonFiniteError(
         f"{in_a_row} steps in a row up to step {step} had a loss or gradient that is not finite; their batches are in "
         f"{path}. The parameters are those before the first of them. A lower optimizer.learning_rate, a longer "
         "optimizer.warmup_steps or model.compute_dtype=float32 often help"
     )
+
+
+def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:
+    """All arrays of the batches, signals included, as [batches, rows, ...]; `rows` [batches] counts the real rows.
+
+    Batches of reinforcement learning differ in rows; the shorter ones are filled up with rows of zeros, which are
+    padding. A signal that some of them lack is left out.
+    """
+    columns = [batch.arrays() for batch in batches]
+    rows = [len(batch.tokens) for batch in batches]
+    names = [name for name in columns[0] if all(name in each for each in columns)]
+
+    def filled(array: Any) -> np.ndarray:
+        return np.pad(array, [(0, max(rows) - len(array))] + [(0, 0)] * (np.ndim(array) - 1))
+
+    stacked: dict[str, Any] = {name: np.stack([filled(each[name]) for each in columns]) for name in names}
+    return {**stacked, "rows": np.array(rows)}
 
 
 def _warn_of_recompilation(step: Step, batch: Batch) -> None:
