@@ -134,6 +134,15 @@ class DataSection(Section):
     shuffle: bool = True
     workers: Annotated[PositiveInt, MAY_CHANGE] = 2  # threads that read and tokenise
 
+    @property
+    def train_sources(self) -> list[SourceSection]:
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @property
+    def eval_sources(self) -> list[SourceSection]:
+        """None at all where there is no `eval`."""
+        return self.eval if isinstance(self.eval, list) else [] if self.eval is None else [self.eval]
+
 
 def _longer_at_a_constant_rate(old: int, new: int, config: Any) -> bool:
     return new > old and config.optimizer.schedule == "constant"

@@ -1,38 +1,47 @@
-"""Examples into rows: cut what is too long, pack what is short, stack rows into a `Batch`."""
+"""Examples and bundles into rows: cut what is too long, pack what is short, stack rows into a `Batch`."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxtrain.types import Batch
+from jaxtrain.types import Batch, Bundle, Example
 
 Item = TypeVar("Item")
 
 
-class Example(NamedTuple):
-    """One training sequence, before it is packed."""
-
-    input_ids: np.ndarray  # [n] int32
-    loss_weights: np.ndarray  # [n] float32, of the token itself, as in `Batch`
+SignalTypes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+"""Of each signal: its dtype, and the shape of its value for one token."""
 
 
 class Pieces(NamedTuple):
-    """What is left of an example once it fits, and what was done to it: the name of a counter, or None."""
+    """What is left of an example or a bundle once it fits, and the counter that it adds to, or None."""
 
-    examples: list[Example]
+    items: list[Any]  # `Example`s of an example, at most one `Bundle` of a bundle
     event: Literal["truncated", "dropped", "split"] | None
 
 
-def fit(example: Example, max_length: int, overlong: Literal["truncate", "drop", "split"]) -> Pieces:
-    """Cut an example to pieces of at most `max_length` tokens, by policy.
+def fit(item: Example | Bundle, max_length: int, overlong: Literal["truncate", "drop", "split"]) -> Pieces:
+    """Cut an example, or each example of a bundle, to at most `max_length` tokens.
 
-    A piece that carries no loss weight, because the assistant only speaks beyond the cut, is left out: it would cost a
-    forward pass and teach nothing. An example of which nothing is left counts as dropped.
+    A piece without loss weight (the assistant only speaks beyond the cut) is left out: it would cost a forward pass and
+    train nothing. An example of which nothing is left counts as dropped. A bundle stays whole: if nothing is left of
+    one of its examples, or one is too long under "drop", the bundle is dropped. "split" is for examples alone.
     """
+    if isinstance(item, Example):
+        return _fit_example(item, max_length, overlong)
+    assert overlong != "split", "a bundle cannot be split"
+    fitted = [_fit_example(example, max_length, overlong) for example in item]
+    if not all(each.items for each in fitted):
+        return Pieces([], "dropped")
+    event = "truncated" if any(each.event for each in fitted) else None
+    return Pieces([tuple(each.items[0] for each in fitted)], event)
+
+
+def _fit_example(example: Example, max_length: int, overlong: Literal["truncate", "drop", "split"]) -> Pieces:
     length = len(example.input_ids)
     if length <= max_length:
         pieces, event = [example], None
@@ -47,13 +56,42 @@ def fit(example: Example, max_length: int, overlong: Literal["truncate", "drop",
     return Pieces(kept, event if kept else "dropped")
 
 
+def as_bundle(item: Example | Bundle) -> Bundle:
+    """An example is a bundle of its own."""
+    return (item,) if isinstance(item, Example) else item
+
+
+def signal_types(item: Example | Bundle) -> SignalTypes:
+    """The types of an item's signals. Raises ValueError where arrays differ in length, or examples in signals."""
+    found: list[SignalTypes] = []
+    for example in as_bundle(item):
+        tokens = len(example.input_ids)
+        for name, values in {"loss_weights": example.loss_weights, **example.signals}.items():
+            if len(values) != tokens:
+                raise ValueError(f"{name} has {len(values)} values for {tokens} tokens")
+        found.append({name: (values.dtype, values.shape[1:]) for name, values in example.signals.items()})
+    for types in found[1:]:
+        check_signals(types, found[0])
+    return found[0]
+
+
+def check_signals(types: SignalTypes, expected: SignalTypes) -> None:
+    """Raises ValueError where an example's signals are not those of the others."""
+    if types != expected:
+        raise ValueError(f"its signals are {_described(types)}, and those of other examples {_described(expected)}")
+
+
+def _described(types: SignalTypes) -> str:
+    return ", ".join(f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in sorted(types.items())) or "none"
+
+
 class BestFit(Generic[Item]):
     """Online best-fit packing over a bounded number of open rows.
 
     An item goes into the fullest open row that has room for it, else into a new row. A row is handed out when it is
     full, or when it is the fullest and its place is needed. grain's packers hand out all their open rows as soon as one
-    item fits none of them, so that they need many times as many open rows for the same density, and the first batch
-    comes as many times later (benchmarks/data.py).
+    item fits none of them, so they need many times as many open rows for the same density, and the first batch comes
+    later by the same factor (benchmarks/data.py).
     """
 
     def __init__(self, capacity: int, most_open: int, open_rows: Sequence[list[tuple[Item, int]]] = ()):
@@ -93,30 +131,44 @@ class BestFit(Generic[Item]):
         self._rows.insert(at, row)
 
 
-def make_row(examples: Sequence[Example], max_length: int) -> Batch:
-    """Examples side by side as one row: a `Batch` whose arrays are [T]. No examples make a row of padding."""
+def make_row(items: Sequence[Example | Bundle], length: int, signals: SignalTypes | None = None) -> Batch:
+    """Examples and bundles side by side as one row: a `Batch` whose arrays are [T]. No items make a row of padding.
+
+    `signals` are the types of the items' signals; None: those of the first one.
+    """
+    bundles = [as_bundle(item) for item in items]
+    examples = [example for bundle in bundles for example in bundle]
+    if signals is None:
+        signals = signal_types(examples[0]) if examples else {}
     lengths = [len(example.input_ids) for example in examples]
     used = sum(lengths)
     starts = np.cumsum([0, *lengths])[:-1]
-    tokens, positions, segment_ids = np.zeros((3, max_length), np.int32)
-    row = Batch(tokens, positions, segment_ids, np.zeros(max_length, np.float32))
+    tokens, positions, segment_ids, bundle_ids = np.zeros((4, length), np.int32)
+    values = {name: np.zeros((length, *shape), dtype) for name, (dtype, shape) in signals.items()}
+    row = Batch(tokens, positions, segment_ids, np.zeros(length, np.float32), values, bundle_ids)
     if examples:
+        numbers = np.repeat(np.arange(1, len(bundles) + 1), [len(bundle) for bundle in bundles])
         row.tokens[:used] = np.concatenate([example.input_ids for example in examples])
         row.loss_weights[:used] = np.concatenate([example.loss_weights for example in examples])
         row.segment_ids[:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
+        bundle_ids[:used] = np.repeat(numbers, lengths)
         row.positions[:used] = np.arange(used) - np.repeat(starts, lengths)
+        for name, array in values.items():
+            array[:used] = np.concatenate([example.signals[name] for example in examples])
     return row
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
-    """Rows [T] into a batch [B, T]."""
-    columns = zip(*(row[:4] for row in rows), strict=True)
-    tokens, positions, segment_ids, loss_weights = (np.stack(column) for column in columns)
-    return Batch(tokens, positions, segment_ids, loss_weights)
+    """Rows [T] into a batch [B, T]. All rows have the same arrays."""
+    columns = [row.arrays() for row in rows]
+    assert all(each.keys() == columns[0].keys() for each in columns), "the rows differ in their signals"
+    return Batch.from_arrays({name: np.stack([each[name] for each in columns]) for name in columns[0]})
 
 
 def _piece(example: Example, start: int, length: int) -> Example:
-    return Example(example.input_ids[start : start + length], example.loss_weights[start : start + length])
+    part = slice(start, start + length)
+    signals = {name: values[part] for name, values in example.signals.items()}
+    return Example(example.input_ids[part], example.loss_weights[part], signals)
 
 
 def _first_token_unweighted(example: Example) -> Example:
@@ -125,4 +177,4 @@ def _first_token_unweighted(example: Example) -> Example:
         return example
     weights = example.loss_weights.copy()
     weights[0] = 0
-    return Example(example.input_ids, weights)
+    return example._replace(loss_weights=weights)

@@ -1,10 +1,10 @@
 """The stream of packed batches, made ahead of the training step.
 
-Each virtual shard is a stream of its own with a state of its own. A host reads some of them and stacks their rows, so
-the global batch is the same whatever host reads which shard, and a checkpoint restores onto any number of hosts.
+Each virtual shard is a stream with its own state. A host reads some of them and stacks their rows, so the global batch
+does not depend on which host reads which shard, and a checkpoint restores onto any number of hosts.
 
-A producer thread packs; `data.workers` threads read and tokenise for it. A batch travels together with the state after
-it, so the state that is saved is that of the last batch handed out, however far the threads have got.
+A producer thread packs; `data.workers` threads read and tokenise for it. Each batch is queued together with the state
+after it, so the state that is saved is that of the last batch handed out, however far ahead the threads are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.mixing import Mixture
-from jaxtrain.data.packing import make_row, stack_rows
+from jaxtrain.data.packing import stack_rows
 from jaxtrain.data.shards import COUNTERS, Encode, Reader, Shard, State
 from jaxtrain.data.sources import Source
 from jaxtrain.types import Batch
@@ -52,8 +52,8 @@ def host_shards(host: int, hosts: int, num_shards: int) -> range:
 class TrainStream:
     """Iterator over this host's rows of the global batches: `Batch` of numpy arrays [rows / num_shards * shards, T].
 
-    Rows stand in the order of the virtual shards. The stream ends when all sources have run dry, which they only do
-    with `epochs` set; shards that run dry before the others then add rows of padding.
+    Rows stand in the order of the virtual shards. The stream ends when all sources are exhausted, which
+    only happens with `epochs` set; shards that are exhausted before the others then add rows of padding.
     """
 
     def __init__(
@@ -66,17 +66,20 @@ class TrainStream:
         seed: int,
         shards: Sequence[int],
         num_shards: int,
+        bundle_size: int = 1,
     ):
         """`rows` counts the global batch, `shards` are those of `num_shards` that this host owns.
 
-        Opens the files and encodes the first row of every source, so that wrong data are an error now and not after
-        the model has been compiled. Raises DataError (naming file and line) and ValueError (naming the config keys).
+        `encode` returns an example of a row, or a bundle of `bundle_size` examples that the objective reads together.
+        Each is cut to `data.max_length` tokens, and T is `data.max_length` times `bundle_size`.
+
+        Opens the files and encodes the first row of every source, so that wrong data fail here and not after the model
+        has been compiled. Raises DataError (naming file and line) and ValueError (naming the config keys).
         """
         if rows % num_shards:
             raise ValueError(f"train.batch_size={rows} is no multiple of data.virtual_shards={num_shards}")
         opened = [Source(section) for section in sources]
-        reader = Reader(opened, data, encode)
-        reader.check_first_rows()
+        reader = Reader(opened, data, encode, bundle_size)
         self._shards = {
             str(shard): Shard(
                 Mixture(opened, seed=seed, shuffle=data.shuffle, shard=shard, num_shards=num_shards), reader, data
@@ -117,7 +120,7 @@ class TrainStream:
 
     def _batches(self, workers: ThreadPoolExecutor) -> Iterator[tuple[Batch, State]]:
         streams = [shard.rows(workers) for shard in self._shards.values()]
-        padding = make_row([], self._data.max_length)
+        padding = next(iter(self._shards.values())).padding()
         while True:
             rows = [next(stream, None) for stream in streams for _ in range(self._rows_per_shard)]
             if all(row is None for row in rows):
@@ -190,6 +193,7 @@ def eval_batches(
     rows: int,
     host: int = 0,
     hosts: int = 1,
+    bundle_size: int = 1,
 ) -> Iterator[Batch]:
     """Every example once, packed, always in the same order; the last batch is filled up with rows of padding.
 
@@ -201,9 +205,10 @@ def eval_batches(
     once = [source.model_copy(update={"epochs": 1}) for source in sources]
     in_order = data.model_copy(update={"shuffle": False})
     mine = slice(host * rows // hosts, (host + 1) * rows // hosts)
-    with TrainStream(once, in_order, encode, rows=rows, seed=0, shards=[0], num_shards=1) as stream:
+    stream = TrainStream(once, in_order, encode, rows=rows, seed=0, shards=[0], num_shards=1, bundle_size=bundle_size)
+    with stream:
         for batch in stream:
-            yield Batch(*(column[mine] for column in batch[:4]))
+            yield batch.map(lambda column: column[mine])
 
 
 class _Producer:

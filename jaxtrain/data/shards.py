@@ -1,4 +1,4 @@
-"""One virtual shard: draws -> rows -> examples -> packed rows, with a state that resumes it in the middle of a row."""
+"""One virtual shard: draws -> rows of the files -> examples -> packed rows, with a state that resumes within a row."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 
 from jaxtrain.config import DataSection
 from jaxtrain.data.mixing import Draw, Mixture
-from jaxtrain.data.packing import BestFit, Example, Pieces, fit, make_row
+from jaxtrain.data.packing import BestFit, Pieces, SignalTypes, as_bundle, check_signals, fit, make_row, signal_types
 from jaxtrain.data.sources import DataError, Row, Source
-from jaxtrain.types import Batch
+from jaxtrain.types import Batch, Bundle, Example
 
-Encode = Callable[[Row], Example]
+Encode = Callable[[Row], Example | Bundle]
 State = dict[str, Any]
 
 COUNTERS = ("truncated", "dropped", "split", "bad_rows")  # rows of the files, counted when they are read
 
 _CHUNK = 16  # rows that a worker thread takes at a time
 _CHUNKS_AHEAD = 2
+_ROWS_TRIED = 1000  # of a source, for one that makes an example
 
 
 class _Key(NamedTuple):
-    """Where a packed example comes from: all that a state needs to hold of it."""
+    """Where a packed bundle comes from: all that a state holds of it."""
 
     source: int
     row: int
@@ -32,40 +33,67 @@ class _Key(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What became of one row."""
+    """The result of reading one row."""
 
-    pieces: list[Example]
+    pieces: list[Bundle]
     event: str | None  # the counter it adds to
 
 
 class Reader:
-    """Rows by number -> pieces that fit, in the threads of an executor."""
+    """Rows by number -> bundles that fit, in the threads of an executor."""
 
-    def __init__(self, sources: list[Source], data: DataSection, encode: Encode):
-        self.sources, self._data, self._encode = sources, data, encode
+    def __init__(self, sources: list[Source], data: DataSection, encode: Encode, bundle_size: int = 1):
+        """Tries the first row of every source, unless bad rows are skipped.
+
+        `encode` returns an example, or a bundle of `bundle_size` of them. Raises DataError where the first row of a
+        source cannot be trained on, and ValueError where bundles would be split.
+        """
+        if bundle_size > 1 and data.overlong == "split":
+            raise ValueError("data.overlong=split would cut examples apart that are read together: truncate or drop")
+        self.sources, self.bundle_size = sources, bundle_size
+        self._data, self._encode = data, encode
         self._warned = False
+        self.signals: SignalTypes | None = None  # while no row has been seen
+        for source in sources if data.on_bad_row == "error" else []:
+            source.make(0, self._fitted)
+        if self.signals is None:
+            self.signals = self._find_signals()
 
     def submit(self, executor: Executor, rows: list[tuple[int, int]]) -> Future[list[_Read | DataError]]:
         """`rows` are (source, row). An error is a result: it is raised in its turn, when the rows before it are out."""
         return executor.submit(lambda: [self._read(*row) for row in rows])
 
-    def check_first_rows(self) -> None:
-        """Raises DataError where the first row of a source cannot be trained on, unless bad rows are skipped."""
-        for source in self.sources if self._data.on_bad_row == "error" else []:
-            self._pieces(source, 0)
-
     def _read(self, source: int, row: int) -> _Read | DataError:
         try:
-            return _Read(*self._pieces(self.sources[source], row))
+            return _Read(*self.sources[source].make(row, self._fitted))
         except DataError as error:
             if self._data.on_bad_row == "error":
                 return error
             self._warn(error)
             return _Read([], "bad_rows")
 
-    def _pieces(self, source: Source, row: int) -> Pieces:
-        example = source.make(row, self._encode)
-        return fit(example, self._data.max_length, self._data.overlong)
+    def _fitted(self, row: Row) -> Pieces:
+        item = self._encode(row)
+        if len(as_bundle(item)) != self.bundle_size:
+            raise ValueError(f"it makes {len(as_bundle(item))} examples where {self.bundle_size} are read together")
+        types = signal_types(item)
+        if self.signals is None:
+            self.signals = types
+        check_signals(types, self.signals)
+        pieces = fit(item, self._data.max_length, self._data.overlong)
+        return pieces._replace(items=[as_bundle(piece) for piece in pieces.items])
+
+    def _find_signals(self) -> SignalTypes:
+        """The signals of the first row that makes an example: rows of padding have them too."""
+        for source in self.sources:
+            for row in range(min(len(source), _ROWS_TRIED)):
+                try:
+                    source.make(row, self._fitted)
+                except DataError:  # named or counted in its turn
+                    continue
+                assert self.signals is not None
+                return self.signals
+        return {}
 
     def _warn(self, error: DataError) -> None:
         if not self._warned:
@@ -78,12 +106,12 @@ class Shard:
 
     def __init__(self, mixture: Mixture, reader: Reader, data: DataSection):
         self._mixture, self._reader = mixture, reader
-        self._length = data.max_length
+        self._length = data.max_length * reader.bundle_size
         self._most_open = data.packing_bins if data.packing else 0
         start = {"counts": list(mixture.start), "piece": 0} | dict.fromkeys(COUNTERS, 0)
         self._restored: State = {"next": start, "open": []}
         self._examples: _Examples | None = None
-        self._packer: BestFit[tuple[_Key, Example]] = BestFit(self._length, self._most_open)
+        self._packer: BestFit[tuple[_Key, Bundle]] = BestFit(self._length, self._most_open)
 
     def state(self) -> State:
         """`next`: the row to read next, and the counters; `open`: where the examples in open rows come from."""
@@ -109,16 +137,20 @@ class Shard:
         self._packer = BestFit(self._length, self._most_open, self._reopened(executor))
         self._examples = _Examples(self._mixture, self._reader, executor, self._restored["next"])
         for keyed in self._examples:
-            row = self._packer.add(keyed, len(keyed[1].input_ids))
+            row = self._packer.add(keyed, _tokens(keyed[1]))
             if row is not None:
                 yield self._row(row)
         while (row := self._packer.take()) is not None:
             yield self._row(row)
 
-    def _row(self, row: list[tuple[_Key, Example]]) -> Batch:
-        return make_row([example for _, example in row], self._length)
+    def padding(self) -> Batch:
+        """A row of padding, with the arrays of the others."""
+        return make_row([], self._length, self._reader.signals)
 
-    def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Example], int]]]:
+    def _row(self, row: list[tuple[_Key, Bundle]]) -> Batch:
+        return make_row([bundle for _, bundle in row], self._length, self._reader.signals)
+
+    def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Bundle], int]]]:
         """The open rows of the state, read again."""
         rows = [[_Key(*key) for key in row] for row in self._restored["open"]]
         futures = [self._reader.submit(executor, [key[:2] for key in row]) for row in rows]
@@ -127,17 +159,21 @@ class Shard:
         ]
 
 
-def _reread(key: _Key, read: _Read | DataError) -> tuple[tuple[_Key, Example], int]:
+def _reread(key: _Key, read: _Read | DataError) -> tuple[tuple[_Key, Bundle], int]:
     if isinstance(read, DataError):
         raise read
     if key.piece >= len(read.pieces):
         raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
-    example = read.pieces[key.piece]
-    return (key, example), len(example.input_ids)
+    bundle = read.pieces[key.piece]
+    return (key, bundle), _tokens(bundle)
+
+
+def _tokens(bundle: Bundle) -> int:
+    return sum(len(example.input_ids) for example in bundle)
 
 
 class _Examples:
-    """The examples of a shard in the order of its mixture, read ahead."""
+    """The bundles of a shard in the order of its mixture, read ahead."""
 
     def __init__(self, mixture: Mixture, reader: Reader, executor: Executor, state: State):
         self._mixture, self._reader, self._executor = mixture, reader, executor
@@ -145,7 +181,7 @@ class _Examples:
         self._drawn = tuple(state["counts"])
         self._ahead: deque[tuple[list[Draw], Future[list[_Read | DataError]]]] = deque()
 
-    def __iter__(self) -> Iterator[tuple[_Key, Example]]:
+    def __iter__(self) -> Iterator[tuple[_Key, Bundle]]:
         first_piece, fruitless = self.state["piece"], 0
         for draw, read in self._reads():
             after = self.state | {"counts": list(draw.counts), "piece": 0}

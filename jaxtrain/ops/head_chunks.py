@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxtrain.ops.cpu import matmul as cpu
 from jaxtrain.parallel.sharding import ROWS
 from jaxtrain.types import Array
 
@@ -172,12 +173,7 @@ def entropy_residue(p: Array, logits: Array, logsumexp: Array, entropy: Array, s
 def outer(x: Array, residue: Array, scale: Array) -> Array:
     """sum_t scale[t] x[t] residue[t]^T: [D, V], whichever way the head lies, because this product is the faster one."""
     x = x * scale[:, None].astype(x.dtype)
-    return lax.platform_dependent(x, residue, cpu=_outer_on_cpu, default=lambda x, residue: dot(x, residue, 0, 0))
-
-
-def _outer_on_cpu(x: Array, residue: Array) -> Array:
-    """As in `ops.project`: XLA's CPU kernels want rows times columns; the barrier keeps the transpose out of them."""
-    return dot(lax.optimization_barrier(x.T), residue, 1, 0)
+    return lax.platform_dependent(x, residue, cpu=cpu.outer, default=lambda x, residue: dot(x, residue, 0, 0))
 
 
 def no_gradient(plan: Plan, head: Array) -> Array:

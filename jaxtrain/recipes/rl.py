@@ -86,7 +86,8 @@ def run(
             add_advantages(experience, algorithm)
             return experience
 
-        for experience in rollouts.experiences(source, policy, experience_from):
+        counters = (sampler.metrics, reward.metrics)
+        for experience in rollouts.experiences(source, policy, experience_from, counters):
             for batch in session.steps(experience):
                 session.report(policy=policy.update(batch), critic=critic.update(batch) if critic else None)
     return session.outcome

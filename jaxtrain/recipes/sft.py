@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxtrain.config import RunConfig
-from jaxtrain.losses.sft import sft_loss
-from jaxtrain.nn.heads import SCALAR
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.session.evaluators import exact_match, held_out_loss
 from jaxtrain.session.session import Outcome, Session
+from jaxtrain.train.preemption import Preemption
 
 
-def run(config: RunConfig, *, resume: bool = True) -> Outcome:
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = True,
+    allow_change: Sequence[str] = (),
+    preemption: Preemption | None = None,
+) -> Outcome:
     """Train as `config` says, writing into `run.dir`; go on from its newest checkpoint unless `resume` is False.
 
-    Raises ValueError for what the user can correct (config, data, checkpoint); NonFiniteError where training diverges.
+    The arguments and the errors are those of `Session.open`.
     """
-    if config.model.head == SCALAR:
-        raise ValueError("model.head=scalar gives numbers, no tokens: recipe sft needs a head over the vocabulary")
-    with Session.open(config, resume=resume) as session:
-        policy = session.trained_role("policy", sft_loss)
+    objective = SFT()
+    with Session.open(config, resume=resume, allow_change=allow_change, preemption=preemption) as session:
+        policy = session.trained_role("policy", objective)
         encode = session.encoder(policy)
-        batches = session.training_data(policy)
-        session.evaluator("held_out", held_out_loss(session, policy, sft_loss, encode))
+        batches = session.training_data(policy, encode)
+        session.evaluator("held_out", held_out_loss(session, policy, objective, encode))
         session.evaluator("exact_match", exact_match(session, policy, encode))
         session.restore(policy, data=batches)
         for batch in session.steps(batches):

@@ -44,6 +44,11 @@ class Algorithm:
         return self.objective.beta != 0
 
     @property
+    def kl_in_reward(self) -> bool:
+        """Whether a KL penalty is part of the reward."""
+        return self.needs_reference and self.objective.kl_in == "reward"
+
+    @property
     def settings(self) -> Settings:
         return Settings(self.gamma, self.lam)
 

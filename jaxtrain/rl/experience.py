@@ -1,24 +1,24 @@
-"""Experience: one rollout's samples as packed rows with every signal that the updates read."""
+"""Experience: one rollout's samples as packed rows with every signal that the updates on them read."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtrain.config import RunConfig
-from jaxtrain.losses.policy import divergence
+from jaxtrain.objectives.kl import divergence
+from jaxtrain.objectives.policy import ENTROPY_COEFFICIENTS
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.rl.advantages import Outcomes
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.collect import Collected
-from jaxtrain.rl.rollouts import Packed, Trajectory, pack, rows_needed
+from jaxtrain.rl.rollouts import Packed, Trajectory, pack_parts
 from jaxtrain.roles.role import Role
 from jaxtrain.types import Batch
 
@@ -27,15 +27,15 @@ from jaxtrain.types import Batch
 class Experience:
     """Iterates over the batches that are still to be trained on, and counts them."""
 
-    batches: list[Batch]  # one per minibatch, this host's rows, signals included
-    updates: int  # optimizer steps in all: passes over the batches times their number
-    metrics: dict[str, float] = field(default_factory=dict)  # of the rollout
-    trajectories: list[Trajectory] = field(default_factory=list)  # with advantages; empty after a resume
+    minibatches: list[Packed]  # one per update of a pass, this host's rows, signals included
+    updates: int  # optimizer steps in all: passes times minibatches
+    trajectories: list[Trajectory] = field(default_factory=list)  # in the order of the rows; empty after a resume
+    metrics: dict[str, float] = field(default_factory=dict)
     done: int = 0  # updates taken
 
     def __iter__(self) -> Iterator[Batch]:
         while self.done < self.updates:
-            batch = self.batches[self.done % len(self.batches)]
+            batch = self.minibatches[self.done % len(self.minibatches)].batch
             self.done += 1
             yield batch
 
@@ -43,15 +43,32 @@ class Experience:
     def in_progress(self) -> bool:
         return 0 < self.done < self.updates
 
+    def add_signal(self, name: str, arrays: Sequence[np.ndarray]) -> None:
+        """Add a signal to all minibatches: an array [B, T] for each."""
+        for number, values in enumerate(arrays):
+            packed = self.minibatches[number]
+            signals = {**packed.batch.signals, name: values}
+            self.minibatches[number] = packed._replace(batch=packed.batch._replace(signals=signals))
+
+    def spread_signal(self, name: str, values: Sequence[np.ndarray]) -> None:
+        """Add a signal: an array [C] for each trajectory."""
+        at = 0
+        for number, packed in enumerate(self.minibatches):
+            self.minibatches[number] = packed.spread(**{name: values[at : at + len(packed.spans)]})
+            at += len(packed.spans)
+
+    def gather(self, name: str) -> list[np.ndarray]:
+        """A signal's values [C] of each trajectory."""
+        return [values for packed in self.minibatches for values in packed.gather(packed.batch.signals[name])]
+
     def save(self, path: Path) -> None:
         """Write what a resumed run needs to go on in the middle of the updates, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {"metrics": np.array(json.dumps(self.metrics))}
-        for number, batch in enumerate(self.batches):
-            columns = batch._asdict()
-            signals = columns.pop("signals")
-            arrays |= {f"{number}.{name}": value for name, value in columns.items()}
-            arrays |= {f"{number}.signals.{name}": value for name, value in signals.items()}
+        arrays = {
+            f"{number}.{name}": array
+            for number, packed in enumerate(self.minibatches)
+            for name, array in packed.batch.arrays().items()
+        }
         partial = path.with_suffix(".tmp")
         with partial.open("wb") as file:
             np.savez(file, **arrays)
@@ -59,48 +76,51 @@ class Experience:
 
     @classmethod
     def load(cls, path: Path, updates: int, done: int) -> Experience:
-        """Raises ValueError where the file is missing."""
+        """What `save` wrote, after `done` of the updates. Raises ValueError where the file is missing."""
         if not path.is_file():
             raise ValueError(f"{path} is missing: it holds the samples that the newest checkpoint is in the middle of")
+        minibatches: dict[int, dict[str, np.ndarray]] = {}
         with np.load(path) as stored:
-            arrays = dict(stored)
-        metrics = json.loads(str(arrays.pop("metrics")))
-        columns: dict[int, dict[str, Any]] = {}
-        for key, value in arrays.items():
-            number, _, name = key.partition(".")
-            batch = columns.setdefault(int(number), {"signals": {}})
-            if name.startswith("signals."):
-                batch["signals"][name.removeprefix("signals.")] = value
-            else:
-                batch[name] = value
-        return cls([Batch(**columns[number]) for number in sorted(columns)], updates, metrics, done=done)
+            for key, array in stored.items():
+                number, _, name = key.partition(".")
+                minibatches.setdefault(int(number), {})[name] = array
+        batches = [Batch.from_arrays(minibatches[number]) for number in sorted(minibatches)]
+        return cls([Packed(batch, ()) for batch in batches], updates, done=done)
 
 
-def make_experience(
-    samples: Collected, config: RunConfig, algorithm: Algorithm, policy: Role, reference: Role | None, critic: Role | None
-) -> Experience:
-    """Pack trajectories, score them under the policy, the reference and the critic, and compute their advantages.
+def pack_samples(samples: Collected, config: RunConfig, mesh: jax.sharding.Mesh) -> Experience:
+    """Samples as minibatches of packed rows: runs of neighbours, of sizes as equal as possible."""
+    assert config.rl is not None
+    count = len(samples.trajectories)
+    bounds = np.linspace(0, count, min(config.rl.minibatches, count) + 1).astype(int)
+    parts = [samples.trajectories[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
+    minibatches = pack_parts(parts, config.data.max_length, row_shares(mesh) * config.train.microbatches)
+    return Experience(minibatches, config.rl.updates, samples.trajectories)
+
+
+def score_samples(
+    experience: Experience, algorithm: Algorithm, policy: Role, reference: Role | None, critic: Role | None
+) -> None:
+    """Add the log-probabilities under the policy and the reference, and the critic's values, where they are needed.
 
     With a single update the old policy is the present one, so its log-probabilities are only computed where the reward
     needs them.
     """
-    assert config.rl is not None
     start = time.perf_counter()
-    temperature, updates = config.rl.sampling.temperature, config.rl.updates
-    parts = [list(part) for part in split_evenly(samples.trajectories, config.rl.minibatches)]
-    multiple = row_shares(policy.mesh) * config.train.microbatches
-    rows = max(rows_needed(part, config.data.max_length, multiple) for part in parts)
-    packed = [pack(part, config.data.max_length, rows) for part in parts]
-    penalised = algorithm.needs_reference and algorithm.kl_in == "reward"
-    if updates > 1 or penalised:
-        packed = [_with_signal(each, "old_logps", policy.logps(each.batch, temperature)) for each in packed]
+    temperature = algorithm.objective.temperature
+    batches = [packed.batch for packed in experience.minibatches]
+    if experience.updates > 1 or algorithm.kl_in_reward:
+        experience.add_signal("old_logps", [policy.logps(batch, temperature) for batch in batches])
     if reference is not None:
-        packed = [_with_signal(each, "ref_logps", reference.logps(each.batch, temperature)) for each in packed]
+        experience.add_signal("ref_logps", [reference.logps(batch, temperature) for batch in batches])
     if critic is not None:
-        packed = [_with_signal(each, "values", critic.values(each.batch)) for each in packed]
+        experience.add_signal("values", [critic.values(batch) for batch in batches])
+    experience.metrics["time/logps"] = time.perf_counter() - start
 
-    trajectories = [t for part in parts for t in part]
-    penalties, divergences = _penalties(packed, trajectories, algorithm) if penalised else (None, None)
+
+def add_advantages(experience: Experience, algorithm: Algorithm) -> None:
+    """Add the advantages, the critic's returns, and the entropy bonus's coefficients where they follow the samples."""
+    trajectories, objective = experience.trajectories, algorithm.objective
     zeros = [np.zeros(len(t.completion_ids)) for t in trajectories]
     outcomes = Outcomes(
         rewards=np.array([t.reward for t in trajectories]),
@@ -109,45 +129,32 @@ def make_experience(
         token_rewards=[
             zero if t.token_rewards is None else t.token_rewards for t, zero in zip(trajectories, zeros, strict=True)
         ],
-        penalties=penalties or zeros,
-        values=_gathered(packed, "values") if critic is not None else None,
+        penalties=_penalties(experience, algorithm) if algorithm.kl_in_reward else zeros,
+        values=experience.gather("values") if algorithm.critic else None,
     )
     found = algorithm.advantages(outcomes, algorithm.settings)
-    batches, at = [], 0
-    for each in packed:
-        span = slice(at, at + len(each.spans))
-        signals = {"advantages": found.advantages[span]}
-        if found.returns is not None:
-            signals["returns"] = found.returns[span]
-        batches.append(each.spread(**signals).batch)
-        at = span.stop
-    metrics = dict(samples.metrics)
-    metrics["time/logps"] = time.perf_counter() - start
-    if divergences is not None:
-        metrics["kl"] = divergences
-    with_advantages = [t._replace(advantages=a) for t, a in zip(trajectories, found.advantages, strict=True)]
-    return Experience(batches, updates, metrics, with_advantages)
+    experience.spread_signal("advantages", found.advantages)
+    if found.returns is not None:
+        experience.spread_signal("returns", found.returns)
+    if ENTROPY_COEFFICIENTS in objective.signals:
+        coefficient = objective.coefficient_at(_entropy(trajectories))
+        constant = [np.full(len(a), coefficient, np.float32) for a in found.advantages]
+        experience.spread_signal(ENTROPY_COEFFICIENTS, constant)
+        experience.metrics["entropy_coefficient"] = coefficient
+    experience.trajectories = [t._replace(advantages=a) for t, a in zip(trajectories, found.advantages, strict=True)]
 
 
-def split_evenly(trajectories: Sequence[Trajectory], pieces: int) -> list[Sequence[Trajectory]]:
-    """Runs of neighbours, of sizes as equal as possible; fewer runs where there are fewer samples."""
-    bounds = np.linspace(0, len(trajectories), min(pieces, len(trajectories)) + 1).astype(int)
-    return [trajectories[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
-
-
-def _with_signal(packed: Packed, name: str, values: np.ndarray) -> Packed:
-    return packed._replace(batch=packed.batch._replace(signals={**packed.batch.signals, name: values}))
-
-
-def _gathered(packed: list[Packed], name: str) -> list[np.ndarray]:
-    return [values for each in packed for values in each.gather(each.batch.signals[name])]
-
-
-def _penalties(
-    packed: list[Packed], trajectories: Sequence[Trajectory], algorithm: Algorithm
-) -> tuple[list[np.ndarray], float]:
-    """beta times the KL estimate of every token that the model generated, and the mean estimate."""
-    pairs = zip(_gathered(packed, "old_logps"), _gathered(packed, "ref_logps"), trajectories, strict=True)
-    kls = [np.asarray(divergence(algorithm.kl, old, ref)) * t.loss_mask for old, ref, t in pairs]
+def _penalties(experience: Experience, algorithm: Algorithm) -> list[np.ndarray]:
+    """beta times the KL estimate of every token that the model generated; its mean becomes the metric `kl`."""
+    objective, trajectories = algorithm.objective, experience.trajectories
+    pairs = zip(experience.gather("old_logps"), experience.gather("ref_logps"), trajectories, strict=True)
+    kls = [np.asarray(divergence(objective.kl, old, ref)) * t.loss_mask for old, ref, t in pairs]
     tokens = sum(int(t.loss_mask.sum()) for t in trajectories)
-    return [algorithm.beta * kl for kl in kls], float(sum(kl.sum() for kl in kls)) / max(tokens, 1)
+    experience.metrics["kl"] = float(sum(kl.sum() for kl in kls)) / max(tokens, 1)
+    return [objective.beta * kl for kl in kls]
+
+
+def _entropy(trajectories: Sequence[Trajectory]) -> float:
+    """The mean entropy of the sampling distribution, estimated by the mean of -log p of the sampled tokens."""
+    logps = np.concatenate([t.sampler_logps[t.loss_mask] for t in trajectories])
+    return float(-logps.mean(dtype=np.float64)) if len(logps) else 0.0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxtrain.data.prompts import PromptStream
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.experience import Experience
-from jaxtrain.rl.rollouts import Prompt
+from jaxtrain.rl.rollouts import Prompt, Trajectory, support_metrics
+from jaxtrain.rl.scoring import conversation_metrics
 from jaxtrain.rl.sources import SampleSource
 from jaxtrain.rl.trajectories import sample_table, write_step
 from jaxtrain.roles.role import TrainedRole
@@ -32,11 +35,16 @@ class RolloutLoop:
         self._experience: Experience | None = None
 
     def experiences(
-        self, source: SampleSource, policy: TrainedRole, make: Callable[[Collected], Experience]
+        self,
+        source: SampleSource,
+        policy: TrainedRole,
+        make: Callable[[Collected], Experience],
+        counters: Sequence[Callable[[], dict[str, float]]],
     ) -> Iterator[Experience]:
         """The experience of each rollout until the run has ended or the prompts are exhausted.
 
         A resumed run begins with the one that its checkpoint is in the middle of. `make` turns samples into experience.
+        `counters` give further metrics of a rollout.
         """
         session, self._source = self._session, source
         session.begin()
@@ -47,7 +55,10 @@ class RolloutLoop:
                 if samples is None:
                     return
                 self._experience = make(samples)
-                session.record({**self._experience.metrics, **samples.metrics})
+                trajectories = self._experience.trajectories
+                session.record({**samples.metrics, **self._experience.metrics, **_metrics(trajectories, session.step)})
+                for metrics in counters:
+                    session.record(metrics())
                 self._write(self._experience)
             yield self._experience
 
@@ -79,3 +90,15 @@ class RolloutLoop:
         every = self._section.print_samples * self._section.updates
         if every and experience.trajectories and (first - 1) % every == 0:
             session.progress.show(sample_table(first, experience.trajectories))
+
+
+def _metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """Of the conversations, the supports, and how many optimizer steps behind `step` the sampling weights were."""
+    ages = [step - t.versions[t.loss_mask] for t in trajectories if t.loss_mask.any()]
+    staleness = np.concatenate(ages) if ages else np.zeros(1)
+    return {
+        **conversation_metrics(trajectories),
+        **support_metrics(trajectories),
+        "staleness/mean": float(staleness.mean()),
+        "staleness/max": float(staleness.max()),
+    }

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxtrain.data.packing import BestFit, Example, make_row, stack_rows
-from jaxtrain.types import Batch, Params
+from jaxtrain.data.packing import BestFit, make_row, signal_types, stack_rows
+from jaxtrain.types import Batch, Example, Params
 
 NO_ID = -1  # fills a token's support up to the width of the widest
 LOST_REWARD = "lost_reward"  # the key of `Trajectory.info` that says why a sample has no reward
@@ -106,11 +106,29 @@ class Packed(NamedTuple):
 
 
 def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None = None) -> Packed:
-    """Best-fit decreasing into rows of `max_length`, filled up to `rows` rows of which the rest is padding.
+    """Trajectories best-fit into rows of `max_length` tokens, with rows of padding up to `rows` rows.
 
-    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. Trajectories longer than a row are the
-    sampler's mistake: it is told the limit.
+    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. The sampler knows the limit, so a
+    trajectory is never longer than a row.
     """
+    return _packed(trajectories, _layout(trajectories, max_length), max_length, rows)
+
+
+def pack_parts(parts: Sequence[Sequence[Trajectory]], max_length: int, multiple: int) -> list[Packed]:
+    """Each part of the trajectories packed by itself, all into the same number of rows, a multiple of `multiple`.
+
+    Each number of rows is a program of its own to compile, so it is rounded up to one of four sizes per octave: at most
+    a fifth of the rows is padding once there are many.
+    """
+    layouts = [_layout(part, max_length) for part in parts]
+    pieces = -(-max(map(len, layouts)) // multiple)
+    grain = max(1 << (pieces.bit_length() - 3), 1) if pieces > 4 else 1
+    rows = -(-pieces // grain) * grain * multiple
+    return [_packed(part, layout, max_length, rows) for part, layout in zip(parts, layouts, strict=True)]
+
+
+def _layout(trajectories: Sequence[Trajectory], max_length: int) -> list[list[int]]:
+    """The numbers of the trajectories in each row, by best-fit decreasing."""
     too_long = max((t.length for t in trajectories), default=0)
     assert too_long <= max_length, f"a trajectory of {too_long} tokens does not fit into a row of {max_length}"
     packer: BestFit[int] = BestFit(max_length, most_open=len(trajectories))
@@ -121,23 +139,25 @@ def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None =
         layout += [full] if full else []
     while (row := packer.take()) is not None:
         layout.append(row)
-    assert rows is None or len(layout) <= rows, f"{len(layout)} rows of trajectories and room for {rows}"
+    return layout
 
+
+def _packed(
+    trajectories: Sequence[Trajectory], layout: list[list[int]], max_length: int, rows: int | None = None
+) -> Packed:
+    assert rows is None or len(layout) <= rows, f"{len(layout)} rows of trajectories and room for {rows}"
+    width = max((t.supports.shape[1] for t in trajectories if t.supports is not None), default=None)
+    examples = [_example(t, width) for t in trajectories]
     spans: dict[int, Span] = {}
     for number, row in enumerate(layout):
         end = 0
         for index in row:
             start, end = end, end + trajectories[index].length
             spans[index] = Span(number, start + len(trajectories[index].prompt.ids), end)
+    types = signal_types(examples[0]) if examples else {}
     padding = [[]] * ((rows or len(layout)) - len(layout))
-    made = [make_row([_example(trajectories[index]) for index in row], max_length) for row in [*layout, *padding]]
-    packed = Packed(stack_rows(made), tuple(spans[index] for index in range(len(trajectories))))
-    packed = packed.spread(
-        sampler_logps=[t.sampler_logps for t in trajectories],
-        versions=[t.versions for t in trajectories],
-    )
-    widths = {t.supports.shape[1] for t in trajectories if t.supports is not None}
-    return packed.spread(**{SUPPORTS: [_support(t, max(widths)) for t in trajectories]}) if widths else packed
+    made = [make_row([examples[index] for index in row], max_length, types) for row in [*layout, *padding]]
+    return Packed(stack_rows(made), tuple(spans[index] for index in range(len(trajectories))))
 
 
 def support_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -147,21 +167,21 @@ def support_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return {"sampling/support_full": float(full.mean())} if len(full) else {}
 
 
-def rows_needed(trajectories: Sequence[Trajectory], max_length: int, multiple: int) -> int:
-    """Rows that `pack` fills, rounded up to a multiple of `multiple` and then to one of few sizes.
-
-    Every number of rows is a program of its own to compile, so there are four sizes to an octave: at most a fifth of
-    the rows is padding once there are many.
-    """
-    pieces = -(-len(pack(trajectories, max_length).batch.tokens) // multiple)
-    grain = max(1 << (pieces.bit_length() - 3), 1) if pieces > 4 else 1
-    return -(-pieces // grain) * grain * multiple
-
-
-def _example(trajectory: Trajectory) -> Example:
+def _example(trajectory: Trajectory, width: int | None) -> Example:
+    """Loss on the model's own tokens; signals are 0 on the prompt. `width` is that of the widest support, if any."""
     prompt = trajectory.prompt.ids
-    weights = np.concatenate([np.zeros(len(prompt)), trajectory.loss_mask]).astype(np.float32)
-    return Example(np.concatenate([prompt, trajectory.completion_ids]).astype(np.int32), weights)
+    signals = {"sampler_logps": trajectory.sampler_logps, "versions": trajectory.versions}
+    if width is not None:
+        signals[SUPPORTS] = _support(trajectory, width)
+
+    def whole(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.zeros((len(prompt), *values.shape[1:]), values.dtype), values])
+
+    return Example(
+        np.concatenate([prompt, trajectory.completion_ids]).astype(np.int32),
+        whole(trajectory.loss_mask.astype(np.float32)),
+        {name: whole(values) for name, values in signals.items()},
+    )
 
 
 def _support(trajectory: Trajectory, width: int) -> np.ndarray:

@@ -46,25 +46,24 @@ def check_finite(
 
 
 def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:
-    """Every leaf of the batches as one array [batches, rows, ...]; `rows` [batches] says how many of the rows are real.
+    """All arrays of the batches, signals included, as [batches, rows, ...]; `rows` [batches] counts the real rows.
 
     Batches of reinforcement learning differ in rows; the shorter ones are filled up with rows of zeros, which are
     padding. A signal that some of them lack is left out.
     """
-    signals = set.intersection(*(set(batch.signals) for batch in batches))
-    columns: dict[str, list[Any]] = {name: [getattr(batch, name) for batch in batches] for name in Batch._fields[:4]}
-    columns |= {f"signals.{name}": [batch.signals[name] for batch in batches] for name in sorted(signals)}
+    columns = [batch.arrays() for batch in batches]
     rows = [len(batch.tokens) for batch in batches]
+    names = [name for name in columns[0] if all(name in each for each in columns)]
 
-    def filled(leaf: Any) -> np.ndarray:
-        return np.pad(leaf, [(0, max(rows) - len(leaf))] + [(0, 0)] * (np.ndim(leaf) - 1))
+    def filled(array: Any) -> np.ndarray:
+        return np.pad(array, [(0, max(rows) - len(array))] + [(0, 0)] * (np.ndim(array) - 1))
 
-    stacked: dict[str, Any] = {name: np.stack([filled(leaf) for leaf in leaves]) for name, leaves in columns.items()}
+    stacked: dict[str, Any] = {name: np.stack([filled(each[name]) for each in columns]) for name in names}
     return {**stacked, "rows": np.array(rows)}
 
 
 def warn_of_recompilation(compilations: int, batch: Batch) -> None:
     """Log that the step was compiled more than once, with the shapes of `batch`."""
     if compilations > 1:
-        shapes = {name: leaf.shape for name, leaf in batch._asdict().items() if hasattr(leaf, "shape")}
+        shapes = {name: array.shape for name, array in batch.arrays().items()}
         log.warning("the step was compiled %d times; the last batch had the shapes %s", compilations, shapes)

@@ -3,7 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from jaxtrain.data.packing import BestFit, Example, fit, make_row, stack_rows
+from jaxtrain.data.packing import BestFit, check_signals, fit, make_row, signal_types, stack_rows
+from jaxtrain.types import Example
 
 
 def example(length, weights=None, first=1):
@@ -69,14 +70,16 @@ def test_a_row_holds_segments_from_1_with_restarted_positions():
     assert row.segment_ids.tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
     assert row.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert row.loss_weights.tolist() == [0, 1, 1, 0, 1, 0, 0, 0]
-    assert [array.dtype for array in row[:4]] == [np.int32, np.int32, np.int32, np.float32]
-    assert not any(array.any() for array in make_row([], 4)[:4])
+    assert row.bundle_ids.tolist() == row.segment_ids.tolist()
+    assert {array.dtype for name, array in row.arrays().items() if name != "loss_weights"} == {np.dtype(np.int32)}
+    assert row.loss_weights.dtype == np.float32
+    assert not any(array.any() for array in make_row([], 4).arrays().values())
 
 
 def test_rows_stack_to_a_batch():
     batch = stack_rows([make_row([example(3)], 4), make_row([], 4)])
     assert batch.tokens.tolist() == [[1, 2, 3, 0], [0, 0, 0, 0]]
-    assert all(array.shape == (2, 4) for array in batch[:4])
+    assert all(array.shape == (2, 4) for array in batch.arrays().values())
 
 
 def test_the_first_token_of_a_segment_carries_no_weight():
@@ -96,8 +99,8 @@ def test_the_first_token_of_a_segment_carries_no_weight():
 )
 def test_what_is_too_long_is_cut_by_policy(overlong, pieces, event):
     fitted = fit(example(10), 4, overlong)
-    assert [piece.input_ids.tolist() for piece in fitted.examples] == pieces
-    assert all(piece.loss_weights.tolist() == [0, 1, 1, 1][: len(piece.input_ids)] for piece in fitted.examples)
+    assert [piece.input_ids.tolist() for piece in fitted.items] == pieces
+    assert all(piece.loss_weights.tolist() == [0, 1, 1, 1][: len(piece.input_ids)] for piece in fitted.items)
     assert fitted.event == event
 
 
@@ -105,7 +108,7 @@ def test_pieces_without_loss_are_left_out():
     late = example(9, [0] * 6 + [1] * 3)
     assert fit(late, 4, "truncate") == ([], "dropped")
     fitted = fit(late, 4, "split")
-    assert [piece.input_ids[0] for piece in fitted.examples] == [5] and fitted.event == "split"  # the last is one token
+    assert [piece.input_ids[0] for piece in fitted.items] == [5] and fitted.event == "split"  # the last is one token
 
 
 def test_random_items_keep_the_packers_order():
@@ -115,3 +118,46 @@ def test_random_items_keep_the_packers_order():
         packer.add(item, rng.randint(1, 100))
         room = packer._room
         assert room == sorted(room) and len(room) == len(packer.open_rows) <= 10
+
+
+def test_a_bundle_is_numbered_and_its_examples_are_neighbours():
+    row = make_row([(example(2), example(1)), (example(3), example(1))], 9)
+    assert row.segment_ids.tolist() == [1, 1, 2, 3, 3, 3, 4, 0, 0]
+    assert row.bundle_ids.tolist() == [1, 1, 1, 2, 2, 2, 2, 0, 0]
+
+
+def test_a_bundle_is_cut_example_by_example_and_never_apart():
+    pair = (example(6), example(2))
+    ((left, right),), event = fit(pair, 4, "truncate")
+    assert (left.input_ids.tolist(), right.input_ids.tolist(), event) == ([1, 2, 3, 4], [1, 2], "truncated")
+    assert left.loss_weights.tolist() == [0, 1, 1, 1] and right.loss_weights.tolist() == [0, 1]
+    assert fit((example(2), example(3)), 4, "truncate").event is None
+    assert fit(pair, 4, "drop") == ([], "dropped")
+    assert fit((example(6, [0] * 5 + [1]), example(2)), 4, "truncate") == ([], "dropped")  # one side has no loss left
+
+
+def with_signals(length, **signals):
+    return Example(*example(length)[:2], {name: np.array(values) for name, values in signals.items()})
+
+
+def test_signals_must_fit_their_tokens_and_each_other():
+    assert signal_types(with_signals(2, a=[1, 2], b=[[1.0], [2.0]])) == {
+        "a": (np.dtype(np.int64), ()),
+        "b": (np.dtype(np.float64), (1,)),
+    }
+    with pytest.raises(ValueError, match="a has 3 values for 2 tokens"):
+        signal_types(with_signals(2, a=[1, 2, 3]))
+    with pytest.raises(ValueError, match="loss_weights has 3 values for 2 tokens"):
+        signal_types(Example(np.arange(2), np.ones(3)))
+    with pytest.raises(ValueError, match="its signals are none, and those of other examples a int64"):
+        signal_types((with_signals(2, a=[1, 2]), example(2)))
+    with pytest.raises(ValueError, match=r"a float64\[\], .* a int64\[\]"):
+        check_signals(signal_types(with_signals(1, a=[1.0])), signal_types(with_signals(1, a=[1])))
+
+
+def test_a_row_of_padding_has_the_signals_of_the_others():
+    item = with_signals(2, a=[3, 4], b=[[1.0], [2.0]])
+    batch = stack_rows([make_row([item], 3), make_row([], 3, signal_types(item))])
+    assert batch.signals["a"].tolist() == [[3, 4, 0], [0, 0, 0]] and batch.signals["b"].shape == (2, 3, 1)
+    with pytest.raises(AssertionError, match="differ in their signals"):
+        stack_rows([make_row([item], 3), make_row([], 3)])

@@ -43,14 +43,16 @@ def take(batches, count=None):
 
 
 def same(left, right):
-    return len(left) == len(right) and all(
-        np.array_equal(a, b) for x, y in zip(left, right, strict=True) for a, b in zip(x[:4], y[:4], strict=True)
-    )
+    def equal(one, other):
+        return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+    return len(left) == len(right) and all(equal(a.arrays(), b.arrays()) for a, b in zip(left, right, strict=True))
 
 
 def concatenated(*hosts):
     def joined(batches):
-        return Batch(*(np.concatenate(column) for column in zip(*(batch[:4] for batch in batches), strict=True)))
+        columns = [batch.arrays() for batch in batches]
+        return Batch.from_arrays({name: np.concatenate([each[name] for each in columns]) for name in columns[0]})
 
     return [joined(batches) for batches in zip(*hosts, strict=True)]
 
@@ -153,7 +155,14 @@ def test_batches_obey_the_convention(source):
             assert (batch.loss_weights[(batch.segment_ids > 0) & ~starts] == 1).all()
             assert not batch.loss_weights[batch.segment_ids == 0].any()
             assert (np.diff(batch.segment_ids, axis=1) <= 1).all() and (batch.segment_ids[:, 0] == 1).all()
-            assert [column.dtype for column in batch[:4]] == [np.int32, np.int32, np.int32, np.float32]
+            assert {name: array.dtype for name, array in batch.arrays().items()} == {
+                "tokens": np.int32,
+                "positions": np.int32,
+                "segment_ids": np.int32,
+                "loss_weights": np.float32,
+                "bundle_ids": np.int32,
+            }
+            np.testing.assert_array_equal(batch.bundle_ids, batch.segment_ids)
 
 
 def test_without_packing_every_row_holds_one_example(source):

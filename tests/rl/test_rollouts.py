@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from trajectories import trajectory
 
-from jaxtrain.rl.rollouts import NO_ID, pack, rows_needed, support_metrics
+from jaxtrain.data.packing import make_row
+from jaxtrain.rl.rollouts import NO_ID, pack, pack_parts, support_metrics
 
 
 def random_trajectories(count, seed=0):
@@ -45,11 +46,27 @@ def test_numbers_of_rows_are_few_and_waste_little(multiple):
     needed = {}
     for count in range(1, 129):
         trajectories = [trajectory(1, 7, sample=i) for i in range(count)]
-        needed[count] = rows_needed(trajectories, 8, multiple)
+        (packed,) = pack_parts([trajectories], 8, multiple)
+        needed[count] = len(packed.batch.tokens)
         assert needed[count] % multiple == 0
         assert needed[count] >= count
         assert needed[count] < max((count + multiple) * 1.25 + multiple, 5 * multiple)
     assert len({rows for rows in needed.values() if rows >= 32 * multiple}) <= 9
+
+
+def test_parts_are_packed_once_and_into_equally_many_rows(monkeypatch):
+    trajectories = random_trajectories(23)
+    parts = [trajectories[:4], trajectories[4:]]
+    made = []
+    monkeypatch.setattr("jaxtrain.rl.rollouts.make_row", lambda *args: made.append(args) or make_row(*args))
+    first, second = pack_parts(parts, 32, multiple=4)
+    rows = len(second.batch.tokens)
+    assert first.batch.tokens.shape == second.batch.tokens.shape == (rows, 32) and rows % 4 == 0
+    assert len(made) == 2 * rows
+    for part, packed in zip(parts, (first, second), strict=True):
+        alone = pack(part, 32, rows=rows)
+        assert packed.spans == alone.spans
+        np.testing.assert_array_equal(packed.batch.tokens, alone.batch.tokens)
 
 
 def test_a_trajectory_that_does_not_fit_is_an_error():
