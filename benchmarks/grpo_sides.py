@@ -30,14 +30,14 @@ def jaxtrain(clock: Clock) -> None:
     from pathlib import Path
 
     import jax
+    from jaxtrain.recipes.setup import base_params, make_policy
+    from jaxtrain.rl.controller import Learner, Plan, Roles, reinforce
 
     from jaxtrain.config import parse_config
     from jaxtrain.optim import make_optimizer, make_schedule
     from jaxtrain.parallel.batches import local_rows, place_batch
-    from jaxtrain.recipes.setup import base_params, make_policy
     from jaxtrain.rl.algorithms import find_algorithm
     from jaxtrain.rl.collect import Collector, Limits
-    from jaxtrain.rl.controller import Learner, Plan, Roles, reinforce
     from jaxtrain.rl.placement import make_meshes, make_sampler
     from jaxtrain.rl.rollouts import Prompt, Trajectory
     from jaxtrain.rl.sources import OnPolicySource

@@ -23,11 +23,11 @@ import time
 from pathlib import Path
 
 import jax
+from jaxtrain.recipes.setup import make_policy
 from results import machine, write_section
 
 from jaxtrain.config import load_config
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.setup import make_policy
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sft"
 STEPS, ROWS, LENGTH, HELD_OUT = 60, 2, 256, 32

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtrain.recipes.setup import adapter_params, base_params, make_policy, make_tokenizer, open_stream
 from results import machine, write_section
 
 from jaxtrain.config import RunConfig, load_config
@@ -25,7 +26,6 @@ from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.setup import adapter_params, base_params, make_policy, make_tokenizer, open_stream
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import jit_step, make_step
 from jaxtrain.types import Batch

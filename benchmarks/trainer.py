@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 from jax.stages import Compiled
+from jaxtrain.recipes.setup import base_params, make_policy
 
 from jaxtrain.config import parse_config
 from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.setup import base_params, make_policy
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import jit_step, make_step
 from jaxtrain.types import Batch

@@ -131,7 +131,6 @@ class TrainState(NamedTuple):
 
     step: Array  # [] int32, optimizer steps taken, skipped ones included
     params: Params  # what the optimizer trains
-    frozen: Params  # what it does not change: the base weights under LoRA, else {}
     opt_state: Any
     key: Array  # PRNG key; a step folds its number in and never advances it
     skipped: Array  # [] int32, steps skipped for a non-finite gradient, ever

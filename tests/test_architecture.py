@@ -17,15 +17,20 @@ LAYERS = [
     {"jaxtrain.parallel"},
     {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.objectives", "jaxtrain.observe"},
     {"jaxtrain.train", "jaxtrain.sample"},
+    {"jaxtrain.roles"},
+    {"jaxtrain.session"},
     {"jaxtrain.rl"},
-    {"jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.plan"},
+    {"jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.verify", "jaxtrain.plan"},
     {"jaxtrain.cli"},
 ]
 HOST_ONLY = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.data"}
 FOR_CONVERTERS = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"}
-USERS_OF_DATA = {"jaxtrain.rl", "jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.cli"}
+USERS_OF_DATA = {"jaxtrain.session", "jaxtrain.rl", "jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.cli"}
 USERS_OF_TORCH = {"converters.reference"}  # inside functions only: every module is imported without torch below
-USERS_OF_CONVERTERS = {"jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.plan", "jaxtrain.cli"}
+USERS_OF_CONVERTERS = {
+    *("jaxtrain.roles", "jaxtrain.session", "jaxtrain.rl", "jaxtrain.recipes"),
+    *("jaxtrain.serve", "jaxtrain.verify", "jaxtrain.plan", "jaxtrain.cli"),
+}
 
 
 def module_name(path: Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.mixing import Mixture
-from jaxtrain.data.packing import stack_rows
+from jaxtrain.data.packing import make_row, stack_rows
 from jaxtrain.data.shards import COUNTERS, Encode, Reader, Shard, State
 from jaxtrain.data.sources import Source
 from jaxtrain.types import Batch

@@ -11,8 +11,8 @@ Where a loss is a sum over tokens (SFT, and every policy loss whose ratio is a t
 follows from its own logp, so that the second sum too is taken in the forward pass, as soon as a chunk's logp are there:
 three matrix products instead of four. A frozen head needs two.
 
-The entropy H of p may be differentiated too: d H / d z = -p (log p + H). The backward pass then computes the logits again
-and adds both derivatives before it multiplies by W and h: four matrix products.
+The entropy H of p may be differentiated too: d H / d z = -p (log p + H). The backward pass then computes the logits
+again and adds both derivatives before it multiplies by W and h: four matrix products.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
 from jaxtrain.recipes import rl, sft
-from jaxtrain.session.export import export_run
-from jaxtrain.recipes.run_folder import read_metrics
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.session.export import export_run
+from jaxtrain.session.record import read_metrics
 
 QUESTION = "What is 47 + 38?"
 _TRAIN_ROWS, _EVAL_ROWS = 6000, 300

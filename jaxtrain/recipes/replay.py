@@ -9,8 +9,7 @@ from typing import NamedTuple
 from jaxtrain.config import RunConfig, config_tree, parse_config
 from jaxtrain.config.rollouts import PlacementSection
 from jaxtrain.recipes import rl
-from jaxtrain.recipes.run_folder import read_metrics
-from jaxtrain.session.record import read_saved_run, recorded_changes
+from jaxtrain.session.record import read_metrics, read_saved_run, recorded_changes
 
 
 class Compared(NamedTuple):

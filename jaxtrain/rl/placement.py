@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +21,7 @@ from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.session.session import Session
 
 
-def trainer_devices(placement: PlacementSection) -> Sequence[jax.Device]:
+def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
     """The devices that train: all, or under `disjoint` all but the last `rollout_devices`.
 
     Raises ValueError where none is left to train on, or a thread that samples would share devices with the trainer.

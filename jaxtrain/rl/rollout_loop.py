@@ -68,14 +68,19 @@ class RolloutLoop:
         in_progress, step = self._experience.in_progress, self._session.step
         if in_progress:
             self._experience.save(self._path(step))
+        done = self._experience.done if in_progress else 0
         kept = {step, *self._session.saved_steps()}
         for path in self._folder.glob("*.npz"):
             if int(path.stem) not in kept:
                 path.unlink()
-        return {"source": self._source.state(), "updates_done": self._experience.done if in_progress else 0, "step": step}
+        return {
+            "prompts": self._source.state(),
+            "updates_done": done,
+            "step": step,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._prompts.set_state(state["source"])
+        self._prompts.set_state(state["prompts"])
         if state["updates_done"]:
             path = self._path(state["step"])
             self._experience = Experience.load(path, self._section.updates, state["updates_done"])

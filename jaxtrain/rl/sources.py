@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
 from contextlib import closing
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from jaxtrain.data.prompts import PromptStream

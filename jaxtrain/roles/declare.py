@@ -143,7 +143,9 @@ def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:
     for key, value in (("rank", found.rank), ("alpha", found.alpha), ("rslora", found.rslora)):
         wanted = getattr(requested, key)
         if wanted not in (None, value):
-            raise ValueError(f"model.lora.{key}={wanted}, but the adapter in {requested.path} has {value}; leave it out")
+            raise ValueError(
+                f"model.lora.{key}={wanted}, but the adapter in {requested.path} has {value}; leave it out"
+            )
     named = replace(found, targets=tuple(requested.targets or found.targets))
     if any(not named.covers(path) for path in found.targets):
         raise ValueError(

@@ -22,7 +22,7 @@ from jaxtrain.roles.declare import Declaration
 from jaxtrain.roles.initial import initial_params
 from jaxtrain.train.state import new_state, state_shardings
 from jaxtrain.train.step import StepReport, jit_step, make_step, score, token_values
-from jaxtrain.types import Array, Batch, Params, TrainState
+from jaxtrain.types import Batch, Params, TrainState
 
 
 class Snapshot(NamedTuple):

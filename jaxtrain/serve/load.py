@@ -17,7 +17,7 @@ from jaxtrain.data.sources import Row
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.setup import Policy, stop_ids
+from jaxtrain.roles.tokenizer import stop_ids
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.placement import row_shares, serving_shardings
 from jaxtrain.sample.requests import ids_problem, shown
@@ -89,7 +89,7 @@ def load_served(
             target,
             serving_shardings(model),
         )
-    stops = stop_ids(ModelSection(path=str(folder)), Policy(model, hf, target), tokenizer)
+    stops = stop_ids(ModelSection(path=str(folder)), hf, tokenizer)
     shares = row_shares(model)
     if slots is None and cache_gib is None:
         slots = _SLOTS * shares

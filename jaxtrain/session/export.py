@@ -16,10 +16,12 @@ from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.roles.declare import Declaration, declare
+from jaxtrain.roles.initial import base_params
+from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
 from jaxtrain.session.record import CHECKPOINTS, SavedRun, read_saved_run
-from jaxtrain.recipes.setup import Policy, base_params, make_policy, make_tokenizer
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params
 
@@ -38,57 +40,59 @@ def export_run(
     Raises ValueError where `run` holds no run or no such checkpoint, where the base is no longer what the run trained
     on, or `out` is not empty.
     """
-    config, policy, params = _restore(run, step)
-    lora = policy.model.lora
+    config, declared, params = _restore(run, step)
+    lora = declared.model.lora
     if adapter:
         others = sorted(params.keys() - {"layers"})
         if lora is None:
             raise ValueError(f"{run} trained no adapter: its config has no model.lora")
         if others:
             raise ValueError(f"{run} trained {others[0]} too, which an adapter folder leaves out: export it merged")
-        export_adapter(params, policy.model.config, lora, out, config.model.path)
+        export_adapter(params, declared.model.config, lora, out, config.model.path)
         return
-    if isinstance(policy.model, TorchModel):
+    if isinstance(declared.model, TorchModel):
         assert config.model.path is not None
-        export_torch_model(policy.model, params, config.model.path, out, dtype or policy.hf.get("dtype"))
+        export_torch_model(declared.model, params, config.model.path, out, dtype or declared.hf.get("dtype"))
         return
-    if policy.model.base_frozen:
+    if declared.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.
-        base = base_params(config.model, policy._replace(quantize=None), config.run.seed)
-        params = jax.jit(lambda trained, base: policy.model.merged(join(trained, base))[1])(params, base)
+        base = base_params(config.model, declared._replace(quantize=None), config.run.seed)
+        params = jax.jit(lambda trained, base: declared.model.merged(join(trained, base))[1])(params, base)
     export_hf(
         params,
-        policy.model.config,
-        policy.hf,
+        declared.model.config,
+        declared.hf,
         out,
-        dtype=dtype or policy.hf.get("dtype") or policy.hf.get("torch_dtype"),
+        dtype=dtype or declared.hf.get("dtype") or declared.hf.get("torch_dtype"),
         tokenizer_from=config.model.tokenizer or config.model.path,
         tokenizer=make_tokenizer(config.model) if config.model.add_tokens else None,
     )
 
 
-def _restore(run: Path, step: int | None) -> tuple[RunConfig, Policy, Params]:
+def _restore(run: Path, step: int | None) -> tuple[RunConfig, Declaration, Params]:
     """A checkpoint's config, the model that it describes, and its parameters on the devices here."""
     saved = read_saved_run(run, step)
     if saved.step is None:
         raise ValueError(f"{run} holds no checkpoint yet")
-    policy = make_policy(saved.config, make_mesh(MeshSection(preset=saved.config.mesh.preset)))
-    _check_base(run, saved, policy)
-    target: dict[str, Any] = {"params": policy.trained}
+    declared = declare(
+        saved.config.model, make_mesh(MeshSection(preset=saved.config.mesh.preset)), saved.config.mesh.preset
+    )
+    _check_base(run, saved, declared)
+    target: dict[str, Any] = {"params": declared.trained}
     with Checkpoints(str(run / CHECKPOINTS), 1, 1) as checkpoints:
         restored = checkpoints.restore(target, partial=True, step=step)
     assert restored is not None
     if restored.step != saved.step:  # the newest is damaged, and an older one may have another config
         return _restore(run, restored.step)
-    return saved.config, policy, restored.state["params"]
+    return saved.config, declared, restored.state["params"]
 
 
-def _check_base(run: Path, saved: SavedRun, policy: Policy) -> None:
+def _check_base(run: Path, saved: SavedRun, declared: Declaration) -> None:
     """Raise ValueError where what the export reads again of the base checkpoint is not what the run began with."""
     if saved.config.model.path is None:
         return
     # Without frozen weights the base gives the export its config.json alone.
-    needed = ("config.json", ".safetensors") if policy.model.base_frozen else ("config.json",)
+    needed = ("config.json", ".safetensors") if declared.model.base_frozen else ("config.json",)
     files = (saved.inputs.get("model.path", {}), fingerprint_path("model.path", saved.config.model.path))
     before, now = ({name: each[name] for name in each if name.endswith(needed)} for each in files)
     how = changed_file(before, now)

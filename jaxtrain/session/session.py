@@ -26,9 +26,9 @@ import jax
 from jaxtrain.config import ModelSection, OptimizerSection, RunConfig
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
+from jaxtrain.objectives.objective import Objective
 from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.progress import Progress
-from jaxtrain.objectives.objective import Objective
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_shards
 from jaxtrain.parallel.mesh import initialize_distributed, make_mesh
@@ -41,8 +41,8 @@ from jaxtrain.session.folder import RunFolder, open_run
 from jaxtrain.session.record import CHECKPOINTS
 from jaxtrain.session.report import MetricWindow
 from jaxtrain.train.checkpoint import Checkpoints
-from jaxtrain.train.lockstep import Agreement, Lockstep
 from jaxtrain.train.guard import check_finite, warn_of_recompilation
+from jaxtrain.train.lockstep import Agreement, Lockstep
 from jaxtrain.train.preemption import Interrupted, Preemption, exit_code
 from jaxtrain.train.step import StepReport
 from jaxtrain.types import Batch, TrainState
@@ -84,9 +84,14 @@ class _FinishedError(Exception):
 class Session:
     """See the module. Open it with `Session.open`."""
 
-    def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh, folder: RunFolder, preemption: Preemption):
+    def __init__(
+        self, config: RunConfig, mesh: jax.sharding.Mesh, folder: RunFolder, preemption: Preemption, stack: ExitStack
+    ):
         self.config, self.mesh, self.folder, self.preemption = config, mesh, folder, preemption
         self.tokenizer = make_tokenizer(config.model)
+        self._stack = stack  # what is closed with the run
+        checkpoints = Checkpoints(str(folder.path / CHECKPOINTS), config.checkpoint.every, config.checkpoint.keep)
+        self._checkpoints = stack.enter_context(checkpoints)
         self.step = 0  # optimizer steps of the first role that were dispatched
         self.metrics: Metrics = {}
         self._agreement = Agreement(preemption, mesh)
@@ -114,7 +119,7 @@ class Session:
         resume: bool = True,
         allow_change: Sequence[str] = (),
         preemption: Preemption | None = None,
-        devices: Callable[[], Sequence[jax.Device]] = jax.devices,
+        devices: Callable[[], Sequence[Any]] = jax.devices,
     ) -> Iterator[Session]:
         """The run that `config` describes, in `run.dir`.
 
@@ -126,18 +131,14 @@ class Session:
         `preemption`: one that is in force already, so that signals are handled from the start of the process on.
         `devices`: called once the processes have joined, for those to train on.
 
-        Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training diverges;
-        Interrupted where a signal asks to stop before the first step.
+        Raises ValueError for a config, data or a checkpoint that cannot be used; NonFiniteError where training
+        diverges; Interrupted where a signal asks to stop before the first step.
         """
         with ExitStack() as stack:
             requests = stack.enter_context(preemption or Preemption())
             initialize_distributed()
             folder = stack.enter_context(open_run(config, resume=resume, allow_change=allow_change))
-            session = cls(config, make_mesh(config.mesh, devices()), folder, requests)
-            session._stack = stack.enter_context(ExitStack())
-            session._checkpoints = session._stack.enter_context(
-                Checkpoints(str(folder.path / CHECKPOINTS), config.checkpoint.every, config.checkpoint.keep)
-            )
+            session = cls(config, make_mesh(config.mesh, devices()), folder, requests, stack.enter_context(ExitStack()))
             try:
                 yield session
                 session._finish()
@@ -166,9 +167,7 @@ class Session:
         section, optimizer = model or self.config.model, optimizer or self.config.optimizer
         declared = declare(section, self.mesh, self.config.mesh.preset)
         if isinstance(declared.model, TorchModel) and (self.config.recipe != "sft" or self.config.eval.generate):
-            raise ValueError(
-                "model.backend=torchax has no decoding: only recipe sft without eval.generate runs on it"
-            )
+            raise ValueError("model.backend=torchax has no decoding: only recipe sft without eval.generate runs on it")
         schedule = make_schedule(optimizer, self.config.train.steps)
         tx = make_optimizer(optimizer, schedule, declared.trained_axes)
         update = Update(objective, tx, schedule, self.config.train)

@@ -10,20 +10,20 @@ from jaxtrain.parallel.sharding import replicated
 from jaxtrain.types import Array, Params, TrainState
 
 
-def new_state(params: Params, frozen: Params, tx: optax.GradientTransformation, key: Array) -> TrainState:
+def new_state(params: Params, tx: optax.GradientTransformation, key: Array) -> TrainState:
     """Step 0. Parameters must already lie where they shall stay; the optimizer's moments lie down beside them.
 
     Jit it (or `jax.eval_shape` it): optimizer state then takes the shardings that the compiler carries over.
     """
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, frozen, tx.init(params), key, zero, zero)
+    return TrainState(zero, params, tx.init(params), key, zero, zero)
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of an abstract state: a moment lies as its parameter does, and all else is replicated.
+    """Shardings of an abstract state: a moment has its parameter's sharding, and everything else is replicated.
 
-    `state.params` and `state.frozen` are `ShapeDtypeStruct`s with shardings. An optimizer's leaf belongs to the
-    parameter whose path its own path ends with and whose shape it has.
+    `state.params` are `ShapeDtypeStruct`s with shardings. An optimizer's leaf belongs to the parameter whose path its
+    own path ends with and whose shape it has.
     """
     whole = replicated(mesh)
     params = dict(jax.tree_util.tree_flatten_with_path(state.params)[0])
@@ -38,6 +38,5 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     shardings = jax.tree.map(lambda _: whole, state)
     return shardings._replace(
         params=jax.tree.map(lambda leaf: leaf.sharding, state.params),
-        frozen=jax.tree.map(lambda leaf: leaf.sharding, state.frozen),
         opt_state=jax.tree_util.tree_map_with_path(of_moment, state.opt_state),
     )

@@ -34,7 +34,7 @@ class StepReport(NamedTuple):
     skipped_in_a_row: Array  # [] int32
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
 
 
 def score(
@@ -117,7 +117,9 @@ def make_step(
     microbatches: int = 1,
     max_grad_norm: float | None = None,
 ) -> Step:
-    """A pure `(state, batch) -> (state, report)`; jit it with the state donated.
+    """A pure `(state, frozen, batch) -> (state, report)`, to be compiled by `jit_step`.
+
+    `frozen` are the parameters that the optimizer does not change ({} for none).
 
     The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
     The load-balancing loss of a mixture of experts is the exception: each microbatch has one, weighed by its tokens.
@@ -144,10 +146,10 @@ def make_step(
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def prepared(state: TrainState, batch: Batch) -> Batch:
+    def prepared(params: Params, batch: Batch) -> Batch:
         """The batch with the signals that the objective computes itself."""
         if isinstance(objective, Prepared):
-            params = jax.lax.stop_gradient(join(state.params, state.frozen))
+            params = jax.lax.stop_gradient(params)
 
             def score_all(*needs: Request) -> Scores:
                 def of(rows: Batch) -> Scores:
@@ -165,13 +167,13 @@ def make_step(
             )
         return batch
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(state.key, state.step)
         norm = batch_norm(batch)
-        batch = prepared(state, batch)
+        batch = prepared(join(state.params, frozen), batch)
 
         def of_microbatch(index: Array | int, rows: Batch) -> tuple[Params, Array, Metrics]:
-            (value, metrics), grads = gradient(state.params, state.frozen, rows, norm, jax.random.fold_in(key, index))
+            (value, metrics), grads = gradient(state.params, frozen, rows, norm, jax.random.fold_in(key, index))
             return grads, value, metrics
 
         if microbatches == 1:
@@ -199,7 +201,6 @@ def make_step(
         state = TrainState(
             step=state.step + 1,
             params=_choose(ok, params, state.params),
-            frozen=state.frozen,
             opt_state=_choose(ok, opt_state, state.opt_state),
             key=state.key,
             skipped=state.skipped + ~ok,
@@ -219,9 +220,10 @@ def make_step(
 
 
 def jit_step(step: Step, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
-    """The compiled step. The state is donated and comes back lying as it lay, so that it is compiled once."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=compiler_options(mesh))
+    """The compiled step. It donates the state, which keeps its sharding, so the step compiles once; `frozen` is not
+    donated, since a reference or an engine may share it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=compiler_options(mesh))
 
 
 def add_metrics(one: Metrics, other: Metrics) -> dict[str, Metric]:

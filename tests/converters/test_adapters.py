@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from jaxtrain.recipes.setup import adapter_params, make_policy
 from safetensors.numpy import load_file, save_file
 
 from converters.adapters import export_adapter, import_adapter, read_lora
@@ -24,7 +25,6 @@ from jaxtrain.lora import check_targets, join, merge_adapters, split_adapters
 from jaxtrain.nn.config import Lora
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.setup import adapter_params, make_policy
 from jaxtrain.types import Batch
 
 peft = pytest.importorskip("peft")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jaxtrain.recipes.setup import adapter_params, base_params, make_policy
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -15,7 +16,6 @@ from converters.import_hf import import_params, read_config
 from jaxtrain.config import parse_config
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.recipes.setup import adapter_params, base_params, make_policy
 from jaxtrain.types import Batch
 
 

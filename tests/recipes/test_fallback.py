@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 import transformers
+from jaxtrain.recipes.setup import base_params, make_policy
 
 from jaxtrain.config import parse_config
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes import sft
 from jaxtrain.session.export import export_run
-from jaxtrain.recipes.setup import base_params, make_policy
 from jaxtrain.train.step import score
 
 if importlib.util.find_spec("torchax") is None:

@@ -15,8 +15,8 @@ from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import parse_config
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
-from jaxtrain.session.export import export_run
 from jaxtrain.rl.failures import MAX_LOST_STEPS
+from jaxtrain.session.export import export_run
 from jaxtrain.train.checkpoint import Checkpoints
 
 CLOCKS = ("seconds", "time", "per_second", "memory", "mfu")

@@ -7,6 +7,7 @@ import hf_folders
 import numpy as np
 import pytest
 import torch
+from jaxtrain.recipes.setup import make_policy
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,6 @@ from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes import sft
 from jaxtrain.session.export import export_run
-from jaxtrain.recipes.setup import make_policy
 from jaxtrain.types import Batch
 
 EVENTS = Path(__file__).parents[2] / "configs" / "sft" / "events.yaml"

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jaxtrain.train.loop import NonFiniteError, train
 
 from jaxtrain.config import OptimizerSection
 from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
-from jaxtrain.train.loop import NonFiniteError, train
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import make_step
 
