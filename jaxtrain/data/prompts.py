@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from jaxtrain.config import DataSection, SourceSection
+from jaxtrain.data.fingerprints import check_unchanged, fingerprints
 from jaxtrain.data.mixing import Mixture
 from jaxtrain.data.sources import DataError, Row, Source
 
@@ -24,6 +25,7 @@ class PromptStream(Generic[T]):
     ):
         """Makes the first prompt of every source, so that wrong data are an error now. Raises DataError."""
         self._sources = [Source(section, keep_columns=True) for section in sources]
+        self._fingerprints = fingerprints(self._sources)
         self._mixture = Mixture(self._sources, seed=seed, shuffle=data.shuffle, shard=0, num_shards=1)
         self._make, self._skip_bad = make, data.on_bad_row == "skip"
         self._counts, self._number, self._bad = self._mixture.start, 0, 0
@@ -41,7 +43,9 @@ class PromptStream(Generic[T]):
                 self._bad += 1
                 fruitless += 1
                 if fruitless > self._mixture.total_rows:
-                    raise DataError(f"no row gives a prompt ({self._bad} bad rows): look at data.on_bad_row")
+                    raise DataError(
+                        f"no row gives a prompt ({self._bad} bad rows): look at data.on_bad_row and data.max_length"
+                    )
                 continue
             fruitless, self._number = 0, self._number + 1
             taken.append(prompt)
@@ -64,14 +68,17 @@ class PromptStream(Generic[T]):
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able: what `set_state` needs to go on after the last prompt handed out."""
-        return {"prompts": {"counts": list(self._counts), "number": self._number, "bad_rows": self._bad}}
+        counts = {"counts": list(self._counts), "number": self._number, "bad_rows": self._bad}
+        return {"prompts": {**counts, "sources": self._fingerprints}}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for the state of another number of sources."""
+        """Raises ValueError for the state of another number of sources, DataError where a file is not what it was."""
         saved = state["prompts"]
         if len(saved["counts"]) != len(self._sources):
             raise ValueError(
                 f"the saved data state has {len(saved['counts'])} sources and data.train has {len(self._sources)}: "
                 "resume with the sources it was saved with"
             )
+        if "sources" in saved:
+            check_unchanged(saved["sources"], self._fingerprints)
         self._counts, self._number, self._bad = tuple(saved["counts"]), saved["number"], saved["bad_rows"]

@@ -69,12 +69,14 @@ class Source:
             _check_column_map(section.columns)
         self.section, self._keep_columns = section, keep_columns
         self._files: list[Rows] = []
+        self._paths: list[Path] = []
         self._ends: list[int] = []  # the number of rows up to the end of each file
         for path in find_files(section.path):
             left = None if section.limit is None else section.limit - len(self)
             if left == 0:
                 break
             self._files.append(_open_rows(path, left))
+            self._paths.append(path)
             self._ends.append(len(self) + len(self._files[-1]))
         if not len(self):
             raise DataError(f"{section.path}: holds no rows")
@@ -92,6 +94,11 @@ class Source:
         if self._keep_columns:
             return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}
         return rename_columns(row, self.section.columns)
+
+    @property
+    def files(self) -> list[tuple[Path, int]]:
+        """The files in order, each with the number of its rows."""
+        return [(path, len(rows)) for path, rows in zip(self._paths, self._files, strict=True)]
 
     def place(self, index: int) -> str:
         rows, local = self._locate(index)

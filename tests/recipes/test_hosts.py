@@ -82,7 +82,9 @@ def test_hosts_whose_data_end_at_different_steps_end_together(place, epochs):
         assert [line["step"] for line in lines] == list(range(1, 3 * epochs + 2))
         losses[count] = [(line["loss"], line["num_tokens"]) for line in lines]
         # Half of the last batch's rows are padding, and with microbatches whole microbatches of a host are.
-        assert all(loss > 0 and line["skipped_steps"] == 0 for (loss, _), line in zip(losses[count], lines, strict=True))
+        assert all(
+            loss > 0 and line["skipped_steps"] == 0 for (loss, _), line in zip(losses[count], lines, strict=True)
+        )
     for count in (2, 4):
         assert [tokens for _, tokens in losses[count]] == [tokens for _, tokens in losses[1]]
         assert [loss for loss, _ in losses[count]] == pytest.approx([loss for loss, _ in losses[1]], rel=1e-4)
