@@ -13,21 +13,6 @@ import yaml
 
 from converters.tokenizer import write_byte_tokenizer
 
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -39,7 +24,7 @@ def place(tmp_path_factory) -> Path:
     config = {
         "recipe": "sft",
         "run": {"dir": str(folder / "run")},
-        "model": {"config": MODEL, "tokenizer": str(folder / "tokenizer"), "compute_dtype": "float32"},
+        "model": {"config": commands.MODEL, "tokenizer": str(folder / "tokenizer"), "compute_dtype": "float32"},
         "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 64, "packing": False},
         "train": {"steps": 100, "batch_size": 8, "microbatches": 2},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0, "schedule": "constant"},
