@@ -8,6 +8,22 @@ import sys
 import time
 from pathlib import Path
 
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+"""The smallest model that is trained like any other."""
+
 
 def start(config: Path, *overrides: str, devices: int = 8, **environment: str) -> subprocess.Popen:
     """All processes of a folder share their compiled programs."""

@@ -50,6 +50,15 @@ class Mixture:
     def total_rows(self) -> int:
         return sum(self._lengths)
 
+    def share(self, source: int) -> int:
+        """Rows of an epoch of a source that every shard draws, at least; 1 where there are fewer rows than shards."""
+        return max(self._lengths[source] // self._num_shards, 1)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a shard draws the same rows in every epoch."""
+        return not self._shuffle
+
     def draw(self, counts: tuple[int, ...]) -> Draw | None:
         """The draw after `counts`; None when every source has run dry."""
         live = [source for source in range(len(counts)) if not self._dry(source, counts[source])]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config import DataSection, SourceSection
+from jaxtrain.data.fingerprints import check_unchanged, fingerprints
 from jaxtrain.data.mixing import Mixture
 from jaxtrain.data.packing import make_row, stack_rows
 from jaxtrain.data.shards import COUNTERS, Encode, Reader, Shard, State
@@ -87,6 +88,7 @@ class TrainStream:
             for shard in shards
         }
         self._data, self._rows_per_shard, self._num_shards = data, rows // num_shards, num_shards
+        self._fingerprints = fingerprints(opened)
         self._state = self._shard_states()
         self._totals = {shard: dict.fromkeys(TOTALS, 0) for shard in self._shards}
         self._producer: _Producer | None = None
@@ -151,12 +153,16 @@ class TrainStream:
 
     def get_state(self) -> State:
         """JSON-able, keyed by virtual shard: what `set_state` needs to go on after the last batch handed out."""
-        return {shard: state | {"totals": dict(self._totals[shard])} for shard, state in self._state.items()}
+        state = {shard: state | {"totals": dict(self._totals[shard])} for shard, state in self._state.items()}
+        if "0" in state:  # once is enough, and one host owns this shard
+            state["0"]["sources"] = self._fingerprints
+        return state
 
     def set_state(self, state: State) -> None:
         """Go on where a state was taken. It may hold more shards than this host owns: those of all hosts.
 
-        Raises ValueError where it comes from another number of virtual shards or of sources.
+        Raises ValueError where it comes from another number of virtual shards or of sources, and DataError where a
+        file is not what it was.
         """
         known = {str(shard) for shard in range(self._num_shards)}
         if not self._shards.keys() <= state.keys() <= known:
@@ -164,6 +170,10 @@ class TrainStream:
                 f"the saved data state has {len(state)} virtual shards and not {self._num_shards}: resume with the "
                 "data.virtual_shards and train.batch_size it was saved with"
             )
+        for name, shard in self._shards.items():
+            shard.check(state[name])
+        if "sources" in state.get("0", {}):
+            check_unchanged(state["0"]["sources"], self._fingerprints)
         self.close()
         for name, shard in self._shards.items():
             shard.restore({key: state[name][key] for key in ("next", "open")})

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from jaxtrain.config import DataSection, SourceSection
+from jaxtrain.data.fingerprints import check_unchanged, fingerprints
 from jaxtrain.data.mixing import Mixture
 from jaxtrain.data.sources import DataError, Row, Source
 
@@ -26,6 +27,7 @@ class PromptStream(Generic[T]):
     ):
         """Makes the first prompt of every source, so that unusable data are an error at the start. Raises DataError."""
         self._sources = [Source(section, keep_columns=True) for section in sources]
+        self._fingerprints = fingerprints(self._sources)
         self._mixture = Mixture(self._sources, seed=seed, shuffle=data.shuffle, shard=0, num_shards=1)
         self._reader = _RowReader(make, skip_bad=data.on_bad_row == "skip")
         self._counts, self._number, self._exhausted = self._mixture.start, 0, False
@@ -66,18 +68,19 @@ class PromptStream(Generic[T]):
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able: what `set_state` needs to continue after the last prompt drawn."""
-        return {
-            "prompts": {"counts": list(self._counts), "number": self._number, "bad_rows": self._reader.bad_rows},
-        }
+        counts = {"counts": list(self._counts), "number": self._number, "bad_rows": self._reader.bad_rows}
+        return {"prompts": {**counts, "sources": self._fingerprints}}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for the state of another number of sources."""
+        """Raises ValueError for the state of another number of sources, DataError where a file is not what it was."""
         saved = state["prompts"]
         if len(saved["counts"]) != len(self._sources):
             raise ValueError(
                 f"the saved data state has {len(saved['counts'])} sources and data.train has {len(self._sources)}: "
                 "resume with the sources it was saved with"
             )
+        if "sources" in saved:
+            check_unchanged(saved["sources"], self._fingerprints)
         self._counts, self._number = tuple(saved["counts"]), saved["number"]
         self._reader.bad_rows = saved["bad_rows"]
 

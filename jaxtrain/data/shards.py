@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from jaxtrain.data.packing import BestFit, Pieces, SignalTypes, as_bundle, check
 from jaxtrain.data.sources import DataError, Row, Source
 from jaxtrain.types import Batch, Bundle, Example
 
+log = logging.getLogger(__name__)
+
 Encode = Callable[[Row], Example | Bundle]
 State = dict[str, Any]
 
@@ -22,6 +25,7 @@ COUNTERS = ("truncated", "dropped", "split", "bad_rows")  # rows of the files, c
 _CHUNK = 16  # rows that a worker thread takes at a time
 _CHUNKS_AHEAD = 2
 _ROWS_TRIED = 1000  # of a source, for one that makes an example
+_SCAN_ROWS = 1024  # that are under way together when a source is searched
 
 
 class _Key(NamedTuple):
@@ -53,6 +57,7 @@ class Reader:
         self.sources, self.bundle_size = sources, bundle_size
         self._data, self._encode = data, encode
         self._warned = False
+        self._usable: set[int] = set()  # sources of which some row is known to give an example
         self.signals: SignalTypes | None = None  # while no row has been seen
         for source in sources if data.on_bad_row == "error" else []:
             source.make(0, self._fitted)
@@ -62,6 +67,38 @@ class Reader:
     def submit(self, executor: Executor, rows: list[tuple[int, int]]) -> Future[list[_Read | DataError]]:
         """`rows` are (source, row). An error is a result: it is raised in its turn, when the rows before it are out."""
         return executor.submit(lambda: [self._read(*row) for row in rows])
+
+    def check_usable(self, source: int, executor: Executor) -> None:
+        """Read a source from its beginning up to the first row that gives an example, once.
+
+        Raises DataError with counts where no row does: such a source would be searched for ever.
+        """
+        if source in self._usable:
+            return
+        where, rows = self.sources[source].section.path, len(self.sources[source])
+        log.warning("%s: many rows in a row give no example to train on; looking through all %d of them", where, rows)
+        events: Counter[str] = Counter()
+        for start in range(0, rows, _SCAN_ROWS):
+            stop = min(start + _SCAN_ROWS, rows)
+            chunks = [range(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+            for future in [self.submit(executor, [(source, row) for row in chunk]) for chunk in chunks]:
+                for read in future.result():
+                    if isinstance(read, DataError):
+                        raise read
+                    if read.pieces:
+                        self._usable.add(source)
+                        return
+                    events[read.event or "dropped"] += 1
+        counts = ", ".join(f"{name} {events[name]}" for name in COUNTERS)
+        raise DataError(
+            f"{where}: no row gives an example to train on: of {rows} rows, {counts}. Look at "
+            f"data.max_length={self._data.max_length}, data.overlong={self._data.overlong}, "
+            f"data.on_bad_row={self._data.on_bad_row} and data.loss_on={self._data.loss_on}"
+        )
+
+    def found(self, source: int) -> None:
+        """Note that a row of a source gave an example."""
+        self._usable.add(source)
 
     def _read(self, source: int, row: int) -> _Read | DataError:
         try:
@@ -122,7 +159,7 @@ class Shard:
             "open": [[list(key) for key, _ in row] for row in self._packer.open_rows],
         }
 
-    def restore(self, state: State) -> None:
+    def check(self, state: State) -> None:
         """Raises ValueError for the state of another number of sources."""
         sources = len(self._reader.sources)
         if len(state["next"]["counts"]) != sources:
@@ -130,6 +167,9 @@ class Shard:
                 f"the saved data state has {len(state['next']['counts'])} sources and data.train has {sources}: "
                 "resume with the sources it was saved with"
             )
+
+    def restore(self, state: State) -> None:
+        """Go on from a state that was checked."""
         self._restored, self._examples = state, None
 
     def rows(self, executor: Executor) -> Iterator[Batch]:
@@ -182,7 +222,8 @@ class _Examples:
         self._ahead: deque[tuple[list[Draw], Future[list[_Read | DataError]]]] = deque()
 
     def __iter__(self) -> Iterator[tuple[_Key, Bundle]]:
-        first_piece, fruitless = self.state["piece"], 0
+        first_piece = self.state["piece"]
+        fruitless = [0] * len(self._reader.sources)  # rows of each source since the last that gave an example
         for draw, read in self._reads():
             after = self.state | {"counts": list(draw.counts), "piece": 0}
             if read.event is not None:
@@ -190,9 +231,15 @@ class _Examples:
             for piece in range(first_piece, len(read.pieces)):
                 self.state = self.state | {"piece": piece + 1} if piece + 1 < len(read.pieces) else after
                 yield _Key(draw.source, draw.row, piece), read.pieces[piece]
-            fruitless = 0 if read.pieces else fruitless + 1
-            if fruitless > self._mixture.total_rows:
-                raise DataError(_nothing_left(after))
+            if read.pieces:
+                self._reader.found(draw.source)
+                fruitless = [0 if source == draw.source else count for source, count in enumerate(fruitless)]
+            else:
+                fruitless[draw.source] += 1
+                if fruitless[draw.source] == self._mixture.share(draw.source):
+                    self._reader.check_usable(draw.source, self._executor)
+                if self._mixture.repeats and min(fruitless) > self._mixture.total_rows:
+                    raise DataError(_nothing_left(after))
             self.state, first_piece = after, 0
 
     def _reads(self) -> Iterator[tuple[Draw, _Read]]:
@@ -219,4 +266,7 @@ class _Examples:
 
 def _nothing_left(state: State) -> str:
     counts = ", ".join(f"{name} {state[name]}" for name in COUNTERS)
-    return f"no row gives an example to train on ({counts}): look at data.on_bad_row and data.max_length"
+    return (
+        "no row gives an example to train on among those that one virtual shard draws, which with data.shuffle=false "
+        f"are the same in every epoch ({counts}): look at data.on_bad_row, data.max_length and data.virtual_shards"
+    )

@@ -64,12 +64,14 @@ class Source:
             _check_column_map(section.columns)
         self.section, self._keep_columns = section, keep_columns
         self._files: list[Rows] = []
+        self._paths: list[Path] = []
         self._ends: list[int] = []  # the number of rows up to the end of each file
         for path in find_files(section.path):
             left = None if section.limit is None else section.limit - len(self)
             if left == 0:
                 break
             self._files.append(_open_rows(path, left))
+            self._paths.append(path)
             self._ends.append(len(self) + len(self._files[-1]))
         if not len(self):
             raise DataError(f"{section.path}: holds no rows")
@@ -101,6 +103,11 @@ class Source:
             return function(row)
         except ValueError as error:
             raise DataError(f"{self.place(index)}: {error}") from error
+
+    @property
+    def files(self) -> list[tuple[Path, int]]:
+        """The files in order, each with the number of its rows."""
+        return [(path, len(rows)) for path, rows in zip(self._paths, self._files, strict=True)]
 
     def place(self, index: int) -> str:
         """Where a row stands, as an error names it: `file:line`."""

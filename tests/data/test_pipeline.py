@@ -261,7 +261,41 @@ def test_data_of_which_no_row_is_left_are_an_error_and_no_endless_search(tmp_pat
     ):
         next(batches)
     path.write_text('{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}\n' * 5)
-    with stream(section, max_length=2) as batches, pytest.raises(DataError, match=r"dropped 6.*max_length"):
+    with (
+        stream(section, max_length=2) as batches,
+        pytest.raises(DataError, match=r"of 5 rows, .*dropped 5.*max_length=2"),
+    ):
+        next(batches)
+
+
+@pytest.mark.parametrize("epochs", [None, 1], ids=["without end", "one epoch"])
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_a_source_of_which_every_row_is_too_long_is_an_error_beside_a_good_one(source, tmp_path, overlong, epochs):
+    good = source(400, weight=5.0, epochs=epochs)
+    path = tmp_path / "long.jsonl"
+    rows = [{"input_ids": [1] * 80, "labels": [-100] * 70 + [1] * 10} for _ in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = SourceSection(path=str(path), epochs=epochs)
+    message = r"long\.jsonl: no row gives an example.* of 50 rows, truncated 0, dropped 50.*data\.max_length=64"
+    with stream([good, long], overlong=overlong) as batches, pytest.raises(DataError, match=message):
+        take(batches, 100)
+    alone = SourceSection(path=str(path), epochs=1)
+    section = DataSection(train=[alone], max_length=T, overlong=overlong)
+    with pytest.raises(DataError, match=message):
+        list(eval_batches([alone], section, ENCODE, rows=4))
+
+
+def test_few_good_rows_among_many_are_found_and_no_error(source):
+    section = source(64)
+    lines = Path(section.path).read_text().splitlines()
+    bad = json.dumps({"input_ids": [1] * 80, "labels": [-100] * 79 + [1]})
+    Path(section.path).write_text("\n".join([*[bad] * 63, lines[63]]))
+    with stream(section, overlong="drop") as batches:
+        assert set(row_numbers(take(batches, 3))) == {63}
+    with (
+        stream(section, overlong="drop", shuffle=False) as batches,
+        pytest.raises(DataError, match=r"one virtual shard draws.*data\.shuffle=false"),
+    ):
         next(batches)
 
 
@@ -294,6 +328,65 @@ def test_states_that_do_not_fit_are_refused(source):
         stream(section, shards=range(4), num_shards=4).set_state(state)
     with pytest.raises(ValueError, match=r"1 sources and data\.train has 2"):
         stream([section, section]).set_state(state)
+
+
+CHANGES = {
+    "shortened": (lambda lines: lines[:40], r"a\.jsonl was changed .* 40 rows and had 50"),
+    "longer": (lambda lines: [*lines, lines[0]], r"a\.jsonl was changed .* 51 rows and had 50"),
+    "edited": (lambda lines: [*lines[:30], lines[30].replace("0", "1", 1), *lines[31:]], r"other content of the same"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_was_changed_before_the_run_goes_on_is_an_error_that_names_it(source, change):
+    section, (edit, message) = source(50), CHANGES[change]
+    with stream(section) as batches:
+        take(batches, 3)
+        state = json.loads(json.dumps(batches.get_state()))
+    path = Path(section.path)
+    path.write_text("".join(line + "\n" for line in edit(path.read_text().splitlines())))
+    with stream(section) as batches, pytest.raises(DataError, match=message):
+        batches.set_state(state)
+
+
+def test_a_file_may_be_elsewhere_when_the_run_goes_on_but_not_gone(source, tmp_path):
+    section = [source(50), source(30, name="b.jsonl")]
+    with stream(section) as batches:
+        expected = take(batches, 6)
+    with stream(section) as batches:
+        take(batches, 3)
+        state = batches.get_state()
+    Path(section[0].path).rename(tmp_path / "moved.jsonl")
+    moved = [SourceSection(path=str(tmp_path / "moved.jsonl")), section[1]]
+    with stream(moved) as batches:
+        batches.set_state(state)
+        assert same(take(batches, 3), expected[3:])
+    folder = SourceSection(path=str(tmp_path))
+    with stream(folder) as batches:
+        whole = batches.get_state()
+    Path(section[1].path).unlink()
+    with stream(folder) as batches, pytest.raises(DataError, match=r"has 1 files and had 2 .*b\.jsonl is gone"):
+        batches.set_state(whole)
+
+
+def test_looking_ahead_hands_out_nothing_and_padding_counts_nowhere(source):
+    section = source(60, epochs=1)
+    with stream(section) as batches:
+        expected = take(batches)
+    with stream(section) as batches:
+        assert batches.has_next()
+        start = batches.get_state()
+        assert batches.has_next() and batches.get_state() == start
+        seen = []
+        while batches.has_next():
+            seen.append(next(batches))
+        assert same(seen, expected)
+        stats = batches.stats
+        padding = batches.padding()
+        assert padding.tokens.shape == expected[0].tokens.shape and not padding.segment_ids.any()
+        assert batches.stats == stats and not batches.has_next()
+        with pytest.raises(StopIteration):
+            next(batches)
 
 
 def test_numbers_that_do_not_divide_name_their_keys(source):

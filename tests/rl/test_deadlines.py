@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from jaxtrain.rl.deadlines import awaited, call_all
+from jaxtrain.train.preemption import Interrupted
 
 
 @pytest.fixture
@@ -33,6 +34,15 @@ def test_answers_stand_in_order_beside_what_was_raised_or_late(over):
 
 def test_a_call_that_waits_for_its_turn_is_not_late():
     assert call_all([partial(time.sleep, 1)] * 40, 2.5) == [None] * 40  # three rounds
+
+
+def test_an_interruption_ends_the_wait(over):
+    interrupted = threading.Event()
+    threading.Timer(0.2, interrupted.set).start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        call_all([over.wait] * 3, 60, interrupted)
+    assert time.monotonic() - start < 10
 
 
 def test_when_many_hang_the_others_are_not_tried(over):

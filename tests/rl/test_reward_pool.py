@@ -1,3 +1,4 @@
+import threading
 import time
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 
 from jaxtrain.config.rollouts import RewardSection
 from jaxtrain.rl.reward_pool import RewardPool
+from jaxtrain.train.preemption import Interrupted
 
 HERE = Path(__file__).parent / "reward_functions.py"
 WELL = ["length", "length_later", "only_even", "no_jax", "noisy"]
@@ -57,6 +59,18 @@ def test_a_function_that_always_hangs_holds_a_step_for_a_few_limits_only():
     assert scores.failures == {("hangs_always", "timeout"): 200}
     assert len(scores.reasons) == 200 and (scores.parts["length"] == 1).all()
     assert time.monotonic() - start < 100 * 0.1
+
+
+def test_an_interruption_ends_the_scoring_and_the_processes():
+    with RewardPool([section("hangs_always", seconds=60)]) as pool:
+        threading.Timer(0.3, pool.interrupt).start()
+        start = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(Interrupted):
+                score(pool)
+        workers = [worker._process for worker in pool._workers]
+    assert time.monotonic() - start < 10
+    assert all(worker.poll() is not None for worker in workers)
 
 
 @pytest.mark.parametrize(

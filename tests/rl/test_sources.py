@@ -8,6 +8,7 @@ import pytest
 
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.sources import OnPolicySource, PrefetchingSource
+from jaxtrain.train.preemption import Interrupted
 
 
 class World:
@@ -50,6 +51,42 @@ def test_on_policy_draws_with_the_weights_given():
         assert world.began[-1] == number and collected.metrics["rollout"] == number + 1
         assert source.state() == number + 1 and collected.metrics["time/sync"] >= 0
     assert source({}, 2) is None
+
+
+def test_a_rollout_that_was_given_up_leaves_no_trace_in_the_state():
+    world = World()
+    drawn = iter([1, 2, 3])
+    taken = [0]
+
+    def collect():
+        taken[0] = next(drawn)  # prompts are drawn before anything is sampled
+        if taken[0] == 2:
+            raise Interrupted
+        return Collected([], {}, 1)
+
+    source = OnPolicySource(collect, world, lambda: taken[0])
+    assert source.state() == 0
+    source({}, 0)
+    with pytest.raises(Interrupted):
+        source({}, 1)
+    assert source.state() == 1
+
+
+def test_a_thread_that_is_interrupted_wakes_the_trainer():
+    world = World()
+
+    def collect():
+        if world.began:
+            raise Interrupted
+        return world.collect()
+
+    source = PrefetchingSource(collect, world, world.state, staleness=1, updates=1)
+    world.may_finish.release()
+    source({}, 0)
+    with pytest.raises(Interrupted):
+        source({}, 1)
+    assert source.state() == 1
+    source.close()
 
 
 @pytest.mark.parametrize(("staleness", "updates"), [(1, 1), (2, 1), (3, 1), (2, 2), (5, 2)])

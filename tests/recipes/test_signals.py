@@ -1,0 +1,141 @@
+"""Signals to a run in a process of its own: at start-up, during an evaluation, during a rollout with a slow reward."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import commands
+import pytest
+import yaml
+
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.data.arithmetic import write_arithmetic
+
+SOON = 20.0  # seconds within which a process ends whose work would take a minute, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    write_byte_tokenizer(folder / "tokenizer")
+    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
+    config = {
+        "recipe": "sft",
+        "run": {"dir": str(folder / "run")},
+        "model": {"config": commands.MODEL, "tokenizer": str(folder / "tokenizer"), "compute_dtype": "float32"},
+        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 64},
+        "train": {"steps": 1000, "batch_size": 2},
+        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
+        "checkpoint": {"every": 1000},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    (folder / "sft.yaml").write_text(yaml.safe_dump(config))
+    reward = {"function": f"{Path(__file__).parent / 'digits.py'}:slow_digits", "seconds": 100.0}
+    rl = {
+        "prompts": 2,
+        "generations": 2,
+        "max_completion_length": 8,
+        "rewards": [reward],
+        "reward_workers": 1,
+        "sampling": {"slots": 4},
+    }
+    config |= {"recipe": "rl", "rl": rl, "train": {"steps": 4}}
+    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def handles(process: subprocess.Popen) -> bool:
+    """Whether a process has a handler for SIGUSR1."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1)
+
+
+def end(process: subprocess.Popen, number: signal.Signals) -> str:
+    start = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert time.monotonic() - start < SOON, output
+    assert "Traceback" not in output
+    return output
+
+
+def logged(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["at once", "a little later"])
+def test_during_start_up(place, seconds):
+    """Later it imports, or compiles: which of them is a matter of the machine."""
+    run = place / f"start-{seconds}"
+    process = commands.start(place / "sft.yaml", f"run.dir={run}", "checkpoint.every=1", devices=1)
+    wait_until(lambda: handles(process), process)
+    time.sleep(seconds)
+    if not logged(run):
+        assert "SIGHUP: stopped" in end(process, signal.SIGHUP)
+    process.kill()
+    process.communicate()
+
+
+def test_during_an_evaluation(place):
+    run, eval_file = place / "eval", place / "many.jsonl"
+    eval_file.write_text((place / "eval.jsonl").read_text() * 3000)
+    overrides = (f"run.dir={run}", f"data.eval.path={eval_file}", "eval.every=3", "data.packing=false")
+    process = commands.start(place / "sft.yaml", *overrides, devices=1)
+    wait_until(lambda: len(logged(run)) == 3, process)
+    time.sleep(1.0)
+    output = end(process, signal.SIGUSR1)
+    assert "SIGUSR1: stopped after step 3, which is saved" in output
+    assert (run / "checkpoints" / "3").is_dir()
+    assert not any("eval_loss" in line for line in logged(run))
+
+
+@pytest.mark.parametrize(
+    ("staleness", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)], ids=["on policy", "ahead of time"]
+)
+def test_during_a_rollout_with_a_slow_reward(place, staleness, number, tmp_path):
+    """The state after the last finished step is saved, and a run that goes on from it draws what another would have."""
+    ended = (slow_config(place, tmp_path / "ended", slow_from=3), f"rl.placement.staleness={staleness}")
+    run, rewards = tmp_path / "ended" / "run", tmp_path / "ended"
+    process = commands.start(*ended, devices=1)
+    wait_until(lambda: (rewards / "waiting").exists() and len(logged(run)) == 2, process)
+    assert f"{number.name}: stopped after step 2, which is saved" in end(process, number)
+    assert (run / "checkpoints" / "2").is_dir()
+    (rewards / "slow_from").unlink()
+    commands.train(*ended, devices=1)
+    assert [line["step"] for line in logged(run)] == [1, 2, 3, 4]
+    if staleness == 0:  # else the weights that sample depend on the time that things take
+        commands.train(slow_config(place, tmp_path / "whole", slow_from=100), ended[1], devices=1)
+        for line, expected in zip(logged(run), logged(tmp_path / "whole" / "run"), strict=True):
+            assert [line[name] for name in ("loss", "reward")] == [expected[name] for name in ("loss", "reward")]
+
+
+def slow_config(place: Path, folder: Path, slow_from: int) -> Path:
+    """A run in `folder`/run whose reward takes a minute from the given call on."""
+    folder.mkdir()
+    (folder / "slow_from").write_text(str(slow_from))
+    config = yaml.safe_load((place / "rl.yaml").read_text())
+    config["run"]["dir"] = str(folder / "run")
+    config["rl"]["rewards"][0]["args"] = {"folder": str(folder)}
+    file = place / f"{folder.name}.yaml"  # beside the compiled programs
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_during_the_first_rollout_with_a_slow_reward(place, tmp_path):
+    file = slow_config(place, tmp_path / "first", slow_from=1)
+    process = commands.start(file, devices=1)
+    wait_until(lambda: (tmp_path / "first" / "waiting").exists(), process)
+    assert "SIGTERM: stopped before the first step" in end(process, signal.SIGTERM)
+    assert not list((tmp_path / "first" / "run" / "checkpoints").glob("*"))
