@@ -1,4 +1,4 @@
-"""A reward model as a role: a scalar head reads prompt and completion and says what the sample is worth."""
+"""A reward model as a role: a scalar head that scores prompt and completion."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jaxtrain.types import Array, Batch, Params
 
 
 class RewardModel:
-    """Callable: the head's number at the last token of every sample [n], packed like everything else.
+    """Callable: the head's value at the last token of every sample [n], computed on packed rows.
 
-    It reads the policy's own ids, so it must have the policy's tokenizer.
+    It reads the policy's ids, so it must have the policy's tokenizer.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class RewardModel:
     def __call__(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         rows = rows_needed(trajectories, self._max_length, self._row_multiple)
         packed = pack(trajectories, self._max_length, rows)
-        bare = packed.batch._replace(signals={})
-        values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(bare))))
+        without_signals = packed.batch._replace(signals={})
+        values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(without_signals))))
         return np.array([values[row, stop - 1] for row, _, stop in packed.spans], np.float64)
 
 
