@@ -1,6 +1,6 @@
 """The types of a rollout, and the conversion of trajectories to packed rows and back.
 
-A `Sampler` completes a `Prompt` several times, which gives a group of `Trajectory`s; rewards and advantages are filled in
+A `Sampler` completes a `Prompt` several times, which gives a group of `Trajectory`s; rewards and advantages are added
 later. Everything here is numpy, on the host. As in `Batch`, a per-token value at `t` belongs to the token at `t`.
 """
 
