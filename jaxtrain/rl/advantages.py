@@ -1,7 +1,7 @@
 """From rewards to advantages: numpy, on the host, a few numbers per sample.
 
-An estimator is a function `(Outcomes, Settings) -> Advantages`. Samples that have no reward (NaN: their reward function
-hung or raised, or none applied) take part in nothing and get advantages of 0.
+An estimator is a function `(Outcomes, Settings) -> Advantages`. Samples without a reward (NaN: their reward
+function hung or raised, or none applied) are left out of all statistics and get advantages of 0.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 
 class Outcomes(NamedTuple):
-    """What n samples came to. Arrays [C] run over a sample's completion."""
+    """The results of n samples. Arrays [C] run over a sample's completion."""
 
-    rewards: np.ndarray  # [n] float64 of the whole sample, an environment's included; NaN where there is none
-    groups: np.ndarray  # [n] int, the prompt's number: samples of a prompt share it
+    rewards: np.ndarray  # [n] float64 of a sample, an environment's included; NaN where there is none
+    groups: np.ndarray  # [n] int, the prompt's number, which samples of a prompt share
     masks: Sequence[np.ndarray]  # n of [C] bool, the model's own tokens
     token_rewards: Sequence[np.ndarray]  # n of [C], the part of the reward that belongs to a token; mostly 0
     penalties: Sequence[np.ndarray]  # n of [C], beta times the KL estimate where the KL belongs to the reward; else 0
@@ -32,7 +32,7 @@ class Settings(NamedTuple):
 
 class Advantages(NamedTuple):
     advantages: list[np.ndarray]  # n of [C] float32
-    returns: list[np.ndarray] | None = None  # n of [C] float32, what the critic shall learn
+    returns: list[np.ndarray] | None = None  # n of [C] float32, targets of the critic
 
 
 Estimator = Callable[[Outcomes, Settings], Advantages]
@@ -92,9 +92,9 @@ def gae(outcomes: Outcomes, settings: Settings) -> Advantages:
         for step in reversed(range(len(deltas))):
             carried = deltas[step] + settings.gamma * settings.lam * carried
             estimates[step] = carried
-        whole, target = np.zeros(len(mask)), np.zeros(len(mask))
-        whole[mask], target[mask] = estimates, estimates + values
-        raw.append(whole)
+        advantages, target = np.zeros(len(mask)), np.zeros(len(mask))
+        advantages[mask], target[mask] = estimates, estimates + values
+        raw.append(advantages)
         returns.append(target.astype(np.float32))
     return Advantages(_normalised(raw, outcomes), returns)
 

@@ -130,7 +130,7 @@ class GuessingGame:
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
         self._secret, self._value = int(row["secret"]), 1.0
-        question = f"I think of a whole number from 1 to {self._largest}. Guess it. Answer with a number only."
+        question = f"I think of an integer from 1 to {self._largest}. Guess it. Answer with a number only."
         return Opening([{"role": "user", "content": question}])
 
     def step(self, text: str) -> Reply:

@@ -1,8 +1,7 @@
-"""The words of reinforcement learning, and their way into packed rows and back.
+"""The types of a rollout, and the conversion of trajectories to packed rows and back.
 
-A `Prompt` is asked of a `Sampler`, which answers with a group of `Trajectory`s; rewards and advantages are filled in
-later. Everything here lives on the host, in numpy. One convention, as in `Batch`: a per-token value at `t` belongs to
-the token at `t`.
+A `Sampler` completes a `Prompt` several times, which gives a group of `Trajectory`s; rewards and advantages are added
+later. Everything here is numpy, on the host. As in `Batch`, a per-token value at `t` belongs to the token at `t`.
 """
 
 from __future__ import annotations
@@ -21,32 +20,32 @@ SUPPORTS = "supports"  # the signal of that name: [B, T, k] ids that could have 
 
 
 class Prompt(NamedTuple):
-    """A question of the prompt data."""
+    """A row of the prompt data, rendered and tokenised."""
 
-    number: int  # in the order drawn, from 0, all epochs counted: with a sample's index it seeds that sample
+    number: int  # in the order drawn, from 0, over all epochs: together with a sample's index it seeds that sample
     ids: np.ndarray  # [P] int32
-    columns: Mapping[str, Any]  # the row, its prompt included: what rewards and environments are given
+    columns: Mapping[str, Any]  # the row, its prompt included: what rewards and environments receive
 
 
 class Trajectory(NamedTuple):
-    """One sample of a prompt. C counts the completion's tokens: the model's own and, in between, the environment's."""
+    """One sample of a prompt. C is the number of completion tokens: the model's and, in between, the environment's."""
 
     prompt: Prompt
     sample: int  # its index among the samples of the prompt
     completion_ids: np.ndarray  # [C] int32, the stop token that ended it included; never tokenised again
-    loss_mask: np.ndarray  # [C] bool: the model wrote the token (and not the environment)
+    loss_mask: np.ndarray  # [C] bool: the model sampled the token (it is not the environment's)
     sampler_logps: np.ndarray  # [C] float32, under the distribution drawn from: temperature and filters applied
     raw_logps: np.ndarray  # [C] float32, under the model's plain softmax
-    versions: np.ndarray  # [C] int32, optimizer steps of the weights that drew the token
-    text: str  # of the completion, special tokens left out
-    finish_reason: str  # "stop"; "length" where it was cut off; else an environment's word
-    supports: np.ndarray | None = None  # [C, k] int32, ids left by top-k, top-p, min-p; None: the whole vocabulary
+    versions: np.ndarray  # [C] int32, optimizer steps of the weights that sampled the token
+    text: str  # of the completion, without special tokens
+    finish_reason: str  # "stop"; "length" where it was cut off; "turns" or "error" of a conversation
+    supports: np.ndarray | None = None  # [C, k] int32, ids kept by top-k, top-p, min-p; None: the full vocabulary
     rewards: Mapping[str, float] = {}  # by part, unweighted; NaN where a part does not apply or failed
-    reward: float = float("nan")  # weighted sum of the parts; NaN before scoring, and where no part could say
+    reward: float = float("nan")  # weighted sum of the parts; NaN before scoring, and where it is lost
     token_rewards: np.ndarray | None = None  # [C] float32, an environment's rewards at the turns' last tokens
     advantages: np.ndarray | None = None  # [C] float32
     timings: Mapping[str, float] = {}  # seconds by part, e.g. rollout, reward
-    info: Mapping[str, Any] = {}  # what an environment or a reward notes: turns, tool calls, errors
+    info: Mapping[str, Any] = {}  # from the environment or the rewards: turns, tool calls, errors
 
     @property
     def length(self) -> int:
@@ -59,25 +58,25 @@ class Trajectory(NamedTuple):
 
 
 class Sampler(Protocol):
-    """Whatever answers prompts: an engine in this process, on other devices or in other processes."""
+    """Completes prompts: an engine in this process, on other devices or in other processes."""
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """`samples` unscored trajectories of each prompt, in order. The same call gives the same answer."""
+        """`samples` unscored trajectories of each prompt, in order. The same call gives the same result."""
         ...
 
     def set_params(self, params: Params, version: int) -> None:
-        """Draw from these weights from now on; `version` counts the optimizer steps behind them."""
+        """Use these weights from now on; `version` is the number of optimizer steps they have taken."""
         ...
 
 
 class Scorer(Protocol):
-    """Fills in `rewards` and `reward` (and their timings), in order. A reward that fails costs its sample only."""
+    """Fills in `rewards` and `reward` (and their timings), in order. A reward that fails affects its sample only."""
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]: ...
 
 
 class Span(NamedTuple):
-    """Where a trajectory's completion stands in the packed rows."""
+    """The position of a trajectory's completion in the packed rows."""
 
     row: int
     start: int
@@ -94,10 +93,10 @@ class Packed(NamedTuple):
         """Add signals: one array [C] or [C, k] a trajectory becomes [B, T] or [B, T, k], 0 outside the completions."""
         signals = dict(self.batch.signals)
         for name, pieces in values.items():
-            whole = np.zeros((*self.batch.tokens.shape, *pieces[0].shape[1:]), pieces[0].dtype)
+            spread = np.zeros((*self.batch.tokens.shape, *pieces[0].shape[1:]), pieces[0].dtype)
             for (row, start, stop), piece in zip(self.spans, pieces, strict=True):
-                whole[row, start:stop] = piece
-            signals[name] = whole
+                spread[row, start:stop] = piece
+            signals[name] = spread
         return self._replace(batch=self.batch._replace(signals=signals))
 
     def gather(self, values: np.ndarray) -> list[np.ndarray]:
@@ -185,8 +184,8 @@ def _example(trajectory: Trajectory, width: int | None) -> Example:
 
 
 def _support(trajectory: Trajectory, width: int) -> np.ndarray:
-    """[C, width]; the whole vocabulary, where a sample has no support of its own, is a row of NO_ID."""
-    whole = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
+    """[C, width]; rows of NO_ID, which stand for the full vocabulary, where a sample has no support."""
+    support = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
     if trajectory.supports is not None:
-        whole[:, : trajectory.supports.shape[1]] = trajectory.supports
-    return whole
+        support[:, : trajectory.supports.shape[1]] = trajectory.supports
+    return support
