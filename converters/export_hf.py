@@ -127,7 +127,7 @@ def convert(
 
         def fetch(name: str) -> np.ndarray:
             stored = checkpoint.read(name)
-            return join(named[name], lambda tensor: tensor.whole(stored))
+            return join(named[name], lambda tensor: tensor.to_ours_in_full(stored))
 
         write_checkpoint(partial, plan_files(specs, max_shard_bytes), fetch)
         _write_rest(partial, FAMILIES[config.family].to_hf(config, hf), Path(source))
