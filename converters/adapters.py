@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from converters.errors import CheckpointError, nearest
-from converters.export_hf import empty_folder, gather, written_aside
+from converters.export_hf import UNCHANGED_TEXT, TrainedText, empty_folder, gather, write_text_files, written_aside
 from converters.families.keys import Keys
 from converters.families.registry import weight_rows
 from converters.import_hf import ADAPTER_CONFIG, place, read_json_object
@@ -137,11 +137,21 @@ def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> P
         )
 
 
-def export_adapter(adapters: Params, config: ModelConfig, lora: Lora, out: str | Path, base: str | None) -> Path:
+def export_adapter(
+    adapters: Params,
+    config: ModelConfig,
+    lora: Lora,
+    out: str | Path,
+    base: str | None,
+    *,
+    tokenizer_from: str | Path | None = None,
+    text: TrainedText = UNCHANGED_TEXT,
+) -> Path:
     """Write `lora_a` and `lora_b` as a folder that `peft` loads onto the model at `base`. Returns the folder.
 
-    Every process must call this. Raises CheckpointError where `out` is not empty, or PEFT cannot say what the adapters
-    are (those of experts, or of parts of a fused matrix).
+    The tokenizer's files, chat template and generation_config.json are those of the folder `tokenizer_from`, with the
+    changes of `text`. Every process must call this. Raises CheckpointError if `out` is not empty, or if PEFT has no
+    form for the adapters (those of experts, or of parts of a fused matrix).
     """
     folder, leaves = empty_folder(Path(out)), flatten(adapters)
     by_name = {t.name: t for t in _bind(config, {ours: leaf.shape for ours, leaf in leaves.items()})}
@@ -171,6 +181,8 @@ def export_adapter(adapters: Params, config: ModelConfig, lora: Lora, out: str |
     with written_aside(folder) as partial:
         write_checkpoint(partial, {WEIGHTS: specs}, fetch)
         (partial / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if tokenizer_from is not None:
+            write_text_files(partial, {}, tokenizer_from, text)
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import optax
+from tokenizers import Tokenizer
 
 from jaxtrain.config import RunConfig, dump_config, load_config
 from jaxtrain.data.pipeline import TrainStream
@@ -125,8 +126,11 @@ def save(
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Changes when ids or the chat template do."""
+    """Changes with the ids or the chat template; not with padding and truncation, which encoding turns off."""
     if tokenizer is None:
         return ""
-    content = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    content = backend.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
