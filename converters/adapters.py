@@ -1,8 +1,8 @@
-"""LoRA adapters as PEFT folders, in and out: adapter_model.safetensors and adapter_config.json.
+"""Import and export of LoRA adapters as PEFT folders: adapter_model.safetensors and adapter_config.json.
 
-No table of its own: an adapter's two factors go through the ops of its kernel's row. `lora_a` [*in, r] is laid out as a
-kernel with r outputs, `lora_b` [r, *out] as one with r inputs, so whatever turns the checkpoint's [out, in] into our
-kernel turns PEFT's `lora_A` [r, in] and `lora_B` [out, r] into ours.
+There is no separate weight table: the two factors of an adapter go through the ops of their kernel's row. `lora_a`
+[*in, r] has the layout of a kernel with r outputs, `lora_b` [r, *out] that of one with r inputs, so the ops that map
+the checkpoint's [out, in] to our kernel also map PEFT's `lora_A` [r, in] and `lora_B` [out, r] to ours.
 """
 
 from __future__ import annotations
@@ -19,40 +19,59 @@ import jax
 import numpy as np
 
 from converters.errors import CheckpointError, nearest
-from converters.export_hf import empty_folder, gather, written_aside
+from converters.export_hf import UNCHANGED_TEXT, TrainedText, empty_folder, gather, write_text_files, written_aside
+from converters.families.keys import Keys
 from converters.families.registry import weight_rows
-from converters.import_hf import place
+from converters.import_hf import ADAPTER_CONFIG, place, read_json_object
 from converters.rows import Index, Shape, Tensor, Weight, bind, flatten, unflatten
 from converters.safetensors_io import Checkpoint, Spec, check_folder, read_header, write_checkpoint
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.types import Params
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # peft.LoraConfig (0.21)
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 
-# Keys of adapter_config.json that change the maths, and the values at which they do not.
-_INERT: dict[str, tuple[Any, ...]] = {
+# Keys of adapter_config.json that change what an adapter computes, with the values that do not.
+INERT_KEYS: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "alpha_pattern": (None, {}),
+    "arrow_config": (None,),
     "bias": (None, "none"),
+    "corda_config": (None, {}),  # like the other starting points, it changes the base weights too
+    "ensure_weight_tying": (None, False),
+    "eva_config": (None, {}),
     "fan_in_fan_out": (None, False),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),  # others change the base weights too
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
+    "kasa_config": (None,),
     "layer_replication": (None,),
     "layers_to_transform": (None, []),
+    "loftq_config": (None, {}),
     "lora_bias": (None, False),
+    "lora_ga_config": (None,),
     "modules_to_save": (None, []),
+    "monteclora_config": (None,),
     "rank_pattern": (None, {}),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
     "use_dora": (None, False),
     "use_qalora": (None, False),
+    "velora_config": (None,),
+}
+# Keys that do not: what is read, what the names of the tensors tell as well, and how PEFT trains or loads.
+KNOWN_KEYS = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_pattern", "qalora_group_size"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("megatron_config", "megatron_core", "runtime_config"),
 }
 
 
 @dataclass(frozen=True)
 class _Drop:
-    """The kernel's shape has `count` axes of size 1 at `at`, which the factor lacks."""
+    """Insert `count` axes of size 1 at `at`: the kernel's layout has them, the factor does not."""
 
     at: int
     count: int
@@ -71,14 +90,14 @@ class _Drop:
 
 
 def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
-    """What the adapter of a PEFT folder is. Its targets are told from its tensors.
+    """The settings of the adapter in a PEFT folder, its targets derived from its tensors.
 
-    Raises CheckpointError for a folder that is none, an adapter that is no plain LoRA, and a tensor of no linear of
-    the model.
+    Raises CheckpointError for a folder without an adapter, an adapter that is not a plain LoRA, a setting of the wrong
+    type, and a tensor that belongs to no linear of the model.
     """
-    hf = _read_config(Path(folder))
-    whole = [row for row in _linears(config) if row.part is None]
-    modules = {_module(row, layer): row for row in whole for layer in range(config.num_layers)}
+    keys = _read_config(Path(folder))
+    rows = [row for row in _linears(config) if row.part is None]
+    modules = {_module(row, layer): row for row in rows for layer in range(config.num_layers)}
     targets = {}
     with _open(Path(folder)) as checkpoint:
         for name in checkpoint.entries:
@@ -91,21 +110,21 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
     if not targets:
         raise CheckpointError(f"{folder}: the adapter holds no tensor")
     return Lora(
-        hf["r"], float(hf["lora_alpha"]), hf.get("lora_dropout") or 0.0, tuple(targets), bool(hf.get("use_rslora"))
+        keys.size("r"), keys.number("lora_alpha"), keys.share("lora_dropout"), tuple(targets), keys.flag("use_rslora")
     )
 
 
 def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> Params:
     """Read a PEFT folder into the tree of `target`: `lora_a` and `lora_b` as sharded `jax.ShapeDtypeStruct`s.
 
-    Raises CheckpointError for a missing, left-over or misshapen tensor.
+    Raises CheckpointError for a missing, unexpected or misshapen tensor.
     """
     leaves = flatten(target)
     tensors = list(_bind(config, {ours: leaf.shape for ours, leaf in leaves.items()}))
     with _open(Path(folder)) as checkpoint:
         expected = {tensor.name: tensor.shape for tensor in tensors}
         for name in sorted(expected.keys() ^ checkpoint.entries.keys()):
-            fault = "lacks" if name in expected else "holds, beside those of model.lora.targets,"
+            fault = "lacks" if name in expected else "holds, in addition to those of model.lora.targets,"
             raise CheckpointError(f"{folder} {fault} adapter tensor {name}")
         for name, shape in expected.items():
             if checkpoint.entries[name].shape != shape:
@@ -118,11 +137,21 @@ def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> P
         )
 
 
-def export_adapter(adapters: Params, config: ModelConfig, lora: Lora, out: str | Path, base: str | None) -> Path:
+def export_adapter(
+    adapters: Params,
+    config: ModelConfig,
+    lora: Lora,
+    out: str | Path,
+    base: str | None,
+    *,
+    tokenizer_from: str | Path | None = None,
+    text: TrainedText = UNCHANGED_TEXT,
+) -> Path:
     """Write `lora_a` and `lora_b` as a folder that `peft` loads onto the model at `base`. Returns the folder.
 
-    Every process must call this. Raises CheckpointError where `out` is not empty, or PEFT cannot say what the adapters
-    are (those of experts, or of parts of a fused matrix).
+    The tokenizer's files, chat template and generation_config.json are those of the folder `tokenizer_from`, with the
+    changes of `text`. Every process must call this. Raises CheckpointError if `out` is not empty, or if PEFT has no
+    form for the adapters (those of experts, or of parts of a fused matrix).
     """
     folder, leaves = empty_folder(Path(out)), flatten(adapters)
     by_name = {t.name: t for t in _bind(config, {ours: leaf.shape for ours, leaf in leaves.items()})}
@@ -151,7 +180,9 @@ def export_adapter(adapters: Params, config: ModelConfig, lora: Lora, out: str |
     }
     with written_aside(folder) as partial:
         write_checkpoint(partial, {WEIGHTS: specs}, fetch)
-        (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        if tokenizer_from is not None:
+            write_text_files(partial, {}, tokenizer_from, text)
     return folder
 
 
@@ -178,7 +209,7 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
 
 
 def _linears(config: ModelConfig) -> list[Weight]:
-    """The rows of matrices that are a linear module of every layer."""
+    """The rows of the matrices that are linear modules of every layer."""
     return [
         row
         for row in weight_rows(config)
@@ -198,7 +229,7 @@ def _module(row: Weight, layer: int) -> str:
 
 
 def _target_modules(config: ModelConfig, adapted: set[str]) -> list[str]:
-    """Last names where those are enough, as PEFT's users write them, else with the parent's name."""
+    """Module names without their parents where those are unambiguous, as is usual with PEFT; else with one parent."""
     names: dict[str, list[tuple[str, bool]]] = {}
     for row in _linears(config):
         module = _module(row, 0)
@@ -212,17 +243,21 @@ def _target_modules(config: ModelConfig, adapted: set[str]) -> list[str]:
     return sorted(found)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> Keys:
     check_folder(folder)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no PEFT folder: it holds no {CONFIG}")
-    hf = json.loads((folder / CONFIG).read_text())
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not a PEFT folder: it holds no {ADAPTER_CONFIG}")
+    file = folder / ADAPTER_CONFIG
+    hf = read_json_object(file)
     if hf.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder / CONFIG}: peft_type={hf.get('peft_type')} is not supported; only LORA is")
-    for key, harmless in _INERT.items():
-        if hf.get(key) not in harmless:
-            raise CheckpointError(f"{folder / CONFIG}: {key}={hf[key]!r} is not supported; only {harmless[-1]!r} is")
-    return hf
+        raise CheckpointError(f"{file}: peft_type={hf.get('peft_type')} is not supported; only LORA is")
+    for key, value in hf.items():
+        if key not in KNOWN_KEYS and value not in INERT_KEYS.get(key, (None, False, [], {})):
+            harmless = f"; only {INERT_KEYS[key][-1]!r} is" if key in INERT_KEYS else ": the key is not known"
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported{harmless}")
+    optional = ("lora_dropout", "use_rslora")
+    given = {key: hf[key] for key in _DEFAULTS if key in hf and not (key in optional and hf[key] is None)}
+    return Keys(given, _DEFAULTS, file=str(file))
 
 
 def _open(folder: Path) -> Checkpoint:

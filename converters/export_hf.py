@@ -1,7 +1,7 @@
-"""A Hugging Face folder out: safetensors with index, config.json, generation_config.json, tokenizer, chat template.
+"""Export of a Hugging Face folder: safetensors with index, config.json, generation_config.json, tokenizer, template.
 
-The folder is written under a temporary name beside its own and renamed when it is whole, so that nobody ever sees half
-of one. What is there already is never overwritten: a folder that is not empty is an error, whoever wrote it.
+The folder is written under a temporary name next to its own and renamed when it is complete, so that an incomplete one
+never appears under its name. Existing files are never overwritten: a folder that is not empty is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from converters.errors import CheckpointError
 from converters.families.registry import FAMILIES, for_head, weight_rows
-from converters.import_hf import bind_checkpoint
+from converters.import_hf import bind_checkpoint, read_json_object
 from converters.rows import bind, by_name, flatten, join
 from converters.safetensors_io import DTYPES, Spec, open_checkpoint, plan_files, write_checkpoint
 from converters.tokenizer import load_tokenizer
@@ -29,8 +30,9 @@ from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
-CUSTOM_HEAD = "custom_head.safetensors"  # what transformers has no place for, under our names
+CUSTOM_HEAD = "custom_head.safetensors"  # parameters that transformers does not know, under our names
 GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,10 +42,22 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE,
     "chat_template.json",
     "additional_chat_templates",
 )
+
+
+@dataclass(frozen=True)
+class TrainedText:
+    """How a run wrote its texts, where that differs from the folder that the tokenizer's files are copied from."""
+
+    tokenizer: PreTrainedTokenizerFast | None = None  # one with added tokens
+    chat_template: str | None = None  # instead of the folder's own
+    end_ids: Sequence[int] = ()  # tokens that end an answer: they join the `eos_token_id` of generation_config.json
+
+
+UNCHANGED_TEXT = TrainedText()
 
 
 def export_hf(
@@ -54,18 +68,18 @@ def export_hf(
     *,
     dtype: str | None = None,
     tokenizer_from: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerFast | None = None,
+    text: TrainedText = UNCHANGED_TEXT,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write `params` (without adapters) as a folder that transformers loads. Returns the folder.
 
-    `hf` is the config.json that the model came from: every key of it is kept unless the model changed. `dtype` casts
-    (default: the parameters' own). The tokenizer's files, chat template and generation_config.json are copied from the
-    folder `tokenizer_from`; `tokenizer`, where given, knows more tokens than that one does. Every process must call
-    this; one tensor at a time is gathered, the first process writes.
+    `hf` is the config.json that the model was read from: every key of it is kept unless the model changed. `dtype`
+    casts (default: the parameters' own). The tokenizer's files, chat template and generation_config.json are copied
+    from the folder `tokenizer_from`, with the changes of `text`. Every process must call this; one tensor at a time is
+    gathered, and the first process writes.
 
-    Raises CheckpointError where `out` is not empty, `dtype` is none that safetensors files of models have, or the
-    parameters do not fit the family.
+    Raises CheckpointError if `out` is not empty, `dtype` is not one of `DTYPES`, or the parameters do not fit the
+    family.
     """
     folder = empty_folder(Path(out))
     writable = [each.name for each in DTYPES.values()]
@@ -80,11 +94,11 @@ def export_hf(
     files = plan_files(specs, max_shard_bytes)
 
     def fetch(name: str) -> np.ndarray:
-        whole = join(named[name], lambda tensor: gather(leaves[tensor.ours], tensor.stack))
-        return whole.astype(cast[named[name][0].ours], copy=False)
+        joined = join(named[name], lambda tensor: gather(leaves[tensor.ours], tensor.stack))
+        return joined.astype(cast[named[name][0].ours], copy=False)
 
     if jax.process_index() > 0:
-        # A tensor that is spread over hosts is gathered by all of them.
+        # A tensor that is sharded over hosts is gathered by all of them.
         for spec in (spec for shard in files.values() for spec in shard):
             fetch(spec.name)
         for leaf in own_head.values():
@@ -97,9 +111,8 @@ def export_hf(
         if own_head:
             specs = [Spec(name, leaf.dtype, leaf.shape) for name, leaf in own_head.items()]
             write_checkpoint(partial, {CUSTOM_HEAD: specs}, lambda name: gather(own_head[name], ()))
-        _write_rest(partial, config_json, Path(tokenizer_from) if tokenizer_from is not None else None)
-        if tokenizer is not None:
-            tokenizer.backend_tokenizer.save(str(partial / "tokenizer.json"))
+        _write_json(partial / "config.json", config_json)
+        write_text_files(partial, config_json, tokenizer_from, text)
     return folder
 
 
@@ -112,11 +125,11 @@ def convert(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Import and export without training, one tensor in memory at a time, every tensor in its own dtype.
+    """Import and export without training, one tensor in memory at a time, every tensor in its stored dtype.
 
-    `config` and `hf` are `read_config(source)`'s, `target` is the parameter tree (anything with shapes). The result
-    holds the same tensors under the same names, so this checks a folder and tidies it: other file sizes, no stray
-    files. Returns the folder. Raises CheckpointError as `import_params` and `export_hf` do.
+    `config` and `hf` are the results of `read_config(source)`, `target` is the parameter tree (only its shapes are
+    used). The result holds the same tensors under the same names, so this checks a folder and cleans it up: other file
+    sizes, no unrelated files. Returns the folder. Raises CheckpointError as `import_params` and `export_hf` do.
     """
     folder = empty_folder(Path(out))
     shapes = {ours: leaf.shape for ours, leaf in flatten(target).items()}
@@ -127,22 +140,24 @@ def convert(
 
         def fetch(name: str) -> np.ndarray:
             stored = checkpoint.read(name)
-            return join(named[name], lambda tensor: tensor.whole(stored))
+            return join(named[name], lambda tensor: tensor.to_ours_in_full(stored))
 
         write_checkpoint(partial, plan_files(specs, max_shard_bytes), fetch)
-        _write_rest(partial, FAMILIES[config.family].to_hf(config, hf), Path(source))
+        config_json = FAMILIES[config.family].to_hf(config, hf)
+        _write_json(partial / "config.json", config_json)
+        write_text_files(partial, config_json, source)
     return folder
 
 
 def empty_folder(out: Path) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already and not an empty folder; name another or remove it")
+        raise CheckpointError(f"{out} exists already and is not an empty folder; name another or remove it")
     return out
 
 
 @contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name once the block is through, and is gone where it fails."""
+    """A temporary folder next to `out`, renamed to it at the end of the block and removed if the block fails."""
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
@@ -158,39 +173,77 @@ def _at(stacked: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def gather(leaf: jax.Array, stack: tuple[int, ...]) -> np.ndarray:
-    """One layer's part of a parameter, whole, on this host."""
-    part = _at(leaf, stack) if stack else leaf  # jitted with a traced place: one program for all layers
+    """One layer's part of a parameter, unsharded, on this host."""
+    part = _at(leaf, stack) if stack else leaf  # the index is traced: one program for all layers
     if part.is_fully_addressable:
         return np.asarray(part)
     return np.asarray(multihost_utils.process_allgather(part, tiled=True))
 
 
 def _with_dtype(hf: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """`dtype` as transformers 5 spells it, `torch_dtype` where the file is an older one."""
+    """Set `dtype`, or `torch_dtype` in a file of an older version of transformers."""
     return {**hf, "torch_dtype" if "torch_dtype" in hf and "dtype" not in hf else "dtype": dtype.name}
 
 
-def _write_rest(folder: Path, hf: Mapping[str, Any], source: Path | None) -> None:
-    """config.json, and what the source folder holds of tokenizer, chat template and generation_config.json.
+def write_text_files(
+    folder: Path, hf: Mapping[str, Any], source: str | Path | None, text: TrainedText = UNCHANGED_TEXT
+) -> None:
+    """Write tokenizer, chat template and generation_config.json: those of `source`, with the changes of `text`.
 
-    Where neither says which token ends a text, as for a model that began here, the tokenizer does: without one
-    transformers' generate goes on to its limit.
+    `hf` is the model's config.json, which names the end token if generation_config.json is missing.
     """
-    _write_json(folder / "config.json", hf)
     if source is not None:
-        copy_files(source, folder, (*TOKENIZER_FILES, GENERATION))
-    if (folder / GENERATION).exists():
+        copy_files(Path(source), folder, (*TOKENIZER_FILES, GENERATION))
+    if text.tokenizer is not None:
+        text.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    if text.chat_template is not None:
+        _replace_template(folder, text.chat_template)
+    _write_generation_config(folder, hf, text.end_ids)
+
+
+def _replace_template(folder: Path, template: str) -> None:
+    """Write the template, and remove the one that an older version of transformers stored elsewhere. Templates of other
+    names stay."""
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    config = read_json_object(file) if file.is_file() else {}
+    stored = config.pop("chat_template", None)
+    if stored is None:
         return
-    tokens = {key: hf[key] for key in _SPECIAL if hf.get(key) is not None}
-    if not tokens and (folder / "tokenizer.json").is_file():
+    for named in stored if isinstance(stored, list) else []:
+        if named["name"] != "default":
+            (folder / "additional_chat_templates").mkdir(exist_ok=True)
+            other = folder / "additional_chat_templates" / f"{named['name']}.jinja"
+            other.write_text(named["template"], encoding="utf-8")
+    _write_json(file, config)
+
+
+def _write_generation_config(folder: Path, hf: Mapping[str, Any], end_ids: Sequence[int]) -> None:
+    """Add `end_ids` to the `eos_token_id` of generation_config.json; leave the file as it is if they are there already.
+
+    A missing file is written with the special tokens of config.json, or, if that names no end token, of the tokenizer:
+    without an end token, `generate` of transformers runs to its length limit.
+    """
+    file = folder / GENERATION
+    content = (
+        read_json_object(file) if file.is_file() else {key: hf[key] for key in _SPECIAL if hf.get(key) is not None}
+    )
+    if not file.is_file() and "eos_token_id" not in content and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
-        tokens = {key: getattr(tokenizer, key) for key in _SPECIAL if getattr(tokenizer, key) is not None}
-    if tokens:
-        _write_json(folder / GENERATION, tokens)
+        content = {key: getattr(tokenizer, key) for key in _SPECIAL if getattr(tokenizer, key) is not None} | content
+    stored = content.get("eos_token_id")
+    ends = stored if isinstance(stored, list) else [stored] if stored is not None else []
+    added = [token for token in dict.fromkeys(end_ids) if token not in ends]
+    if added:
+        ends = [*ends, *added]
+        content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if content and (added or not file.is_file()):
+        _write_json(file, content)
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Those of `names` that `source` holds, folders whole."""
+    """Copy those of `names` that `source` holds, files and folders."""
     for name in names:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name)

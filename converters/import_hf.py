@@ -1,10 +1,11 @@
-"""A Hugging Face folder in: its config as ours, its tensors as sharded arrays, read shard by shard."""
+"""Import of a Hugging Face folder: config.json as our config, tensors as sharded arrays, read shard by shard."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,51 @@ import jax
 import numpy as np
 
 from converters.errors import CheckpointError, nearest
-from converters.families.registry import FAMILIES, family_of, weight_rows
+from converters.families.registry import DERIVED, family_of, weight_rows
 from converters.rows import Index, Shape, Tensor, bind, flatten, unflatten
 from converters.safetensors_io import Checkpoint, check_folder, open_checkpoint
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
-_FAULTS = 20  # tensors that an error lists
-Bounds = tuple[tuple[int, int], ...]  # of a shard in its array: (start, stop) of each axis; an `Index` that hashes
+ADAPTER_CONFIG = "adapter_config.json"
+_MAX_FAULTS = 20  # tensors that an error lists
+Bounds = tuple[tuple[int, int], ...]  # of a shard in its array: (start, stop) of each axis; a hashable `Index`
 
 
 def read_config(source: str | Path | Mapping[str, Any], vocab_multiple: int = 64) -> tuple[ModelConfig, dict[str, Any]]:
-    """Our config and the config.json it came from; `source` is a folder, or a config.json's content.
+    """Our config, and the config.json that it was read from. `source` is a folder, or the content of a config.json.
 
     Raises CheckpointError for a missing folder or file, an unsupported architecture, and a key that cannot be honoured.
     """
-    hf = dict(source) if isinstance(source, Mapping) else read_json_config(Path(source))
+    if isinstance(source, Mapping):
+        hf = dict(source)
+    else:
+        hf = read_json_config(Path(source))
+        if (Path(source) / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(
+                f"{source} holds {ADAPTER_CONFIG} beside config.json: transformers would load the adapter onto the "
+                "base that it names. Give that base as the model and this folder as model.lora.path, or remove the file"
+            )
     return family_of(hf).from_hf(hf, vocab_multiple), hf
 
 
 def read_json_config(folder: Path) -> dict[str, Any]:
+    """The content of the folder's config.json. Raises CheckpointError if there is none, or not a JSON object."""
     check_folder(folder)
-    file = folder / "config.json"
+    return read_json_object(folder / "config.json")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Raises CheckpointError for a missing file and for one that is not a JSON object."""
     if not file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json")
+        raise CheckpointError(f"{file.parent} holds no {file.name}")
     try:
-        hf = json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(hf, dict):
-        raise CheckpointError(f"{file} must be an object, not {type(hf).__name__}")
-    return hf
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must be an object, not {type(content).__name__}")
+    return content
 
 
 def import_params(
@@ -53,16 +68,16 @@ def import_params(
     partial: bool = False,
     finish: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
-    """Read a checkpoint into the tree of `target`: `jax.ShapeDtypeStruct`s with the dtype and sharding wanted.
+    """Read a checkpoint into the tree of `target`, of `jax.ShapeDtypeStruct`s with the required dtype and sharding.
 
     Each process reads what its own devices hold; a shard that several devices hold is read once. The largest
-    parameters go first: while one is read it is in memory beside those already placed, so the peak stays near the
-    size of the parameters themselves. Leaves without a sharding go to the first device.
+    parameters are read first: each is in host memory while earlier ones are on the devices already, so the peak stays
+    near the size of the parameters themselves. Leaves without a sharding go to the first device.
 
-    `partial` lets the checkpoint hold more than the target: a head that is not wanted. `finish` makes of a parameter,
-    given its dotted path, what is kept of it, before the next one is read.
+    `partial` allows tensors in the checkpoint that the target lacks, such as a head that is not used. `finish` maps a
+    parameter, given its dotted path, to what is kept of it (a quantised one, for instance), before the next is read.
 
-    Raises CheckpointError for a missing, left-over or misshapen tensor and for unreadable files.
+    Raises CheckpointError for a missing, unexpected or misshapen tensor and for unreadable files.
     """
     leaves = flatten(target)
     with open_checkpoint(path) as checkpoint:
@@ -79,15 +94,14 @@ def bind_checkpoint(
     checkpoint: Checkpoint, config: ModelConfig, shapes: Mapping[str, Shape], *, partial: bool = False
 ) -> list[Tensor]:
     """The tensors that make up a tree of `shapes`, each one checked against the checkpoint; aliases only where stored.
+    A parameter that is stored under its alias alone is read from there.
 
-    Raises CheckpointError, naming every tensor and the nearest name, for those that are missing, left over or of
-    another shape; and for an alias of other values.
+    Raises CheckpointError, listing every tensor with the most similar name, for those that are missing, unexpected or
+    of another shape; and for an alias with other values than the tensor itself.
     """
-    family = FAMILIES[config.family]
-    tensors = bind(weight_rows(config), shapes, config)
-    tensors = [t for t in tensors if not t.alias or (t.name in checkpoint.entries and not partial)]
+    tensors = _with_aliases_resolved(bind(weight_rows(config), shapes, config), checkpoint.entries.keys(), partial)
     expected = {t.name for t in tensors}
-    skipped = {name.format(layer=layer) for name in family.DERIVED for layer in range(config.num_layers)}
+    skipped = {name.format(layer=layer) for name in DERIVED for layer in range(config.num_layers)}
     stored = checkpoint.entries.keys() - skipped
     missing, surplus = expected - stored, set() if partial else stored - expected
     shapes_stored = {t.name: checkpoint.entries[t.name].shape for t in tensors if t.name in stored}
@@ -97,18 +111,31 @@ def bind_checkpoint(
         lines = [
             f"lacks tensor {name}{nearest(name, surplus)}"
             if name in missing
-            else f"holds tensor {name}, which config.json leaves no place for{nearest(name, missing)}"
+            else f"holds tensor {name}, which the model of config.json lacks{nearest(name, missing)}"
             if name in surplus
             else f"holds tensor {name} as {list(shapes_stored[name])}, config.json says {list(misshapen[name])}"
-            for name in faults[:_FAULTS]
+            for name in faults[:_MAX_FAULTS]
         ]
-        lines += [f"and {len(faults) - _FAULTS} more"] if len(faults) > _FAULTS else []
+        lines += [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
         raise CheckpointError(f"{checkpoint.folder} " + "\n  ".join(lines))
     for tensor in tensors:
         checkpoint.dtype(tensor.name)
     for alias in (t for t in tensors if t.alias):
         _check_alias(checkpoint, alias, next(t for t in tensors if t.ours == alias.ours and not t.alias))
     return tensors
+
+
+def _with_aliases_resolved(tensors: list[Tensor], stored: Collection[str], partial: bool) -> list[Tensor]:
+    """Drop aliases that are not stored; an alias replaces its parameter where only the alias is stored."""
+    under_own_name = {t.ours for t in tensors if not t.alias and t.name in stored}
+    under_alias_only = {t.ours for t in tensors if t.alias and t.name in stored} - under_own_name
+    resolved = []
+    for tensor in tensors:
+        if tensor.ours in under_alias_only:
+            resolved += [dataclasses.replace(tensor, alias=False)] if tensor.name in stored else []
+        elif not tensor.alias or (tensor.name in stored and not partial):
+            resolved.append(tensor)
+    return resolved
 
 
 def _check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
@@ -123,7 +150,7 @@ def _check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
 
 
 def place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tensor]) -> jax.Array:
-    """One parameter: a host buffer for each distinct shard, filled tensor by tensor, then put onto its devices."""
+    """Read one parameter: a host buffer for each distinct shard, filled by tensor, then copied to its devices."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     holders: dict[Bounds, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -135,15 +162,15 @@ def place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tens
     for bounds, devices in holders.items():
         buffer = buffers.pop(bounds)
         arrays += [jax.device_put(buffer, device, may_alias=False) for device in devices]
-        # Wait, so that this buffer is gone before the next shard is copied.
+        # Wait, so that this buffer is freed before the next shard is copied.
         jax.block_until_ready(arrays[-len(devices) :])
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def _fill(checkpoint: Checkpoint, tensor: Tensor, buffers: Mapping[Bounds, np.ndarray]) -> None:
-    """Read the part of one tensor that any of the shards needs, once, and deal it out."""
+    """Read the part of one tensor that any of the shards needs, once, and copy it into their buffers."""
     depth = len(tensor.stack)
-    parts = {}  # where the shard's part of this tensor lies in ours -> the buffer's view of it
+    parts = {}  # position of the shard's part within this tensor, in our layout -> the buffer's view of it
     for bounds, buffer in buffers.items():
         if all(start <= place < stop for place, (start, stop) in zip(tensor.stack, bounds, strict=False)):
             view = buffer[tuple(place - start for place, (start, _) in zip(tensor.stack, bounds, strict=False))]

@@ -1,6 +1,6 @@
-"""The same checkpoint under transformers and torch, on the CPU: what the verifier holds our maths against.
+"""The same checkpoint under transformers and torch, on the CPU: the reference that the verifier compares with.
 
-The only file that imports torch, and only once it is called.
+This is the only file that imports torch, and only when it is used.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 
 from converters.errors import CheckpointError
 
 
-class Seen(NamedTuple):
+class ModuleCall(NamedTuple):
     """One call of a module of transformers."""
 
-    given: np.ndarray | None  # its first array
-    gave: np.ndarray | None
-    keywords: dict[str, Any]  # everything it was called with by name: masks, rope tables
+    input: np.ndarray | None  # its first array
+    output: np.ndarray | None
+    keywords: dict[str, Any]  # its keyword arguments: masks, rope tables
 
 
 class Reference:
-    """A model of transformers. Hold one at a time: it is as large as the checkpoint is in `dtype`.
+    """A model of transformers. Keep one at a time: it is as large as the checkpoint is in `dtype`.
 
-    Raises ValueError where torch is not installed, CheckpointError where transformers cannot load the folder.
+    Raises ValueError if torch is not installed, CheckpointError if transformers cannot load the folder.
     """
 
     def __init__(self, folder: Path, dtype: str):
@@ -34,28 +35,32 @@ class Reference:
         transformers.utils.logging.disable_progress_bar()
         try:
             self._model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                experts_implementation="eager",
+                output_loading_info=True,
             )
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
+        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
         self._torch = torch
         self._model.eval()
-        # torch keeps the gradient from a padding token's row, which a model that is packed has no reason to.
+        # torch drops the gradient of the padding token's row; rows are packed here, so that no token is padding.
         self._model.get_input_embeddings().padding_idx = None
         self.version: str = transformers.__version__
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        self.complaints = [
+        self.loading_problems = [
             f"{kind.replace('_', ' ')}: {', '.join(map(str, info[kind]))}" for kind in kinds if info[kind]
         ]
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens [B, T] -> [B, T, V], float32, or float64 where the model is."""
+        """tokens [B, T] -> [B, T, V], in float32, or float64 if the model is."""
         with self._torch.no_grad():
             return np.concatenate([_array(self._forward(row[None])) for row in tokens])
 
-    def nudged_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits where every frequency of rope, a float32 even in a float64 model, is one unit in its last place up:
-        any two implementations differ by as much, and over long contexts that is more than other rounding."""
+    def logits_with_perturbed_rope(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits with every frequency of rope, a float32 even in a float64 model, one unit in the last place higher:
+        any two implementations differ by as much, and over long contexts that exceeds other rounding."""
         frequencies = [buffer for name, buffer in self._model.named_buffers() if name.endswith("inv_freq")]
         kept = [buffer.clone() for buffer in frequencies]
         for buffer in frequencies:
@@ -67,17 +72,17 @@ class Reference:
             for buffer, old in zip(frequencies, kept, strict=True):
                 buffer.copy_(old)
 
-    def watch(self, tokens: np.ndarray, modules: Collection[str]) -> tuple[dict[str, Seen], np.ndarray]:
-        """What those of its `modules` (`model.layers.3.mlp`) that ran were given and gave, and the logits."""
-        seen: dict[str, Seen] = {}
+    def record(self, tokens: np.ndarray, modules: Collection[str]) -> tuple[dict[str, ModuleCall], np.ndarray]:
+        """The inputs and outputs of those of `modules` (`model.layers.3.mlp`) that ran, and the logits."""
+        calls: dict[str, ModuleCall] = {}
         hooks = []
         for name, module in self._model.named_modules():
             if name in modules:
 
                 def hook(_: Any, args: tuple, keywords: dict[str, Any], result: Any, name: str = name) -> None:
-                    given = next((value for value in (*args, *keywords.values()) if self._is_float(value)), None)
-                    gave = result if self._is_float(result) else next(filter(self._is_float, result), None)
-                    seen[name] = Seen(_maybe(given), _maybe(gave), keywords)
+                    first = next((value for value in (*args, *keywords.values()) if self._is_float(value)), None)
+                    output = result if self._is_float(result) else next(filter(self._is_float, result), None)
+                    calls[name] = ModuleCall(_maybe_array(first), _maybe_array(output), keywords)
 
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
@@ -86,24 +91,28 @@ class Reference:
         finally:
             for each in hooks:
                 each.remove()
-        return seen, logits
+        return calls, logits
 
     def gradients(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Of the mean negative log-likelihood of every next token, by the checkpoint's tensor names."""
+        """Gradients of the mean negative log-likelihood of the next tokens, by the checkpoint's tensor names."""
         logits = self._forward(tokens)[:, :-1]
         targets = self._torch.from_numpy(tokens[:, 1:]).long()
         self._torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        parameters = dict(self._model.named_parameters())
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))  # tied ones under both names
         grads = {name: p.grad if p.grad is not None else self._torch.zeros_like(p) for name, p in parameters.items()}
         self._model.zero_grad(set_to_none=True)
         return {name: _array(grad) for name, grad in self._as_stored(grads).items()}
 
     def owners(self) -> dict[str, str]:
-        """Which parameter of the loaded model each tensor of the checkpoint went into (transformers joins some)."""
-        names = [name for name, _ in self._model.named_parameters()]
+        """The parameter of the loaded model that holds each tensor of the checkpoint (transformers joins some)."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        first_names = {
+            id(parameter): name for name, parameter in reversed(parameters.items())
+        }  # tied ones have several
+        names = [first_names[id(parameter)] for parameter in parameters.values()]
         marked = {
             name: self._torch.full((), float(number), dtype=self._torch.float64).expand(parameter.shape)
-            for number, (name, parameter) in enumerate(self._model.named_parameters())
+            for number, (name, parameter) in enumerate(parameters.items())
         }
         return {tensor: names[int(mark.flatten()[0])] for tensor, mark in self._as_stored(marked).items()}
 
@@ -111,7 +120,7 @@ class Reference:
         return self._model(self._torch.from_numpy(tokens).long(), use_cache=False).logits
 
     def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Values of the model's parameters, by name, in the names and shapes that the checkpoint holds them in."""
+        """Map values by parameter name to the names and shapes of the checkpoint's tensors."""
         from transformers.core_model_loading import revert_weight_conversion
 
         return revert_weight_conversion(self._model, state)
@@ -132,7 +141,7 @@ def _import() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def _maybe(tensor: Any) -> np.ndarray | None:
+def _maybe_array(tensor: Any) -> np.ndarray | None:
     return None if tensor is None else _array(tensor)
 
 

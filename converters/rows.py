@@ -224,8 +224,8 @@ class Tensor:
             block = op.to_ours(block, tuple(s.stop - s.start for s in after))
         return block
 
-    def whole(self, stored: np.ndarray) -> np.ndarray:
-        """All of ours (unstacked), from the checkpoint's whole tensor."""
+    def to_ours_in_full(self, stored: np.ndarray) -> np.ndarray:
+        """Our full array (unstacked), from the checkpoint's full tensor."""
         index = whole_index(self.shapes[-1])
         return self.to_ours(stored[self.hf_index(index)], index)
 

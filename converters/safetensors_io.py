@@ -12,9 +12,10 @@ import math
 import os
 import re
 import struct
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -36,18 +37,20 @@ _ITEM_SIZES = {
 }
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SHORT_RUN = 16 << 10  # below this many bytes in a row, reading the gaps too is faster than seeking over them
-_PIECE = 16 << 20  # bytes of scratch memory where gaps are read
+_SHORT_RUN = (
+    16 << 10
+)  # for contiguous runs below this many bytes, reading the gaps too is faster than seeking over them
+_PIECE = 16 << 20  # bytes of scratch memory for reads that include gaps
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies."""
+    """The location of one tensor."""
 
     file: Path
     dtype: str  # as safetensors spells it
     shape: Shape
     start: int  # bytes from the beginning of the file
-    packed: tuple[Entry, Entry] | None = None  # blocks and scales of an MXFP4 tensor, which is read as this BF16 one
+    packed: tuple[Entry, Entry] | None = None  # blocks and scales, if this is an MXFP4 tensor that is read as BF16
 
     @property
     def files(self) -> set[Path]:
@@ -56,7 +59,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """An opened folder: every tensor's entry, and reads of rectangles of them. Reads may run in several threads."""
+    """An opened folder: the entry of every tensor, and reads of rectangles of them. Reads are thread-safe."""
 
     folder: Path
     entries: dict[str, Entry]
@@ -74,17 +77,20 @@ class Checkpoint:
         self._files = {}
 
     def dtype(self, name: str) -> np.dtype:
-        """Raises CheckpointError for a type that is no plain float."""
+        """Raises CheckpointError for any dtype other than those in `DTYPES`."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} can be read "
-                "(a quantised checkpoint must be dequantised first)"
+                "(dequantise a quantised checkpoint first)"
             )
         return DTYPES[entry.dtype]
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The rectangle `index` of a tensor (default: all of it) in its own dtype. Reads little more than its bytes."""
+        """The rectangle `index` of a tensor (default: the full tensor) in its stored dtype.
+
+        Reads only the bytes of the rectangle, plus short gaps between its rows.
+        """
         entry, dtype = self.entries[name], self.dtype(name)
         index = index if index is not None else tuple(slice(0, size) for size in entry.shape)
         if entry.packed is not None:
@@ -98,7 +104,7 @@ class Checkpoint:
         return out
 
     def _read_packed(self, blocks: Entry, scales: Entry, index: Index) -> np.ndarray:
-        """The rectangle of [E, I, O], from the runs along I that it touches."""
+        """The rectangle of [E, I, O], decoded from the runs along I that overlap it."""
         experts, inside, outside = index
         runs = slice(inside.start // mxfp4.RUN, -(-inside.stop // mxfp4.RUN))
         where = (experts, outside, runs)
@@ -110,7 +116,7 @@ class Checkpoint:
 
     def _fill(self, out: np.ndarray, entry: Entry, index: Index) -> None:
         strides = [math.prod(entry.shape[axis + 1 :]) * out.itemsize for axis in range(out.ndim)]
-        # Axes after `run` are wanted whole, so a range of axis `run` is one run of bytes.
+        # Axes after `run` are read in full, so a range of axis `run` is one contiguous run of bytes.
         cut = [axis for axis in range(out.ndim) if out.shape[axis] != entry.shape[axis]]
         run = max(cut, default=0)
         if run > 0 and math.prod(out.shape[run:]) * out.itemsize < _SHORT_RUN:
@@ -142,81 +148,135 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Parse the headers of a folder's safetensors files; use the result as a context manager to read.
 
-    Raises CheckpointError for a missing folder or file, a pickle, a header that is not one, a truncated file, and an
-    index that does not agree with its files.
+    A tensor that several files hold is read from the last of them in sorted order, as transformers does, with a
+    warning where the copies differ.
+
+    Raises CheckpointError for a missing folder or file, a pickle, an invalid header, a truncated file, and an index
+    that leaves its folder or does not agree with its files.
     """
     folder = Path(folder)
     check_folder(folder)
     index = _read_index(folder)
-    files = dict.fromkeys(index.values()) if index is not None else [SINGLE]
-    entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in read_header(folder / file).items():
-            if name in entries:
-                raise CheckpointError(f"tensor {name} is in both {entries[name].file} and {entry.file}")
-            entries[name] = entry
+    files = sorted(set(index.values())) if index is not None else [SINGLE]
+    headers = {file: read_header(folder / file) for file in files}
     for name, file in (index or {}).items():
-        if name not in entries or entries[name].file.name != file:
+        if name not in headers[file]:
             raise CheckpointError(f"{folder / INDEX} puts tensor {name} into {file}, which does not hold it")
+    entries: dict[str, Entry] = {}
+    copies: dict[str, list[Entry]] = {}
+    for header in headers.values():
+        for name, entry in header.items():
+            if name in entries:
+                copies.setdefault(name, []).append(entries[name])
+            entries[name] = entry
+    for name, others in copies.items():
+        _warn_of_differing_copies(folder, name, others, entries[name])
     return Checkpoint(folder, _unpacked(entries))
 
 
+def _warn_of_differing_copies(folder: Path, name: str, others: Sequence[Entry], used: Entry) -> None:
+    for other in others:
+        same_type = (other.dtype, other.shape) == (used.dtype, used.shape)
+        if not same_type or _stored_bytes(other) != _stored_bytes(used):
+            warnings.warn(
+                f"{folder}: tensor {name} is in both {other.file.relative_to(folder)} and "
+                f"{used.file.relative_to(folder)} with different values; the latter is used, as in transformers",
+                stacklevel=3,
+            )
+
+
+def _stored_bytes(entry: Entry) -> bytes:
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.start)
+        return stream.read(_num_bytes(entry))
+
+
 def _unpacked(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """With each pair of MXFP4 blocks and scales as the one tensor that they stand for."""
+    """Replace each pair of MXFP4 blocks and scales with an entry for the tensor that they encode."""
     tensors = dict(entries)
     for name, blocks in entries.items():
-        whole = name.removesuffix(mxfp4.BLOCKS)
-        scales = entries.get(whole + mxfp4.SCALES)
-        if whole == name or scales is None or (blocks.dtype, scales.dtype) != ("U8", "U8"):
+        base = name.removesuffix(mxfp4.BLOCKS)
+        scales = entries.get(base + mxfp4.SCALES)
+        if base == name or scales is None or (blocks.dtype, scales.dtype) != ("U8", "U8"):
             continue
         if blocks.shape != (*scales.shape, mxfp4.RUN // 2) or len(scales.shape) != 3:
             raise CheckpointError(
-                f"{blocks.file}: {name} {list(blocks.shape)} and its scales {list(scales.shape)} are no MXFP4 tensor"
+                f"{blocks.file}: {name} {list(blocks.shape)} and its scales {list(scales.shape)} are no MXFP4 pair"
             )
         experts, outside, runs = scales.shape
-        del tensors[name], tensors[whole + mxfp4.SCALES]
+        del tensors[name], tensors[base + mxfp4.SCALES]
         shape = (experts, runs * mxfp4.RUN, outside)
-        tensors[whole] = Entry(blocks.file, "BF16", shape, blocks.start, packed=(blocks, scales))
+        tensors[base] = Entry(blocks.file, "BF16", shape, blocks.start, packed=(blocks, scales))
     return tensors
 
 
 def check_folder(folder: Path) -> None:
-    """Raises CheckpointError where there is no such folder, with the nearest one beside it."""
+    """Raises CheckpointError if the folder does not exist, naming the most similar one next to it."""
     if not folder.is_dir():
-        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, beside) or "; models are read from folders, as `hf download` writes them"
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        hint = nearest(folder.name, siblings) or "; models are read from folders, as `hf download` writes them"
         raise CheckpointError(f"no checkpoint folder {folder}{hint}")
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor's entry. Raises CheckpointError for a header that is not one and for a file of the wrong length."""
+    """The entry of every tensor.
+
+    Raises CheckpointError for every header that the reference implementation refuses: one that is not valid JSON, an
+    unknown dtype, byte ranges that overlap or leave gaps, and a file of another length than its header says. Also for
+    a tensor that is named twice, of which the reference implementation takes the last.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{file} is no safetensors file, or cut short: {size} bytes, header of {length}")
+            raise CheckpointError(f"{file} is not a safetensors file, or truncated: {size} bytes, header of {length}")
         text = stream.read(length)
     try:
-        header = json.loads(text)
-        entries = {n: _entry(file, 8 + length, h) for n, h in header.items() if n != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ holds something other than strings")
+        entries = {name: _entry(file, 8 + length, tensor) for name, tensor in header.items()}
+        end = _check_contiguous(entries, 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} has a broken safetensors header: {error}") from None
-    end = max((e.start + _num_bytes(e) for e in entries.values()), default=8 + length)
     if end != size:
-        state = "cut short" if end > size else "longer than its header says"
-        raise CheckpointError(f"{file} is {state}: {size} bytes where its header needs {end}")
+        state = "truncated" if end > size else "longer than its header says"
+        raise CheckpointError(f"{file} is {state}: {size} bytes, its header says {end}")
     return entries
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
+    return found
 
 
 def _entry(file: Path, data: int, header: Mapping[str, Any]) -> Entry:
     begin, end = header["data_offsets"]
-    entry = Entry(file, header["dtype"], tuple(header["shape"]), data + begin)
-    if entry.dtype not in _ITEM_SIZES:
-        raise ValueError(f"unknown dtype {entry.dtype}")
-    if begin < 0 or end - begin != _num_bytes(entry):
-        raise ValueError(f"bytes {begin} to {end} for {entry.dtype} {list(entry.shape)}")
+    dtype, shape = header["dtype"], header["shape"]
+    if dtype not in _ITEM_SIZES:
+        raise ValueError(f"unknown dtype {dtype}")
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"offsets {begin} and {end}, shape {shape}: not all are integers from 0")
+    entry = Entry(file, dtype, tuple(shape), data + begin)
+    if end - begin != _num_bytes(entry):
+        raise ValueError(f"bytes {begin} to {end} for {dtype} {shape}")
     return entry
+
+
+def _check_contiguous(entries: Mapping[str, Entry], start: int) -> int:
+    """The end of the last tensor. Raises ValueError where a byte from `start` on is in no tensor, or in two."""
+    end, before = start, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, _num_bytes(item[1]))):
+        if entry.start != end:
+            fault = "overlaps" if entry.start < end else "leaves a gap after"
+            raise ValueError(f"tensor {name} {fault} {before}")
+        end, before = entry.start + _num_bytes(entry), name
+    return end
 
 
 def _num_bytes(entry: Entry) -> int:
@@ -224,28 +284,44 @@ def _num_bytes(entry: Entry) -> int:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """The index's map from tensor to file; None where one file holds all (which wins, as in transformers)."""
+    """The index's map from tensor to file; None if a single file holds the model (which has precedence, as in
+    transformers).
+
+    Raises CheckpointError for a broken index, before any file that it names is touched for one that leaves the folder.
+    """
     if (folder / SINGLE).is_file():
         return None
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
     try:
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is no safetensors index: {error!r}") from None
+        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / INDEX} is not a safetensors index: {error!r}") from None
+    for name, file in index.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{folder / INDEX} names {file!r} for {name}, which is not a file name")
+        if leaves_folder(file):
+            raise CheckpointError(f"{folder / INDEX} names {file} (for {name}), which is outside of the folder")
     for name, file in index.items():
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / INDEX} names {file} (for {name}), which is not there")
+            raise CheckpointError(f"{folder / INDEX} names {file} (for {name}), which does not exist")
     return index
+
+
+def leaves_folder(file: str) -> bool:
+    """Whether a relative file name points out of its folder. Links are not followed: the Hub's cache consists of
+    links to files elsewhere."""
+    paths = PurePosixPath(file), PureWindowsPath(file)
+    return any(path.is_absolute() or bool(path.anchor) or ".." in path.parts for path in paths)
 
 
 def _no_weights(folder: Path) -> str:
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder} holds pickled weights only ({pickles[0]}): a pickle can run any code, so it is not read. Where "
-            "you trust it, convert it: `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)` of "
-            "transformers writes safetensors"
+            f"{folder} holds pickled weights only ({pickles[0]}), which are not read because a pickle can run any "
+            "code. If you trust it, convert it to safetensors with transformers: "
+            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)`"
         )
     found = sorted(p.name for p in folder.glob("*.safetensors"))
     return f"{folder} holds neither {SINGLE} nor {INDEX}" + (f"; it holds {', '.join(found[:5])}" if found else "")
@@ -264,8 +340,8 @@ class Spec(NamedTuple):
 
 
 def plan_files(specs: Sequence[Spec], max_bytes: int) -> dict[str, list[Spec]]:
-    """Which tensors go into which file, in the order they are written: `model.safetensors`, or numbered files where
-    that would exceed `max_bytes`. A tensor larger than that has a file to itself."""
+    """The tensors of each file, in the order they are written: `model.safetensors`, or numbered files if that would
+    exceed `max_bytes`. A tensor larger than that gets a file of its own."""
     shards: list[list[Spec]] = [[]]
     for spec in sorted(specs, key=lambda spec: _natural(spec.name)):
         if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > max_bytes:
@@ -279,9 +355,10 @@ def plan_files(specs: Sequence[Spec], max_bytes: int) -> dict[str, list[Spec]]:
 
 
 def write_checkpoint(folder: Path, files: Mapping[str, Sequence[Spec]], fetch: Callable[[str], np.ndarray]) -> None:
-    """Write `files`, and an index where there are several.
+    """Write `files`, and an index if there are several.
 
-    `fetch` is called once for each tensor, in order, and its result is written at once: one tensor is in memory.
+    `fetch` is called once for each tensor, in order, and its result is written immediately, so that only one tensor
+    is in memory.
     """
     for name, shard in files.items():
         _write_file(folder / name, shard, fetch)

@@ -1,4 +1,4 @@
-"""How two forward passes are held against each other: figures per position, paired modules, the first that departs."""
+"""Comparison of two forward passes: statistics by position, pairs of modules, and the first pair that departs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from converters.rows import Tensor
 
 RANGES = (0, 16, 64, 256)
-"""Where ranges of positions begin: mistakes in rope and windows show late, or grow."""
+"""Where ranges of positions begin: errors in rope and windows appear late, or grow."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Span:
 
 
 def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> list[Span]:
-    """Logits [B, T, V] of both: over all positions, then range by range."""
+    """Compare logits [B, T, V]: over all positions, then by range."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     length = ours.shape[1]
-    # One position at a time: in double precision all of them would be several times the logits themselves.
-    figures = np.asarray([_compare_position(ours[:, t], theirs[:, t]) for t in range(length)])
+    # One position at a time: in double precision, all positions would take several times the memory of the logits.
+    statistics = np.asarray([_compare_position(ours[:, t], theirs[:, t]) for t in range(length)])
     starts = [start for start in RANGES if start < length]
     spans = []
     for start, stop in [(0, length), *zip(starts, [*starts[1:], length], strict=True)]:
-        differences, kls, same = figures[start:stop].T
+        differences, kls, same = statistics[start:stop].T
         spans.append(
             Span(
                 start,
@@ -64,11 +64,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 class Pair(NamedTuple):
     hf: str
-    shared: bool = False  # theirs does the work of several of ours (a joined q, k and v)
+    shared: bool = False  # theirs does the work of several of ours (a fused q, k and v)
 
 
 def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[str, Pair]:
-    """Our modules' paths to theirs, read off the weight rows: two modules that hold the same weights do the same.
+    """The paths of our modules with those of theirs, from the weight rows: modules with the same weights correspond.
 
     A module without weights of its own is paired where all the weights below it lie below one module of theirs.
     `owners` says which parameter of transformers' model holds each of the checkpoint's tensors.
@@ -90,7 +90,7 @@ def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[s
 
 
 def module_path(tensor: Tensor) -> str:
-    """`layers.attn.q_proj.kernel` of layer 3 lies in `layers.3.attn.q_proj`."""
+    """The tensor of layer 3 of `layers.attn.q_proj.kernel` belongs to module `layers.3.attn.q_proj`."""
     top, *inner = _parent(tensor.ours).split(".")
     return ".".join([top, *map(str, tensor.stack[:1]), *inner])
 
@@ -105,19 +105,19 @@ def _name(path: str) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One comparison: what a module of ours was given or gave, against its pair's."""
+    """One comparison: the input or output of a module of ours, against that of its pair."""
 
     path: str
     hf: str
     side: str  # in, out
-    error: float  # the largest over tokens of |ours - theirs| / |theirs|: norms over everything that is the token's
-    position: int  # the first whose error is above the tolerance; -1: none is
+    error: float  # maximum over tokens of |ours - theirs| / |theirs|: norms over the channels of the token
+    position: int  # the first with an error above the tolerance; -1 if there is none
 
 
 def compare_values(ours: np.ndarray, theirs: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
-    """The relative error of each token, [B, T] (`shape`); None where the two do not hold the same numbers a token.
+    """The relative error of each token, [B, T] (`shape`); None if the two differ in the number of values per token.
 
-    Trailing axes may be cut differently, and theirs may have its heads before the tokens.
+    Trailing axes may be split differently, and theirs may have the axis of heads before that of tokens.
     """
     if theirs.ndim == 4 and theirs.shape[2] == shape[1] != theirs.shape[1]:
         theirs = theirs.swapaxes(1, 2)
@@ -125,20 +125,20 @@ def compare_values(ours: np.ndarray, theirs: np.ndarray, shape: tuple[int, int])
         return None
     ours, theirs = (np.asarray(each, np.float64).reshape(*shape, -1) for each in (ours, theirs))
     norms = np.linalg.norm(theirs, axis=-1)
-    floor = 0.01 * np.sqrt((norms**2).mean())  # of a token with next to nothing in it, all would be rounding
+    floor = 0.01 * np.sqrt((norms**2).mean())  # near-zero tokens would show rounding only
     return np.linalg.norm(ours - theirs, axis=-1) / np.maximum(norms, max(floor, 1e-30))
 
 
 @dataclass(frozen=True)
 class Departure:
-    """The first place where ours and theirs part."""
+    """The first place where the two models depart from each other."""
 
     where: str  # ours: layers.3.attn
     hf: str  # theirs: model.layers.3.self_attn
-    what: str  # which part of it, where it is not the module itself
+    what: str  # the part of the module; empty for the module itself
     suspects: str
     error: float
-    position: int  # the first that is wrong
+    position: int  # the first departing one
 
     def __str__(self) -> str:
         place = f"{self.where}{f' ({self.what})' if self.what else ''}, in transformers {self.hf}"
@@ -148,20 +148,20 @@ class Departure:
 
 SUSPECTS = {
     "o_proj": "rope, mask, window, scale, softcap or sinks",
-    "down_proj": "the activation, or gate and up the wrong way round",
+    "down_proj": "the activation, or gate and up swapped",
     "norm": "offset or epsilon",
-    "proj": "kernel or bias: its row's ops, or the values of another tensor",
-    "embed": "the table, or a scale on what is looked up",
+    "proj": "kernel or bias: the ops of its row, or the values of another tensor",
+    "embed": "the table, or a scale on the embeddings",
     "head": "its kernel, or a softcap or a factor on the logits",
 }
 _SUM = "a sum with the residual stream, a norm or a factor"
 
 
 def first_departure(points: Sequence[Point]) -> Departure | None:
-    """What the first departing point says, `points` in the order in which our values came to be.
+    """The location of the first departing point; `points` are in the order in which ours were computed.
 
-    A module that departs in what it gave is at fault itself, or in what follows its last sub-module; one that departs
-    in what it was given points to what its parent does between the modules that agreed and this one.
+    If the output of a module departs, the fault is in the module itself, or in what follows its last sub-module. If its
+    input departs, the fault is in its parent, between the modules that agreed and this one.
     """
     first = next((number for number, point in enumerate(points) if point.position >= 0), None)
     if first is None:
@@ -181,7 +181,7 @@ def first_departure(points: Sequence[Point]) -> Departure | None:
 
 
 def _outputs(points: Sequence[Point], parent: str) -> list[str]:
-    """The sub-modules of `parent` that have given something, in order."""
+    """The sub-modules of `parent` with an output, in order."""
     return [_name(point.path) for point in points if point.side == "out" and _parent(point.path) == parent]
 
 

@@ -111,9 +111,13 @@ def save(folder: Path, case: str = "qwen3", dtype: torch.dtype = torch.float32, 
 
 
 def edit_config(folder: Path, *removed: str, **changes: Any) -> Path:
-    hf = {key: value for key, value in read_json(folder / "config.json").items() if key not in removed}
-    (folder / "config.json").write_text(json.dumps({**hf, **changes}))
+    edit_json(folder / "config.json", *removed, **changes)
     return folder
+
+
+def edit_json(file: Path, *removed: str, **changes: Any) -> None:
+    content = {key: value for key, value in read_json(file).items() if key not in removed}
+    file.write_text(json.dumps({**content, **changes}))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def write_sizes(config: ModelConfig, activation: str = "hidden_act") -> dict[str
 def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
     """Qwen's sliding windows: one width, on the layers that `layer_types` names, else on those from
     `max_window_layers` up; `use_sliding_window` switches all of it (transformers' Qwen2Config)."""
-    first = keys.get("max_window_layers")
+    first = keys.index("max_window_layers")
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
     rope = read_rope(keys)
     sliding = read_layer_types(keys, lambda layer: used and layer >= first)
@@ -114,6 +114,7 @@ def read_layer_types(keys: Keys, sliding: Callable[[int], bool]) -> tuple[bool, 
     layers, types = keys.size("num_hidden_layers"), keys.get("layer_types")
     if types is None:
         return tuple(map(sliding, range(layers)))
+    types = keys.names("layer_types")
     if len(types) != layers:
         raise CheckpointError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     strange = set(types) - {"full_attention", "sliding_attention"}

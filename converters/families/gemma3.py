@@ -32,7 +32,6 @@ WEIGHTS = (
     Weight("layers.attn_post_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight"),
     Weight("layers.mlp_post_norm.scale", "model.layers.{layer}.post_feedforward_layernorm.weight"),
 )
-DERIVED = ()
 
 # transformers.Gemma3TextConfig (5.24)
 DEFAULTS: dict[str, Any] = {

@@ -39,7 +39,6 @@ WEIGHTS = (
     Weight("layers.mlp.experts.up_proj.bias", f"{_EXPERTS}.gate_up_proj_bias", part=Interleaved(1, 1, 2)),
     Weight("layers.mlp.experts.down_proj.bias", f"{_EXPERTS}.down_proj_bias"),
 )
-DERIVED = ()
 
 # transformers.GptOssConfig (5.24)
 DEFAULTS: dict[str, Any] = {
@@ -77,9 +76,11 @@ _ROPE = {
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
-    method = (hf.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if method != "mxfp4":
-        raise CheckpointError(f"config.json: quantization_config.quant_method={method!r} is not supported; mxfp4 is")
+    quantized = hf.get("quantization_config") or {}
+    if not isinstance(quantized, Mapping) or quantized.get("quant_method", "mxfp4") != "mxfp4":
+        raise CheckpointError(
+            f"config.json: quantization_config={quantized!r} is not supported; only quant_method mxfp4 is"
+        )
     rope = {} if any(hf.get(key) for key in ("rope_scaling", "rope_parameters")) else {"rope_parameters": _ROPE}
     keys = Keys({**_dense(hf), **rope}, DEFAULTS, INERT)
     sliding = read_layer_types(keys, lambda layer: layer % 2 == 0)

@@ -13,7 +13,6 @@ from jaxtrain.nn.config import LayerKind, ModelConfig
 ARCHITECTURE = "GraniteForCausalLM"
 MODEL_TYPE = "granite"
 WEIGHTS = (*BASE, *QKV_BIAS, *O_BIAS, *MLP_BIAS)
-DERIVED = ()
 
 # transformers.GraniteConfig (5.24)
 DEFAULTS: dict[str, Any] = {
@@ -37,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
-INERT: dict[str, tuple[Any, ...]] = {"sliding_window": (None,), "layer_types": (None,)}
+INERT: dict[str, tuple[Any, ...]] = {}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:

@@ -1,21 +1,19 @@
-"""config.json, read with care: typed values, transformers' defaults, and a refusal of what would change the maths."""
+"""Checked reads of config.json: typed values, transformers' defaults, and an error for keys that are not supported."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from converters.errors import CheckpointError
+from converters.families.shared_keys import REFUSED
 
 INERT_VALUES: dict[str, tuple[Any, ...]] = {
-    "pretraining_tp": (None, 0, 1),
-    "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (None, False),
     "use_mrope": (None, False),
     "no_rope_layers": (None, []),
     "alibi": (None, False),
-    "quantization_config": (None,),
-    "per_layer_config": (None, {}),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "attn_logit_softcapping": (None,),
@@ -29,14 +27,14 @@ INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_multiplier": (None,),
     "logits_scaling": (None, 1.0),
 }
-"""Keys that change the maths of some model, and the values at which they do not: for the families that do not read
-them, which is to say that their defaults lack them."""
+"""Keys that change the computation of some families, with the values that do not. They apply to the families that do
+not read the key (it is not in their DEFAULTS), in addition to `shared_keys.REFUSED`."""
 
 
 class Keys:
-    """The values of a config.json (or of a section of it), checked as they are read.
+    """The values of a config.json (or of a section of it), checked when they are read.
 
-    `defaults` stand in for missing keys, `inert` adds to INERT_VALUES what this family does not read.
+    `defaults` are the values of missing keys; `inert` extends INERT_VALUES by what this family does not read.
     Raises CheckpointError naming the key.
     """
 
@@ -46,10 +44,11 @@ class Keys:
         defaults: Mapping[str, Any],
         inert: Mapping[str, tuple[Any, ...]] | None = None,
         section: str = "",
+        file: str = "config.json",
     ):
         self._values = {**defaults, **values}
-        self._where = f"config.json: {section}"
-        unread = {key: harmless for key, harmless in INERT_VALUES.items() if key not in defaults}
+        self._where = f"{file}: {section}"
+        unread = {key: harmless for key, harmless in {**INERT_VALUES, **REFUSED}.items() if key not in defaults}
         for key, harmless in {**unread, **(inert or {})}.items():
             if key in values and values[key] not in harmless:
                 raise CheckpointError(
@@ -60,29 +59,47 @@ class Keys:
         return self._values.get(key)
 
     def size(self, key: str) -> int:
-        return self._typed(key, int, "a positive integer", lambda value: value > 0)
+        return self._typed(key, int, "a positive integer", lambda value: 0 < value < 2**31)
+
+    def index(self, key: str) -> int:
+        return self._typed(key, int, "an integer from 0", lambda value: 0 <= value < 2**31)
 
     def number(self, key: str) -> float:
-        return float(self._typed(key, int | float, "a number above 0", lambda value: value > 0))
+        return float(self._typed(key, int | float, "a number above 0", _is_positive))
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        def fits(values: list) -> bool:
-            return all(isinstance(value, int | float) and value > 0 for value in values)
+        return tuple(
+            map(float, self._typed(key, list, "a list of numbers above 0", lambda x: all(map(_is_positive, x))))
+        )
 
-        return tuple(map(float, self._typed(key, list, "a list of numbers above 0", fits)))
+    def names(self, key: str) -> list[str]:
+        return self._typed(key, list, "a list of strings", lambda value: all(isinstance(name, str) for name in value))
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """An object; an empty one for null and for a missing key."""
+        return {} if self.get(key) is None else self._typed(key, Mapping, "an object", lambda value: True)
+
+    def share(self, key: str) -> float:
+        return float(self._typed(key, int | float, "a number from 0 to below 1", lambda value: 0 <= value < 1))
 
     def flag(self, key: str) -> bool:
         return self._typed(key, bool, "true or false", lambda value: True)
 
     def one_of(self, key: str, known: Mapping[str, Any]) -> Any:
-        """What the key's value stands for."""
-        if self.get(key) not in known:
-            raise CheckpointError(f"{self._where}{key}={self.get(key)!r} is not supported; known: {', '.join(known)}")
-        return known[self.get(key)]
+        """The entry of `known` for the key's value."""
+        value = self.get(key)
+        if not isinstance(value, str) or value not in known:
+            raise CheckpointError(f"{self._where}{key}={value!r} is not supported; known: {', '.join(known)}")
+        return known[value]
 
     def _typed(self, key: str, kind: Any, words: str, fits: Callable[[Any], bool]) -> Any:
         value = self.get(key)
-        # Python counts True as an integer; JSON does not.
+        # bool is a subclass of int in Python, but not in JSON.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not fits(value):
             raise CheckpointError(f"{self._where}{key} must be {words}, not {value!r}")
         return value
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a JSON value is a number above 0 that a float can hold: not a bool, NaN, Infinity or a longer integer."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

@@ -13,7 +13,6 @@ from jaxtrain.nn.config import LayerKind, ModelConfig
 ARCHITECTURE = "LlamaForCausalLM"
 MODEL_TYPE = "llama"
 WEIGHTS = (*BASE, *QKV_BIAS, *O_BIAS, *MLP_BIAS)
-DERIVED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)  # in checkpoints of 2023; transformers skips it too
 
 # transformers.LlamaConfig (5.23)
 DEFAULTS: dict[str, Any] = {
@@ -33,8 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-# Llama has no windows: these keys belong to its cousins, and transformers would ignore them in silence.
-INERT = {"sliding_window": (None,), "layer_types": (None,)}
+INERT: dict[str, tuple[Any, ...]] = {}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:

@@ -13,7 +13,6 @@ from jaxtrain.nn.config import LayerKind, ModelConfig
 ARCHITECTURE = "MinistralForCausalLM"
 MODEL_TYPE = "ministral"
 WEIGHTS = BASE
-DERIVED = ()
 
 # transformers.MinistralConfig (5.24)
 DEFAULTS: dict[str, Any] = {

@@ -13,7 +13,6 @@ from jaxtrain.nn.config import LayerKind, ModelConfig
 ARCHITECTURE = "MistralForCausalLM"
 MODEL_TYPE = "mistral"
 WEIGHTS = BASE
-DERIVED = ()
 
 # transformers.MistralConfig (5.24)
 DEFAULTS: dict[str, Any] = {
@@ -32,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "sliding_window": 4096,
 }
-INERT: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False), "layer_types": (None,)}
+INERT: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias": (None, False)}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:

@@ -18,7 +18,6 @@ WEIGHTS = (
     *router_rows("block_sparse_moe.gate"),
     *expert_rows("block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
 )
-DERIVED = ()
 
 # transformers.MixtralConfig (5.24)
 DEFAULTS: dict[str, Any] = {

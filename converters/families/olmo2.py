@@ -22,7 +22,6 @@ WEIGHTS = (
     Weight("layers.attn_post_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight"),
     Weight("layers.mlp_post_norm.scale", "model.layers.{layer}.post_feedforward_layernorm.weight"),
 )
-DERIVED = ()
 
 # transformers.Olmo2Config (5.24)
 DEFAULTS: dict[str, Any] = {
@@ -41,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
 }
-INERT: dict[str, tuple[Any, ...]] = {"sliding_window": (None,), "layer_types": (None,), "mlp_bias": (None, False)}
+INERT: dict[str, tuple[Any, ...]] = {"mlp_bias": (None, False)}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:

@@ -31,7 +31,6 @@ WEIGHTS = (
     Weight("layers.attn_post_norm.scale", "model.layers.{layer}.post_attention_layernorm.weight"),
     Weight("layers.mlp_post_norm.scale", "model.layers.{layer}.post_feedforward_layernorm.weight"),
 )
-DERIVED = ()
 
 # transformers.Olmo3Config (5.24)
 DEFAULTS: dict[str, Any] = {

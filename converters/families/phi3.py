@@ -37,7 +37,6 @@ _FUSED = (
     ),
 )
 WEIGHTS = (*(row for row in BASE if row.ours not in {fused.ours for fused in _FUSED}), *_FUSED)
-DERIVED = ()
 
 # transformers.Phi3Config (5.24)
 DEFAULTS: dict[str, Any] = {
@@ -62,7 +61,6 @@ INERT: dict[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "lm_head_bias": (None, False),
-    "layer_types": (None,),
     "resid_pdrop": (None, 0.0),
     "embd_pdrop": (None, 0.0),
 }
@@ -93,11 +91,11 @@ def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[st
 
 
 def _renamed(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """With `rope_scaling`, or `rope_parameters`, under the type's name of today."""
+    """With the current name of the rope type in `rope_scaling` and `rope_parameters`."""
     renamed = dict(hf)
     for name in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(name) or {}
-        if rope.get("rope_type", rope.get("type")) in _OLD_NAMES:
+        rope = hf.get(name)
+        if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) in _OLD_NAMES:
             renamed[name] = {**rope, "rope_type": "longrope"}
     return renamed
 

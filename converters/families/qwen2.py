@@ -12,7 +12,6 @@ from jaxtrain.nn.config import ModelConfig
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"
 WEIGHTS = (*BASE, *QKV_BIAS)
-DERIVED = ()
 
 # transformers.Qwen2Config (5.23)
 DEFAULTS: dict[str, Any] = {

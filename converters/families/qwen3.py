@@ -22,7 +22,6 @@ from jaxtrain.nn.config import ModelConfig
 ARCHITECTURE = "Qwen3ForCausalLM"
 MODEL_TYPE = "qwen3"
 WEIGHTS = (*BASE, *QKV_BIAS, *O_BIAS, *QK_NORM)
-DERIVED = ()
 
 # transformers.Qwen3Config (5.23)
 DEFAULTS: dict[str, Any] = {

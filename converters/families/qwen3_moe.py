@@ -18,7 +18,6 @@ WEIGHTS = (
     *router_rows("mlp.gate"),
     *expert_rows("mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
 )
-DERIVED = ()
 
 # transformers.Qwen3MoeConfig (5.24)
 DEFAULTS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The families there are. A new one is a file and its name here."""
+"""The supported families. A new one is a file and its name here."""
 
 from __future__ import annotations
 
@@ -47,16 +47,11 @@ class Family(Protocol):
 
     @property
     def INERT(self) -> Mapping[str, tuple[Any, ...]]:
-        """Keys that it does not read, with the values at which that changes nothing."""
+        """Keys that it does not read, with the values at which that makes no difference."""
         ...
 
     @property
     def WEIGHTS(self) -> tuple[Weight, ...]: ...
-
-    @property
-    def DERIVED(self) -> tuple[str, ...]:
-        """Tensors that say nothing config.json does not: skipped on import, not exported."""
-        ...
 
     def from_hf(self, hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig: ...
 
@@ -68,12 +63,15 @@ _ALL: tuple[Family, ...] = (
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
+DERIVED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+"""Tensors that follow from config.json: neither imported nor exported. Checkpoints of 2023 hold these frequencies of
+rope; transformers skips them for every family, too."""
 _SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))
 _CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"
 
 
 def register(family: Family) -> None:
-    """Make known a family whose file lies elsewhere. Raises ValueError where its names are another's."""
+    """Add a family that is defined outside of this package. Raises ValueError if its names are taken."""
     for other in FAMILIES.values():
         if family.MODEL_TYPE == other.MODEL_TYPE or family.ARCHITECTURE == other.ARCHITECTURE:
             raise ValueError(f"a family of model_type {other.MODEL_TYPE}, {other.ARCHITECTURE}, is registered already")
@@ -81,21 +79,31 @@ def register(family: Family) -> None:
 
 
 def weight_rows(config: ModelConfig) -> tuple[Weight, ...]:
-    """The family's rows, and that of a scalar head, which transformers calls the same in all of them."""
+    """The rows of the family, and that of a scalar head, which has the same name in all families."""
     return (*FAMILIES[config.family].WEIGHTS, _SCORE)
 
 
 def has_scalar_head(hf: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a reward model: one label a sequence (`...ForSequenceClassification`).
+    """Whether a config.json is that of a reward model: a sequence classifier with one label.
 
     Raises CheckpointError for a classifier with several labels.
     """
-    if not str((hf.get("architectures") or [""])[0]).endswith(_SCALAR):
+    if not (_architecture(hf) or "").endswith(_SCALAR):
         return False
-    labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
+    labels = len(hf["id2label"]) if isinstance(hf.get("id2label"), Mapping) else hf.get("num_labels", 2)
     if labels != 1:
         raise CheckpointError(f"config.json: a classifier of {labels} labels is not supported; only one (a score) is")
     return True
+
+
+def _architecture(hf: Mapping[str, Any]) -> str | None:
+    """The one of `architectures`, if there is any. Raises CheckpointError if it is not a list of one name."""
+    names = hf.get("architectures")
+    if not names:
+        return None
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CheckpointError(f"config.json: architectures must be a list of one name, not {names!r}")
+    return names[0]
 
 
 def for_head(hf: Mapping[str, Any], config: ModelConfig, scalar: bool) -> dict[str, Any]:
@@ -115,9 +123,10 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     Raises CheckpointError naming the supported ones for any other.
     """
     known, name = FAMILIES, str(hf.get("model_type"))
-    if hf.get("architectures"):
-        known, name = {family.ARCHITECTURE: family for family in FAMILIES.values()}, str(hf["architectures"][0])
-        name = name.replace(_SCALAR, _CAUSAL)
+    architecture = _architecture(hf)
+    if architecture:
+        known = {family.ARCHITECTURE: family for family in FAMILIES.values()}
+        name = architecture.replace(_SCALAR, _CAUSAL)
     if name not in known:
         raise CheckpointError(
             f"config.json: architecture {name} is not supported; supported: {', '.join(known)}{nearest(name, known)}; "

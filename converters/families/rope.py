@@ -57,23 +57,24 @@ def read_rope(keys: Keys, partial: bool = False) -> Rope:
     Where a file holds both, transformers' precedence: `rope_scaling`, then `rope_parameters`, then `rope_theta`.
     `partial`: the family's attention can turn a part of the channels; the others' fails in transformers.
     """
-    name = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
-    return _rope(keys.get(name) or {}, keys, name, keys.get("rope_theta"), partial)
+    name = "rope_scaling" if keys.section("rope_scaling") else "rope_parameters"
+    return _rope(keys.section(name), keys, name, keys.get("rope_theta"), partial)
 
 
 def read_ropes(keys: Keys, sliding_theta: Any) -> dict[str, Rope]:
     """A rope for each layer type, as Gemma 3 and OLMo 3 have it: `rope_scaling` and `rope_theta` speak of full
     attention only; `sliding_theta` is what sliding layers have where nothing is said."""
-    given: Mapping[str, Any] = keys.get("rope_parameters") or {}
+    given = keys.section("rope_parameters")
     thetas = {"full_attention": keys.get("rope_theta"), "sliding_attention": sliding_theta}
     strange = sorted(given.keys() - thetas.keys())
     if strange:
         raise CheckpointError(f"config.json: rope_parameters.{strange[0]} is no layer type of this family")
-    if keys.get("rope_scaling"):
-        given = {**given, "full_attention": {**(given.get("full_attention") or {}), **keys.get("rope_scaling")}}
+    per_type = Keys(given, {}, section="rope_parameters.")
+    sections = {kind: per_type.section(kind) for kind in thetas}
+    sections["full_attention"] = {**sections["full_attention"], **keys.section("rope_scaling")}
     ropes = {}
     for kind, theta in thetas.items():
-        section = given.get(kind) or {}
+        section = sections[kind]
         if section.get("truncate") is False:  # transformers looks for it one level up, where it is never found
             raise CheckpointError(f"config.json: rope_parameters.{kind}.truncate=False is not supported by this family")
         ropes[kind] = _rope(section, keys, f"rope_parameters.{kind}", theta, False)

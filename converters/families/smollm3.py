@@ -1,4 +1,4 @@
-"""SmolLM3: Llama with layers that know no positions, every fourth by default."""
+"""SmolLM3: Llama with layers without rope, every fourth by default."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from jaxtrain.nn.config import LayerKind, ModelConfig
 ARCHITECTURE = "SmolLM3ForCausalLM"
 MODEL_TYPE = "smollm3"
 WEIGHTS = (*BASE, *QKV_BIAS, *O_BIAS, *MLP_BIAS)
-DERIVED = ()
 
 # transformers.SmolLM3Config (5.24)
 DEFAULTS: dict[str, Any] = {
@@ -56,13 +55,15 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
     keys = Keys(hf, DEFAULTS, INERT)
     layers, every = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval")
-    turns = keys.get("no_rope_layers")  # 1 where a layer has rope, in spite of the name
-    if turns is None:
-        turns = [(layer + 1) % every != 0 for layer in range(layers)]
-    if len(turns) < layers:
-        raise CheckpointError(f"config.json: no_rope_layers names {len(turns)} of {layers} layers")
+    rotates = keys.get("no_rope_layers")  # 1 where a layer has rope, in spite of the name
+    if rotates is None:
+        rotates = [(layer + 1) % every != 0 for layer in range(layers)]
+    if not isinstance(rotates, list) or not all(each in (0, 1) for each in rotates):
+        raise CheckpointError(f"config.json: no_rope_layers must be a list of 0 and 1, not {rotates!r}")
+    if len(rotates) < layers:
+        raise CheckpointError(f"config.json: no_rope_layers names {len(rotates)} of {layers} layers")
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
-    sliding, rope = read_layer_types(keys, lambda layer: used and not turns[layer]), read_rope(keys)
+    sliding, rope = read_layer_types(keys, lambda layer: used and not rotates[layer]), read_rope(keys)
     window = keys.size("sliding_window") if used else None
     return ModelConfig(
         family=MODEL_TYPE,
@@ -71,8 +72,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         o_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),
         pattern=tuple(
-            LayerKind(window if slides else None, rope if turn else None)
-            for slides, turn in zip(sliding, turns, strict=False)
+            LayerKind(window if slides else None, rope if rotated else None)
+            for slides, rotated in zip(sliding, rotates, strict=False)
         ),
         vocab_multiple=vocab_multiple,
     )

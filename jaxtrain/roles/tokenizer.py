@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from converters.export_hf import TOKENIZER_FILES
 from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection
@@ -50,8 +52,11 @@ def stop_ids(section: ModelSection, hf: dict[str, Any], tokenizer: Any) -> list[
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Changes when the ids that text is given or the chat template do; "" where there is no tokenizer."""
+    """Changes with the ids or the chat template, not with padding and truncation, which encoding turns off."""
     if tokenizer is None:
         return ""
-    content = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    content = backend.to_str() + str(tokenizer.chat_template)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

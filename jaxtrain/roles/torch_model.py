@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.errors import CheckpointError
-from converters.export_hf import TOKENIZER_FILES, copy_files, empty_folder, written_aside
+from converters.export_hf import TrainedText, empty_folder, write_text_files, written_aside
 from jaxtrain.config import ModelSection
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.decoder import Execution
@@ -112,15 +112,20 @@ def open_torch_model(section: ModelSection, run: Execution) -> TorchModel:
     return TorchModel(config, None, run, np.dtype(section.param_dtype), module=module, head_name=name)
 
 
-def export_torch_model(model: TorchModel, params: Params, source: str, out: Path, dtype: str | None) -> None:
-    """Write a folder that transformers loads; `dtype` casts. Raises CheckpointError where `out` is not empty."""
+def export_torch_model(
+    model: TorchModel, params: Params, source: str, out: Path, *, dtype: str | None, text: TrainedText
+) -> None:
+    """Write a folder that transformers loads; `dtype` casts, `text` changes the tokenizer's files of `source`.
+
+    Raises CheckpointError if `out` is not empty.
+    """
     torch = importlib.import_module("torch")
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
             parameter.copy_(torch.from_numpy(np.array(params[name], np.float32)))
     with written_aside(empty_folder(out)) as partial:
         model.module.to(getattr(torch, dtype or "float32")).save_pretrained(partial)
-        copy_files(Path(source), partial, TOKENIZER_FILES)
+        write_text_files(partial, model.module.config.to_dict(), source, text)
 
 
 @functools.cache

@@ -8,17 +8,18 @@ from typing import Any
 import jax
 
 from converters.adapters import export_adapter
-from converters.export_hf import convert, export_hf
+from converters.export_hf import TrainedText, convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
-from jaxtrain.config import MeshSection, RunConfig
+from jaxtrain.config import MeshSection
+from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import Declaration, declare
 from jaxtrain.roles.initial import base_params
-from jaxtrain.roles.tokenizer import make_tokenizer
+from jaxtrain.roles.tokenizer import fingerprint, make_tokenizer, stop_ids, tokenizer_folder
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
 from jaxtrain.session.record import CHECKPOINTS, SavedRun, read_saved_run
@@ -37,10 +38,14 @@ def export_run(
     `step` names the checkpoint; default: the newest.
     `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
     `adapter` writes the adapters alone, as a PEFT folder.
+    The folder ends its texts where the run did and has the chat template of the run: see `_trained_text`.
     Raises ValueError where `run` holds no run or no such checkpoint, where the base is no longer what the run trained
     on, or `out` is not empty.
     """
-    config, declared, params = _restore(run, step)
+    saved, declared, params = _restore(run, step)
+    config = saved.config
+    text = _trained_text(saved, declared)
+    tokenizer_from = config.model.tokenizer or config.model.path
     lora = declared.model.lora
     if adapter:
         others = sorted(params.keys() - {"layers"})
@@ -48,11 +53,14 @@ def export_run(
             raise ValueError(f"{run} trained no adapter: its config has no model.lora")
         if others:
             raise ValueError(f"{run} trained {others[0]} too, which an adapter folder leaves out: export it merged")
-        export_adapter(params, declared.model.config, lora, out, config.model.path)
+        export_adapter(
+            params, declared.model.config, lora, out, config.model.path, tokenizer_from=tokenizer_from, text=text
+        )
         return
     if isinstance(declared.model, TorchModel):
         assert config.model.path is not None
-        export_torch_model(declared.model, params, config.model.path, out, dtype or declared.hf.get("dtype"))
+        dtype = dtype or declared.hf.get("dtype")
+        export_torch_model(declared.model, params, tokenizer_from or config.model.path, out, dtype=dtype, text=text)
         return
     if declared.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.
@@ -64,13 +72,37 @@ def export_run(
         declared.hf,
         out,
         dtype=dtype or declared.hf.get("dtype") or declared.hf.get("torch_dtype"),
-        tokenizer_from=config.model.tokenizer or config.model.path,
-        tokenizer=make_tokenizer(config.model) if config.model.add_tokens else None,
+        tokenizer_from=tokenizer_from,
+        text=text,
     )
 
 
-def _restore(run: Path, step: int | None) -> tuple[RunConfig, Declaration, Params]:
-    """A checkpoint's config, the model that it describes, and its parameters on the devices here."""
+def _trained_text(saved: SavedRun, declared: Declaration) -> TrainedText:
+    """The run's tokenizer if it has added tokens, its chat template if it is not the tokenizer's own, and every token
+    that ends an answer: those of the model, and those that end a turn of the assistant under the template.
+
+    Raises ValueError if the tokenizer or the template has changed since the run was trained.
+    """
+    section = saved.config.model
+    tokenizer = make_tokenizer(section)
+    if tokenizer is None:
+        return TrainedText()
+    if saved.tokenizer not in (None, fingerprint(tokenizer)):
+        template = section.chat_template
+        raise ValueError(
+            f"the tokenizer or chat template has changed since {saved.config.run.dir} was trained: restore "
+            f"{tokenizer_folder(section)}{f' and {template}' if template else ''} as it was"
+        )
+    generates = declared.model.output == LANGUAGE
+    return TrainedText(
+        tokenizer=tokenizer if section.add_tokens else None,
+        chat_template=tokenizer.chat_template if section.chat_template is not None else None,
+        end_ids=[*stop_ids(section, declared.hf, tokenizer), *turn_end_ids(tokenizer)] if generates else [],
+    )
+
+
+def _restore(run: Path, step: int | None) -> tuple[SavedRun, Declaration, Params]:
+    """What a checkpoint says of its run, the model that it describes, and its parameters on the devices here."""
     saved = read_saved_run(run, step)
     if saved.step is None:
         raise ValueError(f"{run} holds no checkpoint yet")
@@ -84,7 +116,7 @@ def _restore(run: Path, step: int | None) -> tuple[RunConfig, Declaration, Param
     assert restored is not None
     if restored.step != saved.step:  # the newest is damaged, and an older one may have another config
         return _restore(run, restored.step)
-    return saved.config, declared, restored.state["params"]
+    return saved, declared, restored.state["params"]
 
 
 def _check_base(run: Path, saved: SavedRun, declared: Declaration) -> None:

@@ -25,6 +25,7 @@ class SavedRun(NamedTuple):
     config: RunConfig
     inputs: dict[str, Fingerprint]  # of the model's files, by config key
     step: int | None  # None: there is no checkpoint yet
+    tokenizer: str | None = None  # its fingerprint
 
 
 def read_saved_run(folder: Path, step: int | None = None) -> SavedRun:
@@ -42,7 +43,8 @@ def read_saved_run(folder: Path, step: int | None = None) -> SavedRun:
         problem = "it holds none"
     else:
         try:
-            return SavedRun(parse_config(meta["config"], f"checkpoint {step}"), meta.get("inputs", {}), step)
+            config = parse_config(meta["config"], f"checkpoint {step}")
+            return SavedRun(config, meta.get("inputs", {}), step, meta.get("tokenizer"))
         except ConfigError as error:
             problem = str(error)
     warnings.warn(
@@ -50,7 +52,7 @@ def read_saved_run(folder: Path, step: int | None = None) -> SavedRun:
         RuntimeWarning,
         stacklevel=2,
     )
-    return SavedRun(effective_config(folder), meta.get("inputs", {}), step)
+    return SavedRun(effective_config(folder), meta.get("inputs", {}), step, meta.get("tokenizer"))
 
 
 def effective_config(folder: Path) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The verifier: from a folder to a report."""
+"""The verifier: compare a checkpoint under jaxtrain and transformers, and report."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxtrain.verify.checks import (
     LOGIT_TOLERANCE,
     Check,
     decode_check,
+    exact_tolerance,
     excuse_rounding,
     gradient_check,
     loading,
@@ -39,9 +40,9 @@ class Report:
 
 
 def verify(source: str, *, tokens: int, dtype: str, layers: bool, gradients: bool, decode: bool) -> Report:
-    """`compare` of a folder, or of a model on the Hub. What our import refuses is a failed check of the report.
+    """`compare` for a folder, or for a model on the Hub. An error of our import is a failed check of the report.
 
-    Raises ValueError where there is nothing to compare, or no torch to compare with.
+    Raises ValueError if there is nothing to compare, or if torch is missing.
     """
     folder = find_checkpoint(source)
     try:
@@ -62,9 +63,9 @@ def compare(
 ) -> Report:
     """Compare with transformers over `tokens` tokens, in float32 and in `dtype`.
 
-    `layers` lists every layer, whatever the logits say; `gradients` and `decode` add those checks. Where float32
-    misses the tolerance, both sides are run in float64, which tells rounding from mistakes; further checks are made
-    in the precision that tells. Raises ValueError where torch is missing or transformers cannot load the folder.
+    `layers` lists every layer even if the logits agree; `gradients` and `decode` add those checks. If float32 exceeds
+    the tolerance, both sides are run in float64 to tell rounding from errors, and the further checks are made in
+    float64. Raises ValueError if torch is missing or transformers cannot load the folder.
     """
     rows = token_rows(subject, tokens)
     ids = np.stack(list(rows.values()))
@@ -75,11 +76,11 @@ def compare(
     logits = logit_checks(judge, rows, ours[judge], theirs[judge], tolerance)
     if not _all_passed(logits):
         judge = "float64"
-        del reference  # before the next is made: either is as large as the checkpoint
+        del reference  # before the next is made: each is as large as the checkpoint
         reference = Reference(subject.folder, judge)
         ours[judge], theirs[judge] = our_logits(subject, ids, judge), reference.logits(ids)
-        last_place = float(np.abs(reference.nudged_logits(ids) - theirs[judge]).max())
-        tolerance = max(tolerance, LAST_PLACES * last_place)
+        last_place = float(np.abs(reference.logits_with_perturbed_rope(ids) - theirs[judge]).max())
+        tolerance = max(exact_tolerance(theirs[judge]), LAST_PLACES * last_place)
         exact = logit_checks(judge, rows, ours[judge], theirs[judge], tolerance)
         if _all_passed(exact):
             logits = [excuse_rounding(check, row, ours, theirs) for row, check in enumerate(logits)]
@@ -104,9 +105,9 @@ def _all_passed(checks: list[Check]) -> bool:
 
 
 def find_checkpoint(source: str) -> Path:
-    """The folder `source`, or the snapshot of the model of that name on the Hub: the local cache's, or fetched.
+    """The folder `source`, or the snapshot of the model of that name on the Hub, from the local cache or downloaded.
 
-    Raises CheckpointError where it is neither.
+    Raises CheckpointError if it is neither.
     """
     if Path(source).is_dir() or source.count("/") > 1 or source.startswith((".", "/", "~")):
         return Path(source)
@@ -118,6 +119,6 @@ def find_checkpoint(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
-            f"{source} is no folder, and no model of that name is in the local Hugging Face cache or can be fetched "
+            f"{source} is not a folder, and no model of that name is in the local Hugging Face cache or can be fetched "
             f"from the Hub: {str(error).splitlines()[0]}"
         ) from None

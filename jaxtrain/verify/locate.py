@@ -1,4 +1,5 @@
-"""Where our forward pass leaves that of transformers: layers first, then the sub-modules of the first that departs."""
+"""Find where our forward pass departs from that of transformers: by layer, then by sub-module of the first layer that
+departs."""
 
 from __future__ import annotations
 
@@ -10,23 +11,23 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters.reference import Reference, Seen
+from converters.reference import ModuleCall, Reference
 from converters.verify import Departure, Pair, Point, compare_values, first_departure, pair_modules
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.rope import rope_table
 from jaxtrain.types import Array
 from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 
-MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over a token's part of what a module gave
+MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over each token's part of the output of a module
 _IN_A_LAYER = re.compile(r"layers\.\d+\.")
 _ATTENTION = re.compile(r"layers\.(\d+)\.attn")
 
 
 def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) -> tuple[list[Point], Departure | None]:
-    """What every layer was given and gave, and the first departure, in two passes of either model.
+    """The comparisons of the inputs and outputs of every layer, and the first departure, in two passes of each model.
 
-    The first pass sees whole layers, the second the inside of the first that departs, so that memory holds no more
-    than one value a layer. `reference` must hold the model in `dtype`, as ours is run in it.
+    The first pass records whole layers, the second the sub-modules of the first that departs, so that memory holds one
+    value for each layer only. `reference` must hold the model in `dtype`, in which ours is run too.
     """
     pairs = pair_modules(subject.tensors, reference.owners())
     outside = {path: pair for path, pair in pairs.items() if not _IN_A_LAYER.match(path)}
@@ -35,33 +36,35 @@ def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) 
     if departure is None or not re.fullmatch(r"layers\.\d+", departure.where):
         return layers, departure
     within = {path: pair for path, pair in pairs.items() if f"{path}.".startswith(f"{departure.where}.")}
-    points, seen = _observe(subject, reference, ids, dtype, within)
+    points, calls = _observe(subject, reference, ids, dtype, within)
     departure = first_departure(points) or departure
     attention = _ATTENTION.fullmatch(departure.where)
-    if attention and departure.what and departure.hf in seen:
-        suspects = _attention_suspects(subject.config, int(attention[1]), ids, seen[departure.hf].keywords)
+    if attention and departure.what and departure.hf in calls:
+        suspects = _attention_suspects(subject.config, int(attention[1]), ids, calls[departure.hf].keywords)
         departure = replace(departure, suspects=suspects or departure.suspects)
     return layers, departure
 
 
 def _observe(
     subject: Subject, reference: Reference, ids: np.ndarray, dtype: str, pairs: Mapping[str, Pair]
-) -> tuple[list[Point], dict[str, Seen]]:
-    seen, logits = reference.watch(ids, {pair.hf for pair in pairs.values()})
+) -> tuple[list[Point], dict[str, ModuleCall]]:
+    calls, logits = reference.record(ids, {pair.hf for pair in pairs.values()})
     points: list[Point] = []
-    joined: dict[str, int] = {}  # how much of what a module of theirs gave, for several of ours, has been compared
+    compared: dict[
+        str, int
+    ] = {}  # for a module of theirs that does the work of several of ours: channels compared so far
 
-    def see(path: str, side: str, value: Array) -> None:
+    def on_value(path: str, side: str, value: Array) -> None:
         pair = pairs.get(path)
-        if pair is None or pair.hf not in seen:
+        if pair is None or pair.hf not in calls:
             return
-        ours, theirs = np.asarray(value), seen[pair.hf].given if side == "in" else seen[pair.hf].gave
+        ours, theirs = np.asarray(value), calls[pair.hf].input if side == "in" else calls[pair.hf].output
         if theirs is None:
             return
         if pair.shared and side == "out":
             width = ours[0, 0].size
-            start = joined.get(pair.hf, 0)
-            joined[pair.hf] = start + width
+            start = compared.get(pair.hf, 0)
+            compared[pair.hf] = start + width
             theirs = theirs[..., start : start + width]
         compare(path, pair.hf, side, ours, theirs)
 
@@ -74,28 +77,30 @@ def _observe(
 
     with precise(dtype):
         model, params = subject.model(dtype), params_as(subject, dtype)
-        hidden = model.watch(params, as_batch(ids), see)
+        hidden = model.watch(params, as_batch(ids), on_value)
         compare("lm_head", "lm_head", "out", np.asarray(model.logits(params, hidden)), logits)
-    return points, seen
+    return points, calls
 
 
 def _attention_suspects(config: ModelConfig, layer: int, ids: np.ndarray, theirs: Mapping[str, Any]) -> str:
-    """What transformers gave its attention besides the stream, held against what ours has."""
+    """Compare the rope table and the mask that transformers passed to its attention with ours."""
     length, window, rope = ids.shape[1], config.pattern[layer].window, config.pattern[layer].rope
     suspects = []
     if rope is not None and isinstance(theirs.get("position_embeddings"), tuple):
         table = rope_table(rope, config.head_dim, as_batch(ids).positions, jnp.asarray(length))
         ours = [np.asarray(half)[0, :, 0] for half in table]
-        given = [np.asarray(half[0], np.float64) for half in theirs["position_embeddings"]]
+        reference = [np.asarray(half[0], np.float64) for half in theirs["position_embeddings"]]
         if any(
             half.shape[-1] not in (own.shape[-1], 2 * own.shape[-1])
             or np.abs(half[:, : own.shape[-1]] - own).max() > 1e-3
-            for own, half in zip(ours, given, strict=True)
+            for own, half in zip(ours, reference, strict=True)
         ):
             suspects.append("rope (base, scaling, or the share of channels that turn): its cosines and sines differ")
     if theirs.get("attention_mask") is not None:
-        # The last token sees itself and what the window leaves it.
-        sees = int((np.asarray(theirs["attention_mask"])[0, 0, -1] == 0).sum())
-        if sees != min(window or length, length):
-            suspects.append(f"window: the last of {length} tokens sees {sees}, ours {min(window or length, length)}")
+        # The number of tokens that the last one attends to.
+        visible = int((np.asarray(theirs["attention_mask"])[0, 0, -1] == 0).sum())
+        if visible != min(window or length, length):
+            suspects.append(
+                f"window: the last of {length} tokens attends to {visible}, ours to {min(window or length, length)}"
+            )
     return "; ".join(suspects) or "rope's layout, scale, softcap or sinks, since rope tables and windows agree"

@@ -1,7 +1,8 @@
 """PEFT folders: what we write, `peft` computes with; what `peft` writes, we go on from."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 
 import hf_folders
 import jax
@@ -14,7 +15,7 @@ import transformers
 from jaxtrain.recipes.setup import adapter_params, make_policy
 from safetensors.numpy import load_file, save_file
 
-from converters.adapters import export_adapter, import_adapter, read_lora
+from converters.adapters import INERT_KEYS, KNOWN_KEYS, export_adapter, import_adapter, read_lora
 from converters.errors import CheckpointError
 from converters.export_hf import export_hf
 from converters.families.registry import weight_rows
@@ -131,6 +132,63 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(options, message, tmp_path)
     folder, _ = save_peft(tmp_path, **options)
     with pytest.raises(CheckpointError, match=message):
         read_lora(folder, hf_folders.load(tmp_path / "base")[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("lora_alpha", value) for value in ("16", float("nan"), float("inf"), True, None, -1, 0, [16], 10**400)),
+        *(("use_rslora", value) for value in ("false", 1, 0, [])),
+        *(("r", value) for value in ("4", 4.0, True, 0, None, -4)),
+        *(("lora_dropout", value) for value in ("0.1", float("nan"), 1, -0.1, True)),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused_by_name(key, value, adapter):
+    folder, config = adapter
+    hf_folders.edit_json(folder / "adapter_config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {key} must be .*, not "):
+        read_lora(folder, config)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    model, _, adapters = with_adapters(hf_folders.save(folder / "base", "qwen3"), LORA)
+    return export_adapter(adapters, model.config, model.lora, folder / "adapter", None), model.config
+
+
+@pytest.fixture
+def adapter(exported, tmp_path):
+    """A folder of an adapter that may be edited, and the config of its model."""
+    return shutil.copytree(exported[0], tmp_path / "adapter"), exported[1]
+
+
+def test_what_peft_omits_has_its_defaults(adapter):
+    folder, config = adapter
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    lora, theirs = read_lora(folder, config), peft.LoraConfig()
+    assert (lora.rank, lora.alpha, lora.dropout, lora.rslora) == (
+        *(theirs.r, theirs.lora_alpha, theirs.lora_dropout, theirs.use_rslora),
+    )
+
+
+def test_every_key_of_peft_is_known(adapter):
+    """Those that a later PEFT adds must be looked at; until then they are refused unless they are switched off."""
+    assert {field.name for field in fields(peft.LoraConfig)} - KNOWN_KEYS - INERT_KEYS.keys() == set()
+    folder, config = adapter
+    hf_folders.edit_json(folder / "adapter_config.json", new_method=False)
+    read_lora(folder, config)
+    hf_folders.edit_json(folder / "adapter_config.json", new_method={"scale": 2})
+    with pytest.raises(CheckpointError, match=r"new_method=\{'scale': 2\} is not supported: the key is not known"):
+        read_lora(folder, config)
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]", "[" * 100_000])
+def test_a_broken_adapter_config(content, adapter):
+    folder, config = adapter
+    (folder / "adapter_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json (is not valid JSON|must be an object)"):
+        read_lora(folder, config)
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from converters import export_hf as export_module
 from converters.errors import CheckpointError
-from converters.export_hf import convert, export_hf
+from converters.export_hf import TrainedText, convert, export_hf
 from converters.import_hf import read_config
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 
@@ -170,9 +170,9 @@ def test_what_is_there_is_never_overwritten(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     assert run(folder, out) == out  # an empty folder may be filled
-    with pytest.raises(CheckpointError, match="out is there already and not an empty folder"):
+    with pytest.raises(CheckpointError, match="out exists already and is not an empty folder"):
         run(folder, out)
-    with pytest.raises(CheckpointError, match=r"config\.json is there already"):
+    with pytest.raises(CheckpointError, match=r"config\.json exists already"):
         run(folder, out / "config.json")
 
 
@@ -212,3 +212,37 @@ def test_a_model_that_began_here_ends_its_texts_with_the_tokenizers_token(tmp_pa
     eos = load_tokenizer(out).eos_token_id
     assert eos is not None
     assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == eos
+
+
+def test_the_tokenizer_names_the_end_where_config_json_names_other_special_tokens_only(tmp_path):
+    write_byte_tokenizer(tmp_path / "tokenizer")
+    sizes = {key: value for key, value in hf_folders.SIZES.items() if not key.endswith("_token_id")}
+    hf = {"model_type": "qwen3", **sizes, "tie_word_embeddings": True, "bos_token_id": 5}
+    config, _ = read_config(hf)
+    params = hf_folders.Model(config).init(jax.random.key(0))
+    out = export_hf(params, config, hf, tmp_path / "out", tokenizer_from=tmp_path / "tokenizer")
+    generation = GenerationConfig.from_pretrained(out)
+    assert (generation.bos_token_id, generation.eos_token_id) == (5, load_tokenizer(out).eos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"), [(None, [7, 9]), (9, [9, 7]), ([3, 7], [3, 7, 9]), ([9, 7], [9, 7])], ids=str
+)
+def test_ends_join_those_that_are_there(stored, expected, tmp_path):
+    folder = hf_folders.save(tmp_path / "in")
+    content = {"temperature": 0.5} | ({} if stored is None else {"eos_token_id": stored})
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    out = round_trip(folder, tmp_path / "out", tokenizer_from=folder, text=TrainedText(end_ids=[7, 9, 7]))
+    assert hf_folders.read_json(out / "generation_config.json") == {"temperature": 0.5, "eos_token_id": expected}
+
+
+def test_a_template_replaces_the_stored_one_wherever_it_is(tmp_path):
+    folder = hf_folders.save(tmp_path / "in")
+    named = [{"name": "default", "template": "old"}, {"name": "rag", "template": "of documents"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "eos_token": "x"}))
+    (folder / "chat_template.json").write_text('{"chat_template": "older"}')
+    out = round_trip(folder, tmp_path / "out", tokenizer_from=folder, text=TrainedText(chat_template="new"))
+    assert (out / "chat_template.jinja").read_text() == "new"
+    assert (out / "additional_chat_templates/rag.jinja").read_text() == "of documents"
+    assert hf_folders.read_json(out / "tokenizer_config.json") == {"eos_token": "x"}
+    assert not (out / "chat_template.json").exists()

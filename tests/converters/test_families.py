@@ -24,6 +24,7 @@ from converters.families import (
 )
 from converters.families.keys import INERT_VALUES
 from converters.families.registry import FAMILIES
+from converters.families.shared_keys import HONOURED, IGNORED, REFUSED
 from converters.import_hf import read_config
 from jaxtrain.nn.config import LayerKind, LinearScaling, Llama3Scaling, LongRopeScaling, Rope
 
@@ -35,8 +36,6 @@ CLASSES = {
         *((gemma2, "Gemma2"), (gemma3, "Gemma3Text")),
     ]
 }
-# Fields of transformers' classes that say nothing about the maths of a forward pass.
-SILENT = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "rope_parameters"}
 MINIMAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
@@ -65,7 +64,10 @@ def test_every_key_of_transformers_class_is_known(name):
     own = {f.name for f in dataclasses.fields(theirs)} - {
         f.name for f in dataclasses.fields(transformers.PreTrainedConfig)
     }
-    assert own - family.DEFAULTS.keys() - family.INERT.keys() - INERT_VALUES.keys() - SILENT == set()
+    assert (
+        own - family.DEFAULTS.keys() - family.INERT.keys() - INERT_VALUES.keys() - {*HONOURED, *IGNORED, *REFUSED}
+        == set()
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -200,7 +202,8 @@ def test_windows(name, keys, windows):
         ("llama", {"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta must be a number"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ("llama", {"pretraining_tp": 2}, "pretraining_tp=2"),
+        ("llama", {"is_causal": False}, "is_causal=False is not supported"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "architectures must be a list of one name"),
         ("llama", {"hidden_act": "xielu"}, "hidden_act='xielu'.*known: silu"),
         ("llama", {"sliding_window": 4096}, "sliding_window=4096"),
         ("llama", {"num_local_experts": 8}, "num_local_experts=8"),
@@ -245,4 +248,17 @@ def test_missing_folder_and_config(tmp_path):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="must be an object, not list"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["pretraining_tp", "attention_dropout"])
+def test_keys_that_do_not_change_what_is_computed_are_ignored(key):
+    assert read_config(hf_dict("llama", **{key: 2}))[0] == read_config(hf_dict("llama"))[0]
+
+
+def test_a_folder_with_an_adapter_beside_the_model(tmp_path):
+    """transformers would load the base that the adapter names instead."""
+    hf_folders.save(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds adapter_config\.json beside config\.json"):
         read_config(tmp_path)

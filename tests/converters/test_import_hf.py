@@ -106,7 +106,7 @@ def test_missing_tensor(tmp_path):
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight"])
 def test_extra_tensor(name, tmp_path):
     folder = rewrite(hf_folders.save(tmp_path), lambda tensors: tensors.update({name: np.zeros(64, np.float32)}))
-    with pytest.raises(CheckpointError, match=f"holds tensor {name}, which config.json leaves no place for"):
+    with pytest.raises(CheckpointError, match=f"holds tensor {name}, which the model of config.json lacks"):
         hf_folders.load(folder)
 
 
@@ -125,9 +125,20 @@ def test_a_wrong_head_count_does_not_pass_as_a_reshape(tmp_path):
         hf_folders.load(folder)
 
 
-def test_old_rotary_buffers_are_skipped(tmp_path):
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen2-tied"])
+def test_old_rotary_buffers_are_skipped(case, tmp_path):
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32) for i in range(3)}
-    hf_folders.load(rewrite(hf_folders.save(tmp_path, "llama"), lambda tensors: tensors.update(buffers)))
+    hf_folders.load(rewrite(hf_folders.save(tmp_path, case), lambda tensors: tensors.update(buffers)))
+
+
+def test_tied_checkpoint_that_stores_its_head_only(tmp_path):
+    folder = hf_folders.save(tmp_path, "qwen3-tied")
+    expected = flatten(hf_folders.load(folder)[0])
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    params = flatten(hf_folders.load(folder)[0])
+    assert params.keys() == expected.keys()
+    for path, array in params.items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
 
 
 def test_tied_checkpoint_that_stores_its_head(tmp_path):

@@ -34,7 +34,7 @@ def test_every_tensor_comes_back_as_it_was(case):
     rng = np.random.default_rng(0)
     for tensors in by_name(bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config)).values():
         stored = rng.standard_normal(tensors[0].shape)
-        assert all(tensor.whole(stored).shape == tensor.shapes[-1] for tensor in tensors)
+        assert all(tensor.to_ours_in_full(stored).shape == tensor.shapes[-1] for tensor in tensors)
         np.testing.assert_array_equal(join(tensors, partial(Tensor.whole, stored=stored)), stored)
 
 
@@ -45,7 +45,7 @@ def test_a_rectangle_of_ours_needs_only_its_rectangle_of_theirs(case):
     for tensor in bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config):
         stored = rng.standard_normal(tensor.shape)
         shape = tensor.shapes[-1]
-        ours = tensor.whole(stored)
+        ours = tensor.to_ours_in_full(stored)
         for _ in range(20):
             starts = [int(rng.integers(0, size)) for size in shape]
             index = tuple(slice(a, int(rng.integers(a + 1, size + 1))) for a, size in zip(starts, shape, strict=True))

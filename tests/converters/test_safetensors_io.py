@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -89,7 +90,7 @@ def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):
 def test_truncated_file(folder):
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size - 10)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short: \d+ bytes where its header needs \d+"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated: \d+ bytes, its header says \d+"):
         open_checkpoint(folder)
 
 
@@ -101,18 +102,28 @@ def test_file_with_bytes_beyond_its_header(folder):
 
 
 HEADER = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+_TEXT = b'{"w": %(w)s, "w": %(w)s}' % {b"w": json.dumps(HEADER).encode()}
+TWICE = struct.pack("<Q", len(_TEXT)) + _TEXT + bytes(8)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no safetensors file, or cut short: 0 bytes"),
-        (b"garbage!" * 50, "no safetensors file, or cut short"),
+        (b"", "not a safetensors file, or truncated: 0 bytes"),
+        (b"garbage!" * 50, "not a safetensors file, or truncated"),
         (struct.pack("<Q", 20) + b"{" * 40, "broken safetensors header"),
         (struct.pack("<Q", 8) + b'["list"]', "broken safetensors header"),
         ({"w": {"shape": [2], "data_offsets": [0, 8]}}, "broken safetensors header: 'dtype'"),
         ({"w": {**HEADER, "data_offsets": [0, 4]}}, r"bytes 0 to 4 for F32 \[2\]"),
         ({"w": {**HEADER, "dtype": "F12"}}, "unknown dtype F12"),
+        ({"w": {**HEADER, "data_offsets": [0.0, 8.0]}}, "not all are integers from 0"),
+        ({"w": {**HEADER, "shape": [-1, -2]}}, "not all are integers from 0"),
+        ({"w": {**HEADER, "shape": [2, True]}}, "not all are integers from 0"),
+        ({"w": HEADER, "__metadata__": {"format": 3}}, "__metadata__ holds something other than strings"),
+        ({"v": HEADER, "w": HEADER}, "tensor w overlaps v"),
+        ({"w": {**HEADER, "shape": [1], "data_offsets": [4, 8]}}, "tensor w leaves a gap after the header"),
+        (struct.pack("<Q", 50_000) + b"[" * 50_000, "broken safetensors header"),
+        (TWICE, "it names w twice"),
     ],
 )
 def test_broken_headers(tmp_path, content, message):
@@ -154,7 +165,9 @@ def index(folder, weight_map):
 
 def test_index_that_names_a_missing_file(tmp_path):
     index(tmp_path, {"w": "model-00001-of-00001.safetensors"})
-    with pytest.raises(CheckpointError, match=r"names model-00001-of-00001\.safetensors \(for w\), which is not there"):
+    with pytest.raises(
+        CheckpointError, match=r"names model-00001-of-00001\.safetensors \(for w\), which does not exist"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -164,12 +177,47 @@ def test_index_that_disagrees_with_its_files(tmp_path):
     index(tmp_path, {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"})
     with pytest.raises(CheckpointError, match=r"puts tensor b into 1\.safetensors, which does not hold it"):
         open_checkpoint(tmp_path)
-    save_file({"a": np.ones(4, np.float32)}, tmp_path / "2.safetensors")
-    with pytest.raises(CheckpointError, match="tensor a is in both"):
+
+
+def test_a_tensor_in_several_files_is_read_as_transformers_reads_it(tmp_path):
+    """From the last file in sorted order, whatever the index says; a warning names the tensor if the copies differ."""
+    save_file({"a": np.ones(4, np.float32)}, tmp_path / "1.safetensors")
+    save_file({"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}, tmp_path / "2.safetensors")
+    index(tmp_path, {"b": "2.safetensors", "a": "1.safetensors"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         open_checkpoint(tmp_path)
+    save_file({"a": np.full(4, 2, np.float32), "b": np.ones(4, np.float32)}, tmp_path / "2.safetensors")
+    with pytest.warns(UserWarning, match=r"tensor a is in both 1\.safetensors and 2\.safetensors"):
+        checkpoint = open_checkpoint(tmp_path)
+    with checkpoint:
+        assert checkpoint.read("a").tolist() == [2] * 4
+
+
+def test_files_in_folders_below(tmp_path):
+    (tmp_path / "below").mkdir()
+    save_file({"a": np.ones(4, np.float32)}, tmp_path / "below" / "1.safetensors")
+    index(tmp_path, {"a": "below/1.safetensors"})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.read("a").tolist() == [1] * 4
+
+
+@pytest.mark.parametrize(
+    "file", ["../1.safetensors", "below/../../1.safetensors", "/{absolute}/1.safetensors", "..\\1", 7]
+)
+def test_an_index_that_leaves_its_folder_is_refused_before_anything_is_opened(file, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": np.ones(4, np.float32)}, tmp_path / "1.safetensors")
+    save_file({"v": np.ones(4, np.float32)}, folder / "0.safetensors")
+    file = file.format(absolute=tmp_path) if isinstance(file, str) else file
+    index(folder, {"v": "0.safetensors", "w": file})
+    monkeypatch.setattr(safetensors_io, "read_header", lambda file: pytest.fail(f"{file} was opened"))
+    with pytest.raises(CheckpointError, match=r"which is outside of the folder|which is not a file name"):
+        open_checkpoint(folder)
 
 
 def test_broken_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"index\.json is no safetensors index"):
+    with pytest.raises(CheckpointError, match=r"index\.json is not a safetensors index"):
         open_checkpoint(tmp_path)

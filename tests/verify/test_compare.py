@@ -20,9 +20,10 @@ from converters.rows import Split
 from jaxtrain.cli import app
 from jaxtrain.nn.config import Rope
 from jaxtrain.verify import compare, load_subject
+from jaxtrain.verify.checks import LOGIT_TOLERANCE, decode_check, exact_tolerance
 from jaxtrain.verify.compare import find_checkpoint
 from jaxtrain.verify.locate import locate
-from jaxtrain.verify.subject import token_rows
+from jaxtrain.verify.subject import our_logits, token_rows
 
 WINDOW, LAYER = 37, 1
 TOKENS = 90
@@ -89,6 +90,62 @@ def test_families_pass(case, tmp_path):
     assert report.passed, "\n".join(f"{check.name}: {check.summary}" for check in report.checks)
 
 
+def passes(folder, **options):
+    report = compare(load_subject(folder), tokens=TOKENS, dtype="float32", decode=True, **options)
+    assert report.passed, "\n".join(f"{check.name}: {check.summary}" for check in report.checks)
+    return {check.name: check for check in report.checks}
+
+
+def rescaled(folder, name, factor):
+    tensors = hf_folders.tensors(folder)
+    save_file(
+        {key: value * np.float32(factor if key == name else 1) for key, value in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral", "gpt-oss"])
+def test_experts_in_float64(case, tmp_path):
+    """Where float32 exceeds the tolerance, the reference runs in float64, for which torch has no grouped product."""
+    checks = passes(rescaled(hf_folders.save(tmp_path, case), "lm_head.weight", 3000), gradients=True)
+    assert "logits float64, random ids" in checks
+
+
+def test_experts_of_a_width_that_is_no_multiple_of_the_alignment(tmp_path):
+    passes(hf_folders.save(tmp_path, "qwen3-moe", moe_intermediate_size=34), gradients=True)
+
+
+@pytest.mark.parametrize("factor", [1, 30, 1000])
+def test_the_tolerance_in_float64_grows_with_the_logits(factor, tmp_path):
+    """Norms, rope and softmax are float32 even there, and a cache orders them differently."""
+    checks = passes(rescaled(hf_folders.save(tmp_path, "qwen3-tied"), "model.norm.weight", factor))
+    assert ("logits float64, random ids" in checks) == (factor > 1)
+
+
+def test_logits_up_to_10_keep_the_absolute_tolerance():
+    assert exact_tolerance(np.array([0.01, -9.9])) == LOGIT_TOLERANCE == 1e-4
+    assert exact_tolerance(np.array([3.0, -43.0])) == pytest.approx(4.3e-4)
+
+
+def test_a_wrong_cache_fails_whatever_the_scale(tmp_path):
+    """Logits in the thousands, and an error of one part in a thousand in the decoded ones."""
+    subject = load_subject(rescaled(hf_folders.save(tmp_path, "qwen3-tied"), "model.norm.weight", 1000))
+    ids = np.stack(list(token_rows(subject, 40).values()))
+    ours = our_logits(subject, ids, "float64")
+    assert decode_check(subject, ids, "float64", ours, ours, exact_tolerance(ours)).passed
+    assert not decode_check(subject, ids, "float64", ours * 1.001, ours, exact_tolerance(ours)).passed
+
+
+def test_a_tied_table_that_is_stored_as_the_head_only(tmp_path):
+    hf_folders.save(tmp_path, "qwen3-tied")
+    tensors = hf_folders.tensors(tmp_path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    passes(tmp_path, gradients=True)
+
+
 def test_nothing_departs_in_what_is_right(subject, depart):
     assert depart(subject) is None
 
@@ -110,7 +167,7 @@ def test_window_off_by_one(subject, depart):
     pattern[LAYER] = dataclasses.replace(pattern[LAYER], window=WINDOW - 1)
     place = depart(with_config(subject, pattern=tuple(pattern)))
     assert (place.where, place.position) == ("layers.1.attn", WINDOW - 1)
-    assert place.suspects == f"window: the last of {TOKENS} tokens sees {WINDOW}, ours {WINDOW - 1}"
+    assert place.suspects == f"window: the last of {TOKENS} tokens attends to {WINDOW}, ours to {WINDOW - 1}"
 
 
 def test_swapped_gate_and_up_weights(subject, depart):
@@ -134,7 +191,7 @@ def test_swapped_gate_and_up_rows(folder, monkeypatch, depart):
 
     place = depart(with_rows(monkeypatch, folder, change))
     assert (place.where, place.what) == ("layers.0.mlp", "between gate_proj, up_proj and down_proj")
-    assert "gate and up the wrong way round" in place.suspects
+    assert "gate and up swapped" in place.suspects
 
 
 def test_o_proj_transposed(folder, monkeypatch, depart):
@@ -218,5 +275,5 @@ def test_without_torch_the_extra_is_named(folder, monkeypatch):
 
 def test_what_is_nowhere(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match="nobody/no-such-model is no folder, and no model of that name"):
+    with pytest.raises(CheckpointError, match="nobody/no-such-model is not a folder, and no model of that name"):
         find_checkpoint("nobody/no-such-model")

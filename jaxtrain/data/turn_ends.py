@@ -1,0 +1,50 @@
+"""The tokens that end a turn of the assistant under a chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from jaxtrain.data.chat import ChatTokenizer, EncodedChat
+
+_USER = {"role": "user", "content": "What is it?"}
+_ANSWER = {"role": "assistant", "content": "It is this."}
+_CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "it"}}}
+_PROBES: tuple[list[dict[str, Any]], ...] = (
+    [_USER, _ANSWER],
+    [_USER, _ANSWER, _USER, _ANSWER],
+    [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
+    [_USER, {**_ANSWER, "reasoning_content": "It may be this."}],
+)
+
+
+def turn_end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The special tokens that a model learns to end its turns with: of answers, calls of tools and answers after
+    thoughts, as far as the template has them. None without a chat template.
+
+    A token that also occurs within a turn is left out: GPT-OSS ends a thought and an earlier turn with the same one,
+    and generation that stops there would never reach the answer.
+    """
+    if not tokenizer.chat_template:
+        return []
+    chat = ChatTokenizer(tokenizer)
+    ends: dict[int, None] = {}
+    within: set[int] = set()
+    for probe in _PROBES:
+        try:
+            encoded = chat(probe)
+        except ValueError:  # the template has no tools, or cannot say where its turns are
+            continue
+        for turn in _turns(encoded):
+            ends[turn[-1]] = None
+            within |= set(turn[:-1])
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return [token for token in ends if token in special - within]
+
+
+def _turns(encoded: EncodedChat) -> list[list[int]]:
+    """The ids of each run of tokens that are trained."""
+    edges = np.flatnonzero(np.diff((encoded.loss_weights > 0).astype(np.int8), prepend=0, append=0))
+    return [encoded.input_ids[start:stop].tolist() for start, stop in zip(edges[::2], edges[1::2], strict=True)]

@@ -1,0 +1,47 @@
+"""The tokens that end a turn are those that the mask of trained tokens ends with."""
+
+import chat_templates
+import pytest
+
+from jaxtrain.data.turn_ends import turn_end_ids
+
+CASES = {
+    "CHATML": ["<|im_end|>"],
+    "LLAMA3": ["<|eot_id|>"],
+    "GEMMA": ["<end_of_turn>"],
+    "MISTRAL": ["</s>"],
+    "QWEN25": ["<|im_end|>"],
+    "QWEN3": ["<|im_end|>"],
+    "GENERATION": ["<|im_end|>"],
+    "BY_INDEX": ["<|im_end|>"],
+    "EOS_ONCE": ["</s>"],
+}
+# As GPT-OSS: a thought and an earlier turn end alike, the last answer and a call each in a way of its own.
+CHANNELS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.reasoning_content %}{{ m.reasoning_content + '<|im_end|><|im_start|>assistant\\n' }}{% endif %}"
+    "{{ m.content or '' }}{{ 'call<|eot_id|>' if m.tool_calls else '</s>' if loop.last else '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def ends(template):
+    tokenizer = chat_templates.tokenizer(template)
+    return tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_known_templates(name):
+    assert ends(getattr(chat_templates, name)) == CASES[name]
+
+
+def test_several_ends_but_none_that_is_also_within_a_turn():
+    assert ends(CHANNELS) == ["</s>", "<|eot_id|>"]
+
+
+def test_text_that_is_no_special_token_ends_nothing():
+    assert ends("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}") == []
+
+
+def test_without_a_template():
+    assert ends(None) == []

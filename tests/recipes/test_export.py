@@ -1,0 +1,84 @@
+"""What an export says of itself: where its texts end, and the chat template that it was trained with."""
+
+import json
+
+import chat_templates
+import hf_folders
+import peft
+import pytest
+from transformers import AutoTokenizer, GenerationConfig
+
+from jaxtrain.config import parse_config
+from jaxtrain.recipes import sft
+from jaxtrain.recipes.export import export_run
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}<|eot_id|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base model whose tokenizer ends texts with </s> while its chat template ends turns with <|im_end|>."""
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = chat_templates.tokenizer(chat_templates.CHATML)
+    tokenizer.save_pretrained(folder / "base")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    hf_folders.save(folder / "base", "qwen3-tied", vocab_size=len(tokenizer) + 3, **ids)
+    (folder / "base" / "generation_config.json").write_text(json.dumps({**ids, "temperature": 0.5}))
+    chats = [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": f"yo {i}"}]}
+        for i in range(16)
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (folder / "template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def trained(place, run, **model):
+    tree = {
+        "recipe": "sft",
+        "run": {"dir": str(run)},
+        "model": {"path": str(place / "base"), "compute_dtype": "float32", "remat": "none", **model},
+        "data": {"train": {"path": str(place / "chats.jsonl")}, "max_length": 64},
+        "train": {"steps": 1, "batch_size": 8},
+        "checkpoint": {"every": 1},
+        "log": {"tensorboard": False},
+    }
+    sft.run(parse_config(tree, "test"))
+    return run
+
+
+def said(out):
+    """The names of the tokens that end a text, and the chat template, as transformers reads them."""
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ends = GenerationConfig.from_pretrained(out).eos_token_id
+    return tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends]), tokenizer.chat_template
+
+
+def test_the_end_of_a_turn_joins_the_end_of_a_text(place, tmp_path):
+    export_run(trained(place, tmp_path / "run"), tmp_path / "out")
+    assert said(tmp_path / "out") == (["</s>", "<|im_end|>"], chat_templates.CHATML)
+    assert hf_folders.read_json(tmp_path / "out/generation_config.json")["temperature"] == 0.5
+
+
+def test_the_template_that_was_trained_with(place, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    run = trained(place, tmp_path / "run", chat_template=str(template))
+    export_run(run, tmp_path / "out")
+    assert said(tmp_path / "out") == (["</s>", "<|eot_id|>"], TEMPLATE)
+    assert "chat_template" not in hf_folders.read_json(tmp_path / "out/tokenizer_config.json")
+    template.write_text(TEMPLATE.replace("[", "<"))
+    with pytest.raises(ValueError, match=r"tokenizer or chat template has changed since .*template\.jinja"):
+        export_run(run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_adapters_too(place, tmp_path):
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    run = trained(place, tmp_path / "run", chat_template=str(place / "template.jinja"), lora=lora)
+    export_run(run, tmp_path / "out", adapter=True)
+    assert said(tmp_path / "out") == (["</s>", "<|eot_id|>"], TEMPLATE)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (
+        loaded.get_input_embeddings().weight.shape[0] == hf_folders.read_json(place / "base/config.json")["vocab_size"]
+    )
