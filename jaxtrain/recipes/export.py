@@ -15,6 +15,7 @@ from jaxtrain.config import MeshSection
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
+from jaxtrain.nn.modules import check_exportable
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes.fallback import TorchModel, export_torch_model
 from jaxtrain.recipes.run_folder import read_run_config
@@ -55,6 +56,7 @@ def export_run(
         assert config.model.path is not None
         export_torch_model(policy.model, params, config.model.path, out, dtype or policy.hf.get("dtype"))
         return
+    check_exportable(policy.model.config)
     if policy.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.
         base = base_params(config.model, policy._replace(quantize=None), config.run.seed)

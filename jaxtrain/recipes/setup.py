@@ -21,7 +21,7 @@ from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection, RunConfig, SourceSection
 from jaxtrain.data.pipeline import Encode, TrainStream, count_shards
 from jaxtrain.lora import check_targets, join, mean_rows, merge_tokens, split_adapters
-from jaxtrain.nn.config import Lora, ModelConfig, NewTokens, RouterLoss
+from jaxtrain.nn.config import Lora, ModelConfig, Modules, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
@@ -79,6 +79,7 @@ def make_policy(config: RunConfig, mesh: jax.sharding.Mesh) -> Policy:
     assert origin is not None
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     model_config, hf = read_config(origin, vocab_multiple=multiple)
+    model_config = replace(model_config, modules=Modules(**section.modules.model_dump()))
     on_cpu = platform_of(mesh) == "cpu"
     unroll = on_cpu and section.remat == "none" and model_config.num_layers <= _UNROLLED
     run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll=unroll)
