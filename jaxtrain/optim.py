@@ -1,4 +1,8 @@
-"""Optimizers from optax, schedules, and which parameters decay."""
+"""Optimizers from optax, learning-rate schedules, and which parameters decay.
+
+`optimizer.name` and `optimizer.schedule` also take the import path (`package.module:function`) of a function with the
+signature of `make_optimizer` or `make_schedule`.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,22 @@ import optax
 from optax import contrib
 
 from jaxtrain.config import OptimizerSection
+from jaxtrain.named import load_named
 from jaxtrain.types import Array, Params
 
 Schedule = Callable[[Array | int], Array]
 
 
 def make_schedule(section: OptimizerSection, steps: int) -> Schedule:
-    """Learning rate of step i (from 0): a linear warm-up that reaches the peak at `warmup_steps`, then a decay.
+    """The learning rate as a function of the step, counted from 0, for a run of `steps` steps.
 
-    The first step already moves (its rate is peak / warmup_steps, not 0) and the last one has the final rate.
+    The schedules that are named without a path warm up linearly, reach the peak at step `warmup_steps` and then decay.
+    The rate of step 0 is peak / warmup_steps, not 0, and the last step has the final rate.
+
+    Raises ValueError where `section.schedule` is the path of a function that returns no such function.
     """
+    if ":" in section.schedule:
+        return _own_schedule(section, steps)
     peak, warmup = section.learning_rate, section.warmup_steps
     final = section.final_learning_rate
 
@@ -29,21 +39,38 @@ def make_schedule(section: OptimizerSection, steps: int) -> Schedule:
         progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
         match section.schedule:
             case "constant":
-                share = jnp.ones_like(progress)
+                factor = jnp.ones_like(progress)
             case "linear":
-                share = 1 - (1 - final) * progress
+                factor = 1 - (1 - final) * progress
             case "cosine":
-                share = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return peak * share * jnp.minimum(1, (step + 1) / max(warmup, 1))
+                factor = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+            case name:
+                raise AssertionError(name)
+        return peak * factor * jnp.minimum(1, (step + 1) / max(warmup, 1))
 
     return schedule
 
 
-def make_optimizer(section: OptimizerSection, schedule: Schedule, axes: Params) -> optax.GradientTransformation:
-    """The optax chain behind `optimizer.name`. `axes`: logical axes of the trained parameters, leaf by leaf.
+def _own_schedule(section: OptimizerSection, steps: int) -> Schedule:
+    schedule = load_named(section.schedule, "optimizer.schedule")(section, steps)
+    if not callable(schedule):
+        raise ValueError(f"optimizer.schedule={section.schedule} must return a function of the step, not {schedule!r}")
+    rate = jax.eval_shape(lambda step: jnp.asarray(schedule(step)), jax.ShapeDtypeStruct((), jnp.int32))
+    if rate.shape != () or not jnp.issubdtype(rate.dtype, jnp.floating):
+        raise ValueError(
+            f"optimizer.schedule={section.schedule}: the learning rate of a step must be a floating-point scalar, not "
+            f"{rate.dtype}{list(rate.shape)}"
+        )
+    return lambda step: jnp.asarray(schedule(step))
 
-    AdamW: https://arxiv.org/abs/1711.05101; Adafactor: https://arxiv.org/abs/1804.04235; Muon with AdamW for what is no
-    hidden matrix: https://kellerjordan.github.io/posts/muon/.
+
+def make_optimizer(section: OptimizerSection, schedule: Schedule, axes: Params) -> optax.GradientTransformation:
+    """The optax chain that `section.name` names. `axes`: a tree with the logical axes of each trained parameter.
+
+    AdamW: https://arxiv.org/abs/1711.05101; Adafactor: https://arxiv.org/abs/1804.04235; Muon for the hidden matrices
+    with AdamW for all other parameters: https://kellerjordan.github.io/posts/muon/.
+
+    Raises ValueError where `section.name` is the path of a function that returns no `optax.GradientTransformation`.
     """
     decays = partial(jax.tree_util.tree_map_with_path, lambda path, _: _is_matrix(path))
     match section.name:
@@ -76,10 +103,15 @@ def make_optimizer(section: OptimizerSection, schedule: Schedule, axes: Params) 
                 ),
                 mu_dtype=section.state_dtype,
             )
+        case path:
+            made = load_named(path, "optimizer.name")(section, schedule, axes)
+            if not isinstance(made, optax.GradientTransformation):
+                raise ValueError(f"optimizer.name={path} must return an optax.GradientTransformation, not {made!r}")
+            return made
 
 
 def _is_matrix(path: tuple) -> bool:
-    """Kernels and adapters: by name, because stacking over layers gives a norm's scale two axes."""
+    """Kernels and adapters, recognised by name: stacked over layers, the scale of a norm has two axes as well."""
     return path[-1].key in ("kernel", "lora_a", "lora_b")
 
 
@@ -88,7 +120,7 @@ def _is_axes(node: object) -> bool:
 
 
 def _dimension_numbers(path: tuple, axes: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
-    """How a stacked kernel is a batch of matrices; None leaves a parameter to Adam."""
+    """Which axes of a stacked kernel form the rows and columns of its matrices; None: Adam updates the parameter."""
     if not _is_matrix(path) or axes[0] != "layers":
         return None
     # One side of every matrix is a single axis: the residual stream's, or the adapter's rank.

@@ -35,7 +35,7 @@ def of_rl(rl=None, **sections):
         (with_section(train={"steps": 0}), "train.steps: Input should be greater than 0 (got 0)"),
         (
             with_section(optimizer={"name": "sgd"}),
-            "optimizer.name: Input should be 'adamw', 'adafactor' or 'muon' (got 'sgd')",
+            "optimizer.name: should be one of adamw, adafactor, muon, or package.module:function, not 'sgd'",
         ),
         (with_section(model={}), "model: give either `path`"),
         (with_section(model={"path": "a", "config": {}}), "model: give either `path`"),
@@ -139,8 +139,8 @@ eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.expert mes
 model.add_tokens model.add_tokens.alone model.add_tokens.count model.add_tokens.names model.add_tokens.prefix
 model.add_tokens.special model.add_tokens.suffix model.attention model.backend model.chat_template model.compute_dtype
 model.config model.head model.lora model.lora.alpha model.lora.dropout model.lora.dtype model.lora.path model.lora.rank
-model.lora.rslora model.lora.targets model.param_dtype model.path model.quantize model.remat model.router_aux_loss_coef
-model.router_z_loss_coef model.tokenizer model.vocab_multiple optimizer optimizer.b1 optimizer.b2 optimizer.eps
+model.lora.rslora model.lora.targets model.modules model.modules.attention model.modules.mlp model.modules.norm model.param_dtype model.path model.quantize model.remat model.router_aux_loss_coef
+model.router_z_loss_coef model.tokenizer model.vocab_multiple optimizer optimizer.args optimizer.b1 optimizer.b2 optimizer.eps
 optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.schedule optimizer.state_dtype
 optimizer.warmup_steps optimizer.weight_decay recipe rl rl.aggregation rl.algorithm rl.beta rl.correction
 rl.correction.cap rl.correction.level rl.correction.mode rl.critic rl.critic.epsilon rl.critic.learning_rate

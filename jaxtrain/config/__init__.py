@@ -16,6 +16,7 @@ from jaxtrain.config.sections import LogSection as LogSection
 from jaxtrain.config.sections import LoraSection as LoraSection
 from jaxtrain.config.sections import MeshSection as MeshSection
 from jaxtrain.config.sections import ModelSection as ModelSection
+from jaxtrain.config.sections import ModulesSection as ModulesSection
 from jaxtrain.config.sections import OptimizerSection as OptimizerSection
 from jaxtrain.config.sections import RunSection as RunSection
 from jaxtrain.config.sections import SourceSection as SourceSection

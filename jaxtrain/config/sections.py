@@ -72,6 +72,12 @@ class AddTokensSection(Section):
         return self
 
 
+class ModulesSection(Section):
+    attention: str | None = None  # package.module:Class; default: jaxtrain.nn.attention:Attention
+    mlp: str | None = None  # default: jaxtrain.nn.mlp:GatedMLP, or jaxtrain.nn.moe:SparseMLP
+    norm: str | None = None  # default: jaxtrain.nn.norm:RMSNorm
+
+
 class ModelSection(Section):
     path: Annotated[str | None, INPUT_PATH] = None  # a Hugging Face folder: config.json, *.safetensors, tokenizer
     config: dict[str, Any] | None = None  # instead of `path`: a config.json's content, random weights
@@ -83,6 +89,7 @@ class ModelSection(Section):
     param_dtype: DType = "float32"
     remat: Annotated[Literal["none", "dots", "full"], MAY_CHANGE] = "full"  # what the backward pass computes again
     attention: Annotated[Literal["auto", "xla", "splash", "cudnn"], MAY_CHANGE] = "auto"
+    modules: ModulesSection = ModulesSection()  # classes that replace modules of the decoder: see docs/modules.md
     head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
     backend: Literal["jaxtrain", "torchax"] = "jaxtrain"  # torchax: any architecture of transformers, less able
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0  # of the load-balancing loss of a mixture of experts
@@ -158,10 +165,19 @@ class TrainSection(Section):
     max_skipped_in_a_row: Annotated[PositiveInt, MAY_CHANGE] = 5  # non-finite gradients in a row that end the run
 
 
+def _one_of_or_path(*known: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in known and ":" not in value:
+            raise ValueError(f"should be one of {', '.join(known)}, or package.module:function, not {value!r}")
+        return value
+
+    return AfterValidator(check)
+
+
 class OptimizerSection(Section):
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    name: Annotated[str, _one_of_or_path("adamw", "adafactor", "muon")] = "adamw"  # or package.module:function
     learning_rate: PositiveFloat = 2e-5
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Annotated[str, _one_of_or_path("constant", "linear", "cosine")] = "cosine"  # or package.module:function
     warmup_steps: NonNegativeInt = 0
     final_learning_rate: Fraction = 0.0  # as a share of learning_rate, where the schedule ends
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # matrices only: norms, biases and embeddings never decay
@@ -169,6 +185,13 @@ class OptimizerSection(Section):
     b2: Fraction = 0.999
     eps: PositiveFloat = 1e-8
     state_dtype: DType = "float32"  # of the first moment
+    args: dict[str, Any] = {}  # read by a function that `name` or `schedule` names by import path
+
+    @model_validator(mode="after")
+    def _args_are_read(self) -> OptimizerSection:
+        if self.args and ":" not in self.name + self.schedule:
+            raise ValueError(f"args are for an optimizer or schedule named by import path, not for {self.name}")
+        return self
 
 
 class MeshSection(Section):

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtrain.nn.cache import LayerCache, order_on
 from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
 from jaxtrain.nn.linear import Linear
+from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.rope import RopeTable, apply_rope
 from jaxtrain.ops.attend import Impl, attend
@@ -53,8 +54,9 @@ class Attention(nnx.Module):
         if config.qk_norm:
             # Over each head with one scale, or over all heads with a scale of every channel.
             parts = slice(1, None) if config.qk_norm == "head" else slice(None)
-            self.q_norm = RMSNorm(config, heads[0][parts], heads[1][parts], dtype=dtype)
-            self.k_norm = RMSNorm(config, kv_heads[0][parts], kv_heads[1][parts], dtype=dtype)
+            norm_class = module_class(config, "norm", RMSNorm)
+            self.q_norm = norm_class(config, heads[0][parts], heads[1][parts], dtype=dtype)
+            self.k_norm = norm_class(config, kv_heads[0][parts], kv_heads[1][parts], dtype=dtype)
         self.sinks = nnx.data(None)
         if config.sinks:
             sinks = nnx.initializers.normal(config.init_std)(rngs.params(), (config.num_heads,), dtype)

@@ -113,6 +113,15 @@ class MoE:
 
 
 @dataclass(frozen=True)
+class Modules:
+    """Import paths (`package.module:Class`) of classes that replace modules of every layer: see `nn.modules`."""
+
+    attention: str | None = None
+    mlp: str | None = None
+    norm: str | None = None  # the final norm and the norms of queries and keys as well
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and switches of a decoder. Sizes have no default; a switch is off unless a family turns it on."""
 
@@ -146,6 +155,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # of the logits, before their softcap
     moe: MoE | None = None  # in every layer
     vocab_multiple: int = 64  # the stored vocabulary is rounded up to this; the rest is inert
+    modules: Modules = Modules()  # classes of the user's
 
     def __post_init__(self) -> None:
         assert len(self.pattern) == self.num_layers, (len(self.pattern), self.num_layers)

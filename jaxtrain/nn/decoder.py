@@ -17,6 +17,7 @@ from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig, NewTokens
 from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, put_new
 from jaxtrain.nn.mlp import GatedMLP
+from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.rope import rope_tables, segment_lengths
@@ -53,14 +54,18 @@ class Execution:
 
 class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
+        norm_class = module_class(config, "norm", RMSNorm)
+
         def norm(used: bool) -> RMSNorm | None:
-            return RMSNorm(config, (config.hidden_size,), ("norm",), dtype=dtype) if used else nnx.data(None)
+            return norm_class(config, (config.hidden_size,), ("norm",), dtype=dtype) if used else nnx.data(None)
 
         self.input_norm = norm(config.pre_norms)
-        self.attn = Attention(config, rngs=rngs, dtype=dtype, lora=lora)
+        attention_class = module_class(config, "attention", Attention)
+        self.attn: Attention = attention_class(config, rngs=rngs, dtype=dtype, lora=lora)
         self.attn_post_norm = norm(config.post_norms)
         self.mlp_norm = norm(config.pre_norms)
-        self.mlp = (SparseMLP if config.moe else GatedMLP)(config, rngs=rngs, dtype=dtype, lora=lora)
+        mlp_class = module_class(config, "mlp", SparseMLP if config.moe else GatedMLP)
+        self.mlp: SparseMLP | GatedMLP = mlp_class(config, rngs=rngs, dtype=dtype, lora=lora)
         self.mlp_post_norm = norm(config.post_norms)
         self.residual_scale = config.residual_scale
 
@@ -146,7 +151,8 @@ class Decoder(nnx.Module):
             return Block(config, rngs=rngs, dtype=dtype, lora=lora)
 
         self.layers = blocks(rngs)
-        self.norm = RMSNorm(config, (config.hidden_size,), ("norm",), dtype=dtype)
+        norm_class = module_class(config, "norm", RMSNorm)
+        self.norm: RMSNorm = norm_class(config, (config.hidden_size,), ("norm",), dtype=dtype)
         self.lm_head = self.value_head = self.custom_head = nnx.data(None)
         if output == SCALAR:
             self.value_head = ScalarHead(config, rngs=rngs, dtype=dtype)

@@ -17,7 +17,7 @@ from converters.import_hf import read_config
 from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection
 from jaxtrain.lora import check_targets, split_adapters
-from jaxtrain.nn.config import Lora, ModelConfig, NewTokens, RouterLoss
+from jaxtrain.nn.config import Lora, ModelConfig, Modules, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.ops.quantize import Kind, quantize_kernels
@@ -82,6 +82,7 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     assert origin is not None
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     config, hf = read_config(origin, vocab_multiple=multiple)
+    config = replace(config, modules=Modules(**section.modules.model_dump()))
     unroll = platform_of(mesh) == "cpu" and section.remat == "none" and config.num_layers <= _MAX_UNROLLED_LAYERS
     run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll=unroll)
     lora, added = _lora(section, config), _added_tokens(section)

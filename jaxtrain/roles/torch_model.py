@@ -23,7 +23,7 @@ import numpy as np
 
 from converters.errors import CheckpointError
 from converters.export_hf import TrainedText, empty_folder, write_text_files, written_aside
-from jaxtrain.config import ModelSection
+from jaxtrain.config import ModelSection, ModulesSection
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
@@ -90,7 +90,8 @@ def open_torch_model(section: ModelSection, run: Execution) -> TorchModel:
     Raises ValueError for a key that this backend does not honour, and CheckpointError where the logits are more than
     `hidden @ kernel` of a plain linear head.
     """
-    unavailable = {"lora": None, "quantize": None, "add_tokens": None, "config": None, "head": "lm"}
+    unavailable: dict[str, Any] = {"lora": None, "quantize": None, "add_tokens": None, "config": None}
+    unavailable |= {"head": "lm", "modules": ModulesSection()}
     for key, default in unavailable.items():
         if getattr(section, key) != default:
             raise ValueError(f"model.{key} is not available with model.backend=torchax")

@@ -16,6 +16,7 @@ from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
+from jaxtrain.nn.modules import check_exportable
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import Declaration, declare
 from jaxtrain.roles.initial import base_params
@@ -62,6 +63,7 @@ def export_run(
         dtype = dtype or declared.hf.get("dtype")
         export_torch_model(declared.model, params, tokenizer_from or config.model.path, out, dtype=dtype, text=text)
         return
+    check_exportable(declared.model.config)
     if declared.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.
         base = base_params(config.model, declared._replace(quantize=None), config.run.seed)
