@@ -254,11 +254,10 @@ def quickstart(
 
     With configs/rl/quickstart.yaml (or one beside it) the model is taught half of it, and reinforcement does the rest.
     """
-    from jaxtrain.config import load_config
-    from jaxtrain.recipes.quickstart import run, run_rl
+    from jaxtrain.recipes.quickstart import load_quickstart, run, run_rl
 
-    loaded = load_config(config, overrides)
-    sys.exit(run(loaded) if loaded.recipe == "sft" else run_rl(loaded, load_config(QUICKSTART)))
+    loaded = load_quickstart(config, overrides)
+    sys.exit(run(loaded) if loaded.recipe == "sft" else run_rl(loaded, load_quickstart(QUICKSTART)))
 
 
 def main() -> None:

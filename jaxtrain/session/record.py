@@ -18,6 +18,12 @@ CHANGES = "config_changes.jsonl"  # permitted changes since, each with its step 
 FINISHED = "finished.json"  # after which step the run ended by itself
 CHECKPOINTS = "checkpoints"
 
+# Everything that a run writes into its folder, besides the lock.
+RUN_FILES = (
+    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS),
+    *("metrics.jsonl", "tensorboard", "inspection", "experience", "trajectories"),
+)
+
 
 class SavedRun(NamedTuple):
     """What a checkpoint says of its run."""

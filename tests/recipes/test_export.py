@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from jaxtrain.config import parse_config
 from jaxtrain.recipes import sft
-from jaxtrain.recipes.export import export_run
+from jaxtrain.session.export import export_run
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}<|eot_id|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"  # noqa: E501
 

@@ -152,9 +152,22 @@ def test_two_hosts_train_as_one_does_and_one_goes_on_from_their_checkpoint(place
                 assert line[name] == pytest.approx(expected[name], rel=1e-3), (line["step"], name)
 
 
+def test_what_one_host_refuses_all_refuse(place, whole):
+    """Only the first process looks into the folder; the others must not wait for it."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    command = (place / "sft.yaml", "run.seed=1")
+    hosts = [commands.start(*command, devices=4, JAX_PROCESS_ID=str(host), **cluster) for host in range(2)]
+    outputs = [host.communicate(timeout=300)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [2, 2], outputs
+    assert all("run.seed: 0 -> 1" in output for output in outputs)
+
+
 def test_a_finished_run_is_left_alone_and_a_new_one_wants_a_new_folder(place, whole):
     before = logged(whole)
-    train(place)
+    assert "is finished: train.steps=12" in train(place)
     assert logged(whole) == before
     process = commands.start(place / "sft.yaml", "--no-resume")
     output, _ = process.communicate(timeout=600)

@@ -1,0 +1,87 @@
+"""Which files the quickstart made, so that it replaces those and no others.
+
+Each folder in which it makes something holds `.made-by-quickstart`: the names of what it made there, with a hash of
+each file, so that a file changed since counts as the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxtrain.session.lock import LOCK, FolderLock
+from jaxtrain.session.record import RUN_FILES, write_atomically
+
+MARK = ".made-by-quickstart"
+EXPORT = "export"  # in a run's folder
+
+
+def in_the_way(folder: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What exists in a folder (of `names`, or at all) and is not the quickstart's own, each with the reason."""
+    if not folder.is_dir():
+        return [f"{folder}: not a folder"] if _exists(folder) else []
+    if names is None and not (folder / MARK).is_file():
+        return [f"{folder}: not made by the quickstart"] if any(folder.iterdir()) else []
+    made = _made(folder)
+    found = []
+    for path in (folder / name for name in names) if names is not None else sorted(folder.iterdir()):
+        if not _exists(path) or path.name == MARK:
+            continue
+        if path.name not in made:
+            found.append(f"{path}: not made by the quickstart")
+        elif path.is_symlink() or made[path.name] not in (None, _hash(path)):
+            found.append(f"{path}: changed since the quickstart made it")
+    return found
+
+
+@contextmanager
+def making(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Inside, the files `names` of a folder are made. Those of an earlier quickstart are replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = _made(folder)
+    # Without a hash first: should this process be killed, half a file is still known as the quickstart's.
+    _record(folder, made | dict.fromkeys(names))
+    yield
+    others = {name: hash for name, hash in made.items() if name not in names}
+    _record(folder, others | {name: _hash(folder / name) for name in names if (folder / name).exists()})
+
+
+def in_the_way_of_run(folder: Path) -> list[str]:
+    """What exists in a run's folder and is not of an earlier run of the quickstart."""
+    if folder.is_dir() and (folder / MARK).is_file():
+        own = {MARK, LOCK, EXPORT, *RUN_FILES}
+        return [f"{path}: not made by the quickstart" for path in sorted(folder.iterdir()) if path.name not in own]
+    return in_the_way(folder)
+
+
+def clear_run(folder: Path) -> None:
+    """Remove an earlier run of the quickstart, and mark the folder as the quickstart's."""
+    with FolderLock(folder) as lock:
+        lock.keep()
+        for name in (EXPORT, *RUN_FILES):
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        _record(folder, {})
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _made(folder: Path) -> dict[str, str | None]:
+    return json.loads((folder / MARK).read_text()) if (folder / MARK).is_file() else {}
+
+
+def _record(folder: Path, made: dict[str, str | None]) -> None:
+    write_atomically(folder / MARK, json.dumps(made, indent=1) + "\n")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
