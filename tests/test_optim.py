@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jaxtrain.losses.sft import sft_loss
 
 from jaxtrain.config import OptimizerSection
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import make_step

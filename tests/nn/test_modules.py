@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jaxtrain.losses.sft import sft_loss
 
 from jaxtrain.config import MeshSection, OptimizerSection
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.config import Modules
 from jaxtrain.nn.modules import check_exportable
 from jaxtrain.optim import make_optimizer, make_schedule

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-
 from jaxtrain.rl.controller import Experience, Learner, Pending, Plan, Roles, reinforce
 from jaxtrain.train.loop import NonFiniteError
+
 from jaxtrain.train.step import StepReport
 from jaxtrain.types import Batch, TrainState
 

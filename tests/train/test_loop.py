@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jaxtrain.losses.sft import sft_loss
+from jaxtrain.train.loop import NonFiniteError, check_finite, train
 
 from jaxtrain.config import OptimizerSection
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.optim import make_optimizer, make_schedule
-from jaxtrain.train.loop import NonFiniteError, check_finite, train
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import StepReport, make_step
 from jaxtrain.types import Batch
