@@ -6,10 +6,13 @@ import tiny
 
 from jaxtrain.config import MeshSection
 from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, param_specs
-from jaxtrain.rl.placement import make_meshes, make_sampler
+from jaxtrain.rl.placement import build_sampler, sampling_mesh, trainer_devices
 from jaxtrain.rl.rollouts import Prompt
+from jaxtrain.rl.sync import rollout_model
 from jaxtrain.rl.worker import WorkerSpec
+from jaxtrain.roles.role import Snapshot
 from jaxtrain.sample.requests import SamplingParams
 
 SIZES = {"num_layers": 1, "pattern": tiny.CONFIG.pattern[:1], "hidden_size": 32, "intermediate_size": 32}
@@ -28,9 +31,15 @@ def trained(mesh, lora=None, seed=0):
 
 
 def place(placement, seed=0, lora=None):
-    mesh, sampling = make_meshes(placement, MeshSection())
+    mesh, sampling = meshes(placement)
     model, params = trained(mesh, lora, seed)
-    return make_sampler(placement, spec(model), model, params, 0, sampling), model, params
+    return build_sampler(placement, spec(rollout_model(model, sampling)), model, Snapshot(params, 0)), model, params
+
+
+def meshes(placement):
+    """The mesh that trains, and the one that samples."""
+    mesh = make_mesh(MeshSection(), trainer_devices(placement))
+    return mesh, sampling_mesh(placement, MeshSection(), mesh)
 
 
 def same(one, other):

@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jaxtrain.losses.sft import sft_loss
 
 from jaxtrain.config import OptimizerSection
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import make_step
@@ -72,8 +72,6 @@ def test_a_run_trains_with_an_optimizer_named_by_import_path():
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
     params = tiny.random_params(model)
-    state, report = jax.jit(make_step(model, tx, schedule, sft_loss))(
-        new_state(params, {}, tx, jax.random.key(0)), batch
-    )
+    state, report = jax.jit(make_step(model, tx, schedule, SFT()))(new_state(params, tx, jax.random.key(0)), {}, batch)
     assert report.skipped == 0
     assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))

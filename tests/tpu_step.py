@@ -71,13 +71,13 @@ def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int)
 
     shardings = param_specs(model.axes(), model.abstract(), RULES[section.preset], mesh)
     params = jax.tree.map(placed, model.abstract(), shardings)
-    state = jax.eval_shape(lambda p: new_state(p, {}, tx, jax.random.key(0)), params)._replace(params=params)
+    state = jax.eval_shape(lambda p: new_state(p, tx, jax.random.key(0)), params)._replace(params=params)
     shardings = state_shardings(state, mesh)
     state = jax.tree.map(placed, state, shardings)
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding))
     step = make_step(model, tx, schedule, SFT(), max_grad_norm=1.0)
-    return jit_step(step, state, mesh).lower(state, batch).compile()
+    return jit_step(step, state, mesh).lower(state, {}, batch).compile()
 
 
 def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -9,14 +9,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain.config import RunConfig
+from jaxtrain.config import MeshSection
 from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import WeightSync, rollout_model
 from jaxtrain.rl.worker import WorkerSpec
-from jaxtrain.roles.role import TrainedRole
+from jaxtrain.roles.role import Snapshot, TrainedRole
 from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.session.session import Session
 
@@ -42,13 +43,11 @@ def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
     return devices[:-count]
 
 
-def sampling_mesh(config: RunConfig, trainer: Mesh) -> Mesh | None:
+def sampling_mesh(placement: PlacementSection, section: MeshSection, trainer: Mesh) -> Mesh | None:
     """The mesh of this process that samples; None: sampling is in other processes.
 
     Under `disjoint` the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them.
     """
-    assert config.rl is not None
-    placement, section = config.rl.placement, config.mesh
     if placement.kind == "ray":
         return None
     if placement.kind == "colocated":
@@ -64,10 +63,9 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
     """A sampler with the policy's parameters. It is closed with the run, and interrupted when the run shall stop."""
     section = session.config.rl
     assert section is not None
-    model = rollout_model(policy.model, sampling_mesh(session.config, session.mesh))
-    placement, snapshot = section.placement, policy.snapshot()
+    mesh = sampling_mesh(section.placement, session.config.mesh, session.mesh)
     spec = WorkerSpec(
-        model,
+        rollout_model(policy.model, mesh),
         SamplingParams(
             max_tokens=section.max_completion_length,
             temperature=section.sampling.temperature,
@@ -83,18 +81,21 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
         support=section.sampling.support if section.sampling.filtered else 0,
         environment=section.environment,
     )
-    if placement.kind == "ray":
-        sampler: EngineSampler | RaySampler = RaySampler(
-            spec,
-            policy.model,
-            workers=placement.workers,
-            seconds=placement.worker_seconds,
-            resources=placement.resources,
-        )
-        sampler.set_params(*snapshot)
-    else:
-        sync = WeightSync(policy.model, model)
-        sampler = spec.build(sync(snapshot.params).params, snapshot.version, sync)
+    sampler = build_sampler(section.placement, spec, policy.model, policy.snapshot())
     session.enter(closing(sampler))
     session.preemption.on_request(sampler.interrupt)
+    return sampler
+
+
+def build_sampler(
+    placement: PlacementSection, spec: WorkerSpec, trainer: Model, snapshot: Snapshot
+) -> EngineSampler | RaySampler:
+    """A sampler with the weights of `snapshot`, which are those of the model `trainer`."""
+    if placement.kind != "ray":
+        sync = WeightSync(trainer, spec.model)
+        return spec.build(sync(snapshot.params).params, snapshot.version, sync)
+    sampler = RaySampler(
+        spec, trainer, workers=placement.workers, seconds=placement.worker_seconds, resources=placement.resources
+    )
+    sampler.set_params(snapshot.params, snapshot.version)
     return sampler

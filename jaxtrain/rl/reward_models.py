@@ -8,9 +8,9 @@ import numpy as np
 
 from converters.families.registry import has_scalar_head
 from jaxtrain.nn.heads import SCALAR
-from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.rl.rollouts import Trajectory, pack_parts
 from jaxtrain.roles.role import Role
+from jaxtrain.sample.placement import row_shares
 from jaxtrain.session.session import Session
 
 
@@ -26,7 +26,7 @@ class RewardModel:
         self._role, self._max_length = role, max_length
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        (packed,) = pack_parts([trajectories], self._max_length, row_shares(self._role.mesh))
+        (packed,) = pack_parts([trajectories], self._max_length, row_shares(self._role.model))
         values = self._role.rewards(packed.batch._replace(signals={}))
         return np.array([values[span.row, span.stop - 1] for span in packed.spans], np.float64)
 

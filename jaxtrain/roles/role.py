@@ -78,13 +78,15 @@ class Role:
         return self._score("rewards", batch, lambda p, b: self.model.values(p, self.model.hidden(p, b)))
 
     def place(self, batch: Batch) -> Batch:
-        """This host's rows of a global batch, on the devices of the role's mesh."""
+        """This host's rows of a global batch, on the devices of the role's mesh, if it is on one."""
+        if self.model.run.mesh is None:
+            return batch
         rows = len(batch.tokens) * jax.process_count()
         return place_batch(batch, self.mesh, local_rows(self.mesh, rows), rows)
 
     def _score(self, key: Any, batch: Batch, function: Any) -> np.ndarray:
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(function, compiler_options=compiler_options(self.mesh))
+            self._compiled[key] = jax.jit(function, compiler_options=compiler_options(self.model.run.mesh))
         return np.asarray(jax.device_get(self._compiled[key](self.params, self.place(batch))))
 
 

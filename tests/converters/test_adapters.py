@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from jaxtrain.recipes.setup import adapter_params, make_policy
 from safetensors.numpy import load_file, save_file
 
 from converters.adapters import INERT_KEYS, KNOWN_KEYS, export_adapter, import_adapter, read_lora
@@ -26,6 +25,8 @@ from jaxtrain.lora import check_targets, join, merge_adapters, split_adapters
 from jaxtrain.nn.config import Lora
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.roles.declare import declare
+from jaxtrain.roles.initial import adapter_params
 from jaxtrain.types import Batch
 
 peft = pytest.importorskip("peft")
@@ -95,7 +96,7 @@ def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
     folder, expected = save_peft(tmp_path, use_rslora=True)
     section = {"path": str(tmp_path / "base"), "param_dtype": "bfloat16", "lora": {"path": str(folder)}}
     config = parse_config({"recipe": "sft", "model": section, "data": {"train": {"path": "x"}}}, "test")
-    policy = make_policy(config, make_mesh(config.mesh))
+    policy = declare(config.model, make_mesh(config.mesh), config.mesh.preset)
     lora = policy.model.lora
     assert lora is not None and (lora.rank, lora.alpha, lora.rslora) == (3, 9.0, True) and len(lora.targets) == 7
     adapters = adapter_params(config.model, policy, 0, {})
@@ -115,7 +116,7 @@ def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
         asked = section | {"lora": {"path": str(folder), key: value}}
         wrong = parse_config({"recipe": "sft", "model": asked, "data": {"train": {"path": "x"}}}, "test")
         with pytest.raises(ValueError, match=rf"model\.lora\.{key}=.* but the adapter in"):
-            make_policy(wrong, make_mesh(wrong.mesh))
+            declare(wrong.model, make_mesh(wrong.mesh), wrong.mesh.preset)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jaxtrain.recipes.setup import adapter_params, base_params, make_policy
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -16,13 +15,15 @@ from converters.import_hf import import_params, read_config
 from jaxtrain.config import parse_config
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.roles.declare import declare
+from jaxtrain.roles.initial import adapter_params, base_params
 from jaxtrain.types import Batch
 
 
 def policy_of(folder, head, **model):
     section = {"path": str(folder), "head": head, "compute_dtype": "float32", **model}
     config = parse_config({"recipe": "sft", "model": section, "data": {"train": {"path": "x"}}}, "test")
-    policy = make_policy(config, make_mesh(config.mesh))
+    policy = declare(config.model, make_mesh(config.mesh), config.mesh.preset)
     base = base_params(config.model, policy, 0)
     return policy, base, adapter_params(config.model, policy, 0, base)
 

@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from jaxtrain.train.loop import NonFiniteError, check_finite
 
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.pipeline import TrainStream, eval_batches
+from jaxtrain.train.guard import NonFiniteError, check_finite
 from jaxtrain.train.step import StepReport
 from jaxtrain.types import Batch, Example
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jaxtrain.losses.sft import sft_loss
 
 from jaxtrain.config import MeshSection, OptimizerSection
 from jaxtrain.nn.config import Modules
 from jaxtrain.nn.modules import check_exportable
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, param_specs
@@ -36,8 +36,8 @@ def test_a_replaced_module_trains_a_step(role):
     section = OptimizerSection(learning_rate=1e-2, schedule="constant")
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
-    step = jax.jit(make_step(model, tx, schedule, sft_loss))
-    state, report = step(new_state(params, {}, tx, jax.random.key(0)), batch)
+    step = jax.jit(make_step(model, tx, schedule, SFT()))
+    state, report = step(new_state(params, tx, jax.random.key(0)), {}, batch)
     assert np.isfinite(report.grad_norm) and report.skipped == 0
     moved = jax.tree.map(
         lambda new, old: bool(np.any(new != old)), state.params["layers"][module], params["layers"][module]

@@ -7,7 +7,6 @@ import hf_folders
 import numpy as np
 import pytest
 import torch
-from jaxtrain.recipes.setup import make_policy
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +16,7 @@ from jaxtrain.config import load_config, parse_config
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes import sft
+from jaxtrain.roles.declare import declare
 from jaxtrain.session.export import export_run
 from jaxtrain.types import Batch
 
@@ -103,8 +103,8 @@ def test_tokens_that_cannot_be_added_are_named(tmp_path):
     write_byte_tokenizer(folder)
     known = {"path": str(folder), "add_tokens": {"names": ["<|im_start|>"], "alone": True}}
     config = parse_config(tree_of(tmp_path, "run", known, [{"input_ids": [1, 2]}]), "test")
-    with pytest.raises(ValueError, match="knows all of these tokens already"):
-        make_policy(config, make_mesh(config.mesh))
+    with pytest.raises(ValueError, match="has all of these tokens already"):
+        declare(config.model, make_mesh(config.mesh), config.mesh.preset)
 
 
 def test_events_without_a_tokenizer_are_trained_from_scratch_and_tuned_on_a_quantised_base(tmp_path):

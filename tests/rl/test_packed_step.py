@@ -41,7 +41,7 @@ def one_step(model, params, batch, objective, microbatches=1):
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
     step = make_step(model, tx, schedule, objective, microbatches=microbatches, max_grad_norm=1.0)
-    state, report = jax.jit(step)(new_state(params, {}, tx, jax.random.key(0)), batch)
+    state, report = jax.jit(step)(new_state(params, tx, jax.random.key(0)), {}, batch)
     return state.params, {name: float(metric.value) for name, metric in report.means.items()}
 
 

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from samplers import COLOCATED, DISJOINT, PROMPTS, place, same, trained
+from samplers import COLOCATED, DISJOINT, PROMPTS, meshes, place, same, trained
 
-from jaxtrain.config import MeshSection
 from jaxtrain.config.rollouts import PlacementSection
 from jaxtrain.lora import merge_adapters
-from jaxtrain.rl.placement import make_meshes
+from jaxtrain.rl.placement import trainer_devices
 from jaxtrain.rl.sync import WeightSync, from_host, rollout_model, to_host
 from jaxtrain.sample.placement import cast_matrices
 
@@ -39,7 +38,7 @@ def test_disjoint_meshes_share_no_device_and_sample_what_one_mesh_does():
 
 
 def test_weights_arrive_merged_cast_and_on_the_devices_that_sample():
-    mesh, sampling = make_meshes(DISJOINT, MeshSection())
+    mesh, sampling = meshes(DISJOINT)
     assert sampling is not None and not set(mesh.devices.flat) & set(sampling.devices.flat)
     model, params = trained(mesh, tiny.LORA)
     model = replace(model, run=replace(model.run, dtype=jnp.dtype("bfloat16")))
@@ -69,8 +68,8 @@ def test_the_trainer_may_give_its_weights_away_once_they_are_synced():
 
 def test_a_placement_that_cannot_be_is_an_error():
     with pytest.raises(ValueError, match="rollout_devices=8 of 8 devices leaves none"):
-        make_meshes(PlacementSection(kind="disjoint", rollout_devices=8), MeshSection())
+        trainer_devices(PlacementSection(kind="disjoint", rollout_devices=8))
     with pytest.raises(ValueError, match="staleness=1 samples beside the training"):
-        make_meshes(PlacementSection(staleness=1), MeshSection())
+        trainer_devices(PlacementSection(staleness=1))
     with pytest.raises(ValueError, match="they belong to `disjoint`"):
         PlacementSection(kind="disjoint")

@@ -3,12 +3,15 @@ import numpy as np
 import tiny
 from trajectories import trajectory
 
+from jaxtrain.config import ModelSection
 from jaxtrain.config.rollouts import RewardSection
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.reward_models import RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.scoring import RewardScorer
+from jaxtrain.roles.declare import Declaration
+from jaxtrain.roles.role import Role
 from jaxtrain.types import Batch
 
 SAMPLES = [trajectory(3, length, number=number, sample=0) for number, length in enumerate((4, 9, 1, 6))]
@@ -18,8 +21,9 @@ def reward_model(params=None, weight=1.0):
     model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1])
     model = Model(model.config, None, model.run, output=SCALAR)
     params = params or model.init(jax.random.key(0))
-    made = RewardModel("judge", weight, model, params, lambda batch: batch, max_length=16, row_multiple=1)
-    return made, model, params
+    section = ModelSection(path="unused")
+    role = Role("judge", section, Declaration(model, {}, {}), 0, params)
+    return RewardModel(role, weight, max_length=16), model, params
 
 
 def test_it_reads_the_last_token_of_each_sample_whatever_it_is_packed_with():

@@ -11,11 +11,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from jaxtrain.recipes.setup import base_params, make_policy
 
 from jaxtrain.config import parse_config
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.recipes import sft
+from jaxtrain.roles.declare import declare
+from jaxtrain.roles.initial import base_params
 from jaxtrain.session.export import export_run
 from jaxtrain.train.step import score
 
@@ -48,7 +49,7 @@ def tree_of(place, **model):
 def test_packed_rows_have_torchs_losses_and_gradients(tmp_path):
     path = save(tmp_path / "base")
     config = parse_config(tree_of(tmp_path, path=path), "test")
-    policy = make_policy(config, make_mesh(config.mesh))
+    policy = declare(config.model, make_mesh(config.mesh), config.mesh.preset)
     params = base_params(config.model, policy, 0)
     batch = tiny.packed_batch([[9, 20], [14, 14], [30], [5, 6]] * 2, 32)
 
@@ -96,4 +97,4 @@ def test_what_is_not_available_is_said(keys, message, tmp_path):
     tree = tree_of(tmp_path, path="nowhere", **keys)
     config = parse_config(tree, "test")
     with pytest.raises(ValueError, match=message):
-        make_policy(config, make_mesh(config.mesh))
+        declare(config.model, make_mesh(config.mesh), config.mesh.preset)

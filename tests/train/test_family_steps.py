@@ -46,5 +46,5 @@ def one_step(model, params, batch):
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
     step = jax.jit(make_step(model, tx, schedule, SFT()))
-    state, report = step(new_state(params, {}, tx, jax.random.key(0)), batch)
+    state, report = step(new_state(params, tx, jax.random.key(0)), {}, batch)
     return state, jax.device_get(report)
