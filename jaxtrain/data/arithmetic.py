@@ -1,4 +1,4 @@
-"""Conversations about sums and differences, worked digit by digit: what the quickstart learns from."""
+"""Conversations about sums and differences, worked digit by digit: the training data of the quickstart."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import numpy as np
 
 
 class Files(NamedTuple):
+    """The paths of the two files."""
+
     train: Path
     eval: Path
 
 
 def write_arithmetic(out_dir: str | Path, train_rows: int, eval_rows: int, seed: int, *, digits: int = 2) -> Files:
-    """Write `train.jsonl` and `eval.jsonl` of `messages`; no held-out problem is ever trained on.
+    """Write `train.jsonl` and `eval.jsonl`, each a conversation per line; no problem is in both files.
 
-    Problems have numbers of up to `digits` digits and are all different. Raises ValueError where there are too few.
+    Problems have numbers of up to `digits` digits and are all different. Raises ValueError where more rows than half of
+    such problems are asked for.
     """
     numbers = 10**digits
     most = numbers**2 + numbers * (numbers + 1) // 2
@@ -41,7 +44,7 @@ def write_arithmetic(out_dir: str | Path, train_rows: int, eval_rows: int, seed:
 
 
 def conversation(a: int, sign: str, b: int) -> dict[str, list[dict[str, str]]]:
-    """One problem as a row. The answer's last word is the result."""
+    """The row of the problem `a sign b`, with `sign` "+" or "-" and a >= b for "-". The answer ends with the result."""
     steps, result = _sum(a, b) if sign == "+" else _difference(a, b)
     answer = f"{', '.join(steps)}. The answer is {result}"
     return {
@@ -53,6 +56,7 @@ def conversation(a: int, sign: str, b: int) -> dict[str, list[dict[str, str]]]:
 
 
 def _sum(a: int, b: int) -> tuple[list[str], int]:
+    """The steps `x+y+carry=total` from the units on, and a + b."""
     steps, carry = [], 0
     for x, y in _columns(a, b):
         total = x + y + carry
@@ -62,6 +66,7 @@ def _sum(a: int, b: int) -> tuple[list[str], int]:
 
 
 def _difference(a: int, b: int) -> tuple[list[str], int]:
+    """The steps `x-y-borrow=digit` from the units on, and a - b."""
     steps, borrow = [], 0
     for x, y in _columns(a, b):
         lent = 10 if x - y - borrow < 0 else 0

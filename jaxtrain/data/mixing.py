@@ -1,9 +1,8 @@
-"""Which row comes next: shuffled epochs, weighted mixtures, virtual shards. Pure functions of small counts.
+"""The order of rows: shuffled epochs, weighted mixtures, virtual shards. Pure functions of the counts drawn so far.
 
-Every source is one long sequence, its epochs one after the other, each in an order of its own. Virtual shard `v` of `V`
-owns the places v, v + V, v + 2V, ... of that sequence. So every row comes exactly once an epoch whatever the number of
-hosts is, sources smaller than the number of shards included, and all that a shard has to remember is how many rows it
-has drawn from each source.
+Each source is one long sequence: its epochs in turn, each in its own order. Virtual shard `v` of `V` owns the places
+v, v + V, v + 2V, ... of that sequence. So each row is drawn exactly once per epoch for any number of hosts, also from
+sources with fewer rows than there are shards, and a shard's only state is the number of rows drawn from each source.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ _TABLE = 1 << 14  # rows; the cipher works on blocks of 2**16 and walks on until
 
 
 class Draw(NamedTuple):
+    """One row of one source, and the state after it."""
+
     source: int
     row: int
     counts: tuple[int, ...]  # rows drawn from every source, this one included
@@ -31,8 +32,8 @@ class Mixture:
     """The order in which one virtual shard draws the rows of its sources.
 
     The next row comes from the source whose share is furthest behind (stride scheduling), so that counts follow the
-    weights within one row. Where in its stride a source begins is random per shard: otherwise all shards would draw
-    from the same source at the same time. A source that has run dry is left out and the others go on.
+    weights within one row. The offset of a source within its stride is random per shard: otherwise all shards would
+    draw from the same source at the same time. An exhausted source is left out and the others continue.
     """
 
     def __init__(self, sources: Sequence[Source], *, seed: int, shuffle: bool, shard: int, num_shards: int):
@@ -60,8 +61,8 @@ class Mixture:
         return not self._shuffle
 
     def draw(self, counts: tuple[int, ...]) -> Draw | None:
-        """The draw after `counts`; None when every source has run dry."""
-        live = [source for source in range(len(counts)) if not self._dry(source, counts[source])]
+        """The draw after `counts` rows from each source; None when every source is exhausted."""
+        live = [source for source in range(len(counts)) if not self._exhausted(source, counts[source])]
         if not live:
             return None
         source = min(live, key=lambda s: (counts[s] + self._offsets[s]) / self._weights[s])
@@ -72,7 +73,7 @@ class Mixture:
     def _place(self, count: int) -> int:
         return self._shard + count * self._num_shards
 
-    def _dry(self, source: int, count: int) -> bool:
+    def _exhausted(self, source: int, count: int) -> bool:
         epochs = self._epochs[source]
         return epochs is not None and self._place(count) >= epochs * self._lengths[source]
 
@@ -84,7 +85,7 @@ class Mixture:
 
 @lru_cache(maxsize=128)
 def _order(rows: int, *seed: int) -> Callable[[int], int]:
-    """A permutation of the rows: a table where they are few, else a block cipher, which needs no memory."""
+    """A permutation of `rows` numbers: a table where they are few, else a block cipher, which needs no memory."""
     if rows <= _TABLE:
         return np.random.default_rng(seed).permutation(rows).tolist().__getitem__
     key = int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Which rows of the global batch a host provides, and how they get onto the mesh."""
+"""The rows of the global batch that a host provides, and their placement onto the mesh."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtrain.types import Batch
 
 
 def local_rows(mesh: Mesh, rows: int) -> range:
-    """The rows of a global batch of `rows` that this host's devices hold. Raises ValueError if they lie apart."""
+    """The rows of a global batch of `rows` that this host's devices hold. Raises ValueError if not adjacent."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
     held = {row for index in indices.values() if index is not None for row in range(*index[0].indices(rows))}
     span = range(min(held), max(held) + 1)
@@ -35,7 +35,10 @@ def local_shards(mesh: Mesh, rows: int, shards: int) -> range:
 
 
 def place_batch(batch: Batch, mesh: Mesh, held: range, rows: int) -> Batch:
-    """Put host rows `held` of a global batch of `rows` onto this host's devices; the result is the global batch."""
+    """Put this host's rows onto its devices; the result is the global batch.
+
+    The arrays of `batch` are [len(held), ...], rows `held` of a global batch of `rows`; the result's are [rows, ...].
+    """
     sharding = batch_sharding(mesh)
 
     def place(leaf: np.ndarray) -> jax.Array:

@@ -16,6 +16,8 @@ from jaxtrain.parallel.sharding import row_shares
 def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
     mesh = make_mesh(section)
     batch = tiny.packed_batch([[4, 4]] * 8, 8)
+    signals = {"a": np.random.rand(8, 8, 3).astype(np.float32)}
+    batch = batch._replace(bundle_ids=batch.segment_ids, signals=signals)
     held = local_rows(mesh, 8)
     placed = place_batch(batch, mesh, held, 8)
     assert held == range(8)
