@@ -20,7 +20,7 @@ import numpy as np
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.fingerprints import check_unchanged, fingerprints
 from jaxtrain.data.mixing import Mixture
-from jaxtrain.data.packing import make_row, stack_rows
+from jaxtrain.data.packing import stack_rows
 from jaxtrain.data.shards import COUNTERS, Encode, Reader, Shard, State
 from jaxtrain.data.sources import Source
 from jaxtrain.types import Batch
@@ -112,7 +112,7 @@ class TrainStream:
     def padding(self) -> Batch:
         """A batch of nothing but padding, of the shape of the others. It counts nowhere."""
         rows = self._rows_per_shard * len(self._shards)
-        return stack_rows([make_row([], self._data.max_length)] * rows)
+        return stack_rows([next(iter(self._shards.values())).padding()] * rows)
 
     def _running(self) -> _Producer:
         if self._producer is None:
