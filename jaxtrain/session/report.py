@@ -64,8 +64,8 @@ class MetricWindow:
         Those of the first role have their plain names, those of another role `ROLE/name`.
         """
         self._stop_clock()
+        first, *others = self._reports  # in the order of the roles, which a pytree of them would not keep
         reports = jax.device_get(self._reports)
-        first, *others = reports
         tokens = sum(int(report.num_tokens) for report in reports[first])
         self.num_tokens += tokens
         metrics = _means(reports[first])

@@ -370,6 +370,7 @@ class Session:
     def _save(self) -> None:
         """Frozen weights are left out of a checkpoint: they are read, or drawn, again."""
         assert self._data is not None
+        self._checkpoints.wait()  # so that `saved_steps` has the one before
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": fingerprint(self.tokenizer),
