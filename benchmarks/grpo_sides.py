@@ -32,7 +32,6 @@ def jaxtrain(clock: Clock) -> None:
     import jax
 
     from jaxtrain.config import parse_config
-    from jaxtrain.losses.policy import Correction, make_policy_loss
     from jaxtrain.optim import make_optimizer, make_schedule
     from jaxtrain.parallel.batches import local_rows, place_batch
     from jaxtrain.recipes.setup import base_params, make_policy
@@ -65,12 +64,9 @@ def jaxtrain(clock: Clock) -> None:
     mesh, sampling_mesh = make_meshes(config.rl.placement, config.mesh)
     policy = make_policy(config, mesh)
     algorithm = find_algorithm(config.rl)
-    objective = algorithm.objective(Correction(), NEW)
-    loss = make_policy_loss(algorithm.surrogate, objective)
     schedule = make_schedule(config.optimizer, config.train.steps)
     tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
-    how = {"separable": objective.separable, "max_grad_norm": config.train.max_grad_norm}
-    step = make_step(policy.model, tx, schedule, loss, **how)
+    step = make_step(policy.model, tx, schedule, algorithm.objective, max_grad_norm=config.train.max_grad_norm)
     params = base_params(config.model, policy, 0)
     spec = WorkerSpec(policy.model, SamplingParams(max_tokens=NEW), 0, PROMPTS * SAMPLES, PROMPT + NEW)
     sampler = make_sampler(config.rl.placement, spec, policy.model, params, 0, sampling_mesh)

@@ -21,7 +21,7 @@ from results import machine, write_section
 
 from jaxtrain.config import RunConfig, load_config
 from jaxtrain.data.formats import Encoder
-from jaxtrain.losses.sft import sft_loss
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import make_mesh
@@ -88,7 +88,7 @@ def measure(config: RunConfig, batches: list[Batch]) -> str:
     policy = make_policy(config, mesh)
     schedule = make_schedule(config.optimizer, config.train.steps)
     tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
-    step = make_step(policy.model, tx, schedule, sft_loss, separable=True, max_grad_norm=config.train.max_grad_norm)
+    step = make_step(policy.model, tx, schedule, SFT(), max_grad_norm=config.train.max_grad_norm)
     base = base_params(config.model, policy, 0)
     adapters = adapter_params(config.model, policy, 0, base)
     state = jax.jit(lambda params: new_state(params, {}, tx, jax.random.key(0)))(adapters)._replace(frozen=base)

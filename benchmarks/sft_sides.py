@@ -70,7 +70,7 @@ def jaxtrain(clock: Clock) -> None:
     import jax
 
     from jaxtrain.config import parse_config
-    from jaxtrain.losses.sft import sft_loss
+    from jaxtrain.objectives.sft import SFT
     from jaxtrain.optim import make_optimizer, make_schedule
     from jaxtrain.parallel.batches import local_rows, place_batch
     from jaxtrain.parallel.mesh import make_mesh
@@ -91,7 +91,7 @@ def jaxtrain(clock: Clock) -> None:
     policy = make_policy(config, mesh)
     schedule = make_schedule(config.optimizer, config.train.steps)
     tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
-    step = make_step(policy.model, tx, schedule, sft_loss, separable=True, max_grad_norm=config.train.max_grad_norm)
+    step = make_step(policy.model, tx, schedule, SFT(), max_grad_norm=config.train.max_grad_norm)
     params = base_params(config.model, policy, 0)
     state = jax.jit(lambda params, key: new_state(params, {}, tx, key))(params, jax.random.key(0))
     del params

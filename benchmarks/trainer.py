@@ -9,7 +9,7 @@ import jax
 from jax.stages import Compiled
 
 from jaxtrain.config import parse_config
-from jaxtrain.losses.sft import sft_loss
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import make_mesh
@@ -34,8 +34,7 @@ class Trainer:
             policy.model,
             tx,
             schedule,
-            sft_loss,
-            separable=True,
+            SFT(),
             microbatches=self.config.train.microbatches,
             max_grad_norm=self.config.train.max_grad_norm,
         )

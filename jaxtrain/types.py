@@ -33,12 +33,16 @@ class Batch(NamedTuple):
     signals: Mapping[str, Array] = {}  # further per-token values: [B, T] or [B, T, k]
 
 
-class TokenScores(NamedTuple):
-    """What the head says of every token: the value at `t` scores the token at `t`; 0 where its weight is 0."""
+class Scores(NamedTuple):
+    """What a model's head gives for every token: the value at `t` scores the token at `t`; 0 where its weight is 0.
 
-    logp: Array  # [B, T] float32, natural logarithm of the token's probability
-    entropy: Array  # [B, T] float32, nats, of the distribution the token was drawn from; carries no gradient
-    correct: Array  # [B, T] float32, 1 where the token was the most probable one; carries no gradient
+    Those that were not asked for are None.
+    """
+
+    logp: Array = None  # [B, T] float32, natural logarithm of the token's probability
+    entropy: Array = None  # [B, T] float32, nats, of the distribution the token was drawn from
+    correct: Array = None  # [B, T] float32, 1 where the token was the most probable one; carries no gradient
+    value: Array = None  # [B, T] float32, of a scalar head: the value of the state before the token
 
 
 class Routing(NamedTuple):

@@ -15,7 +15,7 @@ EVERYTHING = sorted([*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmar
 LAYERS = [
     {"jaxtrain", "jaxtrain.types", "jaxtrain.named", "jaxtrain.config"},
     {"jaxtrain.parallel"},
-    {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.losses", "jaxtrain.observe"},
+    {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.objectives", "jaxtrain.observe"},
     {"jaxtrain.train", "jaxtrain.sample"},
     {"jaxtrain.rl"},
     {"jaxtrain.recipes", "jaxtrain.plan"},

@@ -145,7 +145,7 @@ optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.s
 optimizer.warmup_steps optimizer.weight_decay recipe rl rl.aggregation rl.algorithm rl.beta rl.correction
 rl.correction.cap rl.correction.level rl.correction.mode rl.critic rl.critic.epsilon rl.critic.learning_rate
 rl.dual_clip rl.environment rl.environment.args rl.environment.factory rl.environment.max_tokens
-rl.environment.max_turns rl.environment.seconds rl.environment.weight rl.epsilon_high rl.epsilon_low rl.gamma
+rl.environment.max_turns rl.environment.seconds rl.environment.weight rl.entropy_coefficient rl.entropy_target rl.epsilon_high rl.epsilon_low rl.gamma
 rl.generations rl.iterations rl.kl rl.kl_bias_correction rl.kl_in rl.lam rl.max_completion_length rl.max_refills rl.minibatches rl.overlong_cache rl.overlong_filter
 rl.placement rl.placement.kind rl.placement.resources rl.placement.rollout_devices rl.placement.staleness
 rl.placement.worker_seconds rl.placement.workers rl.print_samples rl.prompts rl.reward_models rl.reward_models.name

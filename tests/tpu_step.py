@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxtrain.config import MeshSection, OptimizerSection
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.config import LayerKind, ModelConfig, Rope
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
@@ -76,7 +76,7 @@ def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int)
     state = jax.tree.map(placed, state, shardings)
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     batch = Batch(ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding))
-    step = make_step(model, tx, schedule, sft_loss, separable=True, max_grad_norm=1.0)
+    step = make_step(model, tx, schedule, SFT(), max_grad_norm=1.0)
     return jit_step(step, state, mesh).lower(state, batch).compile()
 
 

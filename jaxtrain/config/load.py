@@ -48,6 +48,8 @@ ALIASES = {
     "lora_dropout": "model.lora.dropout",
     "target_modules": "model.lora.targets",
     "use_rslora": "model.lora.rslora",
+    "entropy_coef": "rl.entropy_coefficient",
+    "entropy_coeff": "rl.entropy_coefficient",
     "use_bias_correction_kl": "rl.kl_bias_correction",
 }
 

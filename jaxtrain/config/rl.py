@@ -75,6 +75,8 @@ class RLSection(Section):
     epsilon_low: NonNegativeFloat | None = None
     epsilon_high: NonNegativeFloat | None = None
     dual_clip: Annotated[float, Field(gt=1)] | None = None
+    entropy_coefficient: NonNegativeFloat | None = None  # of an entropy bonus in the loss
+    entropy_target: PositiveFloat | None = None  # nats; the coefficient falls to 0 as the entropy rises to it
     gamma: Fraction | None = None
     lam: Fraction | None = None
     max_refills: NonNegativeInt | None = None  # dynamic sampling: rounds that replace groups whose rewards are alike

@@ -161,7 +161,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """Weights of the losses of a mixture's routers, beside the task's: see `losses.router`."""
+    """Weights of the losses of a mixture's routers, beside the task's: see `objectives.router`."""
 
     balance: float = 0.0
     z: float = 0.0

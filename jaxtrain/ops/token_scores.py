@@ -10,6 +10,9 @@ padding cost nothing and the largest temporary is one chunk of logits. With z = 
 Where a loss is a sum over tokens (SFT, and every policy loss whose ratio is a token's own) the cotangent of a token
 follows from its own logp, so that the second sum too is taken in the forward pass, as soon as a chunk's logp are there:
 three matrix products instead of four. A frozen head needs two.
+
+The entropy H of p may be differentiated too: d H / d z = -p (log p + H). The backward pass then computes the logits
+again and adds both derivatives before it multiplies by W and h: four matrix products.
 """
 
 from __future__ import annotations
@@ -24,18 +27,25 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxtrain.ops.head_chunks import (
+    VOCAB_AXIS,
+    Compact,
+    Plan,
+    Stats,
+    column_of,
+    dot,
+    entropy_residue,
+    logits_of,
+    logp_residue,
+    no_gradient,
+    outer,
+    stats_of,
+)
 from jaxtrain.parallel.sharding import ROWS
-from jaxtrain.types import Array, TokenScores
-
-VOCAB_AXIS = "tensor"
-MESH_AXES = (*ROWS, VOCAB_AXIS)
-_REPLICAS = tuple(axis for axis in ROWS if axis != "fsdp")  # each of them holds the whole head
+from jaxtrain.types import Array, Scores
 
 # How far a cotangent may be from the one that was foreseen: two roundings of one formula.
 _SAME = 1e-5
-
-# Logits of the padded vocabulary: finite, so that a probability of exactly 0 times one of them is 0 and no NaN.
-_MASKED = -1e30
 
 
 class Foreseen(NamedTuple):
@@ -60,7 +70,8 @@ def token_scores(
     mesh: Mesh | None = None,
     chunk: int = 512,
     foreseen: Foreseen | None = None,
-) -> TokenScores:
+    differentiable_entropy: bool = False,
+) -> Scores:
     """Score every token whose weight is not zero by the hidden state before it.
 
     Args:
@@ -78,17 +89,21 @@ def token_scores(
         mesh: with the axes of `make_mesh`. Rows lie over `ROWS`, the head's D over fsdp, its Vp over tensor.
         chunk: tokens whose logits exist at once, on each device.
         foreseen: the loss that will be taken of these scores, so that the head's gradient is summed while scoring. Any
-            other loss gets its right gradient too, but pays for that sum a second time.
+            other loss gets its right gradient too, but pays for that sum a second time. Not with
+            `differentiable_entropy`.
+        differentiable_entropy: whether `entropy` has a gradient too. Both gradients are then taken in the backward
+            pass, from logits that are computed again.
 
     Returns:
-        TokenScores of [B, T] float32. `logp` is differentiable by `hidden` and `head`, once.
+        Scores of [B, T] float32. `logp`, and `entropy` if asked for, are differentiable by `hidden` and `head`, once.
     """
+    assert foreseen is None or not differentiable_entropy
     assert hidden.shape[:2] == tokens.shape == weights.shape, (hidden.shape, tokens.shape, weights.shape)
     padded = head.shape[0 if transposed else 1]
     assert supports is None or supports.shape[:2] == tokens.shape, (supports.shape, tokens.shape)
     derivative, *given = foreseen or (None, None, None)
     vocabulary = (transposed, vocab_size, vocab_size < padded, softcap, temperature)
-    plan = _Plan(*vocabulary, chunk, tokens.shape[1], derivative, mesh is not None)
+    plan = Plan(*vocabulary, chunk, tokens.shape[1], derivative, differentiable_entropy, mesh is not None)
     score = functools.partial(_score_rows, plan)
     if mesh is None:
         return score(hidden, head, tokens, weights, supports, *given)
@@ -100,57 +115,8 @@ def token_scores(
     )
 
 
-class _Plan(NamedTuple):
-    """What is fixed when the program is compiled, and where one device's arithmetic meets the others'."""
-
-    transposed: bool
-    vocab_size: int
-    padded: bool  # there are columns beyond the vocabulary
-    softcap: float | None
-    temperature: float
-    chunk: int
-    length: int  # T
-    derivative: Callable[[Array, Any, Any], Array] | None  # of the loss that is foreseen
-    sharded: bool  # inside shard_map
-
-    def gather(self, head: Array, dtype: jnp.dtype) -> Array:
-        """The head in the compute dtype, whole but for the vocabulary's split.
-
-        Once, before the loop: trip counts differ between data shards, so no collective may join them inside it.
-        """
-        head = head.astype(dtype)
-        if not self.sharded:
-            return head
-        return self.varying(lax.all_gather(head, "fsdp", axis=1 if self.transposed else 0, tiled=True))
-
-    def scatter(self, d_head: Array, dtype: jnp.dtype) -> Array:
-        """The transpose of `gather` for a float32 gradient [D, V]."""
-        d_head = d_head.T if self.transposed else d_head
-        if self.sharded:
-            axis = 1 if self.transposed else 0
-            d_head = lax.psum(lax.psum_scatter(d_head, "fsdp", scatter_dimension=axis, tiled=True), _REPLICAS)
-        return d_head.astype(dtype)
-
-    def ahead(self, x: Array) -> Array:
-        """[B, T, ...] -> [B * T, ...]: at every position what belongs to the token after it."""
-        shifted = jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
-        return shifted.reshape(-1, *x.shape[2:])
-
-    def behind(self, x: Array) -> Array:
-        """[B * T] -> [B, T]: `ahead` undone; 0 at the first token of a row."""
-        return jnp.pad(x.reshape(-1, self.length)[:, :-1], ((0, 0), (1, 0)))
-
-    def over_vocab(self, reduce: Callable[..., Array], x: Array) -> Array:
-        return reduce(x, VOCAB_AXIS) if self.sharded else x
-
-    def varying(self, x: Array, axes: tuple[str, ...] = MESH_AXES) -> Array:
-        """Mark `x` as differing between devices along `axes`, as shard_map wants to know."""
-        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying) if self.sharded else ()
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-
 def _score_rows(
-    plan: _Plan,
+    plan: Plan,
     hidden: Array,
     head: Array,
     tokens: Array,
@@ -158,7 +124,7 @@ def _score_rows(
     supports: Array | None,
     rows: Any,
     whole: Any,
-) -> TokenScores:
+) -> Scores:
     """Shift, so that a hidden state meets the token after it, and shift the scores back."""
     plan = plan._replace(chunk=min(plan.chunk, tokens.size))
     # Each part of the vocabulary has its share of the hidden states' gradient: the transpose of `varying` sums them.
@@ -167,55 +133,12 @@ def _score_rows(
     scores: tuple[Array, ...] = _scores(
         plan, hidden, head, plan.ahead(tokens), plan.ahead(weights), supports, rows, whole
     )
-    return TokenScores(*map(plan.behind, scores))
-
-
-class _Compact(NamedTuple):
-    """The positions that carry weight, in order, and the way back."""
-
-    source: Array  # [M] position of the i-th weighted token, M a multiple of the chunk; out of range after the last
-    rank: Array  # [n] which weighted token a position is
-    present: Array  # [n] whether it is one
-    trips: Array  # [] chunks that hold a weighted token
-
-    @staticmethod
-    def of(weights: Array, chunk: int) -> _Compact:
-        present = weights != 0
-        size = -(-len(weights) // chunk) * chunk
-        (source,) = jnp.nonzero(present, size=size, fill_value=len(weights))
-        return _Compact(source, jnp.cumsum(present) - 1, present, -(-jnp.sum(present) // chunk))
-
-    def take(self, i: Array, chunk: int, *arrays: Array) -> list[Array]:
-        """The i-th chunk of arrays [n, ...]; zeros after the last weighted token."""
-        source = lax.dynamic_slice(self.source, (i * chunk,), (chunk,))
-        return [x.at[source].get(mode="fill", fill_value=0) for x in arrays]
-
-    def take_all(self, x: Array) -> Array:
-        """[n] -> [M]; zeros after the last weighted token."""
-        return x.at[self.source].get(mode="fill", fill_value=0)
-
-    def put(self, i: Array, chunk: int, values: Array) -> Array:
-        """The i-th chunk's values [C] where they belong among zeros [n]."""
-        source = lax.dynamic_slice(self.source, (i * chunk,), (chunk,))
-        return jnp.zeros_like(self.present, values.dtype).at[source].set(values, mode="drop")
-
-    def expand(self, x: Array) -> Array:
-        """[M, ...] -> [n, ...], zero where a position carries no weight."""
-        return jnp.where(self.present.reshape(-1, *[1] * (x.ndim - 1)), x[self.rank], 0)
-
-
-class _Stats(NamedTuple):
-    """Of weighted tokens, [C] or [M] float32."""
-
-    logp: Array
-    entropy: Array
-    correct: Array
-    logsumexp: Array
+    return Scores(*map(plan.behind, scores))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scores(
-    plan: _Plan,
+    plan: Plan,
     hidden: Array,
     head: Array,
     targets: Array,
@@ -225,16 +148,20 @@ def _scores(
     whole: Any,
 ) -> tuple[Array, Array, Array]:
     """hidden [n, D], targets and weights [n], supports [n, k] -> logp, entropy, correct [n]."""
-    compact = _Compact.of(weights, plan.chunk)
+    compact = Compact.of(weights, plan.chunk)
     stats, *_ = _walk(plan, compact, hidden, plan.gather(head, hidden.dtype), targets, supports, want_hidden=False)
     return tuple(map(compact.expand, stats[:3]))
 
 
-def _scores_fwd(plan: _Plan, *primals):
+def _scores_fwd(plan: Plan, *primals):
     train_head = primals[1].perturbed
     hidden, head, targets, weights, supports, rows, whole = jax.tree.map(lambda primal: primal.value, primals)
-    compact = _Compact.of(weights, plan.chunk)
+    compact = Compact.of(weights, plan.chunk)
     gathered = plan.gather(head, hidden.dtype)
+    if plan.differentiable_entropy:
+        stats, *_ = _walk(plan, compact, hidden, gathered, targets, supports, want_hidden=False)
+        again = (hidden, gathered, targets, supports, stats, head[:0] if train_head else None)
+        return tuple(map(compact.expand, stats[:3])), (compact, again)
     derivative = plan.derivative
     foreseen = (lambda logp: derivative(logp, rows, whole)) if derivative and train_head else None
     stats, d_hidden, d_head, used = _walk(
@@ -245,10 +172,13 @@ def _scores_fwd(plan: _Plan, *primals):
     return tuple(map(compact.expand, stats[:3])), (compact, d_hidden, d_head, again)
 
 
-def _scores_bwd(plan: _Plan, residuals, cotangents):
+def _scores_bwd(plan: Plan, residuals, cotangents):
+    nothing = (None,) * 5  # to targets, weights, supports and what the foreseen loss needs
+    if plan.differentiable_entropy:
+        compact, again = residuals
+        return *_both_gradients(plan, compact, again, cotangents[:2]), *nothing
     compact, d_hidden, d_head, again = residuals
     g = cotangents[0]
-    nothing = (None,) * 5  # to targets, weights, supports and what the foreseen loss needs
     if isinstance(g, SymbolicZero):
         return None, None, *nothing
     d_hidden = compact.expand(d_hidden) * plan.varying(g)[:, None].astype(d_hidden.dtype)
@@ -270,8 +200,8 @@ _scores.defvjp(_scores_fwd, _scores_bwd, symbolic_zeros=True)
 
 
 def _walk(
-    plan: _Plan,
-    compact: _Compact,
+    plan: Plan,
+    compact: Compact,
     hidden: Array,
     head: Array,
     targets: Array,
@@ -279,118 +209,79 @@ def _walk(
     foreseen: Callable[[Array], Array] | None = None,
     *,
     want_hidden: bool,
-) -> tuple[_Stats, Array | None, Array | None, Array | None]:
+) -> tuple[Stats, Array | None, Array | None, Array | None]:
     """Stats [M]; d logp / d hidden [M, D] if wanted; d head [D, V] for the `foreseen` cotangents, and these [M]."""
     chunk, size, width = plan.chunk, len(compact.source), hidden.shape[1]
 
     def body(i: Array, carry: tuple) -> tuple:
         stats, d_hidden, d_head, used = carry
         x, y, *support = compact.take(i, chunk, hidden, targets, *_given(supports))
-        (logits, slope), column = _logits(plan, x, head, *support), _column(plan, y, head)
-        new, p = _stats(plan, logits, column)
-        stats = _Stats(*(lax.dynamic_update_slice(old, s, (i * chunk,)) for old, s in zip(stats, new, strict=True)))
+        (logits, slope), column = logits_of(plan, x, head, *support), column_of(plan, y, head)
+        new, p = stats_of(plan, logits, column)
+        stats = Stats(*(lax.dynamic_update_slice(old, s, (i * chunk,)) for old, s in zip(stats, new, strict=True)))
         if want_hidden:
-            residue = _residue(p, column, slope, x.dtype)
-            dx = _dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
+            residue = logp_residue(p, column, slope, x.dtype)
+            dx = dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
             d_hidden = lax.dynamic_update_slice(d_hidden, dx, (i * chunk, 0))
             if foreseen is not None:
                 # Of all tokens, of which only this chunk's see their own logp: no others are asked for.
                 of_all = foreseen(plan.behind(compact.put(i, chunk, new.logp)))
                 (g,) = compact.take(i, chunk, plan.ahead(of_all))
                 used = lax.dynamic_update_slice(used, g, (i * chunk,))
-                d_head += _outer(x, residue, g)
+                d_head += outer(x, residue, g)
         return stats, d_hidden, d_head, used
 
     nothing = plan.varying(jnp.zeros(size), ROWS)
     start = (
-        _Stats(*[nothing] * len(_Stats._fields)),
+        Stats(*[nothing] * len(Stats._fields)),
         plan.varying(jnp.zeros((size, width), hidden.dtype)) if want_hidden else None,
-        _no_gradient(plan, head) if foreseen is not None else None,
+        no_gradient(plan, head) if foreseen is not None else None,
         nothing if foreseen is not None else None,
     )
     return lax.fori_loop(0, compact.trips, body, start)
 
 
-def _head_gradient(plan: _Plan, compact: _Compact, hidden, head, targets, supports, g, logsumexp) -> Array:
+def _head_gradient(plan: Plan, compact: Compact, hidden, head, targets, supports, g, logsumexp) -> Array:
     """sum_t g[t] * d logp[t] / d head, [D, V] float32, from logits computed again."""
     chunk = plan.chunk
 
     def body(i: Array, d_head: Array) -> Array:
         x, y, scale, *support = compact.take(i, chunk, hidden, targets, g, *_given(supports))
         lse = lax.dynamic_slice(logsumexp, (i * chunk,), (chunk,))
-        logits, slope = _logits(plan, x, head, *support)
+        logits, slope = logits_of(plan, x, head, *support)
         p = jnp.exp(logits - lse[:, None])
-        return d_head + _outer(x, _residue(p, _column(plan, y, head), slope, x.dtype), scale)
+        return d_head + outer(x, logp_residue(p, column_of(plan, y, head), slope, x.dtype), scale)
 
-    return lax.fori_loop(0, compact.trips, body, _no_gradient(plan, head))
+    return lax.fori_loop(0, compact.trips, body, no_gradient(plan, head))
+
+
+def _both_gradients(plan: Plan, compact: Compact, again: tuple, cotangents: Any) -> tuple[Array, Array | None]:
+    """To hidden [n, D] and head, of log-probabilities and entropies whose cotangents [n] are given."""
+    hidden, head, targets, supports, stats, like = again
+    chunk = plan.chunk
+    of_logp, of_entropy = (
+        jnp.zeros_like(compact.present, jnp.float32) if isinstance(g, SymbolicZero) else g for g in cotangents
+    )
+
+    def body(i: Array, carry: tuple) -> tuple:
+        d_hidden, d_head = carry
+        x, y, g, h, *support = compact.take(i, chunk, hidden, targets, of_logp, of_entropy, *_given(supports))
+        lse, entropy = (lax.dynamic_slice(each, (i * chunk,), (chunk,)) for each in (stats.logsumexp, stats.entropy))
+        logits, slope = logits_of(plan, x, head, *support)
+        p = jnp.exp(logits - lse[:, None])
+        residue = g[:, None] * logp_residue(p, column_of(plan, y, head), slope, jnp.float32)
+        residue = (residue + h[:, None] * entropy_residue(p, logits, lse, entropy, slope)).astype(x.dtype)
+        dx = dot(residue, head, 1, 0 if plan.transposed else 1).astype(x.dtype)
+        d_hidden = lax.dynamic_update_slice(d_hidden, dx, (i * chunk, 0))
+        return d_hidden, None if d_head is None else d_head + outer(x, residue, jnp.ones_like(g))
+
+    start = (
+        plan.varying(jnp.zeros((len(compact.source), hidden.shape[1]), hidden.dtype)),
+        None if like is None else no_gradient(plan, head),
+    )
+    d_hidden, d_head = lax.fori_loop(0, compact.trips, body, start)
+    return compact.expand(d_hidden), None if like is None else plan.scatter(d_head, like.dtype)
 
 
 def _given(supports: Array | None) -> tuple[Array, ...]:
     return () if supports is None else (supports,)
-
-
-def _logits(plan: _Plan, x: Array, head: Array, support: Array | None = None) -> tuple[Array, Array | float]:
-    """x [C, D], support [C, k] -> float32 logits [C, V] over this device's part of the vocabulary, and their slope by
-    the product x . head."""
-    logits, slope = _dot(x, head, 1, 1 if plan.transposed else 0), 1 / plan.temperature
-    if plan.softcap is not None:
-        bent = jnp.tanh(logits / plan.softcap)
-        logits, slope = plan.softcap * bent, (1 - bent * bent) * slope
-    logits *= 1 / plan.temperature
-    if plan.padded:
-        end = _column(plan, jnp.asarray(plan.vocab_size), head)
-        logits = jnp.where(lax.broadcasted_iota(jnp.int32, logits.shape, 1) < end, logits, _MASKED)
-    if support is None:
-        return logits, slope
-    columns = jnp.where(support < 0, -1, _column(plan, support, head))
-    columns = jnp.where(columns < 0, logits.shape[1], columns)  # out of range, where a negative index would not be
-    within = jnp.broadcast_to(jnp.all(support < 0, 1)[:, None], logits.shape)
-    within = within.at[jnp.arange(len(support))[:, None], columns].set(True, mode="drop")
-    return jnp.where(within, logits, _MASKED), slope
-
-
-def _column(plan: _Plan, token: Array, head: Array) -> Array:
-    """Where a token stands in this device's part of the vocabulary; out of range if it is in another's."""
-    part = head.shape[0 if plan.transposed else 1]
-    return token - lax.axis_index(VOCAB_AXIS) * part if plan.sharded else token
-
-
-def _stats(plan: _Plan, logits: Array, column: Array) -> tuple[_Stats, Array]:
-    """Of the tokens at `column` [C], and the probabilities [C, V]."""
-    top = plan.over_vocab(lax.pmax, logits.max(1))
-    below = logits - top[:, None]
-    exps = jnp.exp(below)
-    total = plan.over_vocab(lax.psum, exps.sum(1))
-    mean_below = plan.over_vocab(lax.psum, (exps * below).sum(1)) / total
-    here = (column >= 0) & (column < logits.shape[1])
-    target = jnp.take_along_axis(logits, column[:, None], 1, mode="clip")[:, 0]
-    target = plan.over_vocab(lax.psum, jnp.where(here, target, 0))
-    spread = jnp.log(total)
-    correct = (target >= top).astype(jnp.float32)
-    stats = _Stats(target - top - spread, spread - mean_below, correct, top + spread)
-    return stats, exps * (1 / total)[:, None]
-
-
-def _residue(p: Array, column: Array, slope: Array | float, dtype: jnp.dtype) -> Array:
-    """d logp / d (x . head) [C, V]."""
-    is_target = lax.broadcasted_iota(jnp.int32, p.shape, 1) == column[:, None]
-    return (jnp.where(is_target, 1 - p, -p) * slope).astype(dtype)
-
-
-def _outer(x: Array, residue: Array, scale: Array) -> Array:
-    """sum_t scale[t] x[t] residue[t]^T: [D, V], whichever way the head lies, because this product is the faster one."""
-    x = x * scale[:, None].astype(x.dtype)
-    return lax.platform_dependent(x, residue, cpu=_outer_on_cpu, default=lambda x, residue: _dot(x, residue, 0, 0))
-
-
-def _outer_on_cpu(x: Array, residue: Array) -> Array:
-    """As in `ops.project`: XLA's CPU kernels want rows times columns; the barrier keeps the transpose out of them."""
-    return _dot(lax.optimization_barrier(x.T), residue, 1, 0)
-
-
-def _no_gradient(plan: _Plan, head: Array) -> Array:
-    return plan.varying(jnp.zeros(head.shape[::-1] if plan.transposed else head.shape, jnp.float32))
-
-
-def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)

@@ -14,8 +14,8 @@ from jaxtrain.data.formats import Encoder, Prompt
 from jaxtrain.data.pipeline import eval_batches
 from jaxtrain.data.sources import read_rows
 from jaxtrain.lora import join
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.model import Model
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.parallel.batches import place_batch
 from jaxtrain.recipes.setup import Policy, as_list, stop_ids
 from jaxtrain.sample.engine import Engine
@@ -41,7 +41,7 @@ def make_evaluation(config: RunConfig, policy: Policy, encode: Encoder, tokenize
     if config.eval.generate and tokenizer is None:
         raise ValueError("eval.generate asks questions in text, which needs a tokenizer (model.tokenizer)")
     stops = stop_ids(config.model, policy, tokenizer)
-    eval_step = jax.jit(make_eval_step(policy.model, sft_loss))
+    eval_step = jax.jit(make_eval_step(policy.model, SFT()))
 
     def batches() -> Iterator[Batch]:
         # Every host packs all rows and places its own: an evaluation is short and its batches are the same everywhere.

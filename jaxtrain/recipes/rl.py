@@ -18,10 +18,10 @@ from jaxtrain.data.formats import Encoder
 from jaxtrain.data.prompts import PromptStream
 from jaxtrain.data.sources import Row
 from jaxtrain.lora import join
-from jaxtrain.losses.policy import Correction, make_policy_loss
-from jaxtrain.losses.value import make_value_loss
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
+from jaxtrain.objectives.objective import Objective
+from jaxtrain.objectives.value import ClippedValue
 from jaxtrain.observe.progress import Progress
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
@@ -47,7 +47,7 @@ from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.train.preemption import Preemption
-from jaxtrain.train.step import Loss, jit_step, make_step, score, token_values
+from jaxtrain.train.step import jit_step, make_step, score, token_values
 from jaxtrain.types import TrainState
 
 
@@ -73,8 +73,6 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
     make_prompt = prompt_maker(encode, config.data.max_length - section.max_completion_length)
     prompts = PromptStream(as_list(config.data.train), config.data, make_prompt, seed=config.run.seed)
 
-    correction = section.correction and Correction(**section.correction.model_dump())
-    objective = algorithm.objective(correction, section.max_completion_length)
     plan = Plan(
         section.iterations,
         section.minibatches,
@@ -117,27 +115,24 @@ def run(config: RunConfig, *, resume: bool = True, replay: Path | None = None) -
         temperature = section.sampling.temperature
 
         def learner(
-            role: Trained, state: TrainState, run: RunConfig, loss: Loss, per_token: PerToken, separable: bool = False
+            role: Trained, state: TrainState, run: RunConfig, objective: Objective, per_token: PerToken
         ) -> Learner:
             step = make_step(
                 role.policy.model,
                 role.tx,
                 make_schedule(run.optimizer, run.train.steps),
-                loss,
-                separable=separable,
-                temperature=temperature,
+                objective,
                 microbatches=run.train.microbatches,
                 max_grad_norm=run.train.max_grad_norm,
             )
             return Learner(state, jit_step(step, state, mesh), per_token)
 
-        policy_loss = make_policy_loss(algorithm.surrogate, objective)
         logps = _log_probabilities(policy.model, temperature)
-        roles = Roles(learner(trained, begun.policy, config, policy_loss, logps, objective.separable))
+        roles = Roles(learner(trained, begun.policy, config, algorithm.objective, logps))
         if critic is not None and begun.critic is not None:
-            value_loss = make_value_loss(section.critic.epsilon)
+            value = ClippedValue(section.critic.epsilon)
             values = _values(critic.policy.model)
-            roles = roles._replace(critic=learner(critic, begun.critic, critic_config, value_loss, values))
+            roles = roles._replace(critic=learner(critic, begun.critic, critic_config, value, values))
         if algorithm.needs_reference:
             params = initial_params(config, policy, begun.policy.frozen)
             # Without adapters of its own the reference is the base alone.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.heads import SCALAR
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import initialize_distributed, make_mesh
@@ -49,8 +49,7 @@ def run(config: RunConfig, *, resume: bool = True) -> Outcome:
         policy.model,
         tx,
         schedule,
-        sft_loss,
-        separable=True,
+        SFT(),
         microbatches=config.train.microbatches,
         max_grad_norm=config.train.max_grad_norm,
     )

@@ -1,30 +1,20 @@
-"""Algorithms as rows: an advantage estimator, a surrogate, and the numbers between them.
+"""Algorithms as rows: an advantage estimator, an objective, and how samples are collected.
 
-A row of your own is an `Algorithm` in a file of yours, named in the config as `rl.algorithm: my_file.py:MINE`; its two
-functions are yours or the ready ones of `rl.advantages` and `losses.policy`.
+A row of your own is an `Algorithm` in a file of yours, named in the config as `rl.algorithm: my_file.py:MINE`; its
+estimator and its objective are yours or the ready ones of `rl.advantages` and `objectives.policies`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from jaxtrain.config import ConfigError
 from jaxtrain.config.rl import CriticSection, RLSection
-from jaxtrain.losses.policy import (
-    Aggregation,
-    Correction,
-    Divergence,
-    Level,
-    Objective,
-    Surrogate,
-    check_kl_in_loss,
-    cispo,
-    clip,
-)
 from jaxtrain.named import load_named
+from jaxtrain.objectives.policies import CISPO, DAPO, GRPO, GSPO, PPO, RLOO, DrGRPO, ReinforcePlusPlus
+from jaxtrain.objectives.policy import Correction, PolicyObjective
 from jaxtrain.rl.advantages import (
     Estimator,
     Settings,
@@ -41,89 +31,46 @@ class Algorithm:
     """What distinguishes one algorithm from another. The config's `rl:` section may change any of the numbers."""
 
     advantages: Estimator
-    surrogate: Surrogate = clip
-    level: Level = "token"  # of the ratio to the old policy
-    aggregation: Aggregation = "dapo"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    dual_clip: float | None = None
-    beta: float = 0.0  # of the KL to the reference; 0 needs no reference
-    kl: Divergence = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    kl_bias_correction: bool = False  # KL in the loss: weighed by the ratio to the old policy
+    objective: PolicyObjective = field(default_factory=GRPO)
     max_refills: int = 0  # dynamic sampling: how often groups that are all alike are replaced by others
     overlong_filter: bool = False  # samples that were cut off carry no loss
     overlong_cache: float = 0.0  # soft punishment over this last share of max_completion_length; 0: none
     critic: bool = False
-    gamma: float = 1.0
+    gamma: float = 1.0  # of the estimator, as lam
     lam: float = 0.95
 
     @property
     def needs_reference(self) -> bool:
-        return self.beta != 0
+        return self.objective.beta != 0
 
     @property
     def settings(self) -> Settings:
         return Settings(self.gamma, self.lam)
 
-    def objective(self, correction: Correction | None, max_completion_length: int) -> Objective:
-        return Objective(
-            self.epsilon_low,
-            self.epsilon_high,
-            self.dual_clip,
-            self.level,
-            self.aggregation,
-            self.beta if self.kl_in == "loss" else 0.0,
-            self.kl,
-            self.kl_bias_correction,
-            correction,
-            max_completion_length,
-        )
-
 
 ALGORITHMS = {
-    # Shao et al. 2024, DeepSeekMath (arXiv:2402.03300). Its beta of 0.04 is out of use: R1 has 0.001, TRL 0.
-    "grpo": Algorithm(group_normalised, aggregation="grpo"),
-    # Liu et al. 2025, Understanding R1-Zero-Like Training (arXiv:2503.20783).
-    "dr_grpo": Algorithm(group_centred, aggregation="dr_grpo"),
-    # Yu et al. 2025 (arXiv:2503.14476). The punished share is the paper's 4096 of 20480 tokens.
-    "dapo": Algorithm(group_normalised, epsilon_high=0.28, max_refills=3, overlong_filter=True, overlong_cache=0.2),
-    # Zheng et al. 2025, Group Sequence Policy Optimization (arXiv:2507.18071).
-    "gspo": Algorithm(group_normalised, level="sequence", aggregation="grpo", epsilon_low=3e-4, epsilon_high=4e-4),
-    # Ahmadian et al. 2024, Back to Basics (arXiv:2402.14740); beta is TRL's. Clipping only acts from the second update.
-    "rloo": Algorithm(leave_one_out, aggregation="sum", beta=0.05, kl="k1", kl_in="reward"),
-    # Hu 2025, REINFORCE++ (arXiv:2501.03262); beta is OpenRLHF's.
-    "reinforce++": Algorithm(globally_normalised, beta=0.01, kl="k1", kl_in="reward"),
-    # Chen et al. 2025, MiniMax-M1 (arXiv:2506.13585): the lower bound is off; the upper one, 5, is ScaleRL's
-    # (Khatri et al. 2025, arXiv:2510.13786).
-    "cispo": Algorithm(group_normalised, cispo, epsilon_low=1.0, epsilon_high=4.0),
-    # Schulman et al. 2017 (arXiv:1707.06347) with GAE; for language models Ziegler et al. 2019 (arXiv:1909.08593).
-    "ppo": Algorithm(gae, beta=0.05, kl="k1", kl_in="reward", critic=True),
+    "grpo": Algorithm(group_normalised, GRPO()),
+    "dr_grpo": Algorithm(group_centred, DrGRPO()),
+    # The punished share is the paper's 4096 of 20480 tokens.
+    "dapo": Algorithm(group_normalised, DAPO(), max_refills=3, overlong_filter=True, overlong_cache=0.2),
+    "gspo": Algorithm(group_normalised, GSPO()),
+    "rloo": Algorithm(leave_one_out, RLOO()),
+    "reinforce++": Algorithm(globally_normalised, ReinforcePlusPlus()),
+    "cispo": Algorithm(group_normalised, CISPO()),
+    "ppo": Algorithm(gae, PPO(), critic=True),
 }
 
-_OVERRIDES = (
-    "aggregation",
-    "beta",
-    "dual_clip",
-    "epsilon_high",
-    "epsilon_low",
-    "gamma",
-    "kl",
-    "kl_bias_correction",
-    "kl_in",
-    "lam",
-    "max_refills",
-    "overlong_cache",
-    "overlong_filter",
+_OBJECTIVE_NUMBERS = (
+    *("aggregation", "beta", "dual_clip", "entropy_coefficient", "entropy_target", "epsilon_high", "epsilon_low"),
+    *("kl", "kl_bias_correction", "kl_in"),
 )
+_OTHER_NUMBERS = ("gamma", "lam", "max_refills", "overlong_cache", "overlong_filter")
 
-_READERS: dict[str, tuple[Callable[..., Any], ...]] = {"dual_clip": (clip,), "gamma": (gae,), "lam": (gae,)}
-"""Numbers that only some of our functions read. All others are read by every one; a user's function may read all."""
+_READERS: dict[str, tuple[Estimator, ...]] = {"gamma": (gae,), "lam": (gae,)}
+"""The ready estimators that read a number. An objective reads the numbers that are its fields."""
 
-_OURS: tuple[Callable[..., Any], ...] = (
-    *(clip, cispo),
-    *(gae, globally_normalised, group_centred, group_normalised, leave_one_out),
-)
+_ESTIMATORS: tuple[Estimator, ...] = (gae, globally_normalised, group_centred, group_normalised, leave_one_out)
+"""The ready ones. One of the user's own may read all numbers."""
 
 
 def find_algorithm(section: RLSection) -> Algorithm:
@@ -138,27 +85,32 @@ def find_algorithm(section: RLSection) -> Algorithm:
         raise ConfigError(f"rl.algorithm: {name!r} is no Algorithm (jaxtrain.rl.algorithms) but {type(row).__name__}")
     if not row.critic and section.critic != CriticSection():
         raise ConfigError(f"rl.critic: {name} has no critic; among ours ppo has one")
-    given = {key: value for key in _OVERRIDES if (value := getattr(section, key)) is not None}
-    algorithm = replace(row, **given)
-    for key in given:
-        if reason := _unread(key, algorithm):
-            raise ConfigError(f"rl.{key}={given[key]} has no effect with rl.algorithm={name}: {reason}; leave it out")
-    if algorithm.beta and algorithm.kl_in == "loss":
-        try:
-            check_kl_in_loss(algorithm.kl, algorithm.kl_bias_correction)
-        except ValueError as error:
-            raise ConfigError(f"rl.algorithm={name}, rl.kl_in=loss: {error}") from None
-    return algorithm
+    given = {key: value for key in _OBJECTIVE_NUMBERS + _OTHER_NUMBERS if (value := getattr(section, key)) is not None}
+    for key, value in given.items():
+        if reason := _unread(key, given, row):
+            raise ConfigError(f"rl.{key}={value} has no effect with rl.algorithm={name}: {reason}; leave it out")
+    run = {
+        "correction": section.correction and Correction(**section.correction.model_dump()),
+        "max_completion_length": section.max_completion_length,
+        "temperature": section.sampling.temperature,
+    }
+    numbers = {key: value for key, value in given.items() if key in _OBJECTIVE_NUMBERS}
+    try:
+        objective = replace(row.objective, **numbers, **run)
+    except ValueError as error:
+        raise ConfigError(f"rl.algorithm={name}: {error}") from None
+    return replace(row, objective=objective, **{key: given[key] for key in _OTHER_NUMBERS if key in given})
 
 
-def _unread(key: str, algorithm: Algorithm) -> str | None:
+def _unread(key: str, given: dict[str, Any], row: Algorithm) -> str | None:
     """Why a number of this name changes nothing; None where it is read."""
-    if key in ("kl", "kl_in", "kl_bias_correction") and not algorithm.beta:
+    if key in _OBJECTIVE_NUMBERS and key not in {each.name for each in fields(row.objective)}:
+        return f"{type(row.objective).__name__} does not read it"
+    if key in ("kl", "kl_in", "kl_bias_correction") and not given.get("beta", row.objective.beta):
         return "rl.beta is 0, so there is no KL"
-    if key == "kl_bias_correction" and algorithm.kl_in == "reward":
+    if key == "kl_bias_correction" and given.get("kl_in", row.objective.kl_in) == "reward":
         return "the KL belongs to the reward (rl.kl_in=reward)"
     readers = _READERS.get(key)
-    used = (algorithm.advantages, algorithm.surrogate)
-    if readers is None or any(each in readers or each not in _OURS for each in used):
+    if readers is None or row.advantages in readers or row.advantages not in _ESTIMATORS:
         return None
     return f"only {' and '.join(each.__name__ for each in readers)} reads it"

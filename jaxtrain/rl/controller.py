@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from jaxtrain.lora import join
-from jaxtrain.losses.policy import divergence
+from jaxtrain.objectives.kl import divergence
+from jaxtrain.objectives.policy import ENTROPY_COEFFICIENTS
 from jaxtrain.rl.advantages import Outcomes
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.collect import Collected
@@ -152,7 +153,7 @@ def prepare(
     parts = [list(part) for part in _cut(collected.trajectories, plan.minibatches)]
     rows = max(rows_needed(part, plan.max_length, plan.row_multiple) for part in parts)
     packed = [pack(part, plan.max_length, rows) for part in parts]
-    penalised = algorithm.needs_reference and algorithm.kl_in == "reward"
+    penalised = algorithm.needs_reference and algorithm.objective.kl_in == "reward"
     if plan.updates > 1 or penalised:
         packed = _scored(packed, "old_logps", roles.policy.params, roles.policy.per_token, place)
     if roles.reference is not None:
@@ -177,6 +178,9 @@ def prepare(
         values=_gathered(packed, "values") if roles.critic is not None else None,
     )
     found = algorithm.advantages(outcomes, algorithm.settings)
+    metrics = dict(collected.metrics)
+    coefficient = algorithm.objective.coefficient_at(_entropy(trajectories))
+    adaptive = ENTROPY_COEFFICIENTS in algorithm.objective.signals
     batches = []
     at = 0
     for each in packed:
@@ -184,9 +188,12 @@ def prepare(
         signals = {"advantages": found.advantages[span]}
         if found.returns is not None:
             signals["returns"] = found.returns[span]
+        if adaptive:
+            signals[ENTROPY_COEFFICIENTS] = [np.full(len(a), coefficient, np.float32) for a in found.advantages[span]]
         batches.append(each.spread(**signals).batch)
         at = span.stop
-    metrics = dict(collected.metrics)
+    if adaptive:
+        metrics["entropy_coefficient"] = coefficient
     metrics["time/logps"] = time.perf_counter() - start
     if divergences is not None:
         metrics["kl"] = divergences
@@ -212,6 +219,12 @@ def _scored(
     return scored
 
 
+def _entropy(trajectories: Sequence[Trajectory]) -> float:
+    """The mean entropy of the sampling distribution, estimated from the samples: the mean of -log p of their tokens."""
+    logps = np.concatenate([t.sampler_logps[t.loss_mask] for t in trajectories])
+    return float(-logps.mean(dtype=np.float64)) if len(logps) else 0.0
+
+
 def _gathered(packed: list[Packed], name: str) -> list[np.ndarray]:
     return [values for each in packed for values in each.gather(each.batch.signals[name])]
 
@@ -221,6 +234,6 @@ def _penalties(
 ) -> tuple[list[np.ndarray], float]:
     """beta times the KL estimate of every token of the model's, and the mean estimate."""
     pairs = zip(_gathered(packed, "old_logps"), _gathered(packed, "ref_logps"), trajectories, strict=True)
-    kls = [np.asarray(divergence(algorithm.kl, old, ref)) * t.loss_mask for old, ref, t in pairs]
+    kls = [np.asarray(divergence(algorithm.objective.kl, old, ref)) * t.loss_mask for old, ref, t in pairs]
     tokens = sum(int(t.loss_mask.sum()) for t in trajectories)
-    return [algorithm.beta * kl for kl in kls], float(sum(kl.sum() for kl in kls)) / max(tokens, 1)
+    return [algorithm.objective.beta * kl for kl in kls], float(sum(kl.sum() for kl in kls)) / max(tokens, 1)

@@ -9,15 +9,16 @@ import jax
 
 from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
-from jaxtrain.train.step import Loss, Metrics, add_metrics, batch_norm, score
+from jaxtrain.objectives.objective import Objective
+from jaxtrain.train.step import Metrics, add_metrics, batch_norm, score
 from jaxtrain.types import Batch, Params
 
 
-def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch], Metrics]:
+def make_eval_step(model: Model, objective: Objective) -> Callable[[Params, Params, Batch], Metrics]:
     """A pure `(params, frozen, batch) -> metrics`, without dropout; jit it."""
 
     def eval_step(params: Params, frozen: Params, batch: Batch) -> Metrics:
-        _, metrics = loss(score(model, join(params, frozen), batch), batch, batch_norm(batch))
+        _, metrics = objective(score(model, join(params, frozen), batch), batch, batch_norm(batch))
         return metrics
 
     return eval_step

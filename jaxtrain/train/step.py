@@ -1,8 +1,8 @@
-"""`make_step`: the only step builder. Every algorithm is a loss over token scores."""
+"""`make_step`: the only step builder. What is trained is an `Objective` over the scores of a model's head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +10,23 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.lora import join
-from jaxtrain.losses.router import router_loss
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
+from jaxtrain.objectives.objective import Correct, Entropy, Logp, Objective, Prepared, Request, Value
+from jaxtrain.objectives.router import router_loss
 from jaxtrain.ops.token_scores import Foreseen, token_scores
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
-from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, TokenScores, TrainState
+from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, Scores, TrainState
 
-# The scores are those of the model's head: `TokenScores`, or the values [B, T] of a scalar head.
-Loss = Callable[[Any, Batch, Norm], tuple[Array, Mapping[str, Metric]]]
 Metrics = Mapping[str, Metric]
 
 
 class StepReport(NamedTuple):
     """What a step says of itself: all on the device until somebody reads it."""
 
-    means: Metrics  # of the loss function
+    means: Metrics  # of the objective
     grad_norm: Array  # [] before clipping
     learning_rate: Array  # []
     num_tokens: Array  # [] int32, tokens of the global batch that are no padding
@@ -40,10 +39,24 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
 
 def score(
     model: Model, params: Params, batch: Batch, dropout_key: Array | None = None, *, temperature: float = 1.0
-) -> TokenScores:
+) -> Scores:
     """Scores of every weighted token of packed rows, each among its signal `supports` where the batch has that one."""
     hidden = model.hidden(params, batch, dropout_key)
-    return _scores_of(model, params, hidden, batch, temperature=temperature)
+    return _scores_of(model, params, hidden, batch, (Logp(temperature), Entropy(), Correct()))
+
+
+def token_values(model: Model, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
+    """What a scalar head says of the state before every weighted token: float32 [B, T], 0 elsewhere."""
+    return _scores_of(model, params, model.hidden(params, batch, dropout_key), batch, (Value(),)).value
+
+
+def check_needs(objective: Objective, model: Model) -> None:
+    """Raise ValueError for scores that the model's head does not give."""
+    for request in objective.needs:
+        if isinstance(request, Value) != (model.output == SCALAR):
+            raise ValueError(
+                f"{type(objective).__name__} needs {type(request).__name__}, and model.head={model.output} gives none"
+            )
 
 
 def _scores_of(
@@ -51,11 +64,18 @@ def _scores_of(
     params: Params,
     hidden: Array,
     batch: Batch,
-    *,
-    temperature: float,
+    needs: Sequence[Request],
     foreseen: Foreseen | None = None,
-) -> TokenScores:
-    return token_scores(
+) -> Scores:
+    """What `needs` asks for, and None for the rest."""
+    kinds = {type(request): request for request in needs}
+    assert len(kinds) == len(needs), f"a score is asked for twice: {needs}"
+    if Value in kinds:
+        before = model.values(params, hidden)[:, :-1]
+        return Scores(value=jnp.where(batch.loss_weights > 0, jnp.pad(before, ((0, 0), (1, 0))), 0))
+    logp, entropy = kinds.get(Logp, Logp()), kinds.get(Entropy, Entropy())
+    assert isinstance(logp, Logp) and isinstance(entropy, Entropy)
+    scores = token_scores(
         hidden,
         model.head(params),
         batch.tokens,
@@ -64,64 +84,61 @@ def _scores_of(
         vocab_size=model.config.vocab_size,
         supports=batch.signals.get("supports"),
         softcap=model.config.logit_softcap,
-        temperature=temperature,
+        temperature=logp.temperature,
         mesh=model.run.mesh,
         foreseen=foreseen,
+        differentiable_entropy=entropy.differentiable,
+    )
+    return Scores(
+        logp=scores.logp if Logp in kinds else None,
+        entropy=scores.entropy if Entropy in kinds else None,
+        correct=scores.correct if Correct in kinds else None,
     )
 
 
-def _derivative(loss: Loss) -> Callable[[Array, Batch, Norm], Array]:
-    """Of `loss` by the log-probabilities [B, T]."""
+def _derivative(objective: Objective) -> Callable[[Array, Batch, Norm], Array] | None:
+    """Of the objective by the log-probabilities [B, T], where the head can take it token by token as it scores them."""
+    if not objective.separable or Value() in objective.needs or Entropy(differentiable=True) in objective.needs:
+        return None
+
+    kinds = {type(request) for request in objective.needs}
 
     def derivative(logp: Array, rows: Batch, whole: Norm) -> Array:
-        nothing = jnp.zeros_like(logp)
-        return jax.grad(lambda logp: loss(TokenScores(logp, nothing, nothing), rows, whole)[0])(logp)
+        # The other scores carry no gradient, so that only metrics read them.
+        zeros = jnp.zeros_like(logp)
+        others = Scores(entropy=zeros if Entropy in kinds else None, correct=zeros if Correct in kinds else None)
+        return jax.grad(lambda logp: objective(others._replace(logp=logp), rows, whole)[0])(logp)
 
     return derivative
-
-
-def token_values(model: Model, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
-    """What a scalar head says of the state before every weighted token: float32 [B, T], 0 elsewhere."""
-    return _values_of(model, params, model.hidden(params, batch, dropout_key), batch)
-
-
-def _values_of(model: Model, params: Params, hidden: Array, batch: Batch) -> Array:
-    before = model.values(params, hidden)[:, :-1]
-    return jnp.where(batch.loss_weights > 0, jnp.pad(before, ((0, 0), (1, 0))), 0)
 
 
 def make_step(
     model: Model,
     tx: optax.GradientTransformation,
     schedule: Schedule,
-    loss: Loss,
+    objective: Objective,
     *,
-    separable: bool = False,
-    temperature: float = 1.0,
     microbatches: int = 1,
     max_grad_norm: float | None = None,
 ) -> Step:
     """A pure `(state, batch) -> (state, report)`; jit it with the state donated.
 
-    `separable` says that the loss is a sum over tokens, in which each appears with its own log-probability alone, as in
-    SFT: the head then costs a quarter less. (Said of any other loss it costs a quarter more; the gradient is right.)
     The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
     The load-balancing loss of a mixture of experts is the exception: each microbatch has one, weighed by its tokens.
     A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Raises ValueError for an objective that needs what the model's head does not give; the step does for a batch without
+    the objective's signals.
     """
+    check_needs(objective, model)
+    derivative = _derivative(objective)
 
-    derivative = _derivative(loss) if separable else None
-
-    def objective(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
+    def loss(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
         whole = join(params, frozen)
         hidden, routing = model.forward(whole, batch, dropout_key)
-        if model.output == SCALAR:
-            scores = _values_of(model, whole, hidden, batch)
-        else:
-            foreseen = derivative and Foreseen(derivative, batch, norm)
-            scores = _scores_of(model, whole, hidden, batch, temperature=temperature, foreseen=foreseen)
-        value, metrics = loss(scores, batch, norm)
+        foreseen = derivative and Foreseen(derivative, batch, norm)
+        value, metrics = objective(_scores_of(model, whole, hidden, batch, objective.needs, foreseen), batch, norm)
         if routing is None:
             return value, metrics
         assert model.config.moe is not None
@@ -129,11 +146,33 @@ def make_step(
         share = routing.tokens[0] / jnp.maximum(norm.real, 1)
         return value + of_router * share, {**metrics, **of_routing}
 
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def prepared(state: TrainState, batch: Batch) -> Batch:
+        """The batch with the signals that the objective computes itself."""
+        if isinstance(objective, Prepared):
+            params = jax.lax.stop_gradient(join(state.params, state.frozen))
+
+            def score_all(*needs: Request) -> Scores:
+                def of(rows: Batch) -> Scores:
+                    return _scores_of(model, params, model.hidden(params, rows), rows, needs)
+
+                if microbatches == 1:
+                    return of(batch)
+                return uncut(jax.lax.map(of, cut(batch, microbatches, model.run.mesh)), model.run.mesh)
+
+            batch = batch._replace(signals={**batch.signals, **objective.prepare(score_all, batch)})
+        if missing := [name for name in objective.signals if name not in batch.signals]:
+            raise ValueError(
+                f"{type(objective).__name__} needs the signal {missing[0]!r}, and the batch has "
+                f"{', '.join(batch.signals) or 'none'}"
+            )
+        return batch
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(state.key, state.step)
         norm = batch_norm(batch)
+        batch = prepared(state, batch)
 
         def of_microbatch(index: Array | int, rows: Batch) -> tuple[Params, Array, Metrics]:
             (value, metrics), grads = gradient(state.params, state.frozen, rows, norm, jax.random.fold_in(key, index))
@@ -227,6 +266,16 @@ def cut(batch: Batch, pieces: int, mesh: jax.sharding.Mesh | None) -> Batch:
         return jnp.moveaxis(constrain_rows(strided, mesh), 1, 0)
 
     return jax.tree.map(cut_leaf, batch)
+
+
+def uncut(pieces: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """[pieces, B / pieces, ...] -> [B, ...]: `cut` undone."""
+
+    def join_leaf(leaf: Array) -> Array:
+        strided = jnp.moveaxis(leaf, 0, 1)
+        return constrain_rows(strided.reshape(-1, *strided.shape[2:]), mesh)
+
+    return jax.tree.map(join_leaf, pieces)
 
 
 def _choose(ok: Array, new: Any, old: Any) -> Any:

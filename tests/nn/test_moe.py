@@ -8,9 +8,9 @@ import tiny
 from flax import nnx
 
 from jaxtrain.config import MeshSection
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.config import ClampedSwiGLU
 from jaxtrain.nn.moe import SparseMLP
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
 from jaxtrain.train.step import batch_norm, score
@@ -136,7 +136,7 @@ def test_no_buffer_has_every_expert_for_every_token(expert):
     batch = jax.device_put(tiny.packed_batch([[length]] * rows, length), batch_sharding(mesh))
 
     def loss(params, batch):
-        return sft_loss(score(model, params, batch), batch, batch_norm(batch))[0]
+        return SFT()(score(model, params, batch), batch, batch_norm(batch))[0]
 
     compiled = jax.jit(jax.grad(loss)).lower(params, batch).compile()
     dispatch = rows * length // expert * moe.num_experts * moe.intermediate_size * 4

@@ -209,6 +209,37 @@ def test_positions_without_weight_may_hold_anything():
     assert_close(gradient(jnp.where(idle, jnp.nan, hidden), head), gradient(hidden, head), 0)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2)], ids=str)
+@HEADS
+def test_a_differentiable_entropy_has_the_naive_heads_gradient(transposed, shape, frozen):
+    """With capped logits and a temperature, alone and beside a log-probability."""
+    hidden, head, tokens, weights = problem()
+    how = {"transposed": transposed, "vocab_size": VOCAB, "softcap": 3.0, "temperature": 0.7, "chunk": CHUNK}
+    mesh = shape and make_mesh(*shape)
+
+    def score(h, w):
+        w = w if transposed else w.T
+        scores = token_scores(h, w, tokens, weights, mesh=mesh, differentiable_entropy=True, **how)
+        return scores.logp, scores.entropy
+
+    def expected(h, w):
+        bent = 3.0 * jnp.tanh(jnp.einsum("btd,vd->btv", h[:, :-1], w[:VOCAB]) / 3.0)
+        logp = jax.nn.log_softmax(bent / 0.7)
+        values = jnp.take_along_axis(logp, tokens[:, 1:, None], 2)[..., 0], -jnp.sum(jnp.exp(logp) * logp, -1)
+        return tuple(jnp.pad(jnp.where(weights[:, 1:] != 0, x, 0), ((0, 0), (1, 0))) for x in values)
+
+    def both(logp, entropy):
+        return jnp.sum(logp * weights) / DIVISOR + jnp.sum(factors(weights) * entropy**2)
+
+    argnums = 0 if frozen else (0, 1)
+    for loss in (both, lambda logp, entropy: jnp.sum(entropy)):
+        actual = jax.jit(jax.value_and_grad(lambda h, w, loss=loss: loss(*score(h, w)), argnums))(hidden, head)
+        wanted = jax.value_and_grad(lambda h, w, loss=loss: loss(*expected(h, w)), argnums)(hidden, head)
+        np.testing.assert_allclose(actual[0], wanted[0], rtol=1e-5)
+        assert_close(actual[1], wanted[1], 2e-5)
+
+
 def test_entropy_and_correct_carry_no_gradient():
     hidden, head, tokens, weights = problem()
     score = scorer(tokens, weights, True)

@@ -1,5 +1,7 @@
 """A policy's and a critic's step on packed trajectories: microbatches, and a sample scored under its own support."""
 
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import tiny
 from trajectories import trajectory
 
 from jaxtrain.config import MeshSection, OptimizerSection
-from jaxtrain.losses.policy import Correction, Objective, clip, make_policy_loss
-from jaxtrain.losses.value import make_value_loss
+from jaxtrain.objectives.policies import GRPO, ClippedPolicy
+from jaxtrain.objectives.policy import Correction
+from jaxtrain.objectives.value import ClippedValue
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.rl.rollouts import pack
@@ -33,25 +36,24 @@ def batch():
     return packed.spread(**noise).batch
 
 
-def one_step(model, params, batch, loss, microbatches=1, separable=False):
+def one_step(model, params, batch, objective, microbatches=1):
     section = OptimizerSection(learning_rate=1e-2, schedule="constant", eps=1e-3)
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
-    how = {"separable": separable, "temperature": 0.7, "microbatches": microbatches, "max_grad_norm": 1.0}
-    step = make_step(model, tx, schedule, loss, **how)
+    step = make_step(model, tx, schedule, objective, microbatches=microbatches, max_grad_norm=1.0)
     state, report = jax.jit(step)(new_state(params, {}, tx, jax.random.key(0)), batch)
     return state.params, {name: float(metric.value) for name, metric in report.means.items()}
 
 
-@pytest.mark.parametrize("role", ["policy", "critic"])
+@pytest.mark.parametrize("role", ["policy", "policy with an entropy bonus", "critic"])
 def test_microbatches_are_one_batch(batch, role):
     model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1])
-    objective = Objective(level="sequence", aggregation="grpo", correction=Correction("sequence"))
-    loss = make_policy_loss(clip, objective)
+    bonus = 0.1 if "entropy" in role else 0.0
+    objective = GRPO(level="sequence", correction=Correction("sequence"), temperature=0.7, entropy_coefficient=bonus)
     if role == "critic":
-        model, loss = type(model)(model.config, None, model.run, output="scalar"), make_value_loss(0.2)
+        model, objective = type(model)(model.config, None, model.run, output="scalar"), ClippedValue(0.2)
     params = model.init(jax.random.key(0))
-    (whole, one), (cut, many) = (one_step(model, params, batch, loss, pieces) for pieces in (1, 2))
+    (whole, one), (cut, many) = (one_step(model, params, batch, objective, pieces) for pieces in (1, 2))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     assert one.keys() == many.keys()
@@ -66,10 +68,19 @@ def test_a_step_does_not_depend_on_whether_its_loss_was_foreseen(batch, sharded,
     """Nor on whether it was foreseen wrongly, as for a whole sample's correction."""
     mesh = make_mesh(MeshSection(preset="fsdp_tensor", tensor=2), jax.devices()[:4]) if sharded else None
     model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1], mesh=mesh)
-    loss = make_policy_loss(clip, Objective(correction=correction))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Told(ClippedPolicy):
+        says: bool
+
+        @property
+        def separable(self):
+            return self.says
+
+    plainly, foreseeing = (Told(correction=correction, temperature=0.7, says=said) for said in (False, True))
     batch = batch._replace(signals={k: v for k, v in batch.signals.items() if k != "old_logps"})  # on policy
     params = model.init(jax.random.key(0))
-    (plain, one), (foreseen, other) = (one_step(model, params, batch, loss, microbatches, s) for s in (False, True))
+    (plain, one), (foreseen, other) = (one_step(model, params, batch, o, microbatches) for o in (plainly, foreseeing))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(foreseen), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)

@@ -10,14 +10,14 @@ import pytest
 import tiny
 
 from jaxtrain.config import OptimizerSection
-from jaxtrain.losses.sft import sft_loss
 from jaxtrain.nn.config import RouterLoss
 from jaxtrain.nn.model import Model
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import make_step
 
-SFT = {"loss", "mean_token_accuracy", "entropy"}
+SFT_METRICS = {"loss", "mean_token_accuracy", "entropy"}
 ROUTERS = {"aux_loss", "router_z_loss", "expert_load_max"}
 
 
@@ -27,7 +27,7 @@ def test_a_packed_step_is_finite_and_has_the_right_metrics(case, tmp_path):
     params, config, _ = hf_folders.load(tmp_path)
     batch = tiny.packed_batch([[40, 50, 3], [96]], 96)
     state, report = one_step(Model(config), params, batch)
-    assert report.means.keys() == (SFT | ROUTERS if config.moe else SFT)
+    assert report.means.keys() == (SFT_METRICS | ROUTERS if config.moe else SFT_METRICS)
     assert all(np.isfinite(mean.value) for mean in report.means.values())
     assert report.skipped == 0 and 0 < report.grad_norm < np.inf
     moved = jax.tree.map(lambda new, old: bool(jnp.any(new != old)), state.params, params)
@@ -45,6 +45,6 @@ def one_step(model, params, batch):
     section = OptimizerSection(learning_rate=1e-3, schedule="constant")
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
-    step = jax.jit(make_step(model, tx, schedule, sft_loss))
+    step = jax.jit(make_step(model, tx, schedule, SFT()))
     state, report = step(new_state(params, {}, tx, jax.random.key(0)), batch)
     return state, jax.device_get(report)

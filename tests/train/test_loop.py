@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from jaxtrain.config import OptimizerSection
-from jaxtrain.losses.sft import sft_loss
+from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.train.loop import NonFiniteError, train
 from jaxtrain.train.state import new_state
@@ -22,7 +22,7 @@ def step_and_state():
     schedule = make_schedule(OptimizerSection(), 10)
     tx = make_optimizer(OptimizerSection(), schedule, model.axes())
     state = new_state(tiny.random_params(model), {}, tx, jax.random.key(0))
-    return jax.jit(make_step(model, tx, schedule, sft_loss, max_grad_norm=1.0)), state
+    return jax.jit(make_step(model, tx, schedule, SFT(), max_grad_norm=1.0)), state
 
 
 def taken(step_and_state, batches, tmp_path, steps=10):

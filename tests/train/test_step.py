@@ -1,27 +1,36 @@
+from dataclasses import dataclass, replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from jaxtrain.config import MeshSection, OptimizerSection
 from jaxtrain.lora import join, merge_adapters, split_adapters
-from jaxtrain.losses.sft import sft_loss
+from jaxtrain.objectives.objective import Logp
+from jaxtrain.objectives.policies import GRPO
+from jaxtrain.objectives.sft import SFT
+from jaxtrain.objectives.value import ClippedValue
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
 from jaxtrain.train.state import new_state, state_shardings
 from jaxtrain.train.step import make_step, score
+from jaxtrain.types import Mean
 
 LENGTHS = [[9, 20, 3], [14, 14], [31], [5, 5, 5], [1, 30], [16, 16], [2, 2, 2, 2], [32]]
 
 
-def after_steps(model, params, batch, *, steps=3, microbatches=1, optimizer="adamw", frozen=None, axes=None):
+def after_steps(
+    model, params, batch, *, steps=3, microbatches=1, optimizer="adamw", frozen=None, axes=None, objective=None
+):
     # Adam divides a gradient by its own size: with a small eps, rounding noise around 0 would become a whole step.
     section = OptimizerSection(name=optimizer, learning_rate=1e-2, weight_decay=0.1, schedule="constant", eps=1e-3)
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes() if axes is None else axes)
-    step = make_step(model, tx, schedule, sft_loss, microbatches=microbatches, max_grad_norm=1.0)
+    step = make_step(model, tx, schedule, objective or SFT(), microbatches=microbatches, max_grad_norm=1.0)
     state = new_state(params, frozen or {}, tx, jax.random.key(0))
     step, reports = jax.jit(step), []
     for _ in range(steps):
@@ -89,7 +98,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     section = OptimizerSection(schedule="constant")
     schedule = make_schedule(section, 10)
     tx = make_optimizer(section, schedule, model.axes())
-    step = jax.jit(make_step(model, tx, schedule, sft_loss, max_grad_norm=1.0))
+    step = jax.jit(make_step(model, tx, schedule, SFT(), max_grad_norm=1.0))
     state = new_state(tiny.random_params(model), {}, tx, jax.random.key(0))
     poisoned = batch._replace(loss_weights=np.where(batch.loss_weights > 0, np.inf, 0).astype(np.float32))
 
@@ -152,3 +161,63 @@ def test_moments_lie_where_their_parameters_lie():
     assert adam.nu == specs
     assert adam.count.is_fully_replicated
     assert jnp.ndim(state.step) == 0
+
+
+@dataclass(frozen=True)
+class Centred:
+    """-logp of every token, weighed by how far it lies from the mean of the whole batch: `prepare` finds that mean."""
+
+    @property
+    def needs(self):
+        return (Logp(),)
+
+    @property
+    def signals(self):
+        return ("baseline",)
+
+    @property
+    def separable(self):
+        return True
+
+    def prepare(self, score, batch):
+        logp = score(Logp()).logp
+        mean = jnp.sum(logp * batch.loss_weights) / jnp.sum(batch.loss_weights)
+        return {"baseline": jnp.full_like(logp, mean)}
+
+    def __call__(self, scores, batch, norm):
+        weights = batch.loss_weights
+        assert scores.entropy is None and scores.correct is None, "they were not asked for"
+        distance = scores.logp - batch.signals["baseline"]
+        value = jnp.sum(distance**2 * weights) / norm.tokens
+        return value, {"loss": Mean(value, jnp.sum(weights) / norm.tokens)}
+
+
+@pytest.mark.parametrize("mesh", [None, MeshSection(preset="fsdp")], ids=["single", "fsdp"])
+def test_signals_of_an_objective_are_those_of_the_whole_batch(mesh):
+    """The gradient is that of the variance with its mean held, in whatever pieces the batch is computed."""
+    mesh = mesh and make_mesh(mesh, jax.devices()[:2])
+    model, batch = tiny.model(mesh=mesh), tiny.packed_batch(LENGTHS, 32)
+    params = tiny.random_params(model)
+    states, losses = [], []
+    for pieces in (1, 2):
+        state, reports = after_steps(model, params, batch, steps=2, microbatches=pieces, objective=Centred())
+        states.append(state.params)
+        losses.append([float(report.means["loss"].value) for report in reports])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert_close(*states)
+    logp = jax.jit(lambda params, batch: score(model, params, batch).logp)(params, batch)
+    own = np.asarray(logp)[batch.loss_weights > 0]
+    assert losses[0][0] == pytest.approx(own.var(), rel=1e-4)
+
+
+def test_a_signal_that_is_missing_is_named():
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    with pytest.raises(ValueError, match="GRPO needs the signal 'advantages', and the batch has none"):
+        after_steps(model, tiny.random_params(model), batch, objective=GRPO())
+
+
+@pytest.mark.parametrize(("head", "objective"), [("lm", ClippedValue()), ("scalar", SFT())])
+def test_a_score_that_the_head_does_not_give_is_named(head, objective):
+    model = replace(tiny.model(), output=head)
+    with pytest.raises(ValueError, match=f"{type(objective).__name__} needs .*, and model.head={head} gives none"):
+        make_step(model, optax.identity(), lambda step: 1.0, objective)

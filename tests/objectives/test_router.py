@@ -6,9 +6,9 @@ import tiny
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from jaxtrain.losses.router import router_loss
 from jaxtrain.nn.config import RouterLoss
 from jaxtrain.nn.moe import routing_of
+from jaxtrain.objectives.router import router_loss
 from jaxtrain.types import Routing
 
 LAYERS, ROWS, LENGTH = 3, 4, 25

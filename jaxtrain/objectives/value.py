@@ -1,15 +1,17 @@
-"""The critic's loss."""
+"""The critic's objective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jaxtrain.types import Array, Batch, Mean, Metric, Norm
+from jaxtrain.objectives.objective import Request, Value
+from jaxtrain.types import Array, Batch, Mean, Metric, Norm, Scores
 
 
-def make_value_loss(epsilon: float) -> Callable[[Array, Batch, Norm], tuple[Array, dict[str, Metric]]]:
+@dataclass(frozen=True)
+class ClippedValue:
     """Half the larger squared error of a value and of the value within `epsilon` of the old one, mean over tokens.
 
     The clipped value loss of OpenAI's PPO (Schulman et al. 2017, arXiv:1707.06347; as analysed in Huang et al. 2022,
@@ -17,17 +19,29 @@ def make_value_loss(epsilon: float) -> Callable[[Array, Batch, Norm], tuple[Arra
     update, and `returns`.
     """
 
-    def loss(values: Array, batch: Batch, norm: Norm) -> tuple[Array, dict[str, Metric]]:
+    epsilon: float = 0.2
+
+    @property
+    def needs(self) -> tuple[Request, ...]:
+        return (Value(),)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return "values", "returns"
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    def __call__(self, scores: Scores, batch: Batch, norm: Norm) -> tuple[Array, dict[str, Metric]]:
         weights, old, returns = batch.loss_weights, batch.signals["values"], batch.signals["returns"]
-        near = jnp.clip(values, old - epsilon, old + epsilon)
-        error, error_near = (values - returns) ** 2, (near - returns) ** 2
+        near = jnp.clip(scores.value, old - self.epsilon, old + self.epsilon)
+        error, error_near = (scores.value - returns) ** 2, (near - returns) ** 2
         total = 0.5 * jnp.sum(jnp.maximum(error, error_near) * weights)
         count = jnp.sum(weights)
         metrics: dict[str, Metric] = {
             "value_loss": Mean(total, count),
             "value_clip_ratio": Mean(jnp.sum((error_near > error) * weights), count),
-            "values": Mean(jnp.sum(values * weights), count),
+            "values": Mean(jnp.sum(scores.value * weights), count),
         }
         return total / jnp.maximum(norm.tokens, 1), metrics
-
-    return loss

@@ -1,4 +1,6 @@
-"""Each policy loss against the formula of its paper, written down in numpy sample by sample."""
+"""Each policy objective against the formula of its paper, written down in numpy sample by sample."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +8,13 @@ import numpy as np
 import pytest
 from trajectories import trajectory
 
-from jaxtrain.losses.policy import Correction, Objective, cispo, clip, make_policy_loss
-from jaxtrain.losses.value import make_value_loss
+from jaxtrain.objectives.objective import Entropy, Logp
+from jaxtrain.objectives.policies import CISPO, DAPO, GRPO, GSPO, ClippedPolicy, DrGRPO
+from jaxtrain.objectives.policy import Correction
 from jaxtrain.rl.algorithms import ALGORITHMS
 from jaxtrain.rl.rollouts import pack
 from jaxtrain.train.step import add_metrics, batch_norm
-from jaxtrain.types import Batch, TokenScores
+from jaxtrain.types import Batch, Scores
 
 LENGTHS = [3, 7, 5, 1, 6, 4]
 
@@ -40,14 +43,13 @@ def each(*columns):
     return zip(*columns, strict=True)
 
 
-def run(batch, surrogate, objective, drop=()):
+def run(batch, objective, drop=()):
     signals = {name: value for name, value in batch.signals.items() if name not in drop}
     batch = batch._replace(signals=signals)
-    loss = make_policy_loss(surrogate, objective)
 
     def of(logp):
         scored = jnp.where(batch.loss_weights > 0, logp, 0)
-        return loss(TokenScores(scored, -scored, scored), batch, batch_norm(batch))
+        return objective(Scores(scored, -scored, scored), batch, batch_norm(batch))
 
     (value, metrics), gradient = jax.value_and_grad(of, has_aux=True)(jnp.asarray(batch.signals["new"]))
     return float(value), metrics, np.asarray(gradient)
@@ -61,13 +63,12 @@ CORRECTIONS = [None, Correction("token"), Correction("token", "mask"), Correctio
 def test_a_loss_says_rightly_whether_a_token_sees_its_own_log_probability_alone(problem, name, correction):
     """On policy, where the old policy is the present one, and off."""
     batch, _, _ = problem
-    algorithm = ALGORITHMS[name]
-    objective = algorithm.objective(correction, 8)
+    objective = replace(ALGORITHMS[name].objective, correction=correction, max_completion_length=8)
     other = np.arange(batch.tokens.shape[1]) % 2 == 1
     changed = batch._replace(signals={**batch.signals, "new": np.where(other, 0, batch.signals["new"])})
     alone = True
     for drop in [(), ("old_logps",)]:
-        gradient, beside = (run(each, algorithm.surrogate, objective, drop)[2] for each in (batch, changed))
+        gradient, beside = (run(each, objective, drop)[2] for each in (batch, changed))
         alone &= np.allclose(gradient[:, ~other], beside[:, ~other], rtol=1e-5, atol=1e-7)
     assert alone == objective.separable
 
@@ -140,30 +141,27 @@ def kl_only(formula, ratio=lambda n, o: 1.0):
 
 
 CASES = {
-    "grpo": (clip, Objective(aggregation="grpo", beta=0.04), grpo),
-    "dr_grpo": (clip, Objective(aggregation="dr_grpo", max_completion_length=16), dr_grpo),
-    "dapo": (clip, Objective(epsilon_high=0.28), dapo),
-    "gspo": (clip, Objective(0.03, 0.04, level="sequence", aggregation="grpo"), gspo),
-    "dual clip": (clip, Objective(dual_clip=1.1), dual),
-    "cispo": (cispo, Objective(epsilon_low=1.0, epsilon_high=0.2), cispo_value),
+    "grpo": (GRPO(beta=0.04), grpo),
+    "dr_grpo": (DrGRPO(max_completion_length=16), dr_grpo),
+    "dapo": (DAPO(), dapo),
+    "gspo": (GSPO(epsilon_low=0.03, epsilon_high=0.04), gspo),
+    "dual clip": (ClippedPolicy(dual_clip=1.1), dual),
+    "cispo": (CISPO(epsilon_high=0.2), cispo_value),
     "k1 times the ratio": (
-        clip,
-        Objective(beta=0.5, kl="k1", kl_bias_correction=True),
+        ClippedPolicy(beta=0.5, kl="k1", kl_bias_correction=True),
         kl_only(lambda p, q: p - q, lambda n, o: np.exp(n) / np.exp(o)),
     ),
     "k3 times the ratio": (
-        clip,
-        Objective(beta=0.5, kl="k3", kl_bias_correction=True),
+        ClippedPolicy(beta=0.5, kl="k3", kl_bias_correction=True),
         kl_only(lambda p, q: np.exp(q) / np.exp(p) - (q - p) - 1, lambda n, o: np.exp(n) / np.exp(o)),
     ),
-    "k2": (clip, Objective(beta=0.5, kl="k2"), kl_only(lambda p, q: (p - q) ** 2 / 2)),
+    "k2": (ClippedPolicy(beta=0.5, kl="k2"), kl_only(lambda p, q: (p - q) ** 2 / 2)),
     "k3": (
-        clip,
-        Objective(beta=0.5, kl="k3"),
+        ClippedPolicy(beta=0.5, kl="k3"),
         kl_only(lambda p, q: np.exp(q) / np.exp(p) - (q - p) - 1),
     ),
 } | {
-    f"{level} {mode}": (clip, Objective(correction=Correction(level, mode, 1.2)), corrected(level, mode, 1.2))
+    f"{level} {mode}": (ClippedPolicy(correction=Correction(level, mode, 1.2)), corrected(level, mode, 1.2))
     for level in ("token", "sequence")
     for mode in ("truncate", "mask")
 }
@@ -173,8 +171,8 @@ CASES = {
 def test_loss_and_gradient_are_the_papers(problem, name):
     """The gradient too, by differences of the paper's formula: where CISPO stops one, the factor is held."""
     batch, (new, old, ref, sampler), advantages = problem
-    surrogate, objective, formula = CASES[name]
-    value, _, gradient = run(batch, surrogate, objective)
+    objective, formula = CASES[name]
+    value, _, gradient = run(batch, objective)
     assert value == pytest.approx(formula(new, old, ref, sampler, advantages), rel=2e-5)
     # The first token of every sample that has one, in the order of the samples.
     for index in range(len(new)):
@@ -205,11 +203,11 @@ def test_the_expected_gradient_of_a_kl_in_the_loss(kind, bias_correction, of):
     row = np.zeros((1, 7), np.int32)
     signals = {"advantages": np.zeros((1, 7)), "sampler_logps": jnp.log(p)[None], "ref_logps": ref[None]}
     batch = Batch(row, row, row + 1, p[None], signals)  # the weights are the probabilities, which sum to 1
-    loss = make_policy_loss(clip, Objective(beta=1.0, kl=kind, kl_bias_correction=bias_correction))
+    objective = ClippedPolicy(beta=1.0, kl=kind, kl_bias_correction=bias_correction)
 
     def estimated(z):
         logp = jax.nn.log_softmax(z)[None]
-        return loss(TokenScores(logp, logp, logp), batch, batch_norm(batch))[0]
+        return objective(Scores(logp, logp, logp), batch, batch_norm(batch))[0]
 
     def divergence(z):
         logp = jax.nn.log_softmax(z)
@@ -229,13 +227,13 @@ def test_the_expected_gradient_of_a_kl_in_the_loss(kind, bias_correction, of):
 )
 def test_numbers_under_which_nothing_is_learned_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
-        Objective(**numbers)
+        ClippedPolicy(**numbers)
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(problem):
     """RLOO's form: the gradient of -mean over samples of A log p(y|x)."""
     batch, (new, *_), _ = problem
-    _, metrics, gradient = run(batch, clip, Objective(aggregation="sum"), drop=("old_logps",))
+    _, metrics, gradient = run(batch, ClippedPolicy(aggregation="sum"), drop=("old_logps",))
     expected = -batch.signals["advantages"] * batch.loss_weights / len(new)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
     assert float(metrics["clip_ratio/region_mean"].value) == 0
@@ -245,13 +243,13 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce(problem):
 def test_microbatches_add_up_to_the_batch(problem, aggregation):
     batch, *_ = problem
     correction = Correction("sequence")
-    objective = Objective(0.1, 0.1, level="sequence", aggregation=aggregation, beta=0.1, correction=correction)
-    loss = make_policy_loss(clip, objective)
+    numbers = {"epsilon_low": 0.1, "epsilon_high": 0.1, "level": "sequence", "beta": 0.1}
+    objective = ClippedPolicy(aggregation=aggregation, correction=correction, entropy_coefficient=0.1, **numbers)
     norm = batch_norm(batch)
 
     def of(rows):
         part = jax.tree.map(lambda leaf: leaf[rows], batch)
-        return loss(TokenScores(part.signals["new"], part.signals["new"], part.tokens), part, norm)
+        return objective(Scores(part.signals["new"], part.signals["new"], part.tokens), part, norm)
 
     whole, metrics = of(slice(None))
     (one, first), (other, second) = of(slice(0, 1)), of(slice(1, 2))
@@ -265,7 +263,7 @@ def test_microbatches_add_up_to_the_batch(problem, aggregation):
 
 def test_the_gap_between_sampler_and_trainer_is_measured(problem):
     batch, (_, old, _, sampler), _ = problem
-    _, metrics, _ = run(batch, clip, Objective(correction=Correction(cap=1.2)))
+    _, metrics, _ = run(batch, ClippedPolicy(correction=Correction(cap=1.2)))
     delta = np.concatenate(old) - np.concatenate(sampler)
     expected = {
         "sampling/sampling_logp_difference/mean": np.abs(delta).mean(),
@@ -286,18 +284,46 @@ def test_a_policy_far_away_gives_no_nan(problem):
     signals = dict(batch.signals)
     signals |= {"new": signals["new"] + 200, "old_logps": signals["old_logps"] - 200}
     far = batch._replace(signals=signals)
-    value, _, gradient = run(far, clip, Objective())
+    value, _, gradient = run(far, ClippedPolicy())
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-def test_value_loss_is_the_clipped_one(problem):
+@pytest.mark.parametrize("target", [None, 2.0])
+def test_the_entropy_bonus_is_aggregated_as_the_loss_is(problem, target):
+    """With a target the coefficient is a signal: that of the step's samples."""
     batch, *_ = problem
-    rng = np.random.default_rng(1)
-    old, values, returns = rng.normal(size=(3, *batch.tokens.shape)).astype(np.float32)
-    batch = batch._replace(signals={"values": old, "returns": returns})
-    own = batch.loss_weights > 0
-    v, o, r = (x[own].astype(np.float64) for x in (values, old, returns))
-    expected = np.mean(0.5 * np.maximum((v - r) ** 2, (np.clip(v, o - 0.2, o + 0.2) - r) ** 2))
-    value, metrics = make_value_loss(0.2)(values, batch, batch_norm(batch))
-    assert float(value) == pytest.approx(expected, rel=1e-5)
-    assert 0 < float(metrics["value_clip_ratio"].value) < 1
+    rng = np.random.default_rng(2)
+    entropy = jnp.asarray(rng.random(batch.tokens.shape), jnp.float32) * (batch.loss_weights > 0)
+    plain, objective = GRPO(), GRPO(entropy_coefficient=0.1, entropy_target=target)
+    coefficient = objective.coefficient_at(0.5)
+    assert coefficient == pytest.approx(0.1 if target is None else 0.075)
+    if target is not None:
+        full = np.full(batch.tokens.shape, coefficient, np.float32)
+        batch = batch._replace(signals={**batch.signals, "entropy_coefficients": full})
+        assert objective.coefficient_at(2.5) == 0
+    scores = Scores(jnp.asarray(batch.signals["new"]), entropy, entropy)
+    norm = batch_norm(batch)
+    without, bonus = (of(scores, batch, norm)[0] for of in (plain, objective))
+    segments = []
+    for row in range(2):
+        for segment in range(1, batch.segment_ids[row].max() + 1):
+            mask = np.zeros(batch.tokens.shape, bool)
+            mask[row] = (batch.segment_ids[row] == segment) & (batch.loss_weights[row] > 0)
+            segments.append(mask)
+    expected = np.mean([np.asarray(entropy)[mask].mean() for mask in segments])
+    assert float(without - bonus) == pytest.approx(coefficient * expected, rel=1e-4)
+    gradient = jax.grad(lambda h: objective(scores._replace(entropy=h), batch, norm)[0])(entropy)
+    assert np.all(np.asarray(gradient)[batch.loss_weights > 0] < 0)
+
+
+def test_an_entropy_target_needs_a_coefficient():
+    with pytest.raises(ValueError, match="needs an entropy_coefficient"):
+        GRPO(entropy_target=1.0)
+
+
+def test_what_an_objective_asks_for_follows_from_its_numbers():
+    assert GRPO().signals == ("advantages", "sampler_logps")
+    assert GRPO(beta=0.1).signals == ("advantages", "sampler_logps", "ref_logps")
+    assert GRPO(beta=0.1, kl_in="reward").signals == ("advantages", "sampler_logps")
+    assert GRPO(temperature=0.7).needs == (Logp(0.7), Entropy())
+    assert GRPO(entropy_coefficient=0.1).needs == (Logp(), Entropy(differentiable=True))
