@@ -101,9 +101,13 @@ def _derivative(objective: Objective) -> Callable[[Array, Batch, Norm], Array] |
     if not objective.separable or Value() in objective.needs or Entropy(differentiable=True) in objective.needs:
         return None
 
+    kinds = {type(request) for request in objective.needs}
+
     def derivative(logp: Array, rows: Batch, whole: Norm) -> Array:
-        nothing = jnp.zeros_like(logp)
-        return jax.grad(lambda logp: objective(Scores(logp, nothing, nothing), rows, whole)[0])(logp)
+        # The other scores carry no gradient, so that only metrics read them.
+        zeros = jnp.zeros_like(logp)
+        others = Scores(entropy=zeros if Entropy in kinds else None, correct=zeros if Correct in kinds else None)
+        return jax.grad(lambda logp: objective(others._replace(logp=logp), rows, whole)[0])(logp)
 
     return derivative
 

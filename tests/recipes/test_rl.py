@@ -173,6 +173,24 @@ def test_an_adapter_that_is_trained_on_is_part_of_the_reference(place, tmp_path)
     assert train(config, tmp_path / "third", steps=4) == whole
 
 
+def test_an_entropy_bonus_is_in_the_loss_and_falls_to_nothing_above_its_target(place, tmp_path):
+    """The coefficient is that of the step's samples, and the same in a resumed run in the middle of its updates."""
+    numbers = {"entropy_coefficient": 5.0, "entropy_target": 100.0}
+    bonus = train(tree(place, minibatches=2, **numbers), tmp_path / "bonus")
+    plain = train(tree(place, minibatches=2), tmp_path / "plain")
+    coefficient = bonus[0]["entropy_coefficient"]
+    # The samples' mean of -log p is an estimate of the entropy; their tokens are few and nearly uniform.
+    assert coefficient == pytest.approx(5.0 * (1 - bonus[0]["entropy"] / 100), abs=0.02)
+    assert bonus[0]["loss"] == pytest.approx(plain[0]["loss"] - coefficient * bonus[0]["entropy"], abs=1e-4)
+    above = train(tree(place, minibatches=2, entropy_coefficient=5.0, entropy_target=0.1), tmp_path / "above", steps=2)
+    losses = [[line["loss"] for line in lines[:2]] for lines in (above, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    shutil.copytree(tmp_path / "bonus", tmp_path / "killed")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(step))
+    assert train(tree(place, minibatches=2, **numbers), tmp_path / "killed") == bonus
+
+
 def test_lora_dropout_is_refused(place, tmp_path):
     config = tree(place)
     config["model"]["lora"] = {"rank": 4, "dropout": 0.05}
