@@ -82,20 +82,14 @@ class EngineSampler:
         return int(np.random.SeedSequence([self._seed, *parts]).generate_state(1)[0])
 
     def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """`Engine.generate`, with new weights taken over between its calls."""
+        """`Engine.generate`, with new weights taken over between its device calls."""
         with self._sampling:
-            self._take_weights()
-            numbers = {self._engine.submit(request): index for index, request in enumerate(requests)}
-            done: list[dict[int, Completion]] = [{} for _ in requests]
-            while self._engine.busy:
-                if self._interrupted.is_set():
-                    self._engine.cancel(list(numbers))
-                    raise Interrupted
-                self._take_weights()
-                for chunk in self._engine.step():
-                    if chunk.completion is not None:
-                        done[numbers[chunk.request]][chunk.sample] = chunk.completion
-        return [[samples[index] for index in sorted(samples)] for samples in done]
+            return self._engine.generate(requests, self._between_calls)
+
+    def _between_calls(self) -> None:
+        if self._interrupted.is_set():
+            raise Interrupted
+        self._take_weights()
 
     def _take_weights(self) -> None:
         if self._pending:

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import jax
 
@@ -37,6 +37,7 @@ class AsyncEngine:
         self._failure: Exception | None = None
         self._stopped = False
         self._listeners: set[_Tell] = set()
+        self._told: dict[int, _Tell] = {}  # of the requests under way, by the engine's numbers
         # Requests to begin, each with whom to tell of it; without a request, whom not to tell any more.
         self._inbox: queue.Queue[tuple[Request | None, _Tell] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -80,33 +81,41 @@ class AsyncEngine:
         self._thread.join()
 
     def _run(self) -> None:
-        told: dict[int, _Tell] = {}
         try:
-            while True:
-                while not self._engine.busy or not self._inbox.empty():
-                    item = self._inbox.get()
-                    if item is None:
-                        return
-                    request, tell = item
-                    if request is None:
-                        left = [number for number, each in told.items() if each is tell]
-                        self._engine.cancel(left)
-                        told = {number: each for number, each in told.items() if each is not tell}
-                    else:
-                        try:
-                            told[self._engine.submit(request)] = tell
-                        except (MemoryError, jax.errors.JaxRuntimeError):
-                            raise
-                        except Exception as error:  # nothing of it was admitted, so the others can go on
-                            tell(error)
-                for chunk in self._engine.step():
-                    told[chunk.request](chunk)
+            with closing(self._engine.run(self._take)) as chunks:
+                for chunk in chunks:
+                    self._told[chunk.request](chunk)
         except Exception as error:
             self._failure = error
         finally:
-            self._engine.cancel(list(told))
             self._stopped = True
             for tell in self._listeners.copy():
                 tell(None)
             if self._failure is not None and self._on_failure is not None:
                 self._on_failure(self._failure)
+
+    def _take(self, idle: bool) -> bool:
+        """The source of `Engine.run`: what has come since the last device call, or what comes first if `idle`."""
+        while idle or not self._inbox.empty():
+            item = self._inbox.get()
+            if item is None:
+                self._engine.cancel(list(self._told))
+                return False
+            request, tell = item
+            if request is not None:
+                self._submit(request, tell)
+            else:
+                left = [number for number, each in self._told.items() if each is tell]
+                self._engine.cancel(left)
+                for number in left:
+                    del self._told[number]
+            idle = not self._engine.busy
+        return True
+
+    def _submit(self, request: Request, tell: _Tell) -> None:
+        try:
+            self._told[self._engine.submit(request)] = tell
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # nothing of it was admitted, so the others can go on
+            tell(error)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -112,27 +113,50 @@ class Engine:
         self._roots = dict(zip(known, roots, strict=True))
         self._tries = jax.device_put(joined)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """The samples of every request, in the order of the requests. Raises ValueError for one that cannot be."""
+    def generate(
+        self, requests: Sequence[Request], between: Callable[[], None] | None = None
+    ) -> list[list[Completion]]:
+        """The samples of every request, in the order of the requests; `between` as in `stream`. Raises ValueError for
+        a request that cannot be served."""
         done: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
-        for chunk in self.stream(requests):
+        for chunk in self.stream(requests, between):
             if chunk.completion is not None:
                 done[chunk.request][chunk.sample] = chunk.completion
         return [[each for each in samples if each is not None] for samples in done]
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+    def stream(self, requests: Sequence[Request], between: Callable[[], None] | None = None) -> Iterator[Chunk]:
         """What `generate` returns, piece by piece, as it comes. All requests are checked before the first piece.
 
-        To leave early, as with `break`, cancels what is not done.
+        `between` is called before every device call, and may set other parameters. To leave early, as with `break`,
+        cancels what is not done.
         """
         self.check(requests)
-        numbers = {self.submit(request): index for index, request in enumerate(requests)}
+        numbers: dict[int, int] = {}
+
+        def source(idle: bool) -> bool:
+            if not numbers:
+                numbers.update((self.submit(request), index) for index, request in enumerate(requests))
+            if between is not None and self.busy:
+                between()
+            return False
+
+        with closing(self.run(source)) as chunks:
+            for chunk in chunks:
+                yield chunk._replace(request=numbers[chunk.request])
+
+    def run(self, source: Callable[[bool], bool]) -> Generator[Chunk]:
+        """The loop that drives the engine, whoever uses it: ask `source`, run a device call, yield its chunks.
+
+        `source(idle)` is called before every device call. It may `submit` and `cancel` requests and `set_params`, and
+        returns whether more may come; without that, the loop ends once the engine is `idle`. An idle engine may be
+        kept waiting. Nobody else may use the engine meanwhile. To leave early cancels all that is under way.
+        """
         try:
-            while numbers and self.busy:
-                for chunk in self.step():
-                    yield chunk._replace(request=numbers[chunk.request])
+            while source(not self.busy) or self.busy:
+                yield from self.step()
         finally:
-            self.cancel(list(numbers))
+            self._waiting.clear()
+            self.cancel({sample.number for sample in self._running if sample is not None})
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raise ValueError for one that can never be served."""

@@ -80,12 +80,8 @@ def greedy_completions(
         tokenizer=session.tokenizer,
     )
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0, stop_ids=stops, logprobs=False)
-    numbers = [engine.submit(Request(ids, sampling)) for ids in prompts]
-    done: dict[int, Completion] = {}
-    while engine.busy:
-        session.check()
-        done |= {chunk.request: chunk.completion for chunk in engine.step() if chunk.completion is not None}
-    return [done[number] for number in numbers]
+    answers = engine.generate([Request(ids, sampling) for ids in prompts], session.check)
+    return [completion for (completion,) in answers]
 
 
 def _held_out_prompts(session: Session, encode: Encoder) -> list[Prompt]:

@@ -286,3 +286,57 @@ def test_a_frequency_penalty_counts_how_often_a_token_came(speaking):
     params = SamplingParams(12, temperature=0, allowed_ids=[3, 4, 50], frequency_penalty=1e4)
     ((completion,),) = speaking.generate([Request([3, 3], params)])
     assert sorted(completion.ids.tolist()) == [3] * 4 + [4] * 4 + [50] * 4
+
+
+def test_one_loop_asks_its_source_before_every_call(engine):
+    """Requests that come while others run, one that is cancelled, and a source that waits when nothing is left."""
+    params = SamplingParams(9, temperature=0)
+    alone = [samples[0].ids.tolist() for samples in engine.generate([Request(p, params) for p in PROMPTS[:3]])]
+    asked, numbers = [], []
+
+    def source(idle):
+        asked.append(idle)
+        if len(numbers) < 3:
+            numbers.append(engine.submit(Request(PROMPTS[len(numbers)], params)))
+        elif len(numbers) == 3 and idle:
+            numbers.append(engine.submit(Request(PROMPTS[0], params)))
+            engine.cancel([numbers[3]])
+        return len(numbers) < 4
+
+    done = {chunk.request: chunk.completion for chunk in engine.run(source) if chunk.completion}
+    assert [done[number].ids.tolist() for number in numbers[:3]] == alone
+    assert numbers[3] not in done and not engine.busy
+    assert asked[0] and asked[-1] and len(asked) >= 3
+
+
+def test_leaving_the_loop_cancels_what_is_under_way(engine):
+    def source(idle):
+        if idle:
+            engine.submit(Request(PROMPTS[0], SamplingParams(40, n=7)))
+        return True
+
+    loop = engine.run(source)
+    next(loop)
+    loop.close()
+    assert not engine.busy
+
+    def fail(idle):
+        source(idle)
+        raise KeyError("a source")
+
+    with pytest.raises(KeyError):
+        next(engine.run(fail))
+    assert not engine.busy
+
+
+def test_weights_may_change_between_the_calls_of_a_stream(model_and_params):
+    model, params = model_and_params
+    engine = Engine(model, params, slots=3, max_length=LENGTH, steps=4)
+    calls = []
+
+    def between():
+        calls.append(len(calls))
+        engine.set_params(params, len(calls))
+
+    ((completion,),) = engine.generate([Request(PROMPTS[1], SamplingParams(10, temperature=0))], between)
+    assert completion.versions.tolist() == [1] * 4 + [2] * 4 + [3] * 2 and calls == [0, 1, 2]
