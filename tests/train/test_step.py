@@ -57,6 +57,23 @@ def test_microbatches_equal_one_batch(microbatches):
     assert_close(whole.params, cut.params)
 
 
+@pytest.mark.parametrize("moe", [None, tiny.MOE], ids=["dense", "experts"])
+def test_microbatches_of_padding_alone_change_nothing(moe):
+    """As a host whose data are exhausted adds them; microbatches are strided, so every second row makes one."""
+    model = tiny.model(moe=moe)
+    some = tiny.packed_batch(LENGTHS[:4], 32)
+    padded = jax.tree.map(lambda leaf: np.stack([leaf, np.zeros_like(leaf)], 1).reshape(8, *leaf.shape[1:]), some)
+    params = tiny.random_params(model)
+    alone, expected = after_steps(model, params, some)
+    state, reports = after_steps(model, params, padded, microbatches=2)
+    for a, b in zip(reports, expected, strict=True):
+        assert a.skipped == 0
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
+        for name, metric in b.means.items():
+            np.testing.assert_allclose(a.means[name].value, metric.value, rtol=1e-5, err_msg=name)
+    assert_close(state.params, alone.params)
+
+
 @pytest.mark.parametrize(
     "mesh",
     [
