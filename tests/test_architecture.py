@@ -18,14 +18,14 @@ LAYERS = [
     {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.losses", "jaxtrain.observe"},
     {"jaxtrain.train", "jaxtrain.sample"},
     {"jaxtrain.rl"},
-    {"jaxtrain.recipes", "jaxtrain.plan"},
+    {"jaxtrain.recipes", "jaxtrain.verify", "jaxtrain.plan"},
     {"jaxtrain.cli"},
 ]
 HOST_ONLY = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.data"}
 FOR_CONVERTERS = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"}
 USERS_OF_DATA = {"jaxtrain.rl", "jaxtrain.recipes", "jaxtrain.cli"}
 USERS_OF_TORCH = {"converters.reference"}  # inside functions only: every module is imported without torch below
-USERS_OF_CONVERTERS = {"jaxtrain.recipes", "jaxtrain.plan", "jaxtrain.cli"}
+USERS_OF_CONVERTERS = {"jaxtrain.recipes", "jaxtrain.verify", "jaxtrain.plan", "jaxtrain.cli"}
 
 
 def module_name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +17,8 @@ from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.rl.controller import Update
 from jaxtrain.train.step import StepReport, add_metrics
 from jaxtrain.types import Batch
+
+_LOST_TO_ROUNDING = 0.1  # share of a window's updates from which a run warns
 
 
 class Taken(Protocol):
@@ -40,6 +43,7 @@ class Window:
         self.num_tokens = num_tokens
         self._reports: list[StepReport] = []
         self._flops, self._slots = 0.0, 0
+        self._warned = False
         self._seconds = 0.0
         self._since = time.perf_counter()
 
@@ -76,12 +80,25 @@ class Window:
             "skipped_steps": int(reports[-1].skipped),
             "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
+        self._warn_of_rounding(metrics.get("updates_lost_to_rounding", 0.0))
         utilisation = mfu(self._flops, self._seconds)
         if utilisation:
             metrics["mfu"] = utilisation
         self._reports, self._flops, self._slots, self._seconds = [], 0.0, 0, 0.0
         self._since = time.perf_counter()
         return metrics
+
+    def _warn_of_rounding(self, lost: float) -> None:
+        """Once a run."""
+        if lost > _LOST_TO_ROUNDING and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{lost:.0%} of the updates were lost to rounding: they are smaller than half a unit in the last place "
+                f"of the {self._model.param_dtype} parameters that they should change. Train with "
+                "model.param_dtype=float32 (compute_dtype and the export can stay bfloat16) or with model.lora, or "
+                "raise optimizer.learning_rate; metrics.jsonl has the share as updates_lost_to_rounding",
+                stacklevel=3,
+            )
 
     def _wait(self) -> None:
         """Wait for the steps that were sent off, and count the time since the clock was set going."""
