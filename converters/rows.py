@@ -275,7 +275,7 @@ def bind(rows: Sequence[Weight], shapes: Mapping[str, Shape], config: ModelConfi
     if unmapped:
         raise CheckpointError(
             f"family {config.family} has no weight row for parameter {unmapped[0]}"
-            + ("; merge or remove adapters first" if "lora_" in unmapped[0] else "")
+            + ("; adapters must be merged or removed first" if "lora_" in unmapped[0] else "")
         )
     tensors = [t for row in rows if row.ours in shapes for t in _tensors(row, shapes[row.ours], config)]
     own = {t.name for t in tensors if not t.alias}

@@ -79,7 +79,7 @@ def write_byte_tokenizer(out: str | Path) -> PreTrainedTokenizerFast:
 
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: the folder of the tokenizer does not exist"
+        return f"{folder}: no such folder to read a tokenizer from"
     if (folder / "tokenizer.model").is_file():
         return f"{folder}: holds only a sentencepiece model; save it once with transformers to get a tokenizer.json"
     return f"{folder}: there is no tokenizer.json in this folder; model.tokenizer can name another one"
