@@ -2,7 +2,7 @@
 
 A matrix [E, I, O] is stored transposed, as `<name>_blocks` [E, O, I / 32, 16], two 4-bit floats a byte with the lower
 half first, and `<name>_scales` [E, O, I / 32], a power of two for each run of 32 along I. Every product of the two is a
-bfloat16 number: reading loses nothing. Writing would, so a trained model goes back as bfloat16 and never as MXFP4.
+bfloat16 number, so reading is exact. Writing would round, so a trained model is exported as bfloat16, never as MXFP4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A first draft of a family's file: the nearest known family's, with rows and keys matched to a checkpoint.
+"""A first draft of a family's file: that of the most similar known family, with rows and keys matched to a checkpoint.
 
-What names and shapes tell is filled in; what they do not is listed at the top of the draft, since a tensor that is
-passed over or a key that is not read is a model that computes something else.
+Names and shapes determine most of the draft. Whatever they leave open is listed at its top, because with a tensor or a
+key that is not read, the model would compute something else.
 """
 
 from __future__ import annotations
@@ -20,33 +20,26 @@ from typing import Any, cast
 from converters.errors import CheckpointError
 from converters.families.keys import INERT_VALUES
 from converters.families.registry import FAMILIES, Family
+from converters.families.shared_keys import HONOURED, IGNORED, REFUSED
 from converters.rows import Shape, Weight, bind
 from jaxtrain.nn.config import ModelConfig
 
-_ALIKE = 0.5  # difflib's ratio of two tensors' names, from which on one may be the other
-# Keys that every config.json may have and that no forward pass reads.
-SILENT = {
-    *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "auto_map"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "attention_dropout", "_attn_implementation"),
-    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label", "label2id"),
-    *("is_encoder_decoder", "problem_type", "tokenizer_class", "add_cross_attention", "is_decoder"),
-    *("hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
-}
+_MIN_SIMILARITY = 0.5  # difflib's ratio between two tensor names, for a guess that they correspond
 
 
 @dataclass(frozen=True)
 class Draft:
     text: str  # Python source
-    relative: str  # the known family it was made from
-    open: list[str]  # what somebody has to look at
+    relative: str  # the known family that it was made from
+    open: list[str]  # what has to be checked by hand
 
 
 @dataclass(frozen=True)
 class _Match:
-    """A known family, and how a checkpoint looks through its rows."""
+    """How well the rows of a known family fit a checkpoint."""
 
     family: Family
-    rows: list[tuple[Weight, Shape]]  # those that apply, and what shape of tensor they take
+    rows: list[tuple[Weight, Shape]]  # those that apply, with the shapes of their tensors
     score: int
 
 
@@ -58,16 +51,18 @@ def draft_family(
 ) -> Draft:
     """The draft for a config.json and the shapes of its checkpoint's tensors.
 
-    `shapes_of` says what parameters a config of ours has, by dotted path. Raises CheckpointError where the
-    architecture has a family already, or no known family can read this config.json at all.
+    `shapes_of` returns the shapes of a config's parameters, by dotted path. Raises CheckpointError if the architecture
+    has a family already, or if no known family can read this config.json.
     """
     architecture, model_type = _names(hf)
     templates = _templates(stored)
     match = _nearest_family(hf, templates, shapes_of)
     rows, guessed, problems = _match_rows(match, templates)
-    unknown = {key: value for key, value in hf.items() if key not in SILENT and not _minds(match.family, hf, key)}
+    shared = {*HONOURED, *IGNORED, *REFUSED}
+    unknown = {key: value for key, value in hf.items() if key not in shared and not _reads(match.family, hf, key)}
     problems += [
-        f"key {key}={value!r} may change the maths: read it, or keep it in INERT" for key, value in unknown.items()
+        f"key {key}={value!r} may change what is computed: read it, or keep it in INERT"
+        for key, value in unknown.items()
     ]
     theirs = _their_defaults(model_type)
     if not theirs:
@@ -93,16 +88,16 @@ def draft_family(
 
 def _names(hf: Mapping[str, Any]) -> tuple[str, str]:
     if not hf.get("architectures") or not hf.get("model_type"):
-        raise CheckpointError("config.json names no architectures or no model_type, by which a family is found")
+        raise CheckpointError("config.json lacks architectures or model_type, which select the family")
     architecture, model_type = str(hf["architectures"][0]), str(hf["model_type"])
     for family in FAMILIES.values():
         if architecture == family.ARCHITECTURE or model_type == family.MODEL_TYPE:
-            raise CheckpointError(f"{architecture} is what family {family.MODEL_TYPE} reads already")
+            raise CheckpointError(f"{architecture} is read by family {family.MODEL_TYPE} already")
     return architecture, model_type
 
 
 def _their_defaults(model_type: str) -> dict[str, Any]:
-    """What transformers takes for the keys that a config.json lacks; nothing where it does not know the model."""
+    """The defaults of transformers for keys that a config.json lacks; empty if it does not know the model."""
     from transformers import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
@@ -114,8 +109,8 @@ def _their_defaults(model_type: str) -> dict[str, Any]:
     return {"rope_theta": theirs.default_theta, **fields}
 
 
-def _minds(family: Family, hf: Mapping[str, Any], key: str) -> bool:
-    """Whether the family reads a key, or refuses it: one that its tables name, or where another value matters."""
+def _reads(family: Family, hf: Mapping[str, Any], key: str) -> bool:
+    """Whether the family reads or refuses a key: its tables name it, or another value makes a difference."""
     if key in {*family.DEFAULTS, *family.INERT, *INERT_VALUES, "rope_parameters", "rope_scaling", "rope_theta"}:
         return True
     try:
@@ -125,7 +120,7 @@ def _minds(family: Family, hf: Mapping[str, Any], key: str) -> bool:
 
 
 def _templates(stored: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Tensor names with `{layer}`, and `{expert}` where there is a second number, instead of numbers."""
+    """Tensor names with `{layer}` for the first number and `{expert}` for the second."""
     templates = {}
     for name, shape in stored.items():
         for field in ("{layer}", "{expert}"):
@@ -148,15 +143,15 @@ def _nearest_family(
         expected = {t.ours: t.shape for t in bind(family.WEIGHTS, shapes, config) if not t.alias}
         rows = [(row, expected[row.ours]) for row in family.WEIGHTS if row.ours in expected and not row.alias]
         named = sum(templates.get(row.hf) == shape for row, shape in rows)
-        alike = collections.Counter(shape for _, shape in rows) & collections.Counter(templates.values())
-        matches.append(_Match(family, rows, 2 * named + alike.total() - abs(len(rows) - len(templates))))
+        same_shape = collections.Counter(shape for _, shape in rows) & collections.Counter(templates.values())
+        matches.append(_Match(family, rows, 2 * named + same_shape.total() - abs(len(rows) - len(templates))))
     if not matches:
         raise CheckpointError("no known family can read this config.json:\n  " + "\n  ".join(refusals))
     return max(matches, key=lambda match: match.score)
 
 
 def _match_rows(match: _Match, templates: Mapping[str, Shape]) -> tuple[list[Weight], set[str], list[str]]:
-    """The rows for these tensors, the names of those that were guessed, and what found no partner on either side."""
+    """The rows for these tensors, the names of those that were guessed, and what has no match on either side."""
     named = {row.hf for row, shape in match.rows if templates.get(row.hf) == shape}
     free = {name: shape for name, shape in templates.items() if name not in named}
     pairs = [
@@ -168,19 +163,19 @@ def _match_rows(match: _Match, templates: Mapping[str, Shape]) -> tuple[list[Wei
     ]
     found = {row.ours: row for row, _ in match.rows if row.hf in named}
     guessed: set[str] = set()
-    for alike, row, name in sorted(pairs, key=lambda pair: -pair[0]):
-        if alike >= _ALIKE and row.ours not in found and name not in guessed:
+    for similarity, row, name in sorted(pairs, key=lambda pair: -pair[0]):
+        if similarity >= _MIN_SIMILARITY and row.ours not in found and name not in guessed:
             found[row.ours] = dataclasses.replace(row, hf=name)
             guessed.add(name)
     problems = [
-        f"parameter {row.ours}: no tensor {row.hf} {list(shape)}, nor one like it"
+        f"parameter {row.ours}: no tensor {row.hf} {list(shape)}, nor a similar one"
         for row, shape in match.rows
         if row.ours not in found
     ]
     elsewhere = {row.hf: (row.ours, other.MODEL_TYPE) for other in FAMILIES.values() for row in other.WEIGHTS}
     for name in sorted(free.keys() - guessed):
         ours, other = elsewhere.get(name, ("", ""))
-        hint = f"; family {other} has it as {ours}, which from_hf switches on there" if ours else ""
+        hint = f"; family {other} maps it to {ours}, which its from_hf enables" if ours else ""
         problems.append(f"tensor {name} {list(free[name])}: no row{hint}")
     return [found[row.ours] for row, _ in match.rows if row.ours in found], guessed, problems
 
@@ -195,7 +190,7 @@ def _write(
     rows: list[str],
     problems: list[str],
 ) -> str:
-    """The relative's source with these names, values and rows; `rows` may be empty, then its own stay."""
+    """The source of the relative with these names, values and rows; without `rows`, its own are kept."""
     values = {
         "ARCHITECTURE": repr(architecture),
         "MODEL_TYPE": repr(model_type),
@@ -206,7 +201,7 @@ def _write(
     notes = [
         f'"""{architecture}: a draft, made from family {relative.MODEL_TYPE}."""',
         "",
-        f"# Made by `jaxtrain new-family {name}`; `jaxtrain verify` is the judge. Look at each of these and delete it:",
+        f"# Made by `jaxtrain new-family {name}`; check with `jaxtrain verify`. Resolve and delete each of these:",
         *(f"# - {problem}" for problem in problems),
     ]
     source = inspect.getsource(cast(ModuleType, relative))
@@ -218,7 +213,7 @@ def _write(
             (target,) = node.targets
         if isinstance(target, ast.Name) and target.id in values:
             declared = lines[start].partition("=")[0].rstrip()
-            # What the relative says of its own values is not so of these.
+            # Comments on the relative's own values do not apply to these.
             while lines[start - 1].startswith("#"):
                 start -= 1
             lines[start:stop] = [f"{declared} = {values[target.id]}"]

@@ -1,11 +1,11 @@
-"""A family's weight table: one row ties one parameter of ours to the checkpoint's tensors, in both directions.
+"""A family's weight table: each row maps one of our parameters to tensors of the checkpoint, in both directions.
 
-A row reads forwards on import and backwards on export, so there is no second table to disagree with the first.
-An op changes the layout of one tensor and can be undone. It works on rectangles as well as on whole tensors: import
-asks it which part of the checkpoint's tensor a device's part of ours lies in, and reads no more than that.
+Import applies the ops of a row in order, export inverts them in reverse, so there is one table for both. An op changes
+the layout of a tensor. It works on rectangles as well as on full tensors: import maps a device's shard of our parameter
+to the part of the checkpoint's tensor that holds it, and reads only that part.
 
-`{...}` in a checkpoint's name is a leading axis of ours, filled from as many tensors: `model.layers.{layer}.x` is
-stacked over layers, `...layers.{layer}.experts.{expert}.x` would be over both.
+`{...}` in a checkpoint's name is a leading axis of our parameter, with one tensor for each index: the parameter of
+`model.layers.{layer}.x` is stacked over layers, that of `...layers.{layer}.experts.{expert}.x` over both.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from jaxtrain.types import Params
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
-"""A rectangle: one slice an axis, with explicit start and stop."""
+"""A rectangle: one slice for each axis, with explicit start and stop."""
 
 
-def whole_index(shape: Shape) -> Index:
+def full_index(shape: Shape) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
 class Op(Protocol):
-    """One invertible step between a checkpoint's layout (hf) and ours. Shapes are of whole arrays unless said."""
+    """One invertible step between a checkpoint's layout (hf) and ours. Shapes are those of full arrays unless noted."""
 
     def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
-        """The shape before this step of what has `shape` after it."""
+        """The shape before this step, given the shape after it."""
         ...
 
     def hf_index(self, index: Index, shape: Shape, hf_shape: Shape) -> Index:
-        """Where the rectangle `index` of ours lies before this step."""
+        """The rectangle before this step that maps to `index` after it."""
         ...
 
     def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
-        """A rectangle, as `hf_index` names it, becomes a rectangle of `shape`."""
+        """Map the rectangle at `hf_index` to one of `shape`."""
         ...
 
     def to_hf(self, array: np.ndarray, hf_shape: Shape) -> np.ndarray:
-        """A whole array goes back."""
+        """Invert this step, for a full array."""
         ...
 
 
@@ -76,7 +76,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class Split:
-    """The checkpoint's `axis` becomes two of ours, (outer, inner): heads and their width. The inner one stays whole."""
+    """Split the checkpoint's `axis` in two, (outer, inner): heads and their width. The inner one is never sharded."""
 
     axis: int
 
@@ -98,7 +98,7 @@ class Split:
 
 @dataclass(frozen=True)
 class PadVocab:
-    """The checkpoint's `axis` holds `vocab_size` rows; ours holds zero rows beyond them, which export cuts off."""
+    """Pad the checkpoint's `axis` of `vocab_size` rows with zeros; export removes them."""
 
     axis: int
 
@@ -123,43 +123,43 @@ class PadVocab:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a part lies in the checkpoint's tensor: its slice i of `axis` is the whole's slice `first + i * step`."""
+    """The location of a part in a fused tensor: slice i of `axis` is the tensor's slice `first + i * step`."""
 
     axis: int
-    size: int  # of the whole
+    size: int  # of `axis` in the fused tensor
     first: int
     step: int
 
     def widen(self, shape: Shape) -> Shape:
-        """The shape of the whole tensor from that of the part."""
+        """The shape of the fused tensor, given that of the part."""
         return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
 
     def place(self, index: Index) -> Index:
-        """Where the rectangle `index` of the part lies in the whole tensor."""
+        """The location of the rectangle `index` of the part in the fused tensor."""
         own = index[self.axis]
         start, last = (self.first + i * self.step for i in (own.start, own.stop - 1))
         return (*index[: self.axis], slice(start, last + 1, self.step), *index[self.axis + 1 :])
 
     def hull(self, index: Index) -> Index:
-        """The rectangle of the whole tensor around `place(index)`: other parts' slices may lie between."""
+        """The bounding rectangle of `place(index)` in the fused tensor; it may include slices of other parts."""
         return tuple(slice(s.start, s.stop) for s in self.place(index))
 
     def of(self, block: np.ndarray) -> np.ndarray:
-        """A view of the part, in a block that `hull` names."""
+        """A view of the part in a block read at `hull`."""
         return block[(*[slice(None)] * self.axis, slice(None, None, self.step))]
 
 
 class Part(Protocol):
-    """How a tensor of the checkpoint holds several of ours. Shapes and axes are those before the row's first op."""
+    """How a fused tensor of the checkpoint holds several of ours. Shapes and axes are those before the first op."""
 
     def slot(self, shape: Shape, config: ModelConfig) -> Slot:
-        """Of the part, which has `shape`."""
+        """The slot of the part, given its shape."""
         ...
 
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Woven into each other: every `count`-th slice of `axis`, from `first` on."""
+    """Interleaved parts: every `count`-th slice of `axis`, starting at `first`."""
 
     axis: int
     first: int
@@ -171,7 +171,7 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One after the other along `axis`, `sizes` of a config wide: the part is number `place` of them."""
+    """Concatenated parts along `axis`, of `sizes(config)`; this one is number `place`."""
 
     axis: int
     place: int
@@ -185,8 +185,8 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row. `ops` lead from the checkpoint's tensor, or the `part` of it that is this row's, to ours. An alias is a
-    second name that a checkpoint may store the same parameter under: it must then hold the same values."""
+    """One row. `ops` map the checkpoint's tensor, or this row's `part` of it, to our parameter. An alias is another
+    name under which a checkpoint may store the same parameter; if it stores both, their values must be equal."""
 
     ours: str
     hf: str
@@ -197,28 +197,28 @@ class Weight:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A row bound to a config: one tensor of the checkpoint, or a part of it, and the part of ours that it fills."""
+    """A row bound to a config: a tensor of the checkpoint (or a part of it) and the slice of our parameter."""
 
     name: str
     ours: str
-    stack: tuple[int, ...]  # its place on the leading axes of ours: (layer,) or ()
+    stack: tuple[int, ...]  # its index on the leading axes of our parameter: (layer,) or ()
     ops: tuple[Op, ...]
     shapes: tuple[Shape, ...]  # before the first op (the checkpoint's), between, after the last (ours, unstacked)
     alias: bool
-    slot: Slot | None  # of the part
+    slot: Slot | None  # in a fused tensor
 
     @property
     def shape(self) -> Shape:
-        """Of the checkpoint's whole tensor."""
+        """The shape of the checkpoint's full tensor."""
         return self.slot.widen(self.shapes[0]) if self.slot else self.shapes[0]
 
     def hf_index(self, index: Index) -> Index:
-        """The rectangle of the checkpoint's tensor that holds the rectangle `index` of ours (unstacked)."""
+        """The rectangle of the checkpoint's tensor for the rectangle `index` of ours (unstacked)."""
         first = self._indices(index)[0]
         return self.slot.hull(first) if self.slot else first
 
     def to_ours(self, block: np.ndarray, index: Index) -> np.ndarray:
-        """The rectangle `index` of ours, from `block`, the checkpoint's at `hf_index(index)`."""
+        """The rectangle `index` of ours, given the checkpoint's at `hf_index(index)`."""
         block = self.slot.of(block) if self.slot else block
         for op, after in zip(self.ops, self._indices(index)[1:], strict=True):
             block = op.to_ours(block, tuple(s.stop - s.start for s in after))
@@ -226,11 +226,11 @@ class Tensor:
 
     def to_ours_in_full(self, stored: np.ndarray) -> np.ndarray:
         """Our full array (unstacked), from the checkpoint's full tensor."""
-        index = whole_index(self.shapes[-1])
+        index = full_index(self.shapes[-1])
         return self.to_ours(stored[self.hf_index(index)], index)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The checkpoint's tensor from ours (unstacked), or this one's part of it: see `join`."""
+        """The checkpoint's tensor, given ours (unstacked); for a fused tensor this part of it: see `join`."""
         for op, hf_shape in zip(reversed(self.ops), reversed(self.shapes[:-1]), strict=True):
             array = op.to_hf(array, hf_shape)
         return array
@@ -245,19 +245,19 @@ class Tensor:
 
 
 def join(tensors: Sequence[Tensor], fetch: Callable[[Tensor], np.ndarray]) -> np.ndarray:
-    """The checkpoint's whole tensor from all those that are parts of it; `fetch` gives ours (unstacked) for each."""
+    """The checkpoint's full tensor from its parts; `fetch` returns our array (unstacked) for each."""
     if tensors[0].slot is None:
         return tensors[0].to_hf(fetch(tensors[0]))
     parts = [(tensor.slot, tensor.to_hf(fetch(tensor))) for tensor in tensors]
-    whole = np.empty(tensors[0].shape, parts[0][1].dtype)
+    fused = np.empty(tensors[0].shape, parts[0][1].dtype)
     for slot, values in parts:
         assert slot is not None
-        whole[slot.place(whole_index(values.shape))] = values
-    return whole
+        fused[slot.place(full_index(values.shape))] = values
+    return fused
 
 
 def by_name(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """The tensors of each name, aliases aside: more than one where they are parts of it."""
+    """The tensors by name, without aliases: several for a fused tensor."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         if not tensor.alias:
@@ -268,14 +268,14 @@ def by_name(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
 def bind(rows: Sequence[Weight], shapes: Mapping[str, Shape], config: ModelConfig) -> list[Tensor]:
     """The checkpoint's tensors that make up a parameter tree of `shapes` (by dotted path).
 
-    A row whose parameter the tree lacks (a bias, an untied head) does not apply. Raises CheckpointError for a
-    parameter without a row.
+    A row is skipped if the tree lacks its parameter (a bias, an untied head). Raises CheckpointError for a parameter
+    without a row.
     """
     unmapped = sorted(shapes.keys() - {row.ours for row in rows})
     if unmapped:
         raise CheckpointError(
             f"family {config.family} has no weight row for parameter {unmapped[0]}"
-            + ("; adapters must be merged or taken out first" if "lora_" in unmapped[0] else "")
+            + ("; adapters must be merged or removed first" if "lora_" in unmapped[0] else "")
         )
     tensors = [t for row in rows if row.ours in shapes for t in _tensors(row, shapes[row.ours], config)]
     own = {t.name for t in tensors if not t.alias}
@@ -294,7 +294,7 @@ def _tensors(row: Weight, shape: Shape, config: ModelConfig) -> Iterable[Tensor]
 
 
 def flatten(tree: Params) -> dict[str, Any]:
-    """Nested dicts to one of dotted paths."""
+    """Nested dicts to one dict of dotted paths."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         inner = {f"{key}.{path}": leaf for path, leaf in flatten(value).items()} if isinstance(value, dict) else {}

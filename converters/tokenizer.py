@@ -1,4 +1,4 @@
-"""Tokenizers from and to Hugging Face folders, and the byte-level one that the quickstart makes for itself."""
+"""Tokenizers of Hugging Face folders, and the byte-level one of the quickstart."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CHATML = (
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder, chat template included.
 
-    Reads tokenizer.json itself, which needs no torch and no class of the model's own. A tokenizer without a padding
-    token pads with its end-of-sequence token, which is safe here: padding is told by the segment ids, never by the id.
+    Reads tokenizer.json directly, which needs neither torch nor a tokenizer class of the model. A tokenizer without a
+    padding token pads with its end-of-sequence token, which is safe here: segment ids mark padding, not token ids.
 
     Raises ValueError for a folder without tokenizer.json, or with one that cannot be read.
     """
@@ -39,7 +39,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], special: bool) -> list[int]:
-    """Add what the tokenizer does not know yet; the new ids, adjacent and ascending."""
+    """Add those of `tokens` that are new to the tokenizer. Returns their ids, consecutive and ascending."""
     known = tokenizer.get_vocab()
     new = [token for token in tokens if token not in known]
     backend = tokenizer.backend_tokenizer
@@ -57,9 +57,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: str | Path) -> None:
 
 
 def write_byte_tokenizer(out: str | Path) -> PreTrainedTokenizerFast:
-    """Write (and return) a tokenizer of 256 bytes and ChatML's three special tokens: any text, nothing to download.
+    """Write and return a tokenizer of 256 bytes and ChatML's three special tokens: any text, nothing to download.
 
-    Its end-of-sequence token is <|im_end|>, which ends turns and texts alike, so a sampler stops after either.
+    Its end-of-sequence token is <|im_end|>, which ends both turns and texts, so that a sampler stops after either.
     """
     bytes_in_order = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(bytes_in_order)}, merges=[]))
@@ -79,7 +79,7 @@ def write_byte_tokenizer(out: str | Path) -> PreTrainedTokenizerFast:
 
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: there is no such folder to read a tokenizer from"
+        return f"{folder}: no such folder to read a tokenizer from"
     if (folder / "tokenizer.model").is_file():
         return f"{folder}: holds only a sentencepiece model; save it once with transformers to get a tokenizer.json"
     return f"{folder}: there is no tokenizer.json in this folder; model.tokenizer can name another one"

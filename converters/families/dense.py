@@ -1,6 +1,6 @@
-"""What dense decoders (Llama, Qwen2, Qwen3) have in common: tensor names, config keys, layer windows.
+"""Common parts of dense decoders (Llama, Qwen2, Qwen3): tensor names, config keys, layer windows.
 
-A family's file picks from these; nothing here knows a family.
+The files of the families import what they need; nothing here depends on a family.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def read_sizes(keys: Keys, activation: str = "hidden_act") -> dict[str, Any]:
-    """The fields of ModelConfig that dense decoders read under the same keys, the activation's aside."""
+    """The fields of ModelConfig that dense decoders read under the same keys, except for that of the activation."""
     heads = keys.size("num_attention_heads")
     return {
         "vocab_size": keys.size("vocab_size"),
@@ -99,7 +99,7 @@ def write_sizes(config: ModelConfig, activation: str = "hidden_act") -> dict[str
 
 def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
     """Qwen's sliding windows: one width, on the layers that `layer_types` names, else on those from
-    `max_window_layers` up; `use_sliding_window` switches all of it (transformers' Qwen2Config)."""
+    `max_window_layers` up; `use_sliding_window` enables them (transformers' Qwen2Config)."""
     first = keys.index("max_window_layers")
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
     rope = read_rope(keys)
@@ -110,7 +110,7 @@ def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
 
 
 def read_layer_types(keys: Keys, sliding: Callable[[int], bool]) -> tuple[bool, ...]:
-    """Which layers slide: by `layer_types`, and where that is missing by their number."""
+    """Whether each layer has a sliding window: by `layer_types`, or by its number if that is missing."""
     layers, types = keys.size("num_hidden_layers"), keys.get("layer_types")
     if types is None:
         return tuple(map(sliding, range(layers)))
@@ -119,7 +119,7 @@ def read_layer_types(keys: Keys, sliding: Callable[[int], bool]) -> tuple[bool, 
         raise CheckpointError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     strange = set(types) - {"full_attention", "sliding_attention"}
     if strange:
-        raise CheckpointError(f"config.json: layer_types holds {min(strange)!r}, which this family does not know")
+        raise CheckpointError(f"config.json: layer_types holds {min(strange)!r}, which this family does not support")
     return tuple(kind == "sliding_attention" for kind in types)
 
 
@@ -129,7 +129,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_layer_types(config: ModelConfig) -> dict[str, Any]:
-    """The one window's width, if there is one, and which layers have it."""
+    """The width of the window, if there is one, and the layers that have it."""
     windows = [kind.window for kind in config.pattern]
     return {
         "sliding_window": next((window for window in windows if window is not None), None),
@@ -143,10 +143,10 @@ def overlay(
     read: Callable[[Mapping[str, Any], int], ModelConfig],
     write: Callable[[ModelConfig], dict[str, Any]],
 ) -> dict[str, Any]:
-    """`base` with those keys rewritten whose meaning differs from `config`: untouched, it comes back as it was,
-    with `architectures` if it had none.
+    """`base` with the keys rewritten that differ in meaning from `config`. An unchanged config returns `base` as it is,
+    with `architectures` added if it has none.
 
-    Raises CheckpointError where the family's config.json cannot express `config`.
+    Raises CheckpointError if the family's config.json cannot express `config`.
     """
     hf = dict(base or {})
     before = write(read(hf, config.vocab_multiple)) if base else {}
@@ -158,6 +158,6 @@ def overlay(
     lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
     if lost:
         raise CheckpointError(
-            f"a config.json of family {config.family} cannot say {lost[0]}={getattr(config, lost[0])}"
+            f"a config.json of family {config.family} cannot express {lost[0]}={getattr(config, lost[0])}"
         )
     return hf

@@ -1,4 +1,4 @@
-"""What mixtures of experts have in common: the rows of their tensors, where each expert's lie on their own."""
+"""Common rows of mixtures of experts that store the tensors of each expert separately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def router_rows(name: str) -> tuple[Weight, ...]:
 
 
 def expert_rows(experts: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
-    """A tensor for each expert and matrix: the experts' name within a layer, and the matrices' within an expert."""
+    """One tensor for each expert and matrix. `experts` is a name within a layer, the others are within an expert."""
     names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     return tuple(
         Weight(f"layers.mlp.experts.{ours}.kernel", f"{_LAYER}.{experts}.{{expert}}.{theirs}.weight", _MATRIX)

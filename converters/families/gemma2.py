@@ -57,7 +57,7 @@ INERT: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
     keys = Keys(hf, DEFAULTS, INERT)
     rope, sliding = read_rope(keys), read_layer_types(keys, lambda layer: layer % 2 == 0)
     return ModelConfig(
@@ -78,7 +78,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
     return overlay(config, base, from_hf, _keys)
 
 

@@ -75,7 +75,7 @@ _ROPE = {
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
     quantized = hf.get("quantization_config") or {}
     if not isinstance(quantized, Mapping) or quantized.get("quant_method", "mxfp4") != "mxfp4":
         raise CheckpointError(
@@ -107,7 +107,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
     return overlay(config, base and _dense(base), from_hf, _keys)
 
 

@@ -35,7 +35,7 @@ INERT: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias"
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
     keys = Keys(hf, DEFAULTS, INERT)
     window = None if keys.get("sliding_window") is None else keys.size("sliding_window")
     return ModelConfig(
@@ -47,7 +47,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
     return overlay(config, base, from_hf, _keys)
 
 

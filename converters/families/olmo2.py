@@ -44,7 +44,7 @@ INERT: dict[str, tuple[Any, ...]] = {"mlp_bias": (None, False)}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
     keys = Keys(hf, DEFAULTS, INERT)
     return ModelConfig(
         family=MODEL_TYPE,
@@ -61,7 +61,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
     return overlay(config, base, from_hf, _keys)
 
 

@@ -52,7 +52,7 @@ INERT = {
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
     # transformers 5 saves what is published as `num_experts` under another name, and reads both.
     keys = Keys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
@@ -75,7 +75,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
     return overlay(config, base, from_hf, _keys)
 
 

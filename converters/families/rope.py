@@ -1,4 +1,4 @@
-"""Rope in config.json: every spelling and type of transformers, and back."""
+"""Rope in config.json: reading every spelling and type of transformers, and writing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROPE_KEYS = (
     "partial_rotary_factor",
     "original_max_position_embeddings",
 )
-"""Where config.json speaks of rope. What we write is all in the first one."""
+"""The keys of config.json for rope. Export writes the first one only."""
 
 _TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -48,34 +48,34 @@ _TYPES: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "proportional": ("factor",),
 }
-"""What each rope type reads beside `rope_theta` and `partial_rotary_factor`."""
+"""The keys of each rope type, in addition to `rope_theta` and `partial_rotary_factor`."""
 
 
 def read_rope(keys: Keys, partial: bool = False) -> Rope:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    Where a file holds both, transformers' precedence: `rope_scaling`, then `rope_parameters`, then `rope_theta`.
-    `partial`: the family's attention can turn a part of the channels; the others' fails in transformers.
+    The precedence is that of transformers: `rope_scaling`, then `rope_parameters`, then `rope_theta`. `partial`: the
+    family's attention can rotate a part of the channels; that of other families fails in transformers.
     """
     name = "rope_scaling" if keys.section("rope_scaling") else "rope_parameters"
     return _rope(keys.section(name), keys, name, keys.get("rope_theta"), partial)
 
 
 def read_ropes(keys: Keys, sliding_theta: Any) -> dict[str, Rope]:
-    """A rope for each layer type, as Gemma 3 and OLMo 3 have it: `rope_scaling` and `rope_theta` speak of full
-    attention only; `sliding_theta` is what sliding layers have where nothing is said."""
+    """A rope for each layer type, as in Gemma 3 and OLMo 3: `rope_scaling` and `rope_theta` apply to full attention
+    only; `sliding_theta` is the default of sliding layers."""
     given = keys.section("rope_parameters")
     thetas = {"full_attention": keys.get("rope_theta"), "sliding_attention": sliding_theta}
     strange = sorted(given.keys() - thetas.keys())
     if strange:
-        raise CheckpointError(f"config.json: rope_parameters.{strange[0]} is no layer type of this family")
+        raise CheckpointError(f"config.json: rope_parameters.{strange[0]} is not a layer type of this family")
     per_type = Keys(given, {}, section="rope_parameters.")
     sections = {kind: per_type.section(kind) for kind in thetas}
     sections["full_attention"] = {**sections["full_attention"], **keys.section("rope_scaling")}
     ropes = {}
     for kind, theta in thetas.items():
         section = sections[kind]
-        if section.get("truncate") is False:  # transformers looks for it one level up, where it is never found
+        if section.get("truncate") is False:  # transformers reads it one level up, where it never is
             raise CheckpointError(f"config.json: rope_parameters.{kind}.truncate=False is not supported by this family")
         ropes[kind] = _rope(section, keys, f"rope_parameters.{kind}", theta, False)
     return ropes
@@ -97,7 +97,7 @@ def _rope(given: Mapping[str, Any], keys: Keys, name: str, theta: Any, partial: 
     known.add("original_max_position_embeddings")  # set above, whatever the type
     strange = sorted(given.keys() - known)
     if strange:
-        raise CheckpointError(f"config.json: {name}.{strange[0]} is not understood for rope_type {kind}")
+        raise CheckpointError(f"config.json: {name}.{strange[0]} is not supported for rope_type {kind}")
     share = rope.number("partial_rotary_factor") if "partial_rotary_factor" in outside else 1.0
     return Rope(rope.number("rope_theta"), _scaling(rope, kind, keys), share)
 
@@ -203,7 +203,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_ropes(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_ropes`: a layer type that no layer has gets the other's rope."""
+    """The inverse of `read_ropes`: a layer type without layers gets the rope of the other."""
     ropes: dict[str, Rope | None] = {"full_attention": None, "sliding_attention": None}
     for kind in config.pattern:
         ropes["full_attention" if kind.window is None else "sliding_attention"] = kind.rope
@@ -217,7 +217,7 @@ def write_ropes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _beside(rope: Rope) -> dict[str, Any]:
-    """What a rope reads outside of its own section."""
+    """Keys that a rope reads outside of its own section."""
     if isinstance(rope.scaling, DynamicScaling):
         return {"max_position_embeddings": rope.scaling.max_positions}
     return {}

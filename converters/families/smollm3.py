@@ -52,7 +52,7 @@ INERT: dict[str, tuple[Any, ...]] = {}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that cannot be honoured."""
+    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
     keys = Keys(hf, DEFAULTS, INERT)
     layers, every = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval")
     rotates = keys.get("no_rope_layers")  # 1 where a layer has rope, in spite of the name
@@ -80,7 +80,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base`, the original, with what changed. Raises CheckpointError for what it cannot say."""
+    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
     return overlay(config, base, from_hf, _keys)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,6 +17,9 @@ from jaxtrain.train.step import StepReport, add_metrics
 from jaxtrain.types import Batch
 
 
+_LOST_TO_ROUNDING = 0.1  # share of a window's updates from which a run warns
+
+
 class MetricWindow:
     """Collects step reports and turns them into one line of metrics. Only reading them waits for the device."""
 
@@ -23,6 +27,10 @@ class MetricWindow:
         """`num_tokens` were trained on before; `updates_per_rollout` of a run of reinforcement learning."""
         self._model, self._updates_per_rollout = model, updates_per_rollout
         self.num_tokens = num_tokens
+        self._warned_of_rounding = False
+        self._begin()
+
+    def _begin(self) -> None:
         self._reports: dict[str, list[StepReport]] = {}
         self._recorded: dict[str, list[float]] = {}
         self._steps = 0
@@ -77,6 +85,7 @@ class MetricWindow:
             "skipped_steps": int(reports[first][-1].skipped),
             "peak_memory_gib": peak_memory_bytes() / 2**30,
         }
+        self._warn_of_rounding(metrics.get("updates_lost_to_rounding", 0.0))
         utilisation = mfu(self._flops, self._seconds)
         if utilisation:
             metrics["mfu"] = utilisation
@@ -86,8 +95,20 @@ class MetricWindow:
         metrics |= {name: float(np.mean(values)) for name, values in self._recorded.items()}
         if self._updates_per_rollout is not None:
             metrics |= self._times_of_a_rollout(metrics)
-        self.__init__(self._model, self.num_tokens, self._updates_per_rollout)
+        self._begin()
         return metrics
+
+    def _warn_of_rounding(self, lost: float) -> None:
+        """Once a run."""
+        if lost > _LOST_TO_ROUNDING and not self._warned_of_rounding:
+            self._warned_of_rounding = True
+            warnings.warn(
+                f"{lost:.0%} of the updates were lost to rounding: they are smaller than half a unit in the last place "
+                f"of the {self._model.param_dtype} parameters that they should change. Train with "
+                "model.param_dtype=float32 (compute_dtype and the export can stay bfloat16) or with model.lora, or "
+                "raise optimizer.learning_rate; metrics.jsonl has the share as updates_lost_to_rounding",
+                stacklevel=3,
+            )
 
     def _times_of_a_rollout(self, metrics: Mapping[str, float]) -> dict[str, float]:
         assert self._updates_per_rollout is not None

@@ -128,6 +128,7 @@ def make_step(
     The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
     The load-balancing loss of a mixture of experts is the exception: each microbatch has one, weighed by its tokens.
     A step whose loss or gradient is not finite changes nothing but the counters.
+    With parameters below float32, the metrics include `updates_lost_to_rounding`.
 
     Raises ValueError for an objective that needs what the model's head does not give; the step does for a batch without
     the objective's signals.
@@ -201,6 +202,7 @@ def make_step(
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, **_lost_to_rounding(state.params, updates, ok)}
 
         state = TrainState(
             step=state.step + 1,
@@ -278,6 +280,27 @@ def uncut(pieces: Any, mesh: jax.sharding.Mesh | None) -> Any:
         return constrain_rows(strided.reshape(-1, *strided.shape[2:]), mesh)
 
     return jax.tree.map(join_leaf, pieces)
+
+
+def _lost_to_rounding(params: Params, updates: Any, ok: Array) -> dict[str, Metric]:
+    """The share of updates that round to no change, over the parameters held below float32; nothing if none are."""
+    lost, some = jnp.zeros(()), jnp.zeros(())
+    narrow = False
+    for leaf, update in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        if leaf.dtype.itemsize >= 4:
+            continue
+        narrow, precision = True, jnp.finfo(leaf.dtype)
+        before, update = leaf.astype(jnp.float32), update.astype(jnp.float32)
+        # Explicit, because XLA may leave out a rounding to bfloat16 whose result is only compared.
+        after = jax.lax.reduce_precision(before + update, precision.nexp, precision.nmant)
+        lost += _count(ok & (update != 0) & (after == before))
+        some += _count(ok & (update != 0))
+    return {"updates_lost_to_rounding": Mean(lost, some)} if narrow else {}
+
+
+def _count(mask: Array) -> Array:
+    """float32 []: by means over axes, since a float32 sum of ones stops at 2**24 and an int32 one overflows."""
+    return mask.astype(jnp.float32).mean(-1).mean() * mask.size
 
 
 def _choose(ok: Array, new: Any, old: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Is our model the one that transformers makes of the same folder? The gate for every family and every checkpoint."""
+"""Verify that our model of a checkpoint computes the same as that of transformers. Every family must pass."""
 
 from jaxtrain.verify.compare import Report, compare, verify
 from jaxtrain.verify.printed import print_report

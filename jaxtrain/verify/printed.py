@@ -1,4 +1,4 @@
-"""A report for people, verdict first, or for programs."""
+"""Print a report: as tables with the verdict first, or as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtrain.verify.compare import Report
 
 
 def print_report(report: Report, as_json: bool) -> None:
-    """To standard output."""
+    """Print to standard output."""
     if as_json:
         print(json.dumps({"passed": report.passed, **dataclasses.asdict(report)}, indent=2))
         return

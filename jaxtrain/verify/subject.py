@@ -1,4 +1,4 @@
-"""A checkpoint as we read it, and what our model makes of it."""
+"""A checkpoint as imported, and the logits of our model."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ one third of the saving as their price. "I sell here, Sir, what all the world de
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint as we read it."""
+    """An imported checkpoint."""
 
     folder: Path
     hf: dict[str, Any]  # config.json
     config: ModelConfig
     params: Params  # float32
-    tensors: list[Tensor]  # what the family's rows make of the folder
+    tensors: list[Tensor]  # the family's rows bound to the folder
 
     def model(self, dtype: str, remat: str = "none") -> Model:
         return Model(self.config, run=Execution(jnp.dtype(dtype), remat))
 
 
 def load_subject(folder: Path) -> Subject:
-    """Raises CheckpointError for what our import refuses."""
+    """Import a folder. Raises CheckpointError for one that our import refuses."""
     config, hf = read_config(folder)
     target = Model(config).abstract()
     with open_checkpoint(folder) as checkpoint:
@@ -56,7 +56,7 @@ def load_subject(folder: Path) -> Subject:
 
 
 def token_rows(subject: Subject, length: int) -> dict[str, np.ndarray]:
-    """Random ids, and those of a text where the folder has a tokenizer: [length] int32 each."""
+    """Random ids, and the ids of a text if the folder has a tokenizer: [length] int32 each."""
     rows = {"random ids": np.random.default_rng(0).integers(0, subject.config.vocab_size, length, np.int32)}
     if (subject.folder / "tokenizer.json").is_file():
         ids = load_tokenizer(subject.folder)(TEXT).input_ids
@@ -65,7 +65,7 @@ def token_rows(subject: Subject, length: int) -> dict[str, np.ndarray]:
 
 
 def our_logits(subject: Subject, ids: np.ndarray, dtype: str) -> np.ndarray:
-    """ids [B, T] -> [B, T, V], float32, or float64 for that dtype."""
+    """ids [B, T] -> [B, T, V], in float64 for that dtype, else in float32."""
     model = subject.model(dtype)
     with precise(dtype):
 
@@ -78,13 +78,13 @@ def our_logits(subject: Subject, ids: np.ndarray, dtype: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def precise(dtype: str) -> Iterator[None]:
-    """Matrix products in full precision on any device, and float64 where that is asked for."""
+    """Matrix products in full precision on any device, with float64 enabled for that dtype."""
     with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == "float64"):
         yield
 
 
 def params_as(subject: Subject, dtype: str) -> Params:
-    """The parameters in float64 for that dtype, else in float32: a run in bfloat16 casts them itself."""
+    """The parameters in float64 for that dtype, else in float32, which a model in bfloat16 casts itself."""
     if dtype != "float64":
         return subject.params
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), subject.params)

@@ -104,7 +104,7 @@ def test_a_changed_rope_replaces_the_old_spelling():
 
 def test_what_a_family_cannot_say_is_refused():
     config, _ = read_config(hf_dict("qwen2"))
-    with pytest.raises(CheckpointError, match="family qwen2 cannot say qk_norm=all"):
+    with pytest.raises(CheckpointError, match="family qwen2 cannot express qk_norm=all"):
         qwen2.to_hf(dataclasses.replace(config, qk_norm="all"))
 
 
@@ -196,7 +196,7 @@ def test_windows(name, keys, windows):
         (
             "llama",
             {"rope_parameters": {"rope_theta": 1e4, "beta_fast": 3}},
-            "rope_parameters.beta_fast is not understood",
+            "rope_parameters.beta_fast is not supported",
         ),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5"),
         ("llama", {"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta must be a number"),

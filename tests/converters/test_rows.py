@@ -35,7 +35,7 @@ def test_every_tensor_comes_back_as_it_was(case):
     for tensors in by_name(bind(FAMILIES[config.family].WEIGHTS, shapes_of(config), config)).values():
         stored = rng.standard_normal(tensors[0].shape)
         assert all(tensor.to_ours_in_full(stored).shape == tensor.shapes[-1] for tensor in tensors)
-        np.testing.assert_array_equal(join(tensors, partial(Tensor.whole, stored=stored)), stored)
+        np.testing.assert_array_equal(join(tensors, partial(Tensor.to_ours_in_full, stored=stored)), stored)
 
 
 @pytest.mark.parametrize("case", CASES)

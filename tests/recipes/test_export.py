@@ -33,17 +33,22 @@ def place(tmp_path_factory):
     return folder
 
 
-def trained(place, run, **model):
+def config(place, run, learning_rate=2e-5, **model):
     tree = {
         "recipe": "sft",
         "run": {"dir": str(run)},
         "model": {"path": str(place / "base"), "compute_dtype": "float32", "remat": "none", **model},
         "data": {"train": {"path": str(place / "chats.jsonl")}, "max_length": 64},
-        "train": {"steps": 1, "batch_size": 8},
+        "train": {"steps": 2, "batch_size": 8},
+        "optimizer": {"learning_rate": learning_rate, "schedule": "constant"},
         "checkpoint": {"every": 1},
         "log": {"tensorboard": False},
     }
-    sft.run(parse_config(tree, "test"))
+    return parse_config(tree, "test")
+
+
+def trained(place, run, **model):
+    sft.run(config(place, run, **model))
     return run
 
 

@@ -99,7 +99,7 @@ def test_rows_are_guessed_from_names_and_shapes(folder, registered):
 
 def test_what_is_refused(folder, tmp_path):
     known = hf_folders.save(tmp_path / "known", "qwen3")
-    with pytest.raises(CheckpointError, match="Qwen3ForCausalLM is what family qwen3 reads already"):
+    with pytest.raises(CheckpointError, match="Qwen3ForCausalLM is read by family qwen3 already"):
         draft(known)
     with pytest.raises(ValueError, match="'a-b' cannot be the name"):
         draft(folder, "a-b")

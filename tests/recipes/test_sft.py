@@ -206,3 +206,14 @@ def test_lora_run_is_resumed_merged_and_served(place, whole, tmp_path):
     )["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
     assert model.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
+
+
+def test_a_run_says_that_its_updates_are_lost_to_rounding(place):
+    run = place / "rounded"
+    output = train(
+        place, f"run.dir={run}", "model.param_dtype=bfloat16", "optimizer.learning_rate=1e-6", "train.steps=3"
+    )
+    assert output.count("of the updates were lost to rounding") == 1
+    assert "model.param_dtype=float32" in output
+    assert all(line["updates_lost_to_rounding"] > 0.9 for line in logged(run) if "loss" in line)
+    assert not any("updates_lost_to_rounding" in line for line in logged(place / "whole"))

@@ -17,7 +17,7 @@ from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
 from jaxtrain.train.state import new_state, state_shardings
-from jaxtrain.train.step import make_step, score
+from jaxtrain.train.step import _count, batch_norm, make_step, score
 from jaxtrain.types import Mean
 
 LENGTHS = [[9, 20, 3], [14, 14], [31], [5, 5, 5], [1, 30], [16, 16], [2, 2, 2, 2], [32]]
@@ -130,6 +130,43 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     assert (int(report.skipped), int(report.skipped_in_a_row)) == (2, 0)
     assert int(good.step) == 3
     assert np.any(good.params["norm"]["scale"] != state.params["norm"]["scale"])
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-4, 1e-1])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_updates_lost_to_rounding_are_those_that_change_nothing(learning_rate, microbatches):
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.random_params(model))
+    tx = optax.sgd(learning_rate)
+    step = jax.jit(make_step(model, tx, lambda step: jnp.zeros(()), sft_loss, microbatches=microbatches))
+    state, report = step(new_state(params, tx, jax.random.key(0)), {}, batch)
+    share = report.means["updates_lost_to_rounding"]
+    exact = tx.update(jax.grad(mean_loss, argnums=1)(model, params, batch), tx.init(params))[0]
+    moved = sum(int((a != b).sum()) for a, b in zip(*map(jax.tree.leaves, (params, state.params)), strict=True))
+    updated = sum(int((leaf != 0).sum()) for leaf in jax.tree.leaves(exact))
+    np.testing.assert_allclose(float(share.weight), updated, rtol=2e-3)
+    # XLA may keep an update in more than bfloat16 within a fusion, so single parameters round differently.
+    np.testing.assert_allclose(float(share.weight - share.total), moved, atol=0.002 * updated)
+    assert (learning_rate < 1e-2) == (float(share.value) > 0.9)
+
+
+def mean_loss(model, params, batch):
+    return sft_loss(score(model, params, batch), batch, batch_norm(batch))[0]
+
+
+def test_float32_parameters_have_no_such_metric_and_a_skipped_step_loses_nothing():
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    params = tiny.random_params(model)
+    _, reports = after_steps(model, params, batch, steps=1)
+    assert "updates_lost_to_rounding" not in reports[0].means
+    poisoned = batch._replace(loss_weights=np.where(batch.loss_weights > 0, np.inf, 0).astype(np.float32))
+    _, reports = after_steps(model, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), poisoned, steps=1)
+    lost = reports[0].means["updates_lost_to_rounding"]
+    assert (float(lost.total), float(lost.weight)) == (0, 0)
+
+
+def test_updates_are_counted_beyond_2_to_the_24():
+    assert float(_count(jnp.ones((4097, 4096), bool))) == 4097 * 4096
 
 
 def test_lora_trains_the_adapters_alone_and_merges_into_the_same_model():
