@@ -38,8 +38,8 @@ class RewardModel:
     def __call__(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         rows = rows_needed(trajectories, self._max_length, self._row_multiple)
         packed = pack(trajectories, self._max_length, rows)
-        without_signals = packed.batch._replace(signals={})
-        values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(without_signals))))
+        bare = packed.batch._replace(signals={})
+        values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(bare))))
         return np.array([values[row, stop - 1] for row, _, stop in packed.spans], np.float64)
 
 

@@ -107,8 +107,8 @@ class Packed(NamedTuple):
 def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None = None) -> Packed:
     """Best-fit decreasing into rows of `max_length`, filled up to `rows` rows of which the rest is padding.
 
-    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. No trajectory is longer
-    than a row, because the sampler is given that limit.
+    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. Trajectories longer than a row are the
+    sampler's mistake: it is told the limit.
     """
     too_long = max((t.length for t in trajectories), default=0)
     assert too_long <= max_length, f"a trajectory of {too_long} tokens does not fit into a row of {max_length}"
@@ -142,8 +142,8 @@ def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None =
 def rows_needed(trajectories: Sequence[Trajectory], max_length: int, multiple: int) -> int:
     """Rows that `pack` fills, rounded up to a multiple of `multiple` and then to one of few sizes.
 
-    Each number of rows is compiled separately, so there are four sizes between successive powers of two: with many
-    rows, at most a fifth of them is padding.
+    Every number of rows is a program of its own to compile, so there are four sizes to an octave: at most a fifth of
+    the rows is padding once there are many.
     """
     pieces = -(-len(pack(trajectories, max_length).batch.tokens) // multiple)
     grain = max(1 << (pieces.bit_length() - 3), 1) if pieces > 4 else 1
@@ -157,8 +157,8 @@ def _example(trajectory: Trajectory) -> Example:
 
 
 def _support(trajectory: Trajectory, width: int) -> np.ndarray:
-    """[C, width]; rows of NO_ID, which stand for the full vocabulary, where a sample has no support."""
-    support = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
+    """[C, width]; the whole vocabulary, where a sample has no support of its own, is a row of NO_ID."""
+    whole = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
     if trajectory.supports is not None:
-        support[:, : trajectory.supports.shape[1]] = trajectory.supports
-    return support
+        whole[:, : trajectory.supports.shape[1]] = trajectory.supports
+    return whole
