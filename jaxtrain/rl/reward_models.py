@@ -26,17 +26,9 @@ class RewardModel:
         self._role, self._max_length = role, max_length
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-<<<<<<< HEAD
         (packed,) = pack_parts([trajectories], self._max_length, row_shares(self._role.model))
         values = self._role.rewards(packed.batch._replace(signals={}))
         return np.array([values[span.row, span.stop - 1] for span in packed.spans], np.float64)
-=======
-        rows = rows_needed(trajectories, self._max_length, self._row_multiple)
-        packed = pack(trajectories, self._max_length, rows)
-        bare = packed.batch._replace(signals={})
-        values = np.asarray(jax.device_get(_values(self._model, self._params, self._place(bare))))
-        return np.array([values[row, stop - 1] for row, _, stop in packed.spans], np.float64)
->>>>>>> h-rla
 
 
 def reward_models(session: Session) -> list[RewardModel]:

@@ -107,13 +107,8 @@ class Packed(NamedTuple):
 def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None = None) -> Packed:
     """Trajectories best-fit into rows of `max_length` tokens, with rows of padding up to `rows` rows.
 
-<<<<<<< HEAD
     Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. The sampler knows the limit, so a
     trajectory is never longer than a row.
-=======
-    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. Trajectories longer than a row are the
-    sampler's mistake: it is told the limit.
->>>>>>> h-rla
     """
     return _packed(trajectories, _layout(trajectories, max_length), max_length, rows)
 
@@ -164,23 +159,11 @@ def _packed(
     return Packed(stack_rows(made), tuple(spans[index] for index in range(len(trajectories))))
 
 
-<<<<<<< HEAD
 def support_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """`sampling/support_full`: the share of tokens whose support is full, so that the filters may have kept more."""
     own = [t.supports[t.loss_mask, -1] != NO_ID for t in trajectories if t.supports is not None]
     full = np.concatenate(own) if own else np.zeros(0)
     return {"sampling/support_full": float(full.mean())} if len(full) else {}
-=======
-def rows_needed(trajectories: Sequence[Trajectory], max_length: int, multiple: int) -> int:
-    """Rows that `pack` fills, rounded up to a multiple of `multiple` and then to one of few sizes.
-
-    Every number of rows is a program of its own to compile, so there are four sizes to an octave: at most a fifth of
-    the rows is padding once there are many.
-    """
-    pieces = -(-len(pack(trajectories, max_length).batch.tokens) // multiple)
-    grain = max(1 << (pieces.bit_length() - 3), 1) if pieces > 4 else 1
-    return -(-pieces // grain) * grain * multiple
->>>>>>> h-rla
 
 
 def _example(trajectory: Trajectory, width: int | None) -> Example:
