@@ -16,7 +16,6 @@ from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.train.step import StepReport, add_metrics
 from jaxtrain.types import Batch
 
-
 _LOST_TO_ROUNDING = 0.1  # share of a window's updates from which a run warns
 
 
