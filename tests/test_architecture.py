@@ -25,7 +25,14 @@ LAYERS = [
 ]
 HOST_ONLY = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.data"}
 FOR_CONVERTERS = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"}
-USERS_OF_DATA = {"jaxtrain.session", "jaxtrain.rl", "jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.cli"}
+USERS_OF_DATA = {
+    "jaxtrain.roles",
+    "jaxtrain.session",
+    "jaxtrain.rl",
+    "jaxtrain.recipes",
+    "jaxtrain.serve",
+    "jaxtrain.cli",
+}
 USERS_OF_TORCH = {"converters.reference"}  # inside functions only: every module is imported without torch below
 USERS_OF_CONVERTERS = {
     *("jaxtrain.roles", "jaxtrain.session", "jaxtrain.rl", "jaxtrain.recipes"),

@@ -19,8 +19,8 @@ from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import replicated
 from jaxtrain.sample import decode as programs
 from jaxtrain.sample.constraints import join_tries
-from jaxtrain.sample.engine import no_knobs
 from jaxtrain.sample.placement import serving_shardings
+from jaxtrain.sample.samples import no_knobs
 
 SLOTS, COLUMNS, STEPS = 64, 4096, 32
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.parallel.sharding import batch_sharding
+from jaxtrain.parallel.sharding import ROWS, batch_sharding, row_shares
 from jaxtrain.types import Batch
 
 
@@ -50,3 +50,15 @@ def place_batch(batch: Batch, mesh: Mesh, held: range, rows: int) -> Batch:
         return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, part)
 
     return jax.tree.map(place, batch)
+
+
+def check_batch_size(rows: int, microbatches: int, mesh: Mesh) -> None:
+    """Raise ValueError where the rows of a microbatch cannot be dealt to the devices."""
+    shares = row_shares(mesh)
+    if rows % (shares * microbatches):
+        axes = " x ".join(f"mesh.{axis}" for axis in ROWS)
+        nearest = max(round(rows / (shares * microbatches)), 1) * shares * microbatches
+        raise ValueError(
+            f"train.batch_size={rows} rows cannot be dealt to {axes} = {shares} devices in "
+            f"train.microbatches={microbatches}; the nearest batch_size that can is {nearest}"
+        )

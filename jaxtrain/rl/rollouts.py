@@ -184,8 +184,8 @@ def _example(trajectory: Trajectory, width: int | None) -> Example:
 
 
 def _support(trajectory: Trajectory, width: int) -> np.ndarray:
-    """[C, width]; the whole vocabulary, where a sample has no support of its own, is a row of NO_ID."""
-    whole = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
+    """[C, width]; rows of NO_ID, which stand for the full vocabulary, where a sample has no support."""
+    support = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
     if trajectory.supports is not None:
-        whole[:, : trajectory.supports.shape[1]] = trajectory.supports
-    return whole
+        support[:, : trajectory.supports.shape[1]] = trajectory.supports
+    return support

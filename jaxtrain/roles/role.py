@@ -86,7 +86,9 @@ class Role:
 
     def _score(self, key: Any, batch: Batch, function: Any) -> np.ndarray:
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(function, compiler_options=compiler_options(self.model.run.mesh))
+            mesh = self.model.run.mesh
+            options = None if mesh is None else compiler_options(mesh)
+            self._compiled[key] = jax.jit(function, compiler_options=options)
         return np.asarray(jax.device_get(self._compiled[key](self.params, self.place(batch))))
 
 

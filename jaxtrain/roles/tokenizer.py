@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from converters.export_hf import TOKENIZER_FILES
 from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection
+from jaxtrain.data.turn_ends import turn_end_ids
 
 
 def tokenizer_folder(section: ModelSection) -> str | None:
@@ -44,10 +45,13 @@ def make_tokenizer(section: ModelSection) -> Any:
 
 
 def stop_ids(section: ModelSection, hf: dict[str, Any], tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: those of generation_config.json, of config.json (`hf`) and of the tokenizer."""
+    """Tokens that end an answer: those of generation_config.json, of config.json (`hf`), of the tokenizer, and those
+    that end a turn of the assistant under the chat template."""
     generation = Path(section.path or section.tokenizer or "") / "generation_config.json"
     named = [json.loads(generation.read_text()).get("eos_token_id")] if generation.is_file() else []
     named += [hf.get("eos_token_id"), tokenizer and tokenizer.eos_token_id]
+    if tokenizer is not None:
+        named.append(turn_end_ids(tokenizer))
     return sorted({token for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])})
 
 

@@ -353,8 +353,7 @@ class Engine:
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
     def _occupy(self, slot: int, sample: Sample, values: SlotValues) -> None:
-        params = sample.request.params
-        self._running[slot] = sample
+        params, self._running[slot] = sample.request.params, sample
         self._state.token[slot] = sample.prompt[-1]
         self._state.position[slot] = len(sample.prompt) - 1
         room = self.max_length - len(sample.prompt)

@@ -12,7 +12,6 @@ from converters.export_hf import TrainedText, convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
 from jaxtrain.config import MeshSection
-from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
@@ -81,7 +80,7 @@ def export_run(
 
 def _trained_text(saved: SavedRun, declared: Declaration) -> TrainedText:
     """The run's tokenizer if it has added tokens, its chat template if it is not the tokenizer's own, and every token
-    that ends an answer: those of the model, and those that end a turn of the assistant under the template.
+    that ends an answer: see `stop_ids`.
 
     Raises ValueError if the tokenizer or the template has changed since the run was trained.
     """
@@ -99,7 +98,7 @@ def _trained_text(saved: SavedRun, declared: Declaration) -> TrainedText:
     return TrainedText(
         tokenizer=tokenizer if section.add_tokens else None,
         chat_template=tokenizer.chat_template if section.chat_template is not None else None,
-        end_ids=[*stop_ids(section, declared.hf, tokenizer), *turn_end_ids(tokenizer)] if generates else [],
+        end_ids=stop_ids(section, declared.hf, tokenizer) if generates else [],
     )
 
 

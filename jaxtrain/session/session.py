@@ -30,9 +30,8 @@ from jaxtrain.objectives.objective import Objective
 from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.progress import Progress
 from jaxtrain.optim import make_optimizer, make_schedule
-from jaxtrain.parallel.batches import local_shards
+from jaxtrain.parallel.batches import check_batch_size, local_shards
 from jaxtrain.parallel.mesh import initialize_distributed, make_mesh
-from jaxtrain.parallel.sharding import ROWS, row_shares
 from jaxtrain.roles.declare import declare
 from jaxtrain.roles.role import Role, TrainedRole, Update
 from jaxtrain.roles.tokenizer import fingerprint, make_tokenizer, stop_ids
@@ -197,7 +196,7 @@ class Session:
         Raises ValueError where the rows of a microbatch cannot be dealt to the devices.
         """
         config, rows = self.config, self.config.train.batch_size
-        _check_batch(config, self.mesh)
+        check_batch_size(rows, config.train.microbatches, self.mesh)
         shards = count_shards(config.data, rows)
         stream = TrainStream(
             config.data.train_sources,
@@ -388,16 +387,3 @@ def _tree(states: Mapping[str, TrainState]) -> dict[str, Any]:
     """The first role's leaves without a prefix, as an export reads them; the others' under their names."""
     first, *others = states
     return {**states[first]._asdict(), **{name: states[name] for name in others}}
-
-
-def _check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError where the rows of a microbatch cannot be dealt to the devices."""
-    shares = row_shares(mesh)
-    rows, pieces = config.train.batch_size, config.train.microbatches
-    if rows % (shares * pieces):
-        axes = " x ".join(f"mesh.{axis}" for axis in ROWS)
-        nearest = max(round(rows / (shares * pieces)), 1) * shares * pieces
-        raise ValueError(
-            f"train.batch_size={rows} rows cannot be dealt to {axes} = {shares} devices in "
-            f"train.microbatches={pieces}; the nearest batch_size that can is {nearest}"
-        )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.sample.constraints import FORBIDDEN, GENERATED, IN_PROMPT, Trie, advance, constrain, join_tries
-from jaxtrain.sample.engine import no_knobs
 from jaxtrain.sample.filters import draw
+from jaxtrain.sample.samples import no_knobs
 
 VOCAB = 200  # more than the candidates that thresholds are looked for among first
 LOGITS = np.random.default_rng(0).normal(size=(1, VOCAB)).astype(np.float32) * 2

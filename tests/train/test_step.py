@@ -138,7 +138,7 @@ def test_updates_lost_to_rounding_are_those_that_change_nothing(learning_rate, m
     model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.random_params(model))
     tx = optax.sgd(learning_rate)
-    step = jax.jit(make_step(model, tx, lambda step: jnp.zeros(()), sft_loss, microbatches=microbatches))
+    step = jax.jit(make_step(model, tx, lambda step: jnp.zeros(()), SFT(), microbatches=microbatches))
     state, report = step(new_state(params, tx, jax.random.key(0)), {}, batch)
     share = report.means["updates_lost_to_rounding"]
     exact = tx.update(jax.grad(mean_loss, argnums=1)(model, params, batch), tx.init(params))[0]
@@ -151,7 +151,7 @@ def test_updates_lost_to_rounding_are_those_that_change_nothing(learning_rate, m
 
 
 def mean_loss(model, params, batch):
-    return sft_loss(score(model, params, batch), batch, batch_norm(batch))[0]
+    return SFT()(score(model, params, batch), batch, batch_norm(batch))[0]
 
 
 def test_float32_parameters_have_no_such_metric_and_a_skipped_step_loses_nothing():
