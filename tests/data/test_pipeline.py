@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, tokenizer
 
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.formats import Encoder
@@ -217,35 +216,6 @@ def test_bad_rows_are_skipped_and_counted_where_that_is_asked_for(source):
     with pytest.warns(UserWarning, match=r"a\.jsonl:(1|20): "), stream(section, on_bad_row="skip") as batches:
         assert sorted(row_numbers(take(batches))) == [n for n in range(50) if n not in (0, 19)]
         assert batches.stats["bad_rows"] == 2
-
-
-BAD_ROWS = {
-    "a lone surrogate": '{"prompt": "x \\ud83d", "completion": "y"}',
-    "5000 digits": '{"prompt": "q", "completion": "a", "id": ' + "9" * 5000 + "}",
-    "100,000 brackets": "[" * 100_000,
-    "brackets in a string": json.dumps({"messages": [], "tools": "[" * 100_000}),
-    "a number as tool calls": '{"messages": [{"role": "user", "content": "q", "tool_calls": 5}]}',
-    "ids beyond int32": '{"input_ids": [1, 4294967297]}',
-    "a null prompt": '{"prompt": null, "completion": "b"}',
-}
-
-
-@pytest.mark.parametrize("line", BAD_ROWS.values(), ids=BAD_ROWS)
-def test_every_kind_of_bad_row_is_named_or_counted(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    good = ['{"prompt": "What", "completion": "Paris"}'] * 3
-    path.write_text("\n".join([*good, line, *good]))
-    section, encode = SourceSection(path=str(path), epochs=1), Encoder(tokenizer(CHATML))
-
-    def opened(on_bad_row):
-        data = DataSection(train=section, on_bad_row=on_bad_row)
-        return TrainStream([section], data, encode, rows=1, seed=0, shards=[0], num_shards=1)
-
-    with opened("error") as batches, pytest.raises(DataError, match=r"a\.jsonl:4: "):
-        take(batches)
-    with pytest.warns(UserWarning, match=r"a\.jsonl:4: "), opened("skip") as batches:
-        take(batches)
-        assert batches.stats["bad_rows"] == 1 and batches.stats["examples"] == 6
 
 
 def test_data_of_which_no_row_is_left_are_an_error_and_no_endless_search(tmp_path):
