@@ -37,7 +37,7 @@ def make_state(devices: int = 8, width: int = 512, seed: int = 0, typed_key: boo
     moments = jax.tree.map(lambda leaf: leaf if leaf.ndim else jax.device_put(leaf, everywhere), moments)
     key = keys[2] if typed_key else jax.random.key_data(keys[2])
     zero, key = jax.device_put((jnp.int32(0), key), everywhere)
-    return TrainState(zero, params, {}, moments, key, zero, zero)
+    return TrainState(zero, params, moments, key, zero, zero)
 
 
 def abstract(state):
