@@ -61,7 +61,7 @@ def test_hosts_whose_data_end_at_different_steps_end_together(place, epochs):
     for count in (1, 2, 4):
         run = place / f"{count}-{epochs}"
         outputs = finish(start(place, count, f"run.dir={run}", f"data.train.epochs={epochs}"))
-        assert all(f"ran dry after step {3 * epochs + 1} of 100" in output for output in outputs)
+        assert all(f"is exhausted after step {3 * epochs + 1} of 100" in output for output in outputs)
         assert (run / "checkpoints" / str(3 * epochs + 1)).is_dir()
         lines = logged(run)
         assert [line["step"] for line in lines] == list(range(1, 3 * epochs + 2))

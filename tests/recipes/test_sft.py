@@ -176,10 +176,10 @@ def test_a_finished_run_is_left_alone_and_a_new_one_wants_a_new_folder(place, wh
     assert "Traceback" not in output
 
 
-def test_a_run_whose_data_run_dry_is_saved_where_it_ended(place):
+def test_a_run_whose_data_is_exhausted_is_saved_where_it_ended(place):
     run = place / "dry"
     output = train(place, f"run.dir={run}", "data.train.epochs=1", "data.train.limit=60", "log.every=100")
-    assert "ran dry after step" in output
+    assert "is exhausted after step" in output
     last = logged(run)[-1]["step"]
     assert 0 < last < STEPS
     assert (run / "checkpoints" / str(last)).is_dir()
