@@ -144,6 +144,11 @@ class TrainedRole(Role):
         self._state, report = self._step(state, self.frozen, batch)
         return report
 
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The step for placed batches of this shape, without taking it: `.compile()` gives its use of memory, and the
+        updates that follow do not compile it again."""
+        return self._step.lower(self.state, self.frozen, batch)
+
     def snapshot(self) -> Snapshot:
         return Snapshot(self.params, self.step)
 
