@@ -22,7 +22,7 @@ class RewardSection(Section):
     @property
     def name(self) -> str:
         """What metrics call it."""
-        return import_path(self.function).rpartition(":")[2]
+        return import_path(self.function).rpartition(":")[2].rpartition(".")[2]
 
 
 class RewardModelSection(Section):

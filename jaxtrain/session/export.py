@@ -30,7 +30,7 @@ from jaxtrain.types import Params
 
 
 def export_run(
-    run: Path, out: Path, *, step: int | None = None, dtype: str | None = None, adapter: bool = False
+    run: str | Path, out: str | Path, *, step: int | None = None, dtype: str | None = None, adapter: bool = False
 ) -> None:
     """Write the model of a run's checkpoint to `out`, adapters merged, on whatever devices there are here.
 
@@ -44,6 +44,7 @@ def export_run(
     Raises ValueError where `run` holds no run or no such checkpoint, where the base is no longer what the run trained
     on, or `out` is not empty.
     """
+    run = Path(run)
     saved, declared, params = _restore(run, step)
     section = saved.config.model
     tokenizer = make_tokenizer(section)
@@ -54,7 +55,7 @@ def export_run(
             f"{tokenizer_folder(section)}{f' and {template}' if template else ''} as it was"
         )
     role = Role(str(run), section, declared, saved.config.run.seed, params)
-    _write(role, params, tokenizer, out, dtype, adapter)
+    _write(role, params, tokenizer, Path(out), dtype, adapter)
 
 
 def save(role: Role, out: str | Path, *, dtype: str | None = None, adapter: bool = False) -> None:
