@@ -27,24 +27,18 @@ def rewards(completions: Sequence[Sequence[int]]) -> list[float]:
 
 
 def jaxtrain(clock: Clock) -> None:
-    from pathlib import Path
-
-    import jax
-    from jaxtrain.recipes.setup import base_params, make_policy
-    from jaxtrain.rl.controller import Learner, Plan, Roles, reinforce
+    from trainer import trained_role
 
     from jaxtrain.config import parse_config
-    from jaxtrain.optim import make_optimizer, make_schedule
-    from jaxtrain.parallel.batches import local_rows, place_batch
     from jaxtrain.rl.algorithms import find_algorithm
     from jaxtrain.rl.collect import Collector, Limits
-    from jaxtrain.rl.placement import make_meshes, make_sampler
+    from jaxtrain.rl.experience import add_advantages, pack_samples, score_samples
+    from jaxtrain.rl.placement import build_sampler
     from jaxtrain.rl.rollouts import Prompt, Trajectory
     from jaxtrain.rl.sources import OnPolicySource
+    from jaxtrain.rl.sync import rollout_model
     from jaxtrain.rl.worker import WorkerSpec
     from jaxtrain.sample.requests import SamplingParams
-    from jaxtrain.train.state import new_state
-    from jaxtrain.train.step import jit_step, make_step, score
 
     tree = {
         "recipe": "rl",
@@ -61,16 +55,11 @@ def jaxtrain(clock: Clock) -> None:
     }
     config = parse_config(tree, "benchmark")
     assert config.rl is not None
-    mesh, sampling_mesh = make_meshes(config.rl.placement, config.mesh)
-    policy = make_policy(config, mesh)
     algorithm = find_algorithm(config.rl)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
-    step = make_step(policy.model, tx, schedule, algorithm.objective, max_grad_norm=config.train.max_grad_norm)
-    params = base_params(config.model, policy, 0)
-    spec = WorkerSpec(policy.model, SamplingParams(max_tokens=NEW), 0, PROMPTS * SAMPLES, PROMPT + NEW)
-    sampler = make_sampler(config.rl.placement, spec, policy.model, params, 0, sampling_mesh)
-    state = jax.jit(lambda params, key: new_state(params, {}, tx, key))(params, jax.random.key(0))
+    policy = trained_role(config, algorithm.objective)
+    model = rollout_model(policy.model, policy.mesh)
+    spec = WorkerSpec(model, SamplingParams(max_tokens=NEW), 0, PROMPTS * SAMPLES, PROMPT + NEW)
+    sampler = build_sampler(config.rl.placement, spec, policy.model, policy.snapshot())
     ids = prompt_ids()
 
     def take(count: int) -> list[Prompt]:
@@ -82,18 +71,15 @@ def jaxtrain(clock: Clock) -> None:
         return [t._replace(reward=value) for t, value in zip(trajectories, values, strict=True)]
 
     collect = Collector(take, sampler, scorer, algorithm, prompts=PROMPTS, samples=SAMPLES, limits=Limits(NEW))
-    per_token = jax.jit(lambda params, batch: score(policy.model, params, batch).logp)
-    roles = Roles(Learner(state, jit_step(step, state, mesh), per_token))
-    for _ in reinforce(
-        roles,
-        OnPolicySource(collect, sampler, dict),
-        algorithm,
-        Plan(1, 1, config.data.max_length, 1, 5),
-        lambda batch: place_batch(batch, mesh, local_rows(mesh, len(batch.tokens)), len(batch.tokens)),
-        steps=10**6,
-        inspection_dir=Path("none"),
-    ):
-        pass
+    source = OnPolicySource(collect, sampler, dict)
+    while True:  # what recipes/rl.py does, without a folder to write into
+        samples = source(policy.params, policy.step)
+        assert samples is not None
+        experience = pack_samples(samples, config, policy.mesh)
+        score_samples(experience, algorithm, policy, None, None)
+        add_advantages(experience, algorithm)
+        for batch in experience:
+            policy.update(policy.place(batch))
 
 
 def torch(clock: Clock) -> None:

@@ -23,11 +23,11 @@ import time
 from pathlib import Path
 
 import jax
-from jaxtrain.recipes.setup import make_policy
 from results import machine, write_section
 
 from jaxtrain.config import load_config
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.roles.declare import declare
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sft"
 STEPS, ROWS, LENGTH, HELD_OUT = 60, 2, 256, 32
@@ -112,8 +112,8 @@ def train(config: str, overrides: list[str], run: Path) -> dict[str, float]:
 
 def trained_parameters(config: str, overrides: list[str]) -> int:
     run = load_config(CONFIGS / config, overrides)
-    policy = make_policy(run, make_mesh(run.mesh))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(policy.trained))
+    declared = declare(run.model, make_mesh(run.mesh), run.mesh.preset)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(declared.trained))
 
 
 def exported_answer(run: Path, out: Path, question: str) -> str:

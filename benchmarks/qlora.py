@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtrain.recipes.setup import adapter_params, base_params, make_policy, make_tokenizer, open_stream
 from results import machine, write_section
+from trainer import trained_role
 
 from jaxtrain.config import RunConfig, load_config
 from jaxtrain.data.formats import Encoder
+from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.objectives.sft import SFT
-from jaxtrain.optim import make_optimizer, make_schedule
-from jaxtrain.parallel.batches import local_rows, place_batch
-from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.train.state import new_state
-from jaxtrain.train.step import jit_step, make_step
+from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.types import Batch
 
 CONFIG = Path(__file__).parents[1] / "configs" / "sft" / "smollm2_gsm8k_lora.yaml"
@@ -79,32 +76,31 @@ def main() -> None:
 
 def first_batches(config: RunConfig) -> list[Batch]:
     encode = Encoder(make_tokenizer(config.model))
-    with open_stream(config, encode, make_mesh(config.mesh)) as stream:
+    shards = count_shards(config.data, ROWS)
+    with TrainStream(
+        config.data.train_sources,
+        config.data,
+        encode,
+        rows=ROWS,
+        seed=config.run.seed,
+        shards=range(shards),
+        num_shards=shards,
+    ) as stream:
         return list(itertools.islice(stream, STEPS))
 
 
 def measure(config: RunConfig, batches: list[Batch]) -> str:
-    mesh = make_mesh(config.mesh)
-    policy = make_policy(config, mesh)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
-    step = make_step(policy.model, tx, schedule, SFT(), max_grad_norm=config.train.max_grad_norm)
-    base = base_params(config.model, policy, 0)
-    adapters = adapter_params(config.model, policy, 0, base)
-    state = jax.jit(lambda params: new_state(params, {}, tx, jax.random.key(0)))(adapters)._replace(frozen=base)
-
-    def place(batch: Batch) -> Batch:
-        return place_batch(batch, mesh, local_rows(mesh, ROWS), ROWS)
-
-    program = jit_step(step, state, mesh).lower(state, place(batches[0])).compile()
+    role = trained_role(config, SFT())
+    program = role.lower(role.place(batches[0])).compile()
     losses, seconds = [], 0.0
     for batch in batches:
         start = time.perf_counter()
-        state, report = program(state, place(batch))
+        report = role.update(role.place(batch))
         losses.append(float(report.means["loss"].value))
         seconds = time.perf_counter() - start
+    base = role.frozen
     kernels = [node["kernel"] for part in ("attn", "mlp") for node in base["layers"][part].values()]
-    targets = [node["kernel"] for part in ("attn", "mlp") for node in policy.target["layers"][part].values()]
+    targets = [node["kernel"] for part in ("attn", "mlp") for node in role.declared.target["layers"][part].values()]
     weights = sum(kernel.size for kernel in targets)
     temporaries = program.memory_analysis().temp_size_in_bytes
     return (

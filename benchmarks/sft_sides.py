@@ -67,16 +67,10 @@ def token_ids() -> np.ndarray:
 
 
 def jaxtrain(clock: Clock) -> None:
-    import jax
-    from jaxtrain.recipes.setup import base_params, make_policy
+    from trainer import trained_role
 
     from jaxtrain.config import parse_config
     from jaxtrain.objectives.sft import SFT
-    from jaxtrain.optim import make_optimizer, make_schedule
-    from jaxtrain.parallel.batches import local_rows, place_batch
-    from jaxtrain.parallel.mesh import make_mesh
-    from jaxtrain.train.state import new_state
-    from jaxtrain.train.step import jit_step, make_step
     from jaxtrain.types import Batch
 
     tree = {
@@ -86,23 +80,14 @@ def jaxtrain(clock: Clock) -> None:
         "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant", "weight_decay": 0.01},
         "train": {"max_grad_norm": MAX_GRAD_NORM},
     }
-    config = parse_config(tree, "benchmark")
-    mesh = make_mesh(config.mesh)
-    policy = make_policy(config, mesh)
-    schedule = make_schedule(config.optimizer, config.train.steps)
-    tx = make_optimizer(config.optimizer, schedule, policy.trained_axes)
-    step = make_step(policy.model, tx, schedule, SFT(), max_grad_norm=config.train.max_grad_norm)
-    params = base_params(config.model, policy, 0)
-    state = jax.jit(lambda params, key: new_state(params, {}, tx, key))(params, jax.random.key(0))
-    del params
-    step = jit_step(step, state, mesh)
+    role = trained_role(parse_config(tree, "benchmark"), SFT())
     weights = np.ones((ROWS, LENGTH), np.float32)
     weights[:, 0] = 0
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     host = Batch(token_ids(), positions, np.ones((ROWS, LENGTH), np.int32), weights)
     while True:
         clock.tick()
-        state, report = step(state, place_batch(host, mesh, local_rows(mesh, ROWS), ROWS))
+        report = role.update(role.place(host))
         float(report.means["loss"].value)
 
 

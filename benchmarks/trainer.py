@@ -1,22 +1,29 @@
-"""The training step of `jaxtrain train` without its files: random weights, batches from whoever asks."""
+"""The training step of `jaxtrain train` without its files: batches come from whoever asks."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-import jax
-from jax.stages import Compiled
-from jaxtrain.recipes.setup import base_params, make_policy
-
-from jaxtrain.config import parse_config
+from jaxtrain.config import RunConfig, parse_config
+from jaxtrain.objectives.objective import Objective
 from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
-from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.train.state import new_state
-from jaxtrain.train.step import jit_step, make_step
+from jaxtrain.roles.declare import declare
+from jaxtrain.roles.role import TrainedRole, Update
 from jaxtrain.types import Batch
+
+
+def trained_role(config: RunConfig, objective: Objective) -> TrainedRole:
+    """The role that `Session.trained_role` gives, at step 0 and without a run folder."""
+    declared = declare(config.model, make_mesh(config.mesh), config.mesh.preset)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, declared.trained_axes)
+    update = Update(objective, optimizer, schedule, config.train)
+    role = TrainedRole("policy", config.model, declared, config.run.seed, update)
+    role.load()
+    return role
 
 
 class Trainer:
@@ -25,39 +32,20 @@ class Trainer:
     def __init__(self, tree: dict[str, Any]):
         """`tree` is a run's config; `data` may name files that do not exist."""
         self.config = parse_config(tree, "benchmark")
-        self._mesh = make_mesh(self.config.mesh)
-        policy = make_policy(self.config, self._mesh)
-        self.model = policy.model
-        schedule = make_schedule(self.config.optimizer, self.config.train.steps)
-        tx = make_optimizer(self.config.optimizer, schedule, policy.trained_axes)
-        step = make_step(
-            policy.model,
-            tx,
-            schedule,
-            SFT(),
-            microbatches=self.config.train.microbatches,
-            max_grad_norm=self.config.train.max_grad_norm,
-        )
-        params = base_params(self.config.model, policy, self.config.run.seed)
-        begin = jax.jit(lambda params, key: new_state(params, {}, tx, key), donate_argnums=0)
-        self._state = begin(params, jax.random.key(0))
-        self._step = jit_step(step, self._state, self._mesh)
-        self._compiled: dict[tuple[int, ...], Compiled] = {}
+        self._role = trained_role(self.config, SFT())
+        self.model = self._role.model
+        self._compiled: set[tuple[int, ...]] = set()
 
     def compile(self, batch: Batch) -> None:
         """Make the program for batches of this shape, unless there is one."""
         if batch.tokens.shape not in self._compiled:
-            placed = self._place(batch)
-            self._compiled[batch.tokens.shape] = self._step.lower(self._state, placed).compile()
+            self._role.lower(self._role.place(batch)).compile()
+            self._compiled.add(batch.tokens.shape)
 
     def step(self, batch: Batch) -> tuple[float, float]:
         """Take a step. Returns its loss and its seconds, the way of the batch to the device included."""
-        program = self._compiled[batch.tokens.shape]
+        assert batch.tokens.shape in self._compiled, "compile the program for batches of this shape first"
         start = time.perf_counter()
-        self._state, report = program(self._state, self._place(batch))
+        report = self._role.update(self._role.place(batch))
         loss = float(report.means["loss"].value)
         return loss, time.perf_counter() - start
-
-    def _place(self, batch: Batch) -> Batch:
-        rows = len(batch.tokens)
-        return place_batch(batch, self._mesh, local_rows(self._mesh, rows), rows)

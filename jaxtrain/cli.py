@@ -8,7 +8,7 @@ import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -62,19 +62,14 @@ def train(
 
     with Preemption() as preemption:  # before anything that takes long is imported
         from jaxtrain.config import dump_config, load_config
+        from jaxtrain.recipes.run import run as run_recipe
 
         run = load_config(config, overrides)
         if print_config:
             typer.echo(dump_config(run), nl=False)
             return
-        outcome = _recipe(run.recipe)(run, resume=resume, allow_change=allow_change or (), preemption=preemption)
+        outcome = run_recipe(run, resume=resume, allow_change=allow_change or (), preemption=preemption)
         sys.exit(outcome.exit_code)
-
-
-def _recipe(name: str) -> Any:
-    from jaxtrain.recipes import rl, sft
-
-    return {"sft": sft.run, "rl": rl.run}[name]
 
 
 @app.command()

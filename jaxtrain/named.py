@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any
 
 
-def load_named(path: str, key: str, home: str | None = None) -> Any:
-    """The object that `path` names; `key` is the config key that it stands under.
+def load_named(path: Any, key: str, home: str | None = None) -> Any:
+    """The object that `path` names; `key` is the config key that it stands under. What is no string is the object.
 
     A bare `name` is looked up in the module `home`, where the ready ones are.
     Raises ValueError that names the key and the module or the nearest name in it. What the module raises, it raises.
     """
+    if not isinstance(path, str):
+        return path
     module_name, colon, name = path.rpartition(":")
     if not name or not (module_name if colon else home):
         raise ValueError(f"{key}={path!r} must be of the form package.module:name or file.py:name")

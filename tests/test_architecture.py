@@ -13,7 +13,7 @@ EVERYTHING = sorted([*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmar
 
 # A module may import its own layer and those above it in this list.
 LAYERS = [
-    {"jaxtrain", "jaxtrain.types", "jaxtrain.named", "jaxtrain.config"},
+    {"jaxtrain.types", "jaxtrain.named", "jaxtrain.lazy", "jaxtrain.config"},
     {"jaxtrain.parallel"},
     {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.objectives", "jaxtrain.observe"},
     {"jaxtrain.train", "jaxtrain.sample"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"jaxtrain.session"},
     {"jaxtrain.rl"},
     {"jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.verify", "jaxtrain.plan"},
-    {"jaxtrain.cli"},
+    {"jaxtrain", "jaxtrain.cli"},
 ]
 HOST_ONLY = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.data"}
 FOR_CONVERTERS = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"}

@@ -132,27 +132,27 @@ def test_the_surface_of_the_config_is_deliberate():
 
 EXPECTED_KEYS = """
 checkpoint checkpoint.every checkpoint.keep data data.eval data.eval.columns data.eval.epochs data.eval.limit
-data.eval.path data.eval.weight data.loss_on data.max_length data.on_bad_row data.overlong data.packing
+data.eval.path data.eval.rows data.eval.weight data.loss_on data.max_length data.on_bad_row data.overlong data.packing
 data.packing_bins data.prompt_format data.shuffle data.train data.train.columns data.train.epochs data.train.limit
-data.train.path data.train.weight data.virtual_shards data.workers eval eval.batches eval.every eval.generate
-eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model
-model.add_tokens model.add_tokens.alone model.add_tokens.count model.add_tokens.names model.add_tokens.prefix
-model.add_tokens.special model.add_tokens.suffix model.attention model.backend model.chat_template model.compute_dtype
-model.config model.head model.lora model.lora.alpha model.lora.dropout model.lora.dtype model.lora.path model.lora.rank
-model.lora.rslora model.lora.targets model.modules model.modules.attention model.modules.mlp model.modules.norm
-model.param_dtype model.path model.quantize model.remat model.router_aux_loss_coef model.router_z_loss_coef
-model.tokenizer model.vocab_multiple optimizer optimizer.args optimizer.b1 optimizer.b2 optimizer.eps
-optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.schedule optimizer.state_dtype
-optimizer.warmup_steps optimizer.weight_decay recipe rl rl.aggregation rl.algorithm rl.beta rl.correction
-rl.correction.cap rl.correction.level rl.correction.mode rl.critic rl.critic.epsilon rl.critic.learning_rate
-rl.dual_clip rl.entropy_coefficient rl.entropy_target rl.environment rl.environment.args rl.environment.factory
-rl.environment.max_tokens rl.environment.max_turns rl.environment.seconds rl.environment.weight rl.epsilon_high
-rl.epsilon_low rl.gamma rl.generations rl.iterations rl.kl rl.kl_bias_correction rl.kl_in rl.lam
-rl.max_completion_length rl.max_refills rl.minibatches rl.overlong_cache rl.overlong_filter rl.placement
-rl.placement.kind rl.placement.resources rl.placement.rollout_devices rl.placement.staleness rl.placement.worker_seconds
-rl.placement.workers rl.print_samples rl.prompts rl.reward_models rl.reward_models.name rl.reward_models.path
-rl.reward_models.weight rl.reward_workers rl.rewards rl.rewards.args rl.rewards.function rl.rewards.seconds
-rl.rewards.weight rl.sampling rl.sampling.min_p rl.sampling.slots rl.sampling.support rl.sampling.temperature
-rl.sampling.top_k rl.sampling.top_p run run.dir run.seed train train.batch_size train.max_grad_norm
-train.max_skipped_in_a_row train.microbatches train.steps
+data.train.path data.train.rows data.train.weight data.virtual_shards data.workers eval eval.batches eval.every
+eval.generate eval.max_new_tokens log log.every log.tensorboard mesh mesh.data mesh.expert mesh.fsdp mesh.preset
+mesh.tensor model model.add_tokens model.add_tokens.alone model.add_tokens.count model.add_tokens.names
+model.add_tokens.prefix model.add_tokens.special model.add_tokens.suffix model.attention model.backend
+model.chat_template model.compute_dtype model.config model.head model.lora model.lora.alpha model.lora.dropout
+model.lora.dtype model.lora.path model.lora.rank model.lora.rslora model.lora.targets model.modules
+model.modules.attention model.modules.mlp model.modules.norm model.param_dtype model.path model.quantize model.remat
+model.router_aux_loss_coef model.router_z_loss_coef model.tokenizer model.vocab_multiple optimizer optimizer.args
+optimizer.b1 optimizer.b2 optimizer.eps optimizer.final_learning_rate optimizer.learning_rate optimizer.name
+optimizer.schedule optimizer.state_dtype optimizer.warmup_steps optimizer.weight_decay recipe rl rl.aggregation
+rl.algorithm rl.beta rl.correction rl.correction.cap rl.correction.level rl.correction.mode rl.critic
+rl.critic.epsilon rl.critic.learning_rate rl.dual_clip rl.entropy_coefficient rl.entropy_target rl.environment
+rl.environment.args rl.environment.factory rl.environment.max_tokens rl.environment.max_turns rl.environment.seconds
+rl.environment.weight rl.epsilon_high rl.epsilon_low rl.gamma rl.generations rl.iterations rl.kl rl.kl_bias_correction
+rl.kl_in rl.lam rl.max_completion_length rl.max_refills rl.minibatches rl.overlong_cache rl.overlong_filter
+rl.placement rl.placement.kind rl.placement.resources rl.placement.rollout_devices rl.placement.staleness
+rl.placement.worker_seconds rl.placement.workers rl.print_samples rl.prompts rl.reward_models rl.reward_models.name
+rl.reward_models.path rl.reward_models.weight rl.reward_workers rl.rewards rl.rewards.args rl.rewards.function
+rl.rewards.seconds rl.rewards.weight rl.sampling rl.sampling.min_p rl.sampling.slots rl.sampling.support
+rl.sampling.temperature rl.sampling.top_k rl.sampling.top_p run run.dir run.seed train train.batch_size
+train.max_grad_norm train.max_skipped_in_a_row train.microbatches train.steps
 """

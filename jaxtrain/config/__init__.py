@@ -1,5 +1,6 @@
 """The tree of a run."""
 
+from jaxtrain.config.given import ROWS as ROWS
 from jaxtrain.config.load import ALIASES as ALIASES
 from jaxtrain.config.load import ConfigError as ConfigError
 from jaxtrain.config.load import config_tree as config_tree

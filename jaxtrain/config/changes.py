@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from jaxtrain.config.given import import_path
 from jaxtrain.config.load import ConfigError, known_keys
 from jaxtrain.config.marks import InputPath, MayChange
 from jaxtrain.config.run import RunConfig
@@ -67,7 +68,7 @@ def _is_free_form(parents: list[str], known: dict[str, Any]) -> bool:
 
 def _between_sections(old: BaseModel, new: BaseModel, prefix: str, config: RunConfig) -> Iterator[Change]:
     for name, field in type(new).model_fields.items():
-        before, after = getattr(old, name), getattr(new, name)
+        before, after = import_path(getattr(old, name)), import_path(getattr(new, name))
         if before == after:
             continue
         mark = next((mark for mark in field.metadata if isinstance(mark, MayChange)), None)

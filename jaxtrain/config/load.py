@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return parse_config(tree, str(path), overrides)
 
 
-def parse_config(tree: dict[str, Any], origin: str, overrides: list[str] | None = None) -> RunConfig:
+def parse_config(tree: dict[str, Any], origin: str = "config", overrides: list[str] | None = None) -> RunConfig:
     """Apply the overrides to a plain tree and check it; `origin` is named in the errors.
 
     Raises ConfigError that lists every fault at once.

@@ -6,12 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from jaxtrain.config.given import Given, import_path
 from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
 from jaxtrain.config.sections import NonNegativeInt, Section
 
 
 class RewardSection(Section):
-    function: str  # package.module:name, file.py:name, or a ready one of jaxtrain.rl.rewards by its bare name
+    # package.module:name, file.py:name, a ready one of jaxtrain.rl.rewards by its bare name, or a function: one that is
+    # named runs in processes that can be killed, one that is given in the process that trains
+    function: Given
     weight: float = 1.0
     seconds: PositiveFloat = 30.0  # the limit of one call
     args: dict[str, Any] = Field(default_factory=dict)  # further keywords for the function
@@ -19,7 +22,7 @@ class RewardSection(Section):
     @property
     def name(self) -> str:
         """What metrics call it."""
-        return self.function.rpartition(":")[2]
+        return import_path(self.function).rpartition(":")[2].rpartition(".")[2]
 
 
 class RewardModelSection(Section):
@@ -29,7 +32,8 @@ class RewardModelSection(Section):
 
 
 class EnvironmentSection(Section):
-    factory: str  # package.module:name, file.py:name, or a ready one of jaxtrain.rl.environments by its bare name
+    # package.module:name, file.py:name, a ready one of jaxtrain.rl.environments by its bare name, or the class itself
+    factory: Given
     args: dict[str, Any] = Field(default_factory=dict)  # keywords for the factory
     weight: float = 1.0  # of the environment's own rewards, beside those of rl.rewards
     max_turns: PositiveInt = 8

@@ -15,7 +15,9 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
+from jaxtrain.config.given import plain_rows, rows_path
 from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE, MayChange
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -112,12 +114,38 @@ class ModelSection(Section):
         return self
 
 
+def _not_missing(path: str) -> str:
+    if not path:
+        raise PydanticKnownError("missing")
+    return path
+
+
 class SourceSection(Section):
-    path: Annotated[str, INPUT_PATH]  # .jsonl (.gz, .zst) or .parquet: a file, a folder of them or a glob
+    """Where rows of data are read from: files under `path`, or `rows` that a program gives.
+
+    A run with `rows` records their fingerprint as its `path`, and is resumed only with equal ones.
+    """
+
+    # .jsonl (.gz, .zst) or .parquet: a file, a folder of them or a glob
+    path: Annotated[str, INPUT_PATH, AfterValidator(_not_missing)] = Field(default="", validate_default=True)
+    # instead of `path`, in a program: dicts with the columns of a file's row
+    rows: Annotated[Any, MAY_CHANGE] = Field(default=None, exclude=True, repr=False)
     columns: dict[str, str] = {}  # our column name -> the file's, e.g. {prompt: question, completion: answer}
     weight: PositiveFloat = 1.0  # share of the mixture, over the sum of the weights
     epochs: PositiveInt | None = None  # passes over this source before it runs dry; default: without end
     limit: PositiveInt | None = None  # use only the first rows
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_origin(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "rows" not in values:
+            return values
+        if "path" in values:
+            raise ValueError("give either `path` (files) or `rows` (a list of dicts), not both")
+        rows = plain_rows(values["rows"])
+        return {**values, "rows": rows, "path": rows_path(rows)}
 
 
 # The tag picks one branch, so that a fault is reported for what the user wrote and not for both.

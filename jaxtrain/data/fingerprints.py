@@ -22,6 +22,8 @@ def fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
     return [
         [
             {"path": str(path), "rows": rows, "bytes": path.stat().st_size, "hash": _hash(path)}
+            if source.section.rows is None
+            else {"path": str(path), "rows": rows, "bytes": 0, "hash": source.section.path}
             for path, rows in source.files
         ]
         for source in sources

@@ -1,4 +1,4 @@
-"""Random access to the rows of JSON-lines and Parquet files.
+"""Random access to the rows of JSON-lines and Parquet files, and of lists that a program gives.
 
 A training run reads rows in shuffled order, so every file must support access by index. Plain JSON lines are
 memory-mapped, and only the offsets of their lines are held. Files without random access (gzip, zstd, Parquet) are
@@ -8,6 +8,7 @@ is memory-mapped. Memory use stays small either way.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import json
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.config import SourceSection
+from jaxtrain.config import ROWS, SourceSection
 from jaxtrain.data.columns import COLUMNS, RENDERED_COLUMNS, Row, rename_columns
 from jaxtrain.data.nulls import without_arrow_fillings
 
@@ -66,6 +67,10 @@ class Source:
         self._files: list[Rows] = []
         self._paths: list[Path] = []
         self._ends: list[int] = []  # the number of rows up to the end of each file
+        if section.rows is not None:
+            rows = section.rows[: section.limit]
+            self._files, self._paths, self._ends = [_GivenRows(section.path, rows)], [Path(section.path)], [len(rows)]
+            return
         for path in find_files(section.path):
             left = None if section.limit is None else section.limit - len(self)
             if left == 0:
@@ -123,6 +128,8 @@ class Source:
 
 def find_files(path: str) -> list[Path]:
     """The files behind a file name, a folder (all data files in it) or a glob, sorted. Raises DataError if none."""
+    if path.startswith(ROWS):
+        raise DataError(f"{path}: these rows were given by a program; start the run from it, with the same rows")
     where = Path(path)
     if where.is_file():
         if _reader(where) is None:
@@ -221,6 +228,22 @@ def _not_blank(data: mmap.mmap | bytes, starts: np.ndarray, ends: np.ndarray) ->
     """`starts` [n] of lines that end at `ends` [n], without those of lines that are only whitespace."""
     suspects = np.flatnonzero(np.isin(np.frombuffer(data, np.uint8)[starts], _WHITESPACE))
     return np.delete(starts, [i for i in suspects if not data[starts[i] : ends[i]].strip()])
+
+
+class _GivenRows:
+    types: Mapping[str, pa.DataType] = {}
+
+    def __init__(self, name: str, rows: tuple[Row, ...]):
+        self._name, self._rows = name, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return copy.deepcopy(self._rows[index])  # as a file does: whoever reads a row may change it
+
+    def place(self, index: int) -> str:
+        return f"{self._name}:row {index + 1}"
 
 
 class _ParquetRows:

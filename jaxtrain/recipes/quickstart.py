@@ -14,6 +14,7 @@ from converters.export_hf import TOKENIZER_FILES
 from converters.import_hf import import_params, read_config
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.config import RunConfig, SourceSection, load_config
+from jaxtrain.config.given import import_path
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
@@ -47,7 +48,7 @@ def load_quickstart(path: Path, overrides: list[str] | None = None) -> RunConfig
         return config
     rewards = []
     for reward in config.rl.rewards:
-        file, _, name = reward.function.rpartition(":")
+        file, _, name = import_path(reward.function).rpartition(":")
         found = _shipped(Path(file))
         rewards.append(reward.model_copy(update={"function": f"{found}:{name}"}) if found is not None else reward)
     return config.model_copy(update={"rl": config.rl.model_copy(update={"rewards": rewards})})

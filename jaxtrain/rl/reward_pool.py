@@ -1,4 +1,8 @@
-"""Reward functions in processes of their own, with a time limit each: they cost a sample and never the run."""
+"""Reward functions with a time limit each, which cost a sample and never the run.
+
+A function that the config names runs in processes of the pool. One that a program gives as an object, which another
+process may be unable to import, runs in threads of this process.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple, Self
@@ -19,6 +24,8 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.rl.deadlines import call_all
+from jaxtrain.rl.reward_worker import call_reward
 from jaxtrain.train.preemption import Interrupted
 
 Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite"]
@@ -43,10 +50,10 @@ class RewardPool:
     def __init__(self, rewards: Sequence[RewardSection], workers: int = 2):
         """Raises ValueError for a reward that cannot be imported."""
         self._rewards = {reward.name: reward for reward in rewards}
-        paths = [reward.function for reward in rewards]
+        paths = [reward.function for reward in rewards if isinstance(reward.function, str)]
         self._scoring = threading.Lock()
         self._interrupted = threading.Event()
-        self._workers = [_Worker(paths, self._interrupted) for _ in range(workers if rewards else 0)]
+        self._workers = [_Worker(paths, self._interrupted) for _ in range(workers if paths else 0)]
         try:
             for worker in self._workers:
                 worker.wait_until_ready()
@@ -85,9 +92,11 @@ class RewardPool:
         parts = {name: np.full(count, np.nan) for name in self._rewards}
         failures: Counter[tuple[str, Failure]] = Counter()
         reasons: dict[int, str] = {}
-        tasks = [task for name in self._rewards for task in _cut(name, count, len(self._workers))]
+        named = [name for name, reward in self._rewards.items() if isinstance(reward.function, str)]
+        tasks = [task for name in named for task in _cut(name, count, len(self._workers))]
+        given = [_Task(name, range(count)) for name in self._rewards if name not in named and count]
         with self._scoring:  # an evaluation may come while a rollout ahead of time is scored
-            answers = list(self._run(tasks, samples))
+            answers = [*self._run(tasks, samples), *self._run_given(given, samples)]
         for task, values, failure, said in answers:
             for sample, value in zip(task.samples, values or [math.nan] * len(task.samples), strict=True):
                 if value is None:
@@ -140,6 +149,27 @@ class RewardPool:
                 else:
                     yield answer
 
+    def _run_given(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> Iterator[_Answer]:
+        """The same for functions of this process. One that exceeds its limit is no longer waited for."""
+        for task in tasks:
+            (answer,) = self._call_given([task], samples)
+            if answer.failure is not None and len(task.samples) > 1:
+                yield from self._call_given(task.singles(), samples)
+            else:
+                yield answer
+
+    def _call_given(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> list[_Answer]:
+        reward = self._rewards[tasks[0].name]
+        assert callable(reward.function)
+        calls = [partial(call_reward, reward.function, task.arguments(reward, samples)) for task in tasks]
+        results = call_all(calls, reward.seconds, self._interrupted)
+        return [
+            _Answer(task, None, "timeout", f"timeout: {result}")
+            if isinstance(result, BaseException)
+            else task.answer(*result)
+            for task, result in zip(tasks, results, strict=True)
+        ]
+
 
 class _Task(NamedTuple):
     name: str
@@ -147,6 +177,19 @@ class _Task(NamedTuple):
 
     def singles(self) -> list[_Task]:
         return [_Task(self.name, [sample]) for sample in self.samples]
+
+    def arguments(self, reward: RewardSection, samples: dict[str, Sequence[Any]]) -> dict[str, Any]:
+        """Those of the task's call."""
+        return {name: [values[i] for i in self.samples] for name, values in samples.items()} | reward.args
+
+    def answer(self, values: list[float | None] | None, said: str) -> _Answer:
+        """What the call returned, checked; `values` None: `said` is what it raised."""
+        if values is None:
+            return _Answer(self, None, "error", said)
+        if len(values) != len(self.samples):
+            said = f"wrong length: {len(values)} values for {len(self.samples)} samples"
+            return _Answer(self, None, "wrong_length", said)
+        return _Answer(self, values, None, "")
 
 
 class _Answer(NamedTuple):
@@ -192,22 +235,14 @@ class _Worker:
             raise ValueError(f"the reward functions cannot be loaded: {problem}")
 
     def send(self, reward: RewardSection, task: _Task, samples: dict[str, Sequence[Any]]) -> None:
-        chosen = {name: [values[sample] for sample in task.samples] for name, values in samples.items()}
         with contextlib.suppress(BrokenPipeError):  # it died while idle: reading the answer will say so
-            self.connection.send((reward.function, chosen | reward.args))
+            self.connection.send((reward.function, task.arguments(reward, samples)))
 
     def answer(self, task: _Task) -> _Answer:
         try:
-            values, said = self.connection.recv()
+            return task.answer(*self.connection.recv())
         except (EOFError, ConnectionResetError):
             return _Answer(task, None, "died", "died: it ended its process")
-        if values is None:
-            return _Answer(task, None, "error", said)
-        if len(values) != len(task.samples):
-            return _Answer(
-                task, None, "wrong_length", f"wrong length: {len(values)} values for {len(task.samples)} samples"
-            )
-        return _Answer(task, values, None, "")
 
     def restart(self) -> None:
         self.kill()

@@ -36,7 +36,7 @@ def main() -> None:
     connection.send(None)
     while True:
         path, arguments = tasks.get()
-        connection.send(_call(functions[path], arguments))
+        connection.send(call_reward(functions[path], arguments))
 
 
 def _receive(connection: Connection, tasks: SimpleQueue[Any]) -> None:
@@ -48,7 +48,7 @@ def _receive(connection: Connection, tasks: SimpleQueue[Any]) -> None:
             os._exit(0)
 
 
-def _call(function: Callable, arguments: dict[str, Any]) -> tuple[list[float | None] | None, str]:
+def call_reward(function: Callable, arguments: dict[str, Any]) -> tuple[list[float | None] | None, str]:
     """The values, or None and what was raised. This is the boundary to a user's function, so it catches all of it."""
     try:
         _check_arguments(function, arguments)

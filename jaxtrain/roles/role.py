@@ -5,6 +5,7 @@ Roles belong to the main thread. Whoever samples or serves gets a `Snapshot`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxtrain.parallel.batches import local_rows, place_batch
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.roles.declare import Declaration
 from jaxtrain.roles.initial import initial_params
+from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.train.state import new_state, state_shardings
 from jaxtrain.train.step import StepReport, jit_step, make_step, score, token_values
 from jaxtrain.types import Batch, Params, TrainState
@@ -52,6 +54,11 @@ class Role:
     @property
     def mesh(self) -> jax.sharding.Mesh:
         return self.declared.mesh
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """None where the model has none."""
+        return make_tokenizer(self.section)
 
     @property
     def params(self) -> Params:
@@ -145,6 +152,11 @@ class TrainedRole(Role):
         state, self._state = self.state, None  # donated: after an exception its buffers are gone
         self._state, report = self._step(state, self.frozen, batch)
         return report
+
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The step for placed batches of this shape, without taking it: `.compile()` gives its use of memory, and the
+        updates that follow do not compile it again."""
+        return self._step.lower(self.state, self.frozen, batch)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.params, self.step)

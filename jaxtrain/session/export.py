@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a Hugging Face folder."""
+"""From a run's checkpoint, or a role in memory, to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from converters.adapters import export_adapter
 from converters.export_hf import TrainedText, convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
-from jaxtrain.config import MeshSection
-from jaxtrain.lora import join
+from jaxtrain.config import MeshSection, ModelSection
+from jaxtrain.lora import join, split_adapters
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.nn.modules import check_exportable
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import Declaration, declare
 from jaxtrain.roles.initial import base_params
+from jaxtrain.roles.role import Role
 from jaxtrain.roles.tokenizer import fingerprint, make_tokenizer, stop_ids, tokenizer_folder
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
@@ -28,7 +29,7 @@ from jaxtrain.types import Params
 
 
 def export_run(
-    run: Path, out: Path, *, step: int | None = None, dtype: str | None = None, adapter: bool = False
+    run: str | Path, out: str | Path, *, step: int | None = None, dtype: str | None = None, adapter: bool = False
 ) -> None:
     """Write the model of a run's checkpoint to `out`, adapters merged, on whatever devices there are here.
 
@@ -42,30 +43,54 @@ def export_run(
     Raises ValueError where `run` holds no run or no such checkpoint, where the base is no longer what the run trained
     on, or `out` is not empty.
     """
+    run = Path(run)
     saved, declared, params = _restore(run, step)
-    config = saved.config
-    text = _trained_text(saved, declared)
-    tokenizer_from = config.model.tokenizer or config.model.path
+    section = saved.config.model
+    tokenizer = make_tokenizer(section)
+    if tokenizer is not None and saved.tokenizer not in (None, fingerprint(tokenizer)):
+        template = section.chat_template
+        raise ValueError(
+            f"the tokenizer or chat template has changed since {saved.config.run.dir} was trained: restore "
+            f"{tokenizer_folder(section)}{f' and {template}' if template else ''} as it was"
+        )
+    role = Role(str(run), section, declared, saved.config.run.seed, params)
+    _write(role, params, tokenizer, Path(out), dtype, adapter)
+
+
+def save(role: Role, out: str | Path, *, dtype: str | None = None, adapter: bool = False) -> None:
+    """Write the present parameters of `role` to `out`, as `export_run` writes those of a checkpoint.
+
+    Raises ValueError where `out` is not empty.
+    """
+    trained = split_adapters(role.params)[0] if role.model.base_frozen else role.params
+    _write(role, trained, role.tokenizer, Path(out), dtype, adapter)
+
+
+def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | None, adapter: bool) -> None:
+    """`params`: those that are trained. The base of adapters is read again."""
+    section, declared = role.section, role.declared
+    text = _trained_text(section, declared, tokenizer)
+    tokenizer_from = section.tokenizer or section.path
     lora = declared.model.lora
     if adapter:
         others = sorted(params.keys() - {"layers"})
         if lora is None:
-            raise ValueError(f"{run} trained no adapter: its config has no model.lora")
+            raise ValueError(f"{role.name} trained no adapter: its config has no model.lora")
         if others:
-            raise ValueError(f"{run} trained {others[0]} too, which an adapter folder leaves out: export it merged")
-        export_adapter(
-            params, declared.model.config, lora, out, config.model.path, tokenizer_from=tokenizer_from, text=text
-        )
+            raise ValueError(
+                f"{role.name} trained {others[0]} too, which an adapter folder leaves out: export it merged"
+            )
+        export_adapter(params, declared.model.config, lora, out, section.path, tokenizer_from=tokenizer_from, text=text)
         return
     if isinstance(declared.model, TorchModel):
-        assert config.model.path is not None
+        assert section.path is not None
         dtype = dtype or declared.hf.get("dtype")
-        export_torch_model(declared.model, params, tokenizer_from or config.model.path, out, dtype=dtype, text=text)
+        export_torch_model(declared.model, params, tokenizer_from or section.path, out, dtype=dtype, text=text)
         return
     check_exportable(declared.model.config)
     if declared.model.base_frozen:
         # Adapters of a quantised base are merged into the weights as they were before they were quantised.
-        base = base_params(config.model, declared._replace(quantize=None), config.run.seed)
+        base = base_params(section, declared._replace(quantize=None), role.seed)
         params = jax.jit(lambda trained, base: declared.model.merged(join(trained, base))[1])(params, base)
     export_hf(
         params,
@@ -78,22 +103,12 @@ def export_run(
     )
 
 
-def _trained_text(saved: SavedRun, declared: Declaration) -> TrainedText:
-    """The run's tokenizer if it has added tokens, its chat template if it is not the tokenizer's own, and every token
-    that ends an answer: see `stop_ids`.
-
-    Raises ValueError if the tokenizer or the template has changed since the run was trained.
+def _trained_text(section: ModelSection, declared: Declaration, tokenizer: Any) -> TrainedText:
+    """The tokenizer if it has added tokens, its chat template if it is not the folder's own, and every token that ends
+    an answer: see `stop_ids`.
     """
-    section = saved.config.model
-    tokenizer = make_tokenizer(section)
     if tokenizer is None:
         return TrainedText()
-    if saved.tokenizer not in (None, fingerprint(tokenizer)):
-        template = section.chat_template
-        raise ValueError(
-            f"the tokenizer or chat template has changed since {saved.config.run.dir} was trained: restore "
-            f"{tokenizer_folder(section)}{f' and {template}' if template else ''} as it was"
-        )
     generates = declared.model.output == LANGUAGE
     return TrainedText(
         tokenizer=tokenizer if section.add_tokens else None,

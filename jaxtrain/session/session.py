@@ -81,7 +81,7 @@ class _FinishedError(Exception):
 
 
 class Session:
-    """See the module. Open it with `Session.open`."""
+    """One open run: its roles, data, folder, checkpoints, metrics and signals. Open it with `Session.open`."""
 
     def __init__(
         self, config: RunConfig, mesh: jax.sharding.Mesh, folder: RunFolder, preemption: Preemption, stack: ExitStack

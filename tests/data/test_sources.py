@@ -195,3 +195,21 @@ def test_a_column_map_that_fits_nothing_names_the_nearest(tmp_path):
 def test_the_nulls_that_parquet_adds_are_left_out(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}]
     assert read(write(tmp_path / "a.parquet", rows)) == rows
+
+
+def test_rows_of_a_program_read_as_those_of_a_file_do():
+    rows = [{"question": "a", "answer": "b", "more": [1]}, {"question": "c", "answer": "d", "more": [2]}]
+    section = SourceSection.model_validate({"rows": rows, "columns": {"prompt": "question", "completion": "answer"}})
+    source = Source(section)
+    assert [source[number]["prompt"] for number in range(len(source))] == ["a", "c"]
+    kept = Source(section, keep_columns=True)
+    kept[0]["more"].append(9)
+    assert kept[0]["more"] == [1]
+    with pytest.raises(DataError, match=r"rows:\w+:row 2: too bad"):
+        source.make(1, lambda row: (_ for _ in ()).throw(ValueError("too bad")))
+    assert len(Source(section.model_copy(update={"limit": 1}))) == 1
+
+
+def test_rows_that_only_their_fingerprint_is_left_of_are_named():
+    with pytest.raises(DataError, match="rows:12ab: these rows were given by a program"):
+        Source(SourceSection(path="rows:12ab"))

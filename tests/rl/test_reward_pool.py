@@ -86,3 +86,29 @@ def test_an_interruption_ends_the_scoring_and_the_processes():
 def test_a_wrong_name_is_an_error_at_once(function, message):
     with pytest.raises(ValueError, match=message):
         RewardPool([RewardSection(function=function)], workers=1)
+
+
+def test_a_function_that_is_given_runs_in_this_process_and_a_failure_costs_its_sample():
+    here = threading.current_thread().name
+    seen = []
+
+    def local(completions, bonus, **_):
+        seen.append(threading.current_thread().name)
+        if "bad" in completions:
+            raise RuntimeError("no")
+        return [None if text == "bb" else len(text) + bonus for text in completions]
+
+    def hangs(completions, **_):
+        if "bad" in completions:
+            time.sleep(3)
+        return [1] * len(completions)
+
+    given = [RewardSection(function=local, args={"bonus": 10}), RewardSection(function=hangs, seconds=0.4)]
+    with RewardPool([*given, section("length")]) as pool:
+        scores = score(pool)
+    np.testing.assert_array_equal(scores.parts["local"], [11, np.nan, np.nan, 14, 15])
+    np.testing.assert_array_equal(scores.parts["hangs"], [1, 1, np.nan, 1, 1])
+    np.testing.assert_array_equal(scores.parts["length"], [1, 2, 3, 4, 5])
+    assert scores.failures == {("local", "error"): 1, ("hangs", "timeout"): 1}
+    assert scores.reasons == {2: "local: RuntimeError: no"}
+    assert seen and here not in seen

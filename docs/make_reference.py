@@ -1,0 +1,117 @@
+"""Writes docs/reference.md from the public names and their docstrings.
+
+Usage: python docs/make_reference.py
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jaxtrain
+
+PAGE = Path(__file__).parent / "reference.md"
+SECTIONS = {
+    "Config": ("parse_config", "load_config", "RunConfig", "Dataset", "ConfigError"),
+    "Runs": ("run", "Session", "Outcome"),
+    "Models": ("load", "generate", "save", "export_run", "Role", "TrainedRole", "SamplingParams", "Completion"),
+    "Reinforcement learning": ("Environment", "Opening", "Reply", "Algorithm"),
+    "Modules": ("objectives", "rl", "mesh"),
+}
+
+
+def reference() -> str:
+    """The page."""
+    parts = ["# Reference", "The names of `import jaxtrain as jt`. Written by `docs/make_reference.py`."]
+    for title, names in SECTIONS.items():
+        parts.append(f"## {title}")
+        for name in names:
+            parts += _entry(f"jt.{name}", getattr(jaxtrain, name), "###")
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(name: str, thing: Any, heading: str) -> list[str]:
+    if isinstance(thing, ModuleType):
+        parts = [f"{heading} {name}", _doc(thing)]
+        for member, value in _members(thing).items():
+            if member in jaxtrain.__all__:
+                parts.append(f"{heading}# {name}.{member}\n\nIs `jt.{member}`.")
+            else:
+                parts += _entry(f"{name}.{member}", value, heading + "#")
+        return parts
+    if inspect.isclass(thing):
+        return [f"{heading} {name}", *_class(thing)]
+    if callable(thing):
+        return [f"{heading} {name}", _code(f"{name}{_signature(thing)}"), _doc(thing)]
+    return [f"{heading} {name}", f"{', '.join(f'`{key}`' for key in thing)}."]
+
+
+def _members(module: ModuleType) -> dict[str, Any]:
+    """The names that a module says are public, or its own classes and functions."""
+    if hasattr(module, "__all__"):
+        return {name: getattr(module, name) for name in module.__all__}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    }
+
+
+def _class(kind: type) -> list[str]:
+    parts = [_doc(kind)] if kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(") else []
+    if fields := _fields(kind):
+        parts.append(_code(fields))
+    for name, member in vars(kind).items():
+        plain = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        function = plain.fget if isinstance(plain, property) else getattr(plain, "func", plain)
+        if name[0] == "_" or not inspect.isfunction(function) or function.__module__ != kind.__module__:
+            continue
+        text = inspect.getdoc(function)
+        shown = f"`{name}`" if function is not plain else f"`{name}{_signature(function, drop=1)}`"
+        parts.append(f"- {shown}" + (f": {textwrap.indent(text, '  ').strip()}" if text else ""))
+    return parts
+
+
+def _fields(kind: type) -> str:
+    """The lines of a class that declare its fields, with their comments, as they are in the source."""
+    source, definition = textwrap.dedent(inspect.getsource(kind)), _definition(kind)
+    assert isinstance(definition, ast.ClassDef)
+    fields = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+    if not fields:
+        return ""
+    lines, first = source.splitlines(), fields[0].lineno - 1
+    while lines[first - 1].strip().startswith("#"):
+        first -= 1
+    return textwrap.dedent("\n".join(lines[first : fields[-1].end_lineno]))
+
+
+def _signature(function: Any, drop: int = 0) -> str:
+    """As it is written in the source: a default's value may differ between machines. `drop`: leading parameters that
+    are not shown, such as `self`."""
+    definition = _definition(inspect.unwrap(function))
+    assert isinstance(definition, ast.FunctionDef)
+    arguments = definition.args
+    arguments.args = arguments.args[drop:]
+    returns = f" -> {ast.unparse(definition.returns)}" if definition.returns else ""
+    return f"({ast.unparse(arguments)}){returns}"
+
+
+def _definition(thing: Any) -> ast.stmt:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    return definition
+
+
+def _doc(thing: Any) -> str:
+    return inspect.getdoc(thing) or ""
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference())

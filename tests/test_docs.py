@@ -1,0 +1,137 @@
+"""The documentation's examples are run, and its reference is what the code says."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from converters.export_hf import export_hf
+from converters.import_hf import read_config
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.nn.model import Model
+
+ROOT = Path(__file__).parent.parent
+START = ROOT / "docs" / "start.md"
+MODEL = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 259,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", START.read_text(), re.DOTALL)
+
+
+def length(code: str) -> int:
+    """Lines that say something."""
+    return len([line for line in code.splitlines() if line.strip()])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory with a small random model."""
+    import jax
+
+    where = tmp_path_factory.mktemp("start")
+    write_byte_tokenizer(where / "tokenizer")
+    config, hf = read_config(MODEL)
+    params = Model(config).init(jax.random.key(0))
+    export_hf(params, config, hf, where / "model", tokenizer_from=where / "tokenizer")
+    return where
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess:
+    file = folder / "example.py"
+    file.write_text(code)
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, file.name], cwd=folder, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_fifteen_lines_fine_tune_sample_and_save(folder):
+    tune, use = examples()[:2]
+    assert length(tune) <= 15
+    # A random model learns nothing at the learning rate of a trained one.
+    tune = tune.replace('"train": {"steps": 20}', '"train": {"steps": 20}, "optimizer": {"learning_rate": 0.01}')
+    done = run(tune, folder)
+    lines = (folder / "runs/sums/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[-1] < losses[0]
+    assert sorted(path.name for path in (folder / "sums").glob("*.safetensors")) == ["model.safetensors"]
+    assert done.stderr == ""  # no other library logs
+    assert re.fullmatch(r"(step \d+/20 .*\n)+.*\n", done.stdout), done.stdout
+    assert len(run(use, folder).stdout.splitlines()) >= 2
+    again = run(tune.replace('"sums")', '"sums-again")'), folder)
+    assert "finished" in again.stdout
+
+
+def test_twenty_five_lines_run_grpo_on_an_environment_of_ones_own(folder):
+    code = examples()[2]
+    assert length(code) <= 25
+    done = run(code.replace('"steps": 20', '"steps": 2'), folder)
+    assert float(done.stdout.splitlines()[-1]) >= 0
+    assert (folder / "backwards" / "config.json").is_file()
+    assert list((folder / "runs/backwards/trajectories").glob("*.parquet"))
+
+
+def test_the_reference_is_what_its_script_writes():
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text() == script.reference(), "run python docs/make_reference.py"
+    shown = [name for names in script.SECTIONS.values() for name in names]
+    import jaxtrain
+
+    assert sorted(shown) == sorted(jaxtrain.__all__)
+
+
+@pytest.mark.parametrize("package", ["jaxtrain", "jaxtrain.objectives", "jaxtrain.rl"])
+def test_a_page_of_names_is_the_same_for_a_type_checker(package):
+    module = importlib.import_module(package)
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            typed[alias.asname] = f"{node.module}:{alias.name}"
+    assert sorted(typed) == sorted(module.__all__) == sorted(module._WHERE)
+    for name, where in typed.items():
+        assert module._WHERE[name] in (where, where.replace(":", ".")), name
+        getattr(module, name)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        module.nothing_like_it  # noqa: B018
+
+
+def test_importing_jaxtrain_imports_nothing_and_using_it_prints_nothing():
+    heavy = ("jax", "flax", "optax", "orbax", "transformers", "numpy", "pydantic")
+    code = f"""
+import sys
+import jaxtrain as jt
+assert not [name for name in {heavy} if name in sys.modules]
+for name in jt.__all__:
+    getattr(jt, name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
