@@ -1,9 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2# test processes side by side, each with eight fake devices and up to 3 GB
+QUICK := tests/test_architecture.py tests/test_config.py tests/test_types.py tests/config tests/data tests/parallel \
+	tests/rl/test_advantages.py tests/rl/test_algorithms.py tests/rl/test_collect.py tests/rl/test_numbers.py \
+	tests/train/test_guard.py tests/objectives/test_value.py tests/converters/test_config_types.py
 EXTRAS ?= dev# dev,tpu also compiles the step for TPUs, with the compiler that jax[tpu] brings
 
-.PHONY: quickstart quickstart-rl test lint clean
+.PHONY: quickstart quickstart-rl test check lint clean
 
 quickstart: .venv/installed
 	$(BIN)/jaxtrain quickstart
@@ -13,6 +16,10 @@ quickstart-rl: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# The inner loop: lint, and the tests that compile little.
+check: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(QUICK)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
