@@ -132,7 +132,7 @@ class SourceSection(Section):
     rows: Annotated[Any, MAY_CHANGE] = Field(default=None, exclude=True, repr=False)
     columns: dict[str, str] = {}  # our column name -> the file's, e.g. {prompt: question, completion: answer}
     weight: PositiveFloat = 1.0  # share of the mixture, over the sum of the weights
-    epochs: PositiveInt | None = None  # passes over this source before it runs dry; default: without end
+    epochs: PositiveInt | None = None  # passes over this source, after which it ends; default: without end
     limit: PositiveInt | None = None  # use only the first rows
 
     @model_validator(mode="before")
