@@ -5,6 +5,7 @@
 The names of this page are stable; importing it imports nothing else. See docs/start.md and docs/reference.md.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from jaxtrain.lazy import lazy
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from jaxtrain.session.session import Session as Session
 
 __version__ = "0.1.0"
+
+# Read when transformers is imported, which says that torch is not there: only its tokenizers are used.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _WHERE = {
     "parse_config": "jaxtrain.config:parse_config",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from enum import StrEnum
@@ -263,7 +262,6 @@ def main() -> None:
     for chatty in ("absl", "jax", "orbax"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there: we need none
     try:
         app()
     except (ValueError, OSError) as error:

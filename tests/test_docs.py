@@ -124,14 +124,18 @@ def test_a_page_of_names_is_the_same_for_a_type_checker(package):
         module.nothing_like_it  # noqa: B018
 
 
-def test_importing_jaxtrain_imports_nothing_and_using_it_prints_nothing():
+@pytest.mark.parametrize("torch", ["there", "missing"])
+def test_importing_jaxtrain_imports_nothing_and_using_it_prints_nothing(torch):
     heavy = ("jax", "flax", "optax", "orbax", "transformers", "numpy", "pydantic")
+    hide = "sys.modules['torch'] = None" if torch == "missing" else ""
     code = f"""
 import sys
+{hide}
 import jaxtrain as jt
 assert not [name for name in {heavy} if name in sys.modules]
 for name in jt.__all__:
     getattr(jt, name)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -36,7 +36,7 @@ def platform_of(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh | None) -> dict[str, str]:
     """What `jax.jit(step, compiler_options=...)` is to be told on the platform of `mesh`.
 
     XLA:TPU cuts a matmul with a gathered operand into one piece per shard, to overlap the pieces with the gather. Under
