@@ -61,11 +61,7 @@ def test_rows_that_cannot_be_used_are_named(given, expected):
 
 
 def test_rows_and_a_path_exclude_each_other():
-<<<<<<< HEAD
-    with pytest.raises(ConfigError, match=r"data\.train: give either `path`"):
-=======
     with pytest.raises(ConfigError, match="train: give either `path`"):
->>>>>>> h-t2
         parse_config(tree(rows(1)) | {"data": {"train": {"rows": rows(1), "path": "a.jsonl"}}})
 
 
