@@ -102,6 +102,7 @@ class Preemption:
             if not (number == signal.SIGHUP and ignored)
         }
         self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
         self._watcher = threading.Thread(target=self._watch, args=(wake,), name="signals", daemon=True)
         self._watcher.start()
 
@@ -109,6 +110,7 @@ class Preemption:
         signal.set_wakeup_fd(self._wake_before)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        sys.unraisablehook = self._unraisable_before
         os.write(self._wake, b"\0")
         self._watcher.join()
         os.close(self._wake)
@@ -117,6 +119,12 @@ class Preemption:
         self._requested = self._requested or number
         if self._starting:
             raise Interrupted
+
+    def _unraisable(self, dropped: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised in a finaliser or a callback of the garbage collector, and prints a traceback. An
+        # `Interrupted` dropped there is no error: the watcher ends the process a second later.
+        if not issubclass(dropped.exc_type, Interrupted):
+            self._unraisable_before(dropped)
 
     def _watch(self, wake: int) -> None:
         first, deadline = 0, None

@@ -63,7 +63,7 @@ def test_before_the_first_step_the_main_thread_is_interrupted_where_it_waits():
 
 
 def test_a_main_thread_that_does_not_answer_is_ended():
-    # As one that compiles: what is raised in a finaliser is printed and dropped.
+    # As one that compiles: what is raised in a finaliser is dropped.
     code = """
     class Deaf:
         def __del__(self):
@@ -81,7 +81,23 @@ def test_a_main_thread_that_does_not_answer_is_ended():
     said = output(process)
     assert process.returncode == 143, said
     assert "nothing new to save" in said
+    assert "Traceback" not in said
     assert time.monotonic() - start < 15
+
+
+def test_other_errors_of_finalisers_are_still_printed():
+    code = """
+    class Broken:
+        def __del__(self):
+            raise ValueError("of a finaliser")
+    before = sys.unraisablehook
+    with Preemption():
+        Broken()
+    assert sys.unraisablehook is before
+    """
+    process = spawn(code)
+    said = output(process)
+    assert process.returncode == 0 and "ValueError: of a finaliser" in said, said
 
 
 def test_a_second_sigint_ends_the_process_at_once():
