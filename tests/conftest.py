@@ -2,6 +2,8 @@
 
 import gc
 import os
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,11 @@ COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters
 os.environ["JAXTRAIN_TEST_XLA_FLAGS"] = COMPILE_FAST  # for the processes that tests start
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILE_FAST}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Compiled programs are kept between runs, and shared by the processes that tests start.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{version('jax')}-{version('jaxlib')}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -190,8 +190,13 @@ class Session:
         """Tokens that end an answer of `role`."""
         return stop_ids(role.section, role.declared.hf, self.tokenizer)
 
-    def training_data(self, role: Role, encode: Callable[[Any], Any] | None = None) -> TrainStream:
-        """This host's part of `data.train`, packed; `encode` makes a row's example (default: `encoder(role)`).
+    def training_data(
+        self, role: Role, encode: Callable[[Any], Any] | None = None, bundle_size: int = 1
+    ) -> TrainStream:
+        """This host's part of `data.train`, packed.
+
+        `encode` makes a row's example (default: `encoder(role)`), or a bundle of `bundle_size` examples that the
+        objective reads together.
 
         Raises ValueError where the rows of a microbatch cannot be dealt to the devices.
         """
@@ -206,6 +211,7 @@ class Session:
             seed=config.run.seed,
             shards=local_shards(self.mesh, rows, shards),
             num_shards=shards,
+            bundle_size=bundle_size,
         )
         return self.enter(closing(stream))
 

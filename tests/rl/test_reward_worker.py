@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.named import load_named
-from jaxtrain.rl.reward_worker import _call
+from jaxtrain.rl.reward_worker import call_reward
 
 HERE = Path(__file__).parent / "reward_functions.py"
 ARGUMENTS = {"prompts": ["?"], "completions": ["a"], "completion_ids": [[1]]}
@@ -15,8 +15,8 @@ ARGUMENTS = {"prompts": ["?"], "completions": ["a"], "completion_ids": [[1]]}
 
 @pytest.mark.parametrize("values", [[1], (1.0,), np.array([1.0], np.float32), [np.float32(1)], [True], iter([1.0])])
 def test_numbers_of_any_kind_are_rewards(values):
-    assert _call(lambda **_: values, ARGUMENTS) == ([1.0], "")
-    assert _call(lambda **_: [None], ARGUMENTS) == ([None], "")
+    assert call_reward(lambda **_: values, ARGUMENTS) == ([1.0], "")
+    assert call_reward(lambda **_: [None], ARGUMENTS) == ([None], "")
 
 
 def test_coroutines_are_awaited():
@@ -24,7 +24,7 @@ def test_coroutines_are_awaited():
         await asyncio.sleep(0.001)
         return [2.0]
 
-    assert _call(later, ARGUMENTS) == ([2.0], "")
+    assert call_reward(later, ARGUMENTS) == ([2.0], "")
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_coroutines_are_awaited():
     ],
 )
 def test_a_failure_says_what_is_wrong(function, expected):
-    assert _call(load_named(f"{HERE}:{function}", "rl.rewards"), ARGUMENTS) == (None, expected)
+    assert call_reward(load_named(f"{HERE}:{function}", "rl.rewards"), ARGUMENTS) == (None, expected)
 
 
 def test_a_builtin_without_a_signature_can_be_called():
-    values, message = _call(max, ARGUMENTS)
+    values, message = call_reward(max, ARGUMENTS)
     assert values is None and message.startswith("TypeError")
