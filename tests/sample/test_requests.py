@@ -88,5 +88,7 @@ def test_numbers_of_numpy_are_numbers():
 )
 def test_a_prompt_of_anything_but_token_ids_is_refused(prompt, message):
     with pytest.raises(FieldError, match=message) as error:
-        check_request(Request(prompt), vocab_size=9, max_length=9, alternatives=0, has_tokenizer=False, name="r")
+        check_request(
+            Request(prompt), vocab_size=9, max_length=9, alternatives=0, support=0, has_tokenizer=False, name="r"
+        )
     assert error.value.field == "prompt_ids"
