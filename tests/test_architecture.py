@@ -105,3 +105,12 @@ def test_the_data_pipeline_imports_without_jax():
     code = "\n".join(f"import {name}" for name in modules) + "\nimport sys; assert 'jaxtrain.nn' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other"), [("sft", ("jaxtrain.rl", "jaxtrain.recipes.rl")), ("rl", ("jaxtrain.recipes.sft",))]
+)
+def test_importing_one_recipe_loads_no_module_of_another(recipe, other):
+    code = f"import sys, jaxtrain.recipes.{recipe}; assert not set(sys.modules) & {set(other)}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
