@@ -89,7 +89,7 @@ def test_a_state_that_does_not_fit_is_refused(opened, threads):
     shard = opened([5, 9, 3, 4])
     next(shard.rows(threads))
     with pytest.raises(ValueError, match=r"1 sources and data\.train has 2"):
-        opened([5, 9, 3, 4], sources=2).restore(shard.state())
+        opened([5, 9, 3, 4], sources=2).check(shard.state())
 
 
 def test_a_row_that_changed_since_the_state_was_saved_is_named(opened, threads):
