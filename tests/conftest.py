@@ -2,6 +2,8 @@
 
 import gc
 import os
+import signal
+import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +20,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{version('jax')}-{version('jaxlib')}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+# Whoever starts the tests, nohup or a shell's background for example, may have had these ignored, which every process
+# inherits.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

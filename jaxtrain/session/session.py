@@ -98,7 +98,7 @@ class Session:
         self._roles: tuple[TrainedRole, ...] = ()
         self._data: Resumable | None = None
         self._begun = False
-        self._start, self._num_tokens = 0, 0
+        self._start, self._num_tokens, self._evaluated_at = 0, 0, 0
         self._recent: deque[Batch] = deque(maxlen=config.train.max_skipped_in_a_row + 1)
         self._reports: dict[str, StepReport] = {}
         self._unchecked: tuple[int, Mapping[str, StepReport]] | None = None
@@ -254,6 +254,7 @@ class Session:
                 role.load(restored.state[role.name])
             data.set_state(restored.data_state)
             self._num_tokens = restored.meta["num_tokens"]
+            self._evaluated_at = restored.meta["evaluated_at"]
         self.step = self._start = roles[0].step
         if self.folder.finished(self.step):
             raise _FinishedError
@@ -271,6 +272,8 @@ class Session:
         log = MetricLog(self.config.run.dir, self.config.log.tensorboard, self.step or None)
         self._log = self._stack.enter_context(log)
         self.progress = self._stack.enter_context(Progress(self.config.train.steps, self.step))
+        if self._evaluate_action.due(self.step) and self._evaluated_at < self.step:
+            self._evaluate()  # a signal interrupted the evaluation after this step
 
     # The loop
 
@@ -379,6 +382,7 @@ class Session:
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": fingerprint(self.tokenizer),
+            "evaluated_at": self._evaluate_action.done_at,
             **self.folder.meta(),
         }
         tree = _tree({role.name: role.state for role in self._roles})
