@@ -1,22 +1,25 @@
 """Which files the quickstart made, so that it replaces those and no others.
 
 Each folder in which it makes something holds `.made-by-quickstart`: the names of what it made there, with a hash of
-each file, so that a file changed since counts as the user's.
+each file, so that a file changed since counts as the user's. In a run's folder it holds the process that made the run
+and, once that has ended, every file below the folder; whoever else trains there removes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.session.lock import LOCK, FolderLock
+from jaxtrain.session.record import QUICKSTART_MARK as MARK
 from jaxtrain.session.record import RUN_FILES, write_atomically
 
-MARK = ".made-by-quickstart"
 EXPORT = "export"  # in a run's folder
 
 
@@ -51,15 +54,25 @@ def making(folder: Path, names: Sequence[str]) -> Iterator[None]:
 
 
 def in_the_way_of_run(folder: Path) -> list[str]:
-    """What exists in a run's folder and is not of an earlier run of the quickstart."""
-    if folder.is_dir() and (folder / MARK).is_file():
+    """What exists in a run's folder and is not of an earlier run of the quickstart, each with the reason."""
+    if not (folder / MARK).is_file():
+        return in_the_way(folder)
+    made = json.loads((folder / MARK).read_text()).get("files")
+    if made is None:  # the quickstart was killed: what a run writes is its own
         own = {MARK, LOCK, EXPORT, *RUN_FILES}
         return [f"{path}: not made by the quickstart" for path in sorted(folder.iterdir()) if path.name not in own]
-    return in_the_way(folder)
+    found = []
+    for name in _files_below(folder):
+        if name not in made:
+            found.append(f"{folder / name}: not made by the quickstart")
+        elif (folder / name).is_symlink() or made[name] != _hash(folder / name):
+            found.append(f"{folder / name}: changed since the quickstart made it")
+    return found
 
 
-def clear_run(folder: Path) -> None:
-    """Remove an earlier run of the quickstart, and mark the folder as the quickstart's."""
+@contextmanager
+def making_run(folder: Path) -> Iterator[None]:
+    """Inside, a run is made in its folder. An earlier one of the quickstart is removed."""
     with FolderLock(folder) as lock:
         lock.keep()
         for name in (EXPORT, *RUN_FILES):
@@ -68,7 +81,19 @@ def clear_run(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        _record(folder, {})
+        _record(folder, {"process": os.getpid()})
+    try:
+        yield
+    finally:
+        _record(
+            folder, {"process": os.getpid(), "files": {name: _hash(folder / name) for name in _files_below(folder)}}
+        )
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Files and links, by their paths below `folder`; not the mark and the lock."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path.relative_to(folder).as_posix() for path in paths if path not in (folder / MARK, folder / LOCK)]
 
 
 def _exists(path: Path) -> bool:
@@ -79,7 +104,7 @@ def _made(folder: Path) -> dict[str, str | None]:
     return json.loads((folder / MARK).read_text()) if (folder / MARK).is_file() else {}
 
 
-def _record(folder: Path, made: dict[str, str | None]) -> None:
+def _record(folder: Path, made: Mapping[str, Any]) -> None:
     write_atomically(folder / MARK, json.dumps(made, indent=1) + "\n")
 
 

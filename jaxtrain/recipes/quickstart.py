@@ -19,7 +19,7 @@ from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.data.formats import Encoder
 from jaxtrain.nn.model import Model
 from jaxtrain.recipes import rl, sft
-from jaxtrain.recipes.made_files import EXPORT, clear_run, in_the_way, in_the_way_of_run, making
+from jaxtrain.recipes.made_files import EXPORT, in_the_way, in_the_way_of_run, making, making_run
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams
 from jaxtrain.session.export import export_run
@@ -78,16 +78,16 @@ def run(config: RunConfig) -> int:
     _refuse([*in_the_way_of_run(folder), *in_the_way(tokenizer), *in_the_way(home, _DATA_FILES)])
     if not config.eval.generate:
         raise ValueError("the quickstart reports how many held-out answers are right: it needs eval.generate")
-    clear_run(folder)
-    _write_tokenizer(tokenizer)
-    with making(home, _DATA_FILES):
-        write_arithmetic(home, _TRAIN_ROWS, _EVAL_ROWS, config.run.seed)
+    with making_run(folder):
+        _write_tokenizer(tokenizer)
+        with making(home, _DATA_FILES):
+            write_arithmetic(home, _TRAIN_ROWS, _EVAL_ROWS, config.run.seed)
 
-    outcome = sft.run(config)
-    if outcome.exit_code:
-        return outcome.exit_code
-    export = folder / EXPORT
-    export_run(folder, export)
+        outcome = sft.run(config)
+        if outcome.exit_code:
+            return outcome.exit_code
+        export = folder / EXPORT
+        export_run(folder, export)
     print(f"\nheld-out exact match: {outcome.metrics['eval_exact_match']:.1%}")
     library, answer = ask(export, QUESTION)
     print(f"exported to {export}, which {library} loads and answers from:\n  {QUESTION}\n  {answer}")
@@ -110,38 +110,42 @@ def run_rl(config: RunConfig, first: RunConfig) -> int:
     names = (*_DATA_FILES, worked.name)
     others = [*in_the_way_of_run(home / "first"), *in_the_way(tokenizer), *in_the_way(home, names)]
     _refuse([*in_the_way_of_run(folder), *(others if first_missing else [])])
-    clear_run(folder)
-    if first_missing:
-        with making(home, names):
-            files = write_arithmetic(home, _TRAIN_ROWS, _EVAL_ROWS, 0)
-            worked.write_text("".join(files.train.read_text().splitlines(keepends=True)[:_FIRST_ROWS]))
-        _write_tokenizer(tokenizer)
-        clear_run(home / "first")
-        changes = {
-            "run": first.run.model_copy(update={"dir": str(home / "first")}),
-            "model": first.model.model_copy(update={"tokenizer": str(tokenizer)}),
-            "data": first.data.model_copy(
-                update={
-                    "train": SourceSection(path=str(worked)),
-                    "eval": SourceSection(path=str(files.eval)),
-                }
-            ),
-            "train": first.train.model_copy(update={"steps": _FIRST_STEPS}),
-            "eval": first.eval.model_copy(update={"every": _FIRST_EVERY, "generate": config.eval.generate}),
-            "checkpoint": first.checkpoint.model_copy(
-                update={"every": _FIRST_EVERY, "keep": _FIRST_STEPS // _FIRST_EVERY}
-            ),
-        }
-        outcome = sft.run(first.model_copy(update=changes))
-        if outcome.exit_code:
-            return outcome.exit_code
-        step, share = first_with(home / "first", _FIRST_SHARE)
-        export_run(home / "first", Path(model), step=step)
-        print(f"\nthe first model is that of step {step}, held-out exact match: {share:.1%}\n")
-    outcome = rl.run(config)
+    with making_run(folder):
+        if first_missing:
+            with making(home, names):
+                files = write_arithmetic(home, _TRAIN_ROWS, _EVAL_ROWS, 0)
+                worked.write_text("".join(files.train.read_text().splitlines(keepends=True)[:_FIRST_ROWS]))
+            _write_tokenizer(tokenizer)
+            with making_run(home / "first"):
+                exit_code = _train_first(config, first, Path(model), train=worked, evaluation=files.eval)
+            if exit_code:
+                return exit_code
+        outcome = rl.run(config)
     if outcome.exit_code == 0:
         print(f"\nheld-out answers that are right: {outcome.metrics['eval_rewards/exact_answer']:.1%}")
     return outcome.exit_code
+
+
+def _train_first(config: RunConfig, first: RunConfig, model: Path, *, train: Path, evaluation: Path) -> int:
+    """Train the first model beside `train` and export it to `model`. Returns the exit code."""
+    folder = train.parent / "first"
+    changes = {
+        "run": first.run.model_copy(update={"dir": str(folder)}),
+        "model": first.model.model_copy(update={"tokenizer": str(train.parent / "tokenizer")}),
+        "data": first.data.model_copy(
+            update={"train": SourceSection(path=str(train)), "eval": SourceSection(path=str(evaluation))}
+        ),
+        "train": first.train.model_copy(update={"steps": _FIRST_STEPS}),
+        "eval": first.eval.model_copy(update={"every": _FIRST_EVERY, "generate": config.eval.generate}),
+        "checkpoint": first.checkpoint.model_copy(update={"every": _FIRST_EVERY, "keep": _FIRST_STEPS // _FIRST_EVERY}),
+    }
+    outcome = sft.run(first.model_copy(update=changes))
+    if outcome.exit_code:
+        return outcome.exit_code
+    step, share = first_with(folder, _FIRST_SHARE)
+    export_run(folder, model, step=step)
+    print(f"\nthe first model is that of step {step}, held-out exact match: {share:.1%}\n")
+    return 0
 
 
 def _data_home(config: RunConfig) -> Path:

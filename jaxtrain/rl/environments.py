@@ -48,11 +48,13 @@ def checked_opening(opening: Any) -> Opening:
     """`opening` as `reset` returned it. Raises ValueError that says what is wrong with it."""
     if not isinstance(opening, Opening):
         raise ValueError(f"reset must return an Opening, not {type(opening).__name__}")
-    _check_messages(opening.messages, "Opening")
+    opening = opening._replace(messages=_checked_messages(opening.messages, "Opening"))
     if not opening.messages:
         raise ValueError("Opening.messages is empty: the model has nothing to answer")
     if isinstance(opening.tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in opening.tools):
         raise ValueError("Opening.tools must be a list of JSON schemas (mappings)")
+    for number, tool in enumerate(opening.tools):
+        _check_text(tool, f"Opening.tools[{number}]")
     return opening
 
 
@@ -60,7 +62,7 @@ def checked_reply(reply: Any) -> Reply:
     """`reply` as `step` returned it, its reward as a float. Raises ValueError that says what is wrong with it."""
     if not isinstance(reply, Reply):
         raise ValueError(f"step must return a Reply, not {type(reply).__name__}")
-    _check_messages(reply.messages, "Reply")
+    reply = reply._replace(messages=_checked_messages(reply.messages, "Reply"))
     for name, count in (("calls", reply.calls), ("failures", reply.failures)):
         if not isinstance(count, int):
             raise ValueError(f"Reply.{name} must be an integer, not {type(count).__name__}")
@@ -72,18 +74,31 @@ def checked_reply(reply: Any) -> Reply:
     return reply._replace(reward=reward)
 
 
-def _check_messages(messages: Any, what: str) -> None:
+def _checked_messages(messages: Any, what: str) -> list[Message]:
+    """The messages, text parts joined to one string."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"{what}.messages must be a list of messages, not {type(messages).__name__}")
+    checked = []
     for number, message in enumerate(messages):
         where = f"{what}.messages[{number}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where} must be a mapping with a role, not {message!r:.80}")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
+        content, calls = message.get("content"), message.get("tool_calls")
+        if isinstance(content, list) and content:
+            content = "".join(_text_of_part(part, where) for part in content)
+        if not (isinstance(content, str) or (content is None and calls)):
             raise ValueError(f"{where}: content must be a string, not {type(content).__name__}")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+            raise ValueError(f"{where}: tool_calls must be a list of mappings, not {calls!r:.80}")
         _check_text(message, where)
+        checked.append({**message, "content": content} if "content" in message else dict(message))
+    return checked
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"{where}: a part of the content must be {{'type': 'text', 'text': ...}}, not {part!r:.80}")
+    return part["text"]
 
 
 def _check_text(value: Any, where: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import get_json_schema
 
+from jaxtrain.data.messages import question
 from jaxtrain.rl.deadlines import awaited
 from jaxtrain.rl.environments import Opening, Reply
 
@@ -51,8 +52,7 @@ class Tools:
         self._schemas = [get_json_schema(function) for function in functions]
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
-        prompt = row["prompt"]
-        return Opening([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, self._schemas)
+        return Opening(question(dict(row)).messages, self._schemas)
 
     def step(self, text: str) -> Reply:
         results = [self._call(call) for call in tool_calls(text)]

@@ -26,6 +26,7 @@ from jaxtrain.session.record import (
     CONFIG,
     FINISHED,
     INPUTS,
+    drop_mark_of_another_process,
     effective_config,
     effective_inputs,
     recorded_changes,
@@ -96,6 +97,7 @@ class RunFolder:
         if self._lock is None:
             return
         self._lock.keep()
+        drop_mark_of_another_process(self.path)
         if step == 0:
             if (self.path / CONFIG).exists():
                 print(f"{self.path} holds no checkpoint: the run starts over, with this config", flush=True)

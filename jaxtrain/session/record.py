@@ -17,6 +17,7 @@ INPUTS = "inputs.json"  # fingerprints of the files that it began with
 CHANGES = "config_changes.jsonl"  # permitted changes since, each with its step and the whole config after it
 FINISHED = "finished.json"  # after which step the run ended by itself
 CHECKPOINTS = "checkpoints"
+QUICKSTART_MARK = ".made-by-quickstart"  # the quickstart's: which files here it made and may replace
 
 # Everything that a run writes into its folder, besides the lock.
 RUN_FILES = (
@@ -84,6 +85,13 @@ def recorded_changes(folder: Path) -> list[dict[str, Any]]:
     """The permitted changes of the config, in order."""
     file = folder / CHANGES
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def drop_mark_of_another_process(folder: Path) -> None:
+    """Training into a folder that another process's quickstart made: from now on its files are the user's."""
+    mark = folder / QUICKSTART_MARK
+    if mark.is_file() and json.loads(mark.read_text()).get("process") != os.getpid():
+        mark.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

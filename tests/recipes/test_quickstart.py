@@ -8,9 +8,10 @@ import yaml
 
 from jaxtrain.config import load_config
 from jaxtrain.recipes import quickstart
-from jaxtrain.recipes.made_files import MARK, making
+from jaxtrain.recipes.made_files import MARK, in_the_way_of_run, making, making_run
 from jaxtrain.recipes.quickstart import first_with, load_quickstart
 from jaxtrain.session.lock import FolderLock
+from jaxtrain.session.record import drop_mark_of_another_process
 
 ROOT = Path(__file__).parents[2]
 SFT, RL = Path("configs/quickstart/sft.yaml"), Path("configs/rl/quickstart.yaml")
@@ -39,6 +40,7 @@ def no_training(monkeypatch):
         pass
 
     def train(config, **_):
+        (Path(config.run.dir) / "metrics.jsonl").write_text(str(config.run.seed))  # as training would
         raise Trained
 
     monkeypatch.setattr(quickstart.sft, "run", train)
@@ -84,10 +86,10 @@ def quick(place: Path, *overrides: str):
 def test_what_it_made_is_replaced_and_what_was_added_or_changed_since_is_not(tmp_path, no_training):
     with pytest.raises(no_training):
         quickstart.run(quick(tmp_path))
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # as training would
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "0"
     with pytest.raises(no_training):
         quickstart.run(quick(tmp_path, "run.seed=1"))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "1"
 
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with (tmp_path / "data" / "train.jsonl").open("a") as file:
@@ -109,6 +111,32 @@ def test_what_a_killed_quickstart_left_half_written_is_its_own(tmp_path, no_trai
         raise KeyboardInterrupt
     with pytest.raises(no_training):
         quickstart.run(quick(tmp_path))
+
+
+def test_what_was_added_or_changed_below_a_finished_run_is_the_users(tmp_path):
+    run = tmp_path / "run"
+    with making_run(run):
+        (run / "export").mkdir()
+        (run / "export" / "config.json").write_text("{}")
+        (run / "metrics.jsonl").write_text("1")
+    assert in_the_way_of_run(run) == []
+    (run / "export" / "thesis.txt").write_text("mine")
+    (run / "metrics.jsonl").write_text("2")
+    assert in_the_way_of_run(run) == [
+        f"{run / 'export' / 'thesis.txt'}: not made by the quickstart",
+        f"{run / 'metrics.jsonl'}: changed since the quickstart made it",
+    ]
+
+
+def test_a_run_that_goes_on_in_a_folder_of_the_quickstart_is_the_users(tmp_path):
+    run = tmp_path / "run"
+    with making_run(run):
+        drop_mark_of_another_process(run)
+        assert (run / MARK).exists()  # the quickstart trains in its own process
+    (run / MARK).write_text('{"process": 0}')  # one that was killed
+    drop_mark_of_another_process(run)
+    (run / "metrics.jsonl").write_text("1")
+    assert in_the_way_of_run(run) == [f"{run}: not made by the quickstart"]
 
 
 def test_a_quickstart_leaves_a_run_under_way_alone(tmp_path, no_training):

@@ -239,12 +239,13 @@ class BadShape:
 def test_a_wrong_shape_costs_its_sample_and_no_other():
     tok = tokenizer(CHATML)
     rows = [{}, {"reply": None}, {"reply": Reply([{"role": "user", "content": "a\udc00"}])}, {"opening": None}, {}]
+    rows.insert(4, {"reply": Reply([{"role": "user", "content": [5]}])})
     groups = run(Script(tok, ["first"]), BadShape, rows)
     errors = [group[0].info.get("error", "") for group in groups]
-    assert errors[0] == errors[4] == ""
+    assert errors[0] == errors[5] == "" and "a part of the content must be" in errors[4]
     assert errors[1] == "ValueError: step must return a Reply, not NoneType"
     assert "not valid Unicode" in errors[2] and errors[3] == "ValueError: reset must return an Opening, not NoneType"
-    assert [np.isnan(group[0].rewards["environment"]) for group in groups] == [False, True, True, True, False]
+    assert [np.isnan(group[0].rewards["environment"]) for group in groups] == [False, True, True, True, True, False]
 
 
 def test_an_exception_without_a_readable_message_costs_its_sample():

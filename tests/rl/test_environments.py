@@ -24,6 +24,9 @@ SAY = [{"role": "user", "content": "say"}]
         (Reply([{"role": "user", "content": None}]), "content must be a string, not NoneType"),
         (Reply([*SAY, {"role": "user", "content": "a\udc00"}]), r"Reply.messages\[1\]: the text is not valid Unicode"),
         (Reply(SAY, calls=1.5), "Reply.calls must be an integer"),
+        (Reply([{"role": "user", "content": [5]}]), r"Reply.messages\[0\]: a part of the content must be"),
+        (Reply([{"role": "user", "content": [{"type": "image", "url": "x"}]}]), "a part of the content must be"),
+        (Reply([{"role": "user", "content": "x", "tool_calls": 5}]), "tool_calls must be a list of mappings, not 5"),
     ],
 )
 def test_a_reply_of_the_wrong_shape_is_named(reply, expected):
@@ -45,12 +48,20 @@ def test_a_reward_is_any_number(reward):
         (Opening([{"content": "x"}]), "must be a mapping with a role"),
         (Opening([]), "Opening.messages is empty"),
         (Opening(SAY, ["calculator"]), "Opening.tools must be a list of JSON schemas"),
+        (Opening(SAY, [{"name": "a\udc00"}]), r"Opening.tools\[0\]: the text is not valid Unicode"),
     ],
 )
 def test_an_opening_of_the_wrong_shape_is_named(opening, expected):
     with pytest.raises(ValueError, match=expected):
         checked_opening(opening)
     assert checked_opening(Opening(SAY)) == Opening(SAY)
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "Try "}, {"type": "text", "text": "again"}]
+    assert checked_reply(Reply([{"role": "user", "content": parts}])).messages == [
+        {"role": "user", "content": "Try again"}
+    ]
 
 
 def test_number_reversal_gives_three_tries():
