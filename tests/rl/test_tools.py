@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from jaxtrain.rl.environments import checked_reply
+from jaxtrain.rl.environments import checked_opening, checked_reply
 from jaxtrain.rl.tools import ToolCall, Tools, calculator, calculator_tools, tool_calls
 
 
@@ -116,3 +116,16 @@ def test_async_tools_are_awaited_and_any_exception_is_an_answer():
 def test_two_tools_of_one_name_are_an_error():
     with pytest.raises(ValueError, match="two tools have one name: calculator, calculator"):
         Tools(calculator, calculator)
+
+
+def test_a_prompt_in_parts_and_arguments_as_json_are_read_as_in_training():
+    arguments = '{"expression": "1 + 1"}'
+    called = [{"type": "function", "function": {"name": "calculator", "arguments": arguments}}]
+    prompt = [
+        {"role": "user", "content": [{"type": "text", "text": "What is 1 + 1?"}]},
+        {"role": "assistant", "content": "", "tool_calls": called},
+        {"role": "tool", "name": "calculator", "content": "2"},
+    ]
+    question, answer, _ = checked_opening(calculator_tools().reset({"prompt": prompt})).messages
+    assert question["content"] == "What is 1 + 1?"
+    assert answer["tool_calls"][0]["function"]["arguments"] == {"expression": "1 + 1"}
