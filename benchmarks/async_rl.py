@@ -1,12 +1,11 @@
-"""Asynchronous against synchronous reinforcement learning: steps per second on one core for each of two processes.
+"""Compares asynchronous with synchronous reinforcement learning: steps per second with two processes, one core each.
 
 Usage: python benchmarks/async_rl.py [--steps 40] [--rounds 3]
 
-A trainer and one Ray worker that samples, each held to a core of its own, so that nothing but waiting is saved. GRPO on
-arithmetic prompts with a model and lengths for which a rollout and an update take about the same time: both times are
-in the table. Staleness 0 (on policy), 1 and 2 take turns as processes of their own; the first steps, which compile, are
-left out, and the time of a step is that between the files its samples are written to. Needs Ray; writes its section of
-benchmarks/RESULTS.md.
+A trainer and one Ray worker are each pinned to a core, so that only waiting time is saved. They run GRPO on arithmetic
+prompts, with a model and lengths for which a rollout and an update take about the same time (both are in the table).
+Staleness 0 (on policy), 1 and 2 take turns in separate processes. The first steps, which compile, are excluded. The
+time of a step is that between the files of its samples. Needs Ray. Writes its section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from results import machine, write_section
 
-WARM = 10  # steps that are not counted
+WARM = 10  # warm-up steps, which are excluded
 GOAL = 1.5
 MODEL = {
     "model_type": "llama",
@@ -85,7 +84,7 @@ def main() -> None:
 
 
 def train(folder: Path, staleness: int, steps: int, tokens: int) -> None:
-    """In a process of its own: JAX and Ray take the cores that they find when they start."""
+    """Runs in a separate process, since JAX and Ray use the cores that are available when they start."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("this needs two cores")
@@ -111,7 +110,7 @@ def train(folder: Path, staleness: int, steps: int, tokens: int) -> None:
         "max_completion_length": tokens,
         "rewards": [{"function": "exact_answer"}, {"function": "repetition_penalty", "args": {"ngram": 1}}],
         "reward_workers": 1,
-        "sampling": {"slots": 8},
+        "slots": 8,
         "placement": placement,
         "print_samples": 0,
     }
@@ -133,7 +132,7 @@ def train(folder: Path, staleness: int, steps: int, tokens: int) -> None:
 
 
 def read(run: Path) -> dict[str, float]:
-    """Medians over the steps that count."""
+    """Medians over the steps after the warm-up."""
     written = sorted(path.stat().st_mtime for path in (run / "trajectories").glob("*.parquet"))[WARM:]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line][WARM:]

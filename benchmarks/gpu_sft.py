@@ -1,12 +1,12 @@
-"""SFT speed on one GPU: jaxtrain beside a transformers + torch.compile loop, packed rows of 8192 tokens, bfloat16.
+"""SFT speed on one GPU: jaxtrain and a transformers + torch.compile loop, packed rows of 8192 tokens, bfloat16.
 
 Usage: python benchmarks/gpu_sft.py [0.6B | 1.7B] [--attention auto] [--turns 2] [--steps 10]
-       python benchmarks/gpu_sft.py --tiny     both sides on the CPU, to see that they run; says nothing about speed
+       python benchmarks/gpu_sft.py --tiny     runs both sides on the CPU as a test, without meaningful speeds
 
-Random weights of Qwen3's shapes. Every turn is a process of its own, so that each side has the whole card; the sides
-take turns. transformers runs with sdpa and, where flash_attn is installed, with flash attention too; the faster counts.
-MFU is of the same arithmetic for all (jaxtrain/observe/flops.py) and the card's dense bfloat16 peak. Writes its section
-of benchmarks/RESULTS.md. Ends with an error where there is no GPU.
+Random weights with Qwen3's shapes. The sides take turns, each in a separate process that has the complete GPU.
+transformers runs with sdpa and, if flash_attn is installed, with flash attention; the faster one counts. MFU uses the
+same FLOPs for all sides (jaxtrain/observe/flops.py) and the GPU's dense bfloat16 peak. Writes its section of
+benchmarks/RESULTS.md. Exits with an error if there is no GPU.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def compare(hf: dict[str, Any], attention: str, turns: int, steps: int) -> str:
-    """A table of all sides, each the best of its turns."""
+    """A table of all sides, with the best turn of each."""
     spec = {"hf": hf, "rows": ROWS, "length": LENGTH, "steps": steps, "platform": "gpu"}
     theirs = ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]
     sides = {"jaxtrain": {"side": "jaxtrain", "attention": attention}}
@@ -122,7 +122,7 @@ def smoke() -> None:
 
 
 def run_side(spec: dict[str, Any]) -> dict[str, Any]:
-    """One turn of a side. Ends this process, with the side's own words, where the side cannot run."""
+    """One turn of a side. If the side fails, exits with its error message."""
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     if spec["platform"] == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu"}
@@ -131,7 +131,7 @@ def run_side(spec: dict[str, Any]) -> dict[str, Any]:
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    raise SystemExit(done.returncode or f"{spec['side']} said nothing")
+    raise SystemExit(done.returncode or f"{spec['side']} printed no result")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sides of benchmarks/gpu_sft.py, each run in a process of its own: the same packed rows, the same arithmetic.
+"""The sides of benchmarks/gpu_sft.py, each run in a separate process: the same packed rows, the same arithmetic.
 
 Both keep parameters and AdamW's moments in float32, compute in bfloat16, take a row at a time, accumulate the gradients
 of a step's rows, clip them and recompute nothing in the backward pass.
@@ -70,7 +70,7 @@ def jaxtrain(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def torch(spec: dict[str, Any]) -> dict[str, Any]:
-    """transformers' model, compiled; positions that restart tell its attention where a conversation ends."""
+    """transformers' model, compiled; restarting positions mark the ends of conversations for its attention."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

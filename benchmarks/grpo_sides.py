@@ -1,4 +1,4 @@
-"""The sides of benchmarks/grpo.py, each run in a process of its own: one model, the same prompts, four ways to a step.
+"""The sides of benchmarks/grpo.py, each run in a separate process: the same model and prompts, four implementations.
 
 A step samples 8 prompts of 64 tokens 4 times, 64 new tokens each and never fewer, scores them by the share of even ids,
 and updates once: GRPO without a reference, AdamW. Each side calls `clock.tick()` before a step, once the one before it
@@ -15,7 +15,7 @@ import numpy as np
 from sft_sides import LEARNING_RATE, LLAMA, MAX_GRAD_NORM, VOCAB, Clock
 
 PROMPTS, SAMPLES, PROMPT, NEW = 8, 4, 64, 64
-EOS = 0  # forbidden where a side can be told to, and one token of 32000 where it cannot
+EOS = 0  # forbidden if a side supports that; otherwise one token of 32000
 
 
 def prompt_ids() -> np.ndarray:
@@ -30,12 +30,11 @@ def jaxtrain(clock: Clock) -> None:
     from trainer import trained_role
 
     from jaxtrain.config import parse_config
-    from jaxtrain.rl.algorithms import find_algorithm
-    from jaxtrain.rl.collect import Collector, Limits
+    from jaxtrain.rl.collect import Collector, LengthLimits
     from jaxtrain.rl.experience import add_advantages, pack_samples, score_samples
     from jaxtrain.rl.placement import build_sampler
     from jaxtrain.rl.rollouts import Prompt, Trajectory
-    from jaxtrain.rl.sources import OnPolicySource
+    from jaxtrain.rl.sample_sources import OnPolicySource
     from jaxtrain.rl.sync import rollout_model
     from jaxtrain.rl.worker import WorkerSpec
     from jaxtrain.sample.requests import SamplingParams
@@ -55,7 +54,7 @@ def jaxtrain(clock: Clock) -> None:
     }
     config = parse_config(tree, "benchmark")
     assert config.rl is not None
-    algorithm = find_algorithm(config.rl)
+    algorithm = config.algorithm
     policy = trained_role(config, algorithm.objective)
     model = rollout_model(policy.model, policy.mesh)
     spec = WorkerSpec(model, SamplingParams(max_tokens=NEW), 0, PROMPTS * SAMPLES, PROMPT + NEW)
@@ -70,7 +69,7 @@ def jaxtrain(clock: Clock) -> None:
         values = rewards([t.completion_ids for t in trajectories])
         return [t._replace(reward=value) for t, value in zip(trajectories, values, strict=True)]
 
-    collect = Collector(take, sampler, scorer, algorithm, prompts=PROMPTS, samples=SAMPLES, limits=Limits(NEW))
+    collect = Collector(take, sampler, scorer, algorithm, prompts=PROMPTS, samples=SAMPLES, limits=LengthLimits(NEW))
     source = OnPolicySource(collect, sampler, dict)
     while True:  # what recipes/rl.py does, without a folder to write into
         samples = source(policy.params, policy.step)
@@ -214,7 +213,7 @@ def tunix(clock: Clock) -> None:
 
 
 def words():
-    """A tokenizer of one word per id, so that a prompt of 64 ids is one of 64 words everywhere."""
+    """A tokenizer with one word per id, so that a prompt of 64 ids has 64 words for every side."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

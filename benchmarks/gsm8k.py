@@ -1,11 +1,11 @@
-"""SmolLM2-135M learns GSM8K on a CPU: 60 short steps of full fine-tuning and of LoRA, through the command line.
+"""Trains SmolLM2-135M on GSM8K on a CPU: 60 short steps of full fine-tuning and of LoRA, by the command line.
 
 Usage: python benchmarks/gsm8k.py MODEL_FOLDER GSM8K_FOLDER [--work FOLDER]
 e.g.   python benchmarks/gsm8k.py SmolLM2-135M-Instruct gsm8k --work runs/gsm8k-benchmark
 
-Held-out loss is that of `jaxtrain train` itself, before from one step whose learning rate is too small to change a
-float32 weight. The export of each run answers a held-out question in transformers. With --work a second call goes on
-where the first one stopped. Writes its section of benchmarks/RESULTS.md.
+The held-out loss is that of `jaxtrain train`; the loss before training is that after one step with a learning rate too
+small to change a float32 weight. The export of each run answers a held-out question in transformers. With --work an
+interrupted benchmark is resumed. Writes its section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def measure(model: Path, data: Path, work: Path) -> None:
 
 
 def train(config: str, overrides: list[str], run: Path) -> dict[str, float]:
-    """Run `jaxtrain train`; the last value of each metric, `tokens_per_second` a median."""
+    """Run `jaxtrain train`. Returns the last value of each metric, and the median of `tokens_per_second`."""
     start = time.perf_counter()
     jaxtrain("train", str(CONFIGS / config), *overrides, f"run.dir={run}")
     print(f"{run.name}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -117,7 +117,7 @@ def trained_parameters(config: str, overrides: list[str]) -> int:
 
 
 def exported_answer(run: Path, out: Path, question: str) -> str:
-    """Export the run; what transformers makes of a question with the exported folder."""
+    """Export the run, and let transformers answer a question with the export."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     shutil.rmtree(out, ignore_errors=True)

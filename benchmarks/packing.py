@@ -1,12 +1,12 @@
-"""Packed against padded training on conversations of skewed lengths, with the same step.
+"""Compares packed with padded training on conversations of skewed lengths, with the same step.
 
 Usage: python benchmarks/packing.py [--batches 4]
 
 Lengths are log-normal: median 150, the 99.9th percentile at 4096, clipped there. Padded: every global batch of 64
 examples is padded to its longest, rounded up to a multiple of 128, and computed in microbatches of 8 rows. Packed: 4
-rows of 4096, about as many tokens, straight from the training pipeline, which goes on packing meanwhile. Both sides
-take turns, step by step; programs are compiled before the clock starts. The timed padded batches stand for all: in the
-order of their lengths, the middle ones of equal shares. Writes its section of benchmarks/RESULTS.md.
+rows of 4096, about as many tokens, from the training pipeline, which packs concurrently. Both take turns, step by
+step; programs are compiled before timing. The timed padded batches are representative: sorted by length and divided
+into equal parts, the middle batch of each part. Writes its section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -79,21 +79,21 @@ def main() -> None:
         [
             "| | measured | goal |",
             "|---|---|---|",
-            f"| padded: tokens/s that are no padding | {padded:,.0f} | |",
-            f"| packed: tokens/s that are no padding | {packed:,.0f} | |",
+            f"| padded: tokens/s without padding | {padded:,.0f} | |",
+            f"| packed: tokens/s without padding | {packed:,.0f} | |",
             f"| packed is faster by | {ratio:.2f}x | > 4.7x |",
             f"| density of packed rows, {STREAM_BATCHES} batches | {density:.4f} | > 0.98 |",
             f"| density of padded rows, the {count} timed batches | {timed_density:.4f} | |",
             f"| density of padded rows, all {EXAMPLES // PADDED_ROWS} batches | {every:.4f} | |",
-            f"| packer alone, tokens/s | {packer_speed:,.0f} | |",
-            f"| packer against packed step | {packer_ratio:,.0f}x | >= 10x |",
-            f"| pipeline (JSON lines, packing, stacking) against packed step | {stream_speed / packed:,.0f}x | |",
+            f"| packer, tokens/s | {packer_speed:,.0f} | |",
+            f"| packer relative to packed step | {packer_ratio:,.0f}x | >= 10x |",
+            f"| pipeline (JSON lines, packing, stacking) relative to packed step | {stream_speed / packed:,.0f}x | |",
             "",
             f"Lengths: log-normal, median {MEDIAN}, sigma {SIGMA:.3f} (99.9th percentile {LENGTH}, clipped there). "
             f"Model: {LLAMA['num_hidden_layers']} layer, width {LLAMA['hidden_size']}, one head of "
             f"{LLAMA['head_dim']}, mlp {LLAMA['intermediate_size']}, float32. {count} steps of each side in turn, "
-            f"sums of tokens over sums of seconds. The ratio is this model's: attention here does not skip other "
-            f"segments, so the more of the step it takes, the less packing gains.",
+            f"sums of tokens over sums of seconds. The ratio depends on the model: attention here does not skip other "
+            f"segments, so the larger its share of the step, the less packing gains.",
             f"{machine('jax')}. Load average {os.getloadavg()[2]:.1f}.",
         ]
     )
@@ -123,7 +123,7 @@ def measure_packer(examples: Sequence[Example]) -> float:
 
 
 def open_stream(examples: Sequence[Example], folder: Path) -> TrainStream:
-    """The pipeline of a training run over the same examples."""
+    """The pipeline of a training run on the same examples."""
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps({"input_ids": each.input_ids.tolist()}) + "\n" for each in examples))
     source = SourceSection(path=str(path))
@@ -180,7 +180,7 @@ def batched(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
 
 
 def typical(examples: Sequence[Example], count: int) -> list[Sequence[Example]]:
-    """Of all batches, in the order of their longest examples, the middle ones of `count` equal shares."""
+    """Representative batches: sorted by their longest examples, the middle ones of `count` equal parts."""
     ordered = sorted(batched(examples), key=longest)
     return [ordered[(2 * share + 1) * len(ordered) // (2 * count)] for share in range(count)]
 
@@ -190,7 +190,7 @@ def longest(examples: Sequence[Example]) -> int:
 
 
 def pad(examples: Sequence[Example]) -> Batch:
-    """One example a row, all as long as the longest, rounded up."""
+    """One example per row, padded to the longest, rounded up."""
     length = -(-longest(examples) // ROUND_TO) * ROUND_TO
     return stack_rows([make_row([example], length) for example in examples])
 

@@ -1,10 +1,10 @@
-"""QLoRA: the same LoRA run on a float32, bfloat16, int8 and nf4 base. Memory of the base and of the step, and losses.
+"""QLoRA: memory and losses of the same LoRA run with a float32, bfloat16, int8 and nf4 base.
 
 Usage: python benchmarks/qlora.py MODEL_FOLDER GSM8K_FOLDER
 e.g.   python benchmarks/qlora.py SmolLM2-135M-Instruct gsm8k
 
-Every run sees the same batches and computes in float32, so the losses differ by what rounding the frozen weights costs.
-Sizes are the compiler's own. Writes its section of benchmarks/RESULTS.md.
+Every run uses the same batches and computes in float32, so the losses differ only by the rounding of the frozen
+weights. Sizes are those of the compiler. Writes its section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     ]
     batches = first_batches(load_config(CONFIG, common))
     lines = [
-        "| frozen base | its MB | bits a kernel's weight | temporaries MB | loss, step 1 | step 8 | s a step |",
+        "| frozen base | base MB | bits per kernel weight | temporaries MB | loss, step 1 | step 8 | s per step |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, overrides in BASES.items():
@@ -65,8 +65,8 @@ def main() -> None:
         [
             *lines,
             "",
-            f"SmolLM2-135M-Instruct on GSM8K, LoRA r16 on all linears, {ROWS} rows of {LENGTH} tokens, computed in "
-            "float32, remat full; embedding and norms of the two quantised bases are bfloat16. Time of the last step.",
+            f"SmolLM2-135M-Instruct on GSM8K, LoRA r16 on all linear modules, {ROWS} rows of {LENGTH} tokens, computed "
+            "in float32, remat full; embedding and norms of the quantised bases are bfloat16. Time of the last step.",
             f"{machine('jax')}. Load average {os.getloadavg()[0]:.1f}.",
         ]
     )
@@ -104,12 +104,12 @@ def measure(config: RunConfig, batches: list[Batch]) -> str:
     weights = sum(kernel.size for kernel in targets)
     temporaries = program.memory_analysis().temp_size_in_bytes
     return (
-        f"| {held(base) / 1e6:.1f} | {8 * held(kernels) / weights:.2f} | {temporaries / 1e6:.0f} "
+        f"| {tree_bytes(base) / 1e6:.1f} | {8 * tree_bytes(kernels) / weights:.2f} | {temporaries / 1e6:.0f} "
         f"| {losses[0]:.4f} | {losses[-1]:.4f} | {seconds:.1f} |"
     )
 
 
-def held(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of a tree on the device."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 

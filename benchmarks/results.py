@@ -1,4 +1,4 @@
-"""RESULTS.md: every benchmark replaces its own section, with the machine, the versions and the date."""
+"""Writes RESULTS.md: every benchmark replaces its section, with machine, versions and date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
 def write_section(name: str, title: str, text: str) -> None:
-    """Put `text` between the markers of section `name`; a new section goes to the end of the file."""
+    """Replace the text between the markers of section `name`; a new section is appended to the file."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     section = f"{begin}\n## {title}\n\n{text.strip()}\n{end}"
     page = RESULTS.read_text() if RESULTS.exists() else "# Results\n\nEach section is written by its benchmark.\n"

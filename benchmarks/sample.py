@@ -2,15 +2,13 @@
 
 Usage: python benchmarks/sample.py [--rounds 3] [--tunix-python PYTHON] [--only SIDE ...]
 
-The model of benchmarks/sft.py with random weights, written once as a Hugging Face folder that all sides load; float32,
-greedy, no log-probabilities, no end-of-sequence token. Two workloads: 16 prompts of 32 tokens with 128 new ones each;
-64 requests whose lengths differ (log-normal), where the engine refills 16 slots and the others run batches of 16, in
-the order of the requests, until the longest is done. Only tokens that were asked for count. Then, ours only: the first
-tokens of 8 samples of one 512-token prompt beside those of one sample, which is what a prompt's prefill costs.
+All sides load the same Hugging Face folder: the model of benchmarks/sft.py with random weights. Generation is greedy,
+in float32, without log-probabilities and end-of-sequence token. There are two workloads: 16 prompts of 32 tokens with
+128 new tokens each; and 64 requests of different lengths (log-normal), for which the engine refills 16 slots, while
+the others run batches of 16, in order, until the longest is done. Only requested tokens count. In addition, for our
+engine only, the time to the first tokens of 8 samples of a 512-token prompt is compared with that of one sample.
 
-Every side is a process of its own; they take turns, workload by workload and round by round, and a ratio is the median
-over the rounds of one side's time over ours. A side that is not installed is skipped. Writes its section of
-benchmarks/RESULTS.md.
+Sides, rounds and ratios are as in benchmarks/sft.py. Writes its section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -55,14 +53,14 @@ NAMES = {
     "tunix": "Tunix Sampler",
 }
 PACKAGES = {"jaxtrain": "jaxtrain", "static": "transformers", "static_compiled": "transformers", "tunix": "tunix"}
-SAME = 16  # tokens of a sample that must be alike, to see that the sides run the same model
+SAME = 16  # number of equal first tokens, as a check that the sides run the same model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tunix-python", default=sys.executable, help="an interpreter that has google-tunix")
-    parser.add_argument("--only", nargs="*", default=list(NAMES), choices=list(NAMES), help="sides beside ours to run")
+    parser.add_argument("--only", nargs="*", default=list(NAMES), choices=list(NAMES), help="other sides to run")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
 
@@ -81,7 +79,7 @@ def main() -> None:
         rounds = []
         for index in range(arguments.rounds):
             rounds.append(one_round(sides))
-            print(f"round {index + 1}: " + "  ".join(told(rounds[-1], workload) for workload in GOALS), flush=True)
+            print(f"round {index + 1}: " + "  ".join(shown(rounds[-1], workload) for workload in GOALS), flush=True)
         peaks = {name: side.end() for name, side in sides.items()}
         alike = {name: share_alike(folder, name) for name in sides}
 
@@ -112,17 +110,17 @@ Round = dict[str, dict[str, dict[str, float]]]  # workload -> side -> "seconds" 
 
 
 def one_round(sides: dict[str, Side]) -> Round:
-    """A turn of every side on every workload, in the order in which the sides have them."""
+    """Run all workloads on all sides, in the order in which the sides define them."""
     answers: Round = {workload: {name: side.round() for name, side in sides.items()} for workload in GOALS}
     return answers | {workload: {"jaxtrain": sides["jaxtrain"].round()} for workload in ("one", "shared")}
 
 
-def told(answers: Round, workload: str) -> str:
+def shown(answers: Round, workload: str) -> str:
     return f"{workload}: " + ", ".join(f"{name} {each['seconds']:.1f} s" for name, each in answers[workload].items())
 
 
 def share_alike(folder: Path, name: str) -> float:
-    """Share of the even workload's samples that begin with the same tokens as ours."""
+    """Share of the even workload's samples that start with the same tokens as ours."""
     ours, theirs = (np.load(folder / f"{side}.npy")[:, :SAME] for side in ("jaxtrain", name))
     return float((ours == theirs).all(1).mean())
 
@@ -136,9 +134,9 @@ def explained(rounds: list[Round], skipped: list[str]) -> list[str]:
     ratio = statistics.median(b / a for a, b in zip(one, shared, strict=True))
     return [
         f"even: {SLOTS} x ({PROMPT} + {NEW}) tokens. ragged: {REQUESTS} requests of {PROMPT} + {SHORTEST}..{LONGEST}, "
-        f"log-normal of median {MEDIAN} and sigma {SPREAD:.1f}, {lengths.sum()} tokens asked for; batches of {SLOTS} "
-        f"that wait for their longest make {waited}, {waited / lengths.sum():.2f}x as many. same tokens: the share of "
-        f"the even samples whose first {SAME} tokens are ours.",
+        f"log-normal with median {MEDIAN} and sigma {SPREAD:.1f}, {lengths.sum()} requested tokens; batches of {SLOTS} "
+        f"that run until the longest is done generate {waited}, {waited / lengths.sum():.2f}x as many. same tokens: "
+        f"the share of even samples whose first {SAME} tokens equal ours.",
         "",
         f"First tokens of a {SHARED_PROMPT}-token prompt, jaxtrain: 1 sample {1e3 * statistics.median(one):.0f} ms, "
         f"{SAMPLES} samples {1e3 * statistics.median(shared):.0f} ms, {ratio:.2f}x (goal {SHARED_GOAL:.1f}x at most).",

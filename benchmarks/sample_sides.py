@@ -1,4 +1,4 @@
-"""The sides of benchmarks/sample.py, each run in a process of its own: one Hugging Face folder, the same requests.
+"""The sides of benchmarks/sample.py, each run in a separate process: the same Hugging Face folder and requests.
 
 A side is a function of the folder that returns its workloads; each is one timed turn and returns its samples, every one
 cut to the tokens that were asked for. All are greedy, none ends early, none computes log-probabilities.
@@ -84,7 +84,7 @@ def static(folder: Path, **how: Any) -> dict[str, Turn]:
     from transformers import AutoModelForCausalLM
 
     def load() -> Run:
-        # A model of its own for each workload: one never makes its cache shorter again.
+        # A separate model for each workload, because its cache never shrinks.
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
         model.generation_config.eos_token_id = None  # nothing ends a sample
 
@@ -111,7 +111,7 @@ def static_compiled(folder: Path) -> dict[str, Turn]:
     from transformers import CompileConfig
 
     compilation = CompileConfig(fullgraph=False, mode="default")
-    compilation._compile_all_devices = True  # generate compiles on accelerators only, unless told so
+    compilation._compile_all_devices = True  # by default, generate compiles only on accelerators
     return static(folder, compile_config=compilation)
 
 

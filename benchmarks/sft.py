@@ -3,9 +3,10 @@
 Usage: python benchmarks/sft.py [--rounds 7] [--steps 2] [--trl-python PYTHON] [--tunix-python PYTHON]
 
 A Llama of 14.1 M parameters (32000 tokens, width 256, 6 layers, 8 heads and 4 kv heads of 32, mlp 1024, tied), batches
-of 8 x 512 tokens, float32, AdamW, gradients clipped. Every side is a process of its own; they take turns, round by
-round, and a ratio is the median over the rounds of one side's time over ours. TRL and Tunix may live in virtual
-environments of their own; a side that is not installed is skipped. Writes its section of benchmarks/RESULTS.md.
+of 8 x 512 tokens, float32, AdamW, clipped gradients. Every implementation ("side") runs in a separate process. The
+sides take turns in rounds; a ratio is the median over the rounds of a side's time relative to ours. TRL and Tunix may
+be installed in other virtual environments; a side that is not installed is skipped. Writes its section of
+benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NAMES = {
 
 
 class Side:
-    """A process that trains a round when told to."""
+    """A process that runs a round on request."""
 
     def __init__(self, name: str, python: str, steps: int, script: str = "sft_sides.py", *more: str):
         command = [python, str(Path(__file__).with_name(script)), name, str(steps), *more]

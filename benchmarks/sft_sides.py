@@ -1,4 +1,4 @@
-"""The sides of benchmarks/sft.py, each run in a process of its own: one model, one batch, one optimizer, five trainers.
+"""The sides of benchmarks/sft.py, each run in a separate process: the same model, batch and optimizer.
 
 Each side calls `clock.tick()` before every step, once the steps before it are done; the parent starts the rounds.
 """
@@ -38,7 +38,7 @@ MARK = "@@"
 
 
 class Clock:
-    """Rounds of `steps` steps, each begun by a line "go" on stdin and answered by its seconds on stdout."""
+    """Rounds of `steps` steps, each started by a line "go" on stdin; its seconds are printed to stdout."""
 
     def __init__(self, steps: int):
         self.steps, self.left = steps, 0

@@ -1,4 +1,4 @@
-"""The chunked head beside the naive one: temporary memory of value_and_grad, compiled only, and time where it fits.
+"""Compares the chunked head with the naive one: temporary memory of value_and_grad, and time for a size that fits.
 
 Usage: python benchmarks/token_scores.py      Writes its section of benchmarks/RESULTS.md.
 """
@@ -14,22 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from results import machine, write_section
 
-from jaxtrain.ops.token_scores import Foreseen, token_scores
+from jaxtrain.ops.head_chunks import Head
+from jaxtrain.ops.token_scores import LossDerivative, Targets, token_scores
+from jaxtrain.types import Scores
 
 SIZES = [(4096, 512, 128 * 1024), (4096, 1024, 128 * 1024), (4096, 256, 32_000)]  # T, D, V
 TIMED = SIZES[-1]
 ROUNDS = 3
 
 
-def derivative(logp, rows, whole):
-    return -rows
+def derivative(scores, rows, shared):
+    return Scores(logp=-rows)
 
 
 def chunked(separable: bool):
     def loss(hidden, head, tokens, weights):
-        foreseen = Foreseen(derivative, weights, None) if separable else None
-        how = {"transposed": True, "vocab_size": head.shape[0], "foreseen": foreseen}
-        return -jnp.sum(token_scores(hidden, head, tokens, weights, **how).logp * weights)
+        assumed = LossDerivative(derivative, weights, None) if separable else None
+        of = Head(head, len(head), transposed=True)
+        return -jnp.sum(token_scores(hidden, of, Targets(tokens, weights), loss_derivative=assumed).logp * weights)
 
     return loss
 

@@ -1,10 +1,8 @@
 """Export of a Hugging Face folder: safetensors with index, config.json, generation_config.json, tokenizer, template.
 
-The folder is written under a temporary name next to its own and renamed when it is complete, so that an incomplete one
-never appears under its name. Existing files are never overwritten: a folder that is not empty is an error.
+The folder is written under a temporary name next to its own and renamed when it is complete, so that an incomplete
+folder never appears under the final name. Existing files are never overwritten: a folder that is not empty is an error.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -20,17 +18,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerFast
 
-from converters.errors import CheckpointError
-from converters.families.registry import FAMILIES, for_head, weight_rows
+from converters.errors import ConversionError
+from converters.families.registry import for_head, to_hf, weight_rows
 from converters.import_hf import bind_checkpoint, read_json_object
-from converters.rows import bind, by_name, flatten, join
-from converters.safetensors_io import DTYPES, Spec, open_checkpoint, plan_files, write_checkpoint
+from converters.safetensors_io import DTYPES, TensorSpec, open_checkpoint, plan_files, write_checkpoint
 from converters.tokenizer import load_tokenizer
+from converters.weight_rows import bind, by_name, flatten, fuse
+from jaxtrain.hub import local_folder
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
-CUSTOM_HEAD = "custom_head.safetensors"  # parameters that transformers does not know, under our names
+CUSTOM_HEAD = "custom_head.safetensors"  # parameters without a counterpart in transformers, under our names
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -50,11 +49,11 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TrainedText:
-    """How a run wrote its texts, where that differs from the folder that the tokenizer's files are copied from."""
+    """What a run changed in the tokenizer, relative to the folder that its files are copied from."""
 
-    tokenizer: PreTrainedTokenizerFast | None = None  # one with added tokens
-    chat_template: str | None = None  # instead of the folder's own
-    end_ids: Sequence[int] = ()  # tokens that end an answer: they join the `eos_token_id` of generation_config.json
+    tokenizer: PreTrainedTokenizerFast | None = None  # with added tokens
+    chat_template: str | None = None  # replaces that of the folder
+    end_ids: Sequence[int] = ()  # tokens that end an answer, added to `eos_token_id` in generation_config.json
 
 
 UNCHANGED_TEXT = TrainedText()
@@ -74,27 +73,27 @@ def export_hf(
     """Write `params` (without adapters) as a folder that transformers loads. Returns the folder.
 
     `hf` is the config.json that the model was read from: every key of it is kept unless the model changed. `dtype`
-    casts (default: the parameters' own). The tokenizer's files, chat template and generation_config.json are copied
+    casts the weights (default: no cast). The tokenizer's files, chat template and generation_config.json are copied
     from the folder `tokenizer_from`, with the changes of `text`. Every process must call this; one tensor at a time is
     gathered, and the first process writes.
 
-    Raises CheckpointError if `out` is not empty, `dtype` is not one of `DTYPES`, or the parameters do not fit the
+    Raises ConversionError if `out` is not empty, `dtype` is not one of `DTYPES`, or the parameters do not fit the
     family.
     """
     folder = empty_folder(Path(out))
     writable = [each.name for each in DTYPES.values()]
     if dtype is not None and dtype not in writable:
-        raise CheckpointError(f"cannot write weights as {dtype!r}; known: {', '.join(writable)}")
-    family, leaves = FAMILIES[config.family], flatten(params)
+        raise ConversionError(f"cannot write weights as {dtype!r}; known: {', '.join(writable)}")
+    leaves = flatten(params)
     own_head = {ours: leaves.pop(ours) for ours in list(leaves) if ours.startswith("custom_head.")}
     tensors = bind(weight_rows(config), {ours: leaf.shape for ours, leaf in leaves.items()}, config)
     named = by_name(tensors)
     cast = {ours: np.dtype(dtype or leaf.dtype) for ours, leaf in leaves.items()}
-    specs = [Spec(name, cast[parts[0].ours], parts[0].shape) for name, parts in named.items()]
+    specs = [TensorSpec(name, cast[parts[0].ours], parts[0].shape) for name, parts in named.items()]
     files = plan_files(specs, max_shard_bytes)
 
     def fetch(name: str) -> np.ndarray:
-        joined = join(named[name], lambda tensor: gather(leaves[tensor.ours], tensor.stack))
+        joined = fuse(named[name], lambda tensor: gather(leaves[tensor.ours], tensor.stack))
         return joined.astype(cast[named[name][0].ours], copy=False)
 
     if jax.process_index() > 0:
@@ -105,11 +104,11 @@ def export_hf(
             gather(leaf, ())
         return folder
     scalar = "value_head.kernel" in leaves
-    config_json = _with_dtype(for_head(family.to_hf(config, hf), config, scalar), cast["embed.weight"])
-    with written_aside(folder) as partial:
+    config_json = _with_dtype(for_head(to_hf(config, hf), config, scalar), cast["embed.weight"])
+    with temporary_folder(folder) as partial:
         write_checkpoint(partial, files, fetch)
         if own_head:
-            specs = [Spec(name, leaf.dtype, leaf.shape) for name, leaf in own_head.items()]
+            specs = [TensorSpec(name, leaf.dtype, leaf.shape) for name, leaf in own_head.items()]
             write_checkpoint(partial, {CUSTOM_HEAD: specs}, lambda name: gather(own_head[name], ()))
         _write_json(partial / "config.json", config_json)
         write_text_files(partial, config_json, tokenizer_from, text)
@@ -128,22 +127,22 @@ def convert(
     """Import and export without training, one tensor in memory at a time, every tensor in its stored dtype.
 
     `config` and `hf` are the results of `read_config(source)`, `target` is the parameter tree (only its shapes are
-    used). The result holds the same tensors under the same names, so this checks a folder and cleans it up: other file
-    sizes, no unrelated files. Returns the folder. Raises CheckpointError as `import_params` and `export_hf` do.
+    used). The result holds the same tensors under the same names: this checks a folder, changes the sizes of its files
+    and leaves out unrelated files. Returns the folder. Raises ConversionError as `import_params` and `export_hf` do.
     """
     folder = empty_folder(Path(out))
     shapes = {ours: leaf.shape for ours, leaf in flatten(target).items()}
-    with open_checkpoint(source) as checkpoint, written_aside(folder) as partial:
+    with open_checkpoint(source) as checkpoint, temporary_folder(folder) as partial:
         tensors = bind_checkpoint(checkpoint, config, shapes)
         named = by_name(tensors) | {t.name: [t] for t in tensors if t.alias}
-        specs = [Spec(name, checkpoint.dtype(name), parts[0].shape) for name, parts in named.items()]
+        specs = [TensorSpec(name, checkpoint.dtype(name), parts[0].shape) for name, parts in named.items()]
 
         def fetch(name: str) -> np.ndarray:
             stored = checkpoint.read(name)
-            return join(named[name], lambda tensor: tensor.to_ours_in_full(stored))
+            return fuse(named[name], lambda tensor: tensor.to_ours_in_full(stored))
 
         write_checkpoint(partial, plan_files(specs, max_shard_bytes), fetch)
-        config_json = FAMILIES[config.family].to_hf(config, hf)
+        config_json = to_hf(config, hf)
         _write_json(partial / "config.json", config_json)
         write_text_files(partial, config_json, source)
     return folder
@@ -151,12 +150,12 @@ def convert(
 
 def empty_folder(out: Path) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already and is not an empty folder; name another or remove it")
+        raise ConversionError(f"{out} already exists and is not an empty folder; choose another folder or remove it")
     return out
 
 
 @contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
+def temporary_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`, renamed to it at the end of the block and removed if the block fails."""
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
@@ -193,7 +192,7 @@ def write_text_files(
     `hf` is the model's config.json, which names the end token if generation_config.json is missing.
     """
     if source is not None:
-        copy_files(Path(source), folder, (*TOKENIZER_FILES, GENERATION))
+        copy_files(local_folder(source, weights=False), folder, (*TOKENIZER_FILES, GENERATION))
     if text.tokenizer is not None:
         text.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     if text.chat_template is not None:
@@ -202,8 +201,8 @@ def write_text_files(
 
 
 def _replace_template(folder: Path, template: str) -> None:
-    """Write the template, and remove the one that an older version of transformers stored elsewhere. Templates of other
-    names stay."""
+    """Write the template, and remove the one that an older version of transformers stored elsewhere. Templates with
+    other names are kept."""
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     (folder / "chat_template.json").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
@@ -220,7 +219,7 @@ def _replace_template(folder: Path, template: str) -> None:
 
 
 def _write_generation_config(folder: Path, hf: Mapping[str, Any], end_ids: Sequence[int]) -> None:
-    """Add `end_ids` to the `eos_token_id` of generation_config.json; leave the file as it is if they are there already.
+    """Add `end_ids` to the `eos_token_id` of generation_config.json; do not touch a file that has them already.
 
     A missing file is written with the special tokens of config.json, or, if that names no end token, of the tokenizer:
     without an end token, `generate` of transformers runs to its length limit.

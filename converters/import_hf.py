@@ -1,7 +1,5 @@
 """Import of a Hugging Face folder: config.json as our config, tensors as sharded arrays, read shard by shard."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -12,51 +10,56 @@ from typing import Any
 import jax
 import numpy as np
 
-from converters.errors import CheckpointError, nearest
+from converters.errors import ConversionError
 from converters.families.registry import DERIVED, family_of, weight_rows
-from converters.rows import Index, Shape, Tensor, bind, flatten, unflatten
 from converters.safetensors_io import Checkpoint, check_folder, open_checkpoint
+from converters.weight_rows import Index, Shape, Tensor, bind, flatten, unflatten
+from jaxtrain.hub import local_folder
+from jaxtrain.named import did_you_mean
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Params
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MAX_FAULTS = 20  # tensors that an error lists
-Bounds = tuple[tuple[int, int], ...]  # of a shard in its array: (start, stop) of each axis; a hashable `Index`
+ShardBounds = tuple[tuple[int, int], ...]  # of a shard in its array: (start, stop) of each axis; a hashable `Index`
 
 
 def read_config(source: str | Path | Mapping[str, Any], vocab_multiple: int = 64) -> tuple[ModelConfig, dict[str, Any]]:
-    """Our config, and the config.json that it was read from. `source` is a folder, or the content of a config.json.
+    """Our config, and the config.json that it was read from.
 
-    Raises CheckpointError for a missing folder or file, an unsupported architecture, and a key that cannot be honoured.
+    `source` is a folder, a name on the hub, or the content of a config.json.
+
+    Raises ConversionError for a missing folder or file, an unsupported architecture, and a key that is not supported.
     """
     if isinstance(source, Mapping):
         hf = dict(source)
     else:
-        hf = read_json_config(Path(source))
-        if (Path(source) / ADAPTER_CONFIG).is_file():
-            raise CheckpointError(
-                f"{source} holds {ADAPTER_CONFIG} beside config.json: transformers would load the adapter onto the "
-                "base that it names. Give that base as the model and this folder as model.lora.path, or remove the file"
+        folder = local_folder(source)
+        hf = read_json_config(folder)
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ConversionError(
+                f"{source} holds {ADAPTER_CONFIG} next to config.json: transformers would load the adapter onto the "
+                "base that it names. Use that base as the model and this folder as model.lora.path, or remove the file"
             )
     return family_of(hf).from_hf(hf, vocab_multiple), hf
 
 
 def read_json_config(folder: Path) -> dict[str, Any]:
-    """The content of the folder's config.json. Raises CheckpointError if there is none, or not a JSON object."""
+    """The content of the folder's config.json. Raises ConversionError if there is none, or not a JSON object."""
     check_folder(folder)
     return read_json_object(folder / "config.json")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Raises CheckpointError for a missing file and for one that is not a JSON object."""
+    """Raises ConversionError for a missing file and for one that is not a JSON object."""
     if not file.is_file():
-        raise CheckpointError(f"{file.parent} holds no {file.name}")
+        raise ConversionError(f"{file.parent} holds no {file.name}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+        raise ConversionError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must be an object, not {type(content).__name__}")
+        raise ConversionError(f"{file} must be an object, not {type(content).__name__}")
     return content
 
 
@@ -70,14 +73,14 @@ def import_params(
 ) -> Params:
     """Read a checkpoint into the tree of `target`, of `jax.ShapeDtypeStruct`s with the required dtype and sharding.
 
-    Each process reads what its own devices hold; a shard that several devices hold is read once. The largest
-    parameters are read first: each is in host memory while earlier ones are on the devices already, so the peak stays
-    near the size of the parameters themselves. Leaves without a sharding go to the first device.
+    Each process reads only the shards of its devices; a shard that several devices hold is read once. The largest
+    parameters are read first, since each is in host memory while earlier ones are on the devices: so the peak stays
+    near the size of the parameters. Leaves without a sharding go to the first device.
 
     `partial` allows tensors in the checkpoint that the target lacks, such as a head that is not used. `finish` maps a
     parameter, given its dotted path, to what is kept of it (a quantised one, for instance), before the next is read.
 
-    Raises CheckpointError for a missing, unexpected or misshapen tensor and for unreadable files.
+    Raises ConversionError for a missing, unexpected or misshapen tensor and for unreadable files.
     """
     leaves = flatten(target)
     with open_checkpoint(path) as checkpoint:
@@ -93,11 +96,11 @@ def import_params(
 def bind_checkpoint(
     checkpoint: Checkpoint, config: ModelConfig, shapes: Mapping[str, Shape], *, partial: bool = False
 ) -> list[Tensor]:
-    """The tensors that make up a tree of `shapes`, each one checked against the checkpoint; aliases only where stored.
-    A parameter that is stored under its alias alone is read from there.
+    """The tensors that make up a tree of `shapes`, each checked against the checkpoint; aliases only if stored.
+    A parameter that is stored only under its alias is read from there.
 
-    Raises CheckpointError, listing every tensor with the most similar name, for those that are missing, unexpected or
-    of another shape; and for an alias with other values than the tensor itself.
+    Raises ConversionError, listing every tensor with the most similar name, for those that are missing, unexpected or
+    of another shape; and for an alias whose values differ from those of the tensor.
     """
     tensors = _with_aliases_resolved(bind(weight_rows(config), shapes, config), checkpoint.entries.keys(), partial)
     expected = {t.name for t in tensors}
@@ -109,24 +112,24 @@ def bind_checkpoint(
     faults = [*sorted(missing), *sorted(surplus), *sorted(misshapen)]
     if faults:
         lines = [
-            f"lacks tensor {name}{nearest(name, surplus)}"
+            f"lacks tensor {name}{did_you_mean(name, surplus)}"
             if name in missing
-            else f"holds tensor {name}, which the model of config.json lacks{nearest(name, missing)}"
+            else f"holds tensor {name}, which the model of config.json lacks{did_you_mean(name, missing)}"
             if name in surplus
             else f"holds tensor {name} as {list(shapes_stored[name])}, config.json says {list(misshapen[name])}"
             for name in faults[:_MAX_FAULTS]
         ]
         lines += [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
-        raise CheckpointError(f"{checkpoint.folder} " + "\n  ".join(lines))
+        raise ConversionError(f"{checkpoint.folder} " + "\n  ".join(lines))
     for tensor in tensors:
         checkpoint.dtype(tensor.name)
     for alias in (t for t in tensors if t.alias):
-        _check_alias(checkpoint, alias, next(t for t in tensors if t.ours == alias.ours and not t.alias))
+        check_alias(checkpoint, alias, next(t for t in tensors if t.ours == alias.ours and not t.alias))
     return tensors
 
 
 def _with_aliases_resolved(tensors: list[Tensor], stored: Collection[str], partial: bool) -> list[Tensor]:
-    """Drop aliases that are not stored; an alias replaces its parameter where only the alias is stored."""
+    """Drop aliases that are not stored; an alias replaces its parameter if only the alias is stored."""
     under_own_name = {t.ours for t in tensors if not t.alias and t.name in stored}
     under_alias_only = {t.ours for t in tensors if t.alias and t.name in stored} - under_own_name
     resolved = []
@@ -138,12 +141,13 @@ def _with_aliases_resolved(tensors: list[Tensor], stored: Collection[str], parti
     return resolved
 
 
-def _check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
+def check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
+    """Raise ConversionError if the values of `alias` differ from those of `tensor`."""
     rows = max(1, (16 << 20) // (math.prod(tensor.shape[1:]) * 4))
     for first in range(0, tensor.shape[0], rows):
         part = (slice(first, min(first + rows, tensor.shape[0])), *(slice(0, size) for size in tensor.shape[1:]))
         if not np.array_equal(checkpoint.read(alias.name, part), checkpoint.read(tensor.name, part)):
-            raise CheckpointError(
+            raise ConversionError(
                 f"{checkpoint.folder}: config.json ties {alias.name} to {tensor.name}, but their values differ; "
                 "set tie_word_embeddings to false to keep both"
             )
@@ -152,7 +156,7 @@ def _check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
 def place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tensor]) -> jax.Array:
     """Read one parameter: a host buffer for each distinct shard, filled by tensor, then copied to its devices."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    holders: dict[Bounds, list[Any]] = {}
+    holders: dict[ShardBounds, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         holders.setdefault(_bounds(index, leaf.shape), []).append(device)
     buffers = {bounds: np.empty([stop - start for start, stop in bounds], leaf.dtype) for bounds in holders}
@@ -167,7 +171,7 @@ def place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tens
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _fill(checkpoint: Checkpoint, tensor: Tensor, buffers: Mapping[Bounds, np.ndarray]) -> None:
+def _fill(checkpoint: Checkpoint, tensor: Tensor, buffers: Mapping[ShardBounds, np.ndarray]) -> None:
     """Read the part of one tensor that any of the shards needs, once, and copy it into their buffers."""
     depth = len(tensor.stack)
     parts = {}  # position of the shard's part within this tensor, in our layout -> the buffer's view of it
@@ -185,6 +189,6 @@ def _fill(checkpoint: Checkpoint, tensor: Tensor, buffers: Mapping[Bounds, np.nd
         view[...] = block[tuple(slice(a - low, b - low) for (a, b), low in zip(part, lows, strict=True))]
 
 
-def _bounds(index: Index | None, shape: Shape) -> Bounds:
+def _bounds(index: Index | None, shape: Shape) -> ShardBounds:
     assert index is not None
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))

@@ -1,10 +1,8 @@
 """A first draft of a family's file: that of the most similar known family, with rows and keys matched to a checkpoint.
 
-Names and shapes determine most of the draft. Whatever they leave open is listed at its top, because with a tensor or a
-key that is not read, the model would compute something else.
+Names and shapes determine most of the draft. The rest is listed at its top, because with a tensor or a key that is not
+read, the model would compute something else.
 """
-
-from __future__ import annotations
 
 import ast
 import collections
@@ -17,11 +15,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families.keys import INERT_VALUES
 from converters.families.registry import FAMILIES, Family
 from converters.families.shared_keys import HONOURED, IGNORED, REFUSED
-from converters.rows import Shape, Weight, bind
+from converters.weight_rows import Shape, Weight, bind
 from jaxtrain.nn.config import ModelConfig
 
 _MIN_SIMILARITY = 0.5  # difflib's ratio between two tensor names, for a guess that they correspond
@@ -30,8 +28,8 @@ _MIN_SIMILARITY = 0.5  # difflib's ratio between two tensor names, for a guess t
 @dataclass(frozen=True)
 class Draft:
     text: str  # Python source
-    relative: str  # the known family that it was made from
-    open: list[str]  # what has to be checked by hand
+    template: str  # the known family that it was made from
+    problems: list[str]  # what has to be checked by hand
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ def draft_family(
 ) -> Draft:
     """The draft for a config.json and the shapes of its checkpoint's tensors.
 
-    `shapes_of` returns the shapes of a config's parameters, by dotted path. Raises CheckpointError if the architecture
-    has a family already, or if no known family can read this config.json.
+    `shapes_of` returns the shapes of a config's parameters, by dotted path. Raises ConversionError if the architecture
+    is supported already, or if no known family can read this config.json.
     """
     architecture, model_type = _names(hf)
     templates = _templates(stored)
@@ -68,7 +66,7 @@ def draft_family(
     if not theirs:
         problems.append("DEFAULTS holds this checkpoint's values: transformers does not know its config class")
     problems += [
-        f"key {key}, which DEFAULTS reads, is none of theirs"
+        f"key {key}, which DEFAULTS has, is unknown to transformers for this model"
         for key in match.family.DEFAULTS
         if theirs and key not in theirs
     ]
@@ -88,11 +86,11 @@ def draft_family(
 
 def _names(hf: Mapping[str, Any]) -> tuple[str, str]:
     if not hf.get("architectures") or not hf.get("model_type"):
-        raise CheckpointError("config.json lacks architectures or model_type, which select the family")
+        raise ConversionError("config.json lacks architectures or model_type, which select the family")
     architecture, model_type = str(hf["architectures"][0]), str(hf["model_type"])
     for family in FAMILIES.values():
         if architecture == family.ARCHITECTURE or model_type == family.MODEL_TYPE:
-            raise CheckpointError(f"{architecture} is read by family {family.MODEL_TYPE} already")
+            raise ConversionError(f"{architecture} is already read by family {family.MODEL_TYPE}")
     return architecture, model_type
 
 
@@ -110,7 +108,7 @@ def _their_defaults(model_type: str) -> dict[str, Any]:
 
 
 def _reads(family: Family, hf: Mapping[str, Any], key: str) -> bool:
-    """Whether the family reads or refuses a key: its tables name it, or another value makes a difference."""
+    """Whether the family reads or refuses a key: it is in its tables, or another value changes the config."""
     if key in {*family.DEFAULTS, *family.INERT, *INERT_VALUES, "rope_parameters", "rope_scaling", "rope_theta"}:
         return True
     try:
@@ -146,12 +144,12 @@ def _nearest_family(
         same_shape = collections.Counter(shape for _, shape in rows) & collections.Counter(templates.values())
         matches.append(_Match(family, rows, 2 * named + same_shape.total() - abs(len(rows) - len(templates))))
     if not matches:
-        raise CheckpointError("no known family can read this config.json:\n  " + "\n  ".join(refusals))
+        raise ConversionError("no known family can read this config.json:\n  " + "\n  ".join(refusals))
     return max(matches, key=lambda match: match.score)
 
 
 def _match_rows(match: _Match, templates: Mapping[str, Shape]) -> tuple[list[Weight], set[str], list[str]]:
-    """The rows for these tensors, the names of those that were guessed, and what has no match on either side."""
+    """The rows for these tensors, the tensor names that were guessed, and a problem for all without a match."""
     named = {row.hf for row, shape in match.rows if templates.get(row.hf) == shape}
     free = {name: shape for name, shape in templates.items() if name not in named}
     pairs = [
@@ -184,13 +182,13 @@ def _write(
     name: str,
     architecture: str,
     model_type: str,
-    relative: Family,
+    template: Family,
     defaults: Mapping[str, Any],
     inert: Mapping[str, Any],
     rows: list[str],
     problems: list[str],
 ) -> str:
-    """The source of the relative with these names, values and rows; without `rows`, its own are kept."""
+    """The source of the template family with these names, values and rows; without `rows`, its rows are kept."""
     values = {
         "ARCHITECTURE": repr(architecture),
         "MODEL_TYPE": repr(model_type),
@@ -199,12 +197,12 @@ def _write(
         **({"WEIGHTS": _literal("()", rows)} if rows else {}),
     }
     notes = [
-        f'"""{architecture}: a draft, made from family {relative.MODEL_TYPE}."""',
+        f'"""{architecture}: a draft, made from family {template.MODEL_TYPE}."""',
         "",
         f"# Made by `jaxtrain new-family {name}`; check with `jaxtrain verify`. Resolve and delete each of these:",
         *(f"# - {problem}" for problem in problems),
     ]
-    source = inspect.getsource(cast(ModuleType, relative))
+    source = inspect.getsource(cast(ModuleType, template))
     lines = source.splitlines()
     for node in reversed(ast.parse(source).body):
         start, stop = node.lineno - 1, node.end_lineno
@@ -213,14 +211,14 @@ def _write(
             (target,) = node.targets
         if isinstance(target, ast.Name) and target.id in values:
             declared = lines[start].partition("=")[0].rstrip()
-            # Comments on the relative's own values do not apply to these.
+            # The comments on the old values do not apply to the new ones.
             while lines[start - 1].startswith("#"):
                 start -= 1
             lines[start:stop] = [f"{declared} = {values[target.id]}"]
         elif start == 0:
             lines[start:stop] = notes
         elif rows and isinstance(node, ast.ImportFrom) and node.module == "converters.families.keys":
-            lines[stop:stop] = ["from converters.rows import PadVocab, Split, Transpose, Weight"]
+            lines[stop:stop] = ["from converters.weight_rows import PadVocab, Split, Transpose, Weight"]
     return "\n".join(lines) + "\n"
 
 

@@ -3,8 +3,6 @@
 This is the only file that imports torch, and only when it is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 
 
 class ModuleCall(NamedTuple):
@@ -24,9 +22,9 @@ class ModuleCall(NamedTuple):
 
 
 class Reference:
-    """A model of transformers. Keep one at a time: it is as large as the checkpoint is in `dtype`.
+    """A model of transformers. Keep only one at a time: it takes the memory of the checkpoint in `dtype`.
 
-    Raises ValueError if torch is not installed, CheckpointError if transformers cannot load the folder.
+    Raises ValueError if torch is not installed, ConversionError if transformers cannot load the folder.
     """
 
     def __init__(self, folder: Path, dtype: str):
@@ -42,10 +40,10 @@ class Reference:
                 output_loading_info=True,
             )
         except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+            raise ConversionError(f"transformers cannot load {folder}: {error}") from error
         self._torch = torch
         self._model.eval()
-        # torch drops the gradient of the padding token's row; rows are packed here, so that no token is padding.
+        # torch drops the gradient of the padding token's row; rows are packed here, so no token is padding.
         self._model.get_input_embeddings().padding_idx = None
         self.version: str = transformers.__version__
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -59,8 +57,11 @@ class Reference:
             return np.concatenate([_array(self._forward(row[None])) for row in tokens])
 
     def logits_with_perturbed_rope(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits with every frequency of rope, a float32 even in a float64 model, one unit in the last place higher:
-        any two implementations differ by as much, and over long contexts that exceeds other rounding."""
+        """Logits with every frequency of rope increased by one unit in the last place.
+
+        The frequencies are float32 even in a float64 model. Any two implementations differ by as much, and over long
+        contexts this exceeds all other rounding.
+        """
         frequencies = [buffer for name, buffer in self._model.named_buffers() if name.endswith("inv_freq")]
         kept = [buffer.clone() for buffer in frequencies]
         for buffer in frequencies:
@@ -135,7 +136,7 @@ def _import() -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"the verifier compares with transformers on torch, and {error.name} is not installed: "
+            f"the verifier needs transformers and torch, and {error.name} is not installed: "
             "pip install 'jaxtrain[verify]'"
         ) from error
     return torch, transformers

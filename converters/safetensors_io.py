@@ -1,8 +1,8 @@
-"""Safetensors files, read by byte range and written as a stream.
+"""Reads safetensors files by byte ranges and writes them as streams.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header of
-`{name: {dtype, shape, data_offsets}}`, then the tensors' bytes. The safetensors package reads slices too, but maps
-whole files: importing for eight devices peaked at 2.4 times the file's size, against under 1.2 with plain reads.
+`{name: {dtype, shape, data_offsets}}`, then the tensors' bytes. The safetensors package also reads slices, but maps
+complete files: imports for eight devices needed 2.4 times the file's size in memory, plain reads need under 1.2 times.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import ml_dtypes
 import numpy as np
 
 from converters import mxfp4
-from converters.errors import CheckpointError, nearest
-from converters.rows import Index, Shape
+from converters.errors import ConversionError
+from converters.weight_rows import Index, Shape
+from jaxtrain.hub import local_folder
+from jaxtrain.named import did_you_mean
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,20 +39,18 @@ _ITEM_SIZES = {
 }
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SHORT_RUN = (
-    16 << 10
-)  # for contiguous runs below this many bytes, reading the gaps too is faster than seeking over them
-_PIECE = 16 << 20  # bytes of scratch memory for reads that include gaps
+_SHORT_RUN = 16 << 10  # for contiguous runs below this many bytes, it is faster to read the gaps than to skip them
+_PIECE = 16 << 20  # bytes of temporary memory for reads that include gaps
 
 
 class Entry(NamedTuple):
     """The location of one tensor."""
 
     file: Path
-    dtype: str  # as safetensors spells it
+    dtype: str  # the name in safetensors
     shape: Shape
     start: int  # bytes from the beginning of the file
-    packed: tuple[Entry, Entry] | None = None  # blocks and scales, if this is an MXFP4 tensor that is read as BF16
+    packed: tuple[Entry, Entry] | None = None  # blocks and scales of an MXFP4 tensor, which is read as BF16
 
     @property
     def files(self) -> set[Path]:
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """An opened folder: the entry of every tensor, and reads of rectangles of them. Reads are thread-safe."""
+    """An opened folder, from which rectangles of tensors can be read. Thread-safe."""
 
     folder: Path
     entries: dict[str, Entry]
@@ -77,10 +77,10 @@ class Checkpoint:
         self._files = {}
 
     def dtype(self, name: str) -> np.dtype:
-        """Raises CheckpointError for any dtype other than those in `DTYPES`."""
+        """Raises ConversionError for any dtype other than those in `DTYPES`."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise CheckpointError(
+            raise ConversionError(
                 f"{entry.file}: tensor {name} is {entry.dtype}; only {', '.join(DTYPES)} can be read "
                 "(dequantise a quantised checkpoint first)"
             )
@@ -108,7 +108,7 @@ class Checkpoint:
         experts, inside, outside = index
         runs = slice(inside.start // mxfp4.RUN, -(-inside.stop // mxfp4.RUN))
         where = (experts, outside, runs)
-        numbers = mxfp4.decode(
+        numbers = mxfp4.decode_mxfp4(
             self._read(blocks, np.uint8, (*where, slice(0, blocks.shape[3]))), self._read(scales, np.uint8, where)
         )
         first = runs.start * mxfp4.RUN
@@ -131,9 +131,9 @@ class Checkpoint:
         rows = max(1, _PIECE // row_bytes)
         for first in range(0, len(out), rows):
             part = out[first : first + rows]
-            whole = np.empty((len(part), *entry.shape[1:]), out.dtype)
-            self._pread(whole, entry.file, entry.start + (index[0].start + first) * row_bytes)
-            part[...] = whole[(slice(None), *index[1:])]
+            rows_read = np.empty((len(part), *entry.shape[1:]), out.dtype)
+            self._pread(rows_read, entry.file, entry.start + (index[0].start + first) * row_bytes)
+            part[...] = rows_read[(slice(None), *index[1:])]
 
     def _pread(self, out: np.ndarray, file: Path, start: int) -> None:
         view = out.reshape(-1).view(np.uint8).data
@@ -141,27 +141,29 @@ class Checkpoint:
         while done < len(view):
             count = os.preadv(self._files[file], [view[done:]], start + done)
             if count == 0:
-                raise CheckpointError(f"{file} ended while it was read, at byte {start + done}")
+                raise ConversionError(f"{file} ended while it was read, at byte {start + done}")
             done += count
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Parse the headers of a folder's safetensors files; use the result as a context manager to read.
+    """Parse the headers of the safetensors files of a folder, or of a model on the hub.
 
-    A tensor that several files hold is read from the last of them in sorted order, as transformers does, with a
-    warning where the copies differ.
+    Use the result as a context manager to read.
 
-    Raises CheckpointError for a missing folder or file, a pickle, an invalid header, a truncated file, and an index
-    that leaves its folder or does not agree with its files.
+    A tensor in several files is read from the last of them in sorted order, as in transformers, with a warning if the
+    copies differ.
+
+    Raises ConversionError for a missing folder or file, a pickle, an invalid header, a truncated file, and an index
+    with paths outside of the folder or without agreement with its files.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     check_folder(folder)
     index = _read_index(folder)
     files = sorted(set(index.values())) if index is not None else [SINGLE]
     headers = {file: read_header(folder / file) for file in files}
     for name, file in (index or {}).items():
         if name not in headers[file]:
-            raise CheckpointError(f"{folder / INDEX} puts tensor {name} into {file}, which does not hold it")
+            raise ConversionError(f"{folder / INDEX} puts tensor {name} into {file}, which does not hold it")
     entries: dict[str, Entry] = {}
     copies: dict[str, list[Entry]] = {}
     for header in headers.values():
@@ -200,8 +202,8 @@ def _unpacked(entries: dict[str, Entry]) -> dict[str, Entry]:
         if base == name or scales is None or (blocks.dtype, scales.dtype) != ("U8", "U8"):
             continue
         if blocks.shape != (*scales.shape, mxfp4.RUN // 2) or len(scales.shape) != 3:
-            raise CheckpointError(
-                f"{blocks.file}: {name} {list(blocks.shape)} and its scales {list(scales.shape)} are no MXFP4 pair"
+            raise ConversionError(
+                f"{blocks.file}: {name} {list(blocks.shape)} and scales {list(scales.shape)} are not a valid MXFP4 pair"
             )
         experts, outside, runs = scales.shape
         del tensors[name], tensors[base + mxfp4.SCALES]
@@ -211,26 +213,26 @@ def _unpacked(entries: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises CheckpointError if the folder does not exist, naming the most similar one next to it."""
+    """Raises ConversionError, with the most similar sibling folder, if the folder does not exist."""
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, siblings) or "; models are read from folders, as `hf download` writes them"
-        raise CheckpointError(f"no checkpoint folder {folder}{hint}")
+        hint = did_you_mean(folder.name, siblings) or "; models are read from folders, as `hf download` writes them"
+        raise ConversionError(f"no checkpoint folder {folder}{hint}")
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The entry of every tensor.
+    """The entries of all tensors in a file.
 
-    Raises CheckpointError for every header that the reference implementation refuses: one that is not valid JSON, an
-    unknown dtype, byte ranges that overlap or leave gaps, and a file of another length than its header says. Also for
-    a tensor that is named twice, of which the reference implementation takes the last.
+    Raises ConversionError for every header that the reference implementation refuses: invalid JSON, an unknown dtype,
+    byte ranges that overlap or leave gaps, and a file length that does not match. Also for a tensor that is named twice
+    (the reference implementation uses the last one).
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{file} is not a safetensors file, or truncated: {size} bytes, header of {length}")
+            raise ConversionError(f"{file} is not a safetensors file, or truncated: {size} bytes, header of {length}")
         text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -240,10 +242,10 @@ def read_header(file: Path) -> dict[str, Entry]:
         entries = {name: _entry(file, 8 + length, tensor) for name, tensor in header.items()}
         end = _check_contiguous(entries, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a broken safetensors header: {error}") from None
+        raise ConversionError(f"{file} has an invalid safetensors header: {error}") from None
     if end != size:
         state = "truncated" if end > size else "longer than its header says"
-        raise CheckpointError(f"{file} is {state}: {size} bytes, its header says {end}")
+        raise ConversionError(f"{file} is {state}: {size} bytes, its header says {end}")
     return entries
 
 
@@ -269,7 +271,7 @@ def _entry(file: Path, data: int, header: Mapping[str, Any]) -> Entry:
 
 
 def _check_contiguous(entries: Mapping[str, Entry], start: int) -> int:
-    """The end of the last tensor. Raises ValueError where a byte from `start` on is in no tensor, or in two."""
+    """The end of the last tensor. Raises ValueError if a byte from `start` on is in no tensor, or in two."""
     end, before = start, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, _num_bytes(item[1]))):
         if entry.start != end:
@@ -287,30 +289,30 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     """The index's map from tensor to file; None if a single file holds the model (which has precedence, as in
     transformers).
 
-    Raises CheckpointError for a broken index, before any file that it names is touched for one that leaves the folder.
+    Raises ConversionError for an invalid index. Paths outside of the folder are refused before any file is opened.
     """
     if (folder / SINGLE).is_file():
         return None
     if not (folder / INDEX).is_file():
-        raise CheckpointError(_no_weights(folder))
+        raise ConversionError(_no_weights(folder))
     try:
         index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / INDEX} is not a safetensors index: {error!r}") from None
+        raise ConversionError(f"{folder / INDEX} is not a safetensors index: {error!r}") from None
     for name, file in index.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{folder / INDEX} names {file!r} for {name}, which is not a file name")
+            raise ConversionError(f"{folder / INDEX} names {file!r} for {name}, which is not a file name")
         if leaves_folder(file):
-            raise CheckpointError(f"{folder / INDEX} names {file} (for {name}), which is outside of the folder")
+            raise ConversionError(f"{folder / INDEX} names {file} (for {name}), which is outside of the folder")
     for name, file in index.items():
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / INDEX} names {file} (for {name}), which does not exist")
+            raise ConversionError(f"{folder / INDEX} names {file} (for {name}), which does not exist")
     return index
 
 
 def leaves_folder(file: str) -> bool:
-    """Whether a relative file name points out of its folder. Links are not followed: the Hub's cache consists of
-    links to files elsewhere."""
+    """Whether a relative file name leads out of its folder. Links are not resolved: the Hub's cache consists of links
+    to files elsewhere."""
     paths = PurePosixPath(file), PureWindowsPath(file)
     return any(path.is_absolute() or bool(path.anchor) or ".." in path.parts for path in paths)
 
@@ -327,7 +329,7 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} holds neither {SINGLE} nor {INDEX}" + (f"; it holds {', '.join(found[:5])}" if found else "")
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -339,22 +341,24 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan_files(specs: Sequence[Spec], max_bytes: int) -> dict[str, list[Spec]]:
-    """The tensors of each file, in the order they are written: `model.safetensors`, or numbered files if that would
-    exceed `max_bytes`. A tensor larger than that gets a file of its own."""
-    shards: list[list[Spec]] = [[]]
+def plan_files(specs: Sequence[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
+    """The tensors of each file, in the order of writing: `model.safetensors`, or numbered files of at most `max_bytes`.
+    A larger tensor gets a separate file."""
+    shards: list[list[TensorSpec]] = [[]]
     for spec in sorted(specs, key=lambda spec: _natural(spec.name)):
         if shards[-1] and sum(s.num_bytes for s in shards[-1]) + spec.num_bytes > max_bytes:
             shards.append([])
         shards[-1].append(spec)
-    # Wide types first, as the reference implementation does, so that every tensor is aligned to its type.
+    # Wide types first, as in the reference implementation, so that every tensor is aligned.
     shards = [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     return dict(zip(names, shards, strict=True))
 
 
-def write_checkpoint(folder: Path, files: Mapping[str, Sequence[Spec]], fetch: Callable[[str], np.ndarray]) -> None:
+def write_checkpoint(
+    folder: Path, files: Mapping[str, Sequence[TensorSpec]], fetch: Callable[[str], np.ndarray]
+) -> None:
     """Write `files`, and an index if there are several.
 
     `fetch` is called once for each tensor, in order, and its result is written immediately, so that only one tensor
@@ -369,7 +373,7 @@ def write_checkpoint(folder: Path, files: Mapping[str, Sequence[Spec]], fetch: C
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(file: Path, specs: Sequence[Spec], fetch: Callable[[str], np.ndarray]) -> None:
+def _write_file(file: Path, specs: Sequence[TensorSpec], fetch: Callable[[str], np.ndarray]) -> None:
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -387,5 +391,5 @@ def _write_file(file: Path, specs: Sequence[Spec], fetch: Callable[[str], np.nda
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """A sort key that orders layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,12 +1,12 @@
-"""Tokenizers of Hugging Face folders, and the byte-level one of the quickstart."""
-
-from __future__ import annotations
+"""Loads and saves tokenizers of Hugging Face folders, and makes the byte-level tokenizer of the quickstart."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from jaxtrain.hub import local_folder
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -19,14 +19,14 @@ CHATML = (
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face folder, chat template included.
+    """Load the tokenizer of a Hugging Face folder or of a model on the hub, with its chat template.
 
     Reads tokenizer.json directly, which needs neither torch nor a tokenizer class of the model. A tokenizer without a
-    padding token pads with its end-of-sequence token, which is safe here: segment ids mark padding, not token ids.
+    padding token uses its end-of-sequence token, which is safe because padding is marked by segment ids.
 
-    Raises ValueError for a folder without tokenizer.json, or with one that cannot be read.
+    Raises ValueError for a missing or invalid tokenizer.json.
     """
-    folder = Path(folder)
+    folder = local_folder(folder, weights=False)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(_why_missing(folder))
     try:
@@ -39,7 +39,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], special: bool) -> list[int]:
-    """Add those of `tokens` that are new to the tokenizer. Returns their ids, consecutive and ascending."""
+    """Add the `tokens` that the tokenizer lacks. Returns their ids, which are consecutive."""
     known = tokenizer.get_vocab()
     new = [token for token in tokens if token not in known]
     backend = tokenizer.backend_tokenizer
@@ -57,9 +57,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: str | Path) -> None:
 
 
 def write_byte_tokenizer(out: str | Path) -> PreTrainedTokenizerFast:
-    """Write and return a tokenizer of 256 bytes and ChatML's three special tokens: any text, nothing to download.
+    """Write and return a tokenizer of 256 bytes and the three special tokens of ChatML, which encodes any text.
 
-    Its end-of-sequence token is <|im_end|>, which ends both turns and texts, so that a sampler stops after either.
+    Its end-of-sequence token <|im_end|> ends both turns and texts, so that a sampler stops after either.
     """
     bytes_in_order = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(bytes_in_order)}, merges=[]))
@@ -79,7 +79,7 @@ def write_byte_tokenizer(out: str | Path) -> PreTrainedTokenizerFast:
 
 def _why_missing(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: no such folder to read a tokenizer from"
+        return f"tokenizer folder {folder} does not exist"
     if (folder / "tokenizer.model").is_file():
-        return f"{folder}: holds only a sentencepiece model; save it once with transformers to get a tokenizer.json"
-    return f"{folder}: there is no tokenizer.json in this folder; model.tokenizer can name another one"
+        return f"{folder} has only a sentencepiece model; save it once with transformers to get a tokenizer.json"
+    return f"{folder} has no tokenizer.json; set model.tokenizer to a folder that has one"

@@ -1,6 +1,4 @@
-"""Comparison of two forward passes: statistics by position, pairs of modules, and the first pair that departs."""
-
-from __future__ import annotations
+"""Comparison of two forward passes: statistics by position, pairs of modules, and the first pair that differs."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,36 +7,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-from converters.rows import Tensor
+from converters.weight_rows import Tensor
 
 RANGES = (0, 16, 64, 256)
-"""Where ranges of positions begin: errors in rope and windows appear late, or grow."""
+"""Starts of the ranges of positions: errors in rope and windows appear late, or grow."""
 
 
 @dataclass(frozen=True)
-class Span:
-    """Logits over a range of positions."""
+class RangeStatistics:
+    """How the logits over a range of positions differ."""
 
     start: int
     stop: int
-    difference: float  # the largest |ours - theirs|
+    difference: float  # maximum of |ours - theirs|
     kl: float  # mean KL(theirs || ours), nats
     median_kl: float
-    top1: float  # how often the most probable token is the same
+    top1: float  # share of tokens where the most probable token is the same
 
 
-def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> list[Span]:
+def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> list[RangeStatistics]:
     """Compare logits [B, T, V]: over all positions, then by range."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     length = ours.shape[1]
     # One position at a time: in double precision, all positions would take several times the memory of the logits.
     statistics = np.asarray([_compare_position(ours[:, t], theirs[:, t]) for t in range(length)])
     starts = [start for start in RANGES if start < length]
-    spans = []
+    ranges = []
     for start, stop in [(0, length), *zip(starts, [*starts[1:], length], strict=True)]:
         differences, kls, same = statistics[start:stop].T
-        spans.append(
-            Span(
+        ranges.append(
+            RangeStatistics(
                 start,
                 stop,
                 difference=float(differences.max()),
@@ -47,7 +45,7 @@ def compare_logits(ours: np.ndarray, theirs: np.ndarray) -> list[Span]:
                 top1=float(same.mean()),
             )
         )
-    return spans
+    return ranges
 
 
 def _compare_position(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
@@ -64,14 +62,14 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 class Pair(NamedTuple):
     hf: str
-    shared: bool = False  # theirs does the work of several of ours (a fused q, k and v)
+    shared: bool = False  # theirs corresponds to several of ours (a fused q, k and v)
 
 
 def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[str, Pair]:
     """The paths of our modules with those of theirs, from the weight rows: modules with the same weights correspond.
 
-    A module without weights of its own is paired where all the weights below it lie below one module of theirs.
-    `owners` says which parameter of transformers' model holds each of the checkpoint's tensors.
+    A module without weights is paired with the innermost module of theirs that contains all the weights below it.
+    `owners` maps each of the checkpoint's tensors to the parameter of transformers' model that holds it.
     """
     holders: dict[str, set[str]] = {}
     for tensor in tensors:
@@ -90,7 +88,7 @@ def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[s
 
 
 def module_path(tensor: Tensor) -> str:
-    """The tensor of layer 3 of `layers.attn.q_proj.kernel` belongs to module `layers.3.attn.q_proj`."""
+    """The path of the tensor's module: `layers.3.attn.q_proj` for layer 3 of `layers.attn.q_proj.kernel`."""
     top, *inner = _parent(tensor.ours).split(".")
     return ".".join([top, *map(str, tensor.stack[:1]), *inner])
 
@@ -130,15 +128,15 @@ def compare_values(ours: np.ndarray, theirs: np.ndarray, shape: tuple[int, int])
 
 
 @dataclass(frozen=True)
-class Departure:
-    """The first place where the two models depart from each other."""
+class Mismatch:
+    """The first place where the two models differ."""
 
     where: str  # ours: layers.3.attn
     hf: str  # theirs: model.layers.3.self_attn
     what: str  # the part of the module; empty for the module itself
     suspects: str
     error: float
-    position: int  # the first departing one
+    position: int  # the first that differs
 
     def __str__(self) -> str:
         place = f"{self.where}{f' ({self.what})' if self.what else ''}, in transformers {self.hf}"
@@ -157,11 +155,11 @@ SUSPECTS = {
 _SUM = "a sum with the residual stream, a norm or a factor"
 
 
-def first_departure(points: Sequence[Point]) -> Departure | None:
-    """The location of the first departing point; `points` are in the order in which ours were computed.
+def first_mismatch(points: Sequence[Point]) -> Mismatch | None:
+    """The location of the first point that differs; `points` are in the order in which ours were computed.
 
-    If the output of a module departs, the fault is in the module itself, or in what follows its last sub-module. If its
-    input departs, the fault is in its parent, between the modules that agreed and this one.
+    If the output of a module differs, the error is in the module itself, or in what follows its last sub-module. If its
+    input differs, the error is in its parent, between the modules that agree and this one.
     """
     first = next((number for number, point in enumerate(points) if point.position >= 0), None)
     if first is None:
@@ -171,13 +169,13 @@ def first_departure(points: Sequence[Point]) -> Departure | None:
         inner = _outputs(before, point.path)
         what = f"after {', '.join(inner)}" if inner else ""
         suspects = _SUM if inner else _suspects(_name(point.path))
-        return Departure(point.path, point.hf, what, suspects, point.error, point.position)
+        return Mismatch(point.path, point.hf, what, suspects, point.error, point.position)
     above = next((each for each in before if each.path == _parent(point.path)), None)
     siblings = _outputs(before, above.path if above else "")
     what = f"between {', '.join(siblings) or 'its input'} and {_name(point.path) if above else point.path}"
     suspects = SUSPECTS.get(_name(point.path), _SUM)
     where, hf = (above.path, above.hf) if above else ("the model", "the model")
-    return Departure(where, hf, what, suspects, point.error, point.position)
+    return Mismatch(where, hf, what, suspects, point.error, point.position)
 
 
 def _outputs(points: Sequence[Point], parent: str) -> list[str]:

@@ -2,43 +2,42 @@
 
     import jaxtrain as jt
 
-The names of this page are stable; importing it imports nothing else. See docs/start.md and docs/reference.md.
+These names are stable, and their modules are imported when they are used. See docs/start.md and docs/reference.md.
 """
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 from jaxtrain.lazy import lazy
 
 if TYPE_CHECKING:
-    from jaxtrain import objectives as objectives
-    from jaxtrain import rl as rl
-    from jaxtrain.config import ConfigError as ConfigError
-    from jaxtrain.config import RunConfig as RunConfig
-    from jaxtrain.config import SourceSection as Dataset
-    from jaxtrain.config import load_config as load_config
-    from jaxtrain.config import parse_config as parse_config
-    from jaxtrain.parallel import mesh as mesh
-    from jaxtrain.recipes.run import run as run
-    from jaxtrain.rl.algorithms import Algorithm as Algorithm
-    from jaxtrain.rl.environments import Environment as Environment
-    from jaxtrain.rl.environments import Opening as Opening
-    from jaxtrain.rl.environments import Reply as Reply
-    from jaxtrain.roles.role import Role as Role
-    from jaxtrain.roles.role import TrainedRole as TrainedRole
-    from jaxtrain.sample.requests import Completion as Completion
-    from jaxtrain.sample.requests import SamplingParams as SamplingParams
-    from jaxtrain.serve.generate import generate as generate
-    from jaxtrain.serve.generate import load as load
-    from jaxtrain.session.export import export_run as export_run
-    from jaxtrain.session.export import save as save
-    from jaxtrain.session.session import Outcome as Outcome
-    from jaxtrain.session.session import Session as Session
+    from jaxtrain import objectives, rl
+    from jaxtrain.config import (
+        ConfigError,
+        RunConfig,
+        load_config,
+        parse_config,
+    )
+    from jaxtrain.config import (
+        SourceSection as Dataset,
+    )
+    from jaxtrain.parallel import mesh
+    from jaxtrain.recipes.run import run
+    from jaxtrain.rl.algorithms import Algorithm
+    from jaxtrain.rl.environments import Environment, Opening, Reply
+    from jaxtrain.roles.role import Role, TrainedRole
+    from jaxtrain.sample.requests import Completion, SamplingParams
+    from jaxtrain.serve.python_api import generate, load
+    from jaxtrain.session.export import export_run, save
+    from jaxtrain.session.session import Outcome, Session
 
 __version__ = "0.1.0"
 
-# Read when transformers is imported, which says that torch is not there: only its tokenizers are used.
+# Disables transformers' warning that torch is not installed: only its tokenizers are used.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# tqdm, which transformers imports, asks for ipywidgets in a notebook. jaxtrain shows no bars of tqdm.
+warnings.filterwarnings("ignore", "IProgress not found")
 
 _WHERE = {
     "parse_config": "jaxtrain.config:parse_config",
@@ -51,8 +50,8 @@ _WHERE = {
     "Session": "jaxtrain.session.session:Session",
     "Role": "jaxtrain.roles.role:Role",
     "TrainedRole": "jaxtrain.roles.role:TrainedRole",
-    "load": "jaxtrain.serve.generate:load",
-    "generate": "jaxtrain.serve.generate:generate",
+    "load": "jaxtrain.serve.python_api:load",
+    "generate": "jaxtrain.serve.python_api:generate",
     "SamplingParams": "jaxtrain.sample.requests:SamplingParams",
     "Completion": "jaxtrain.sample.requests:Completion",
     "save": "jaxtrain.session.export:save",

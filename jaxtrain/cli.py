@@ -1,15 +1,21 @@
-"""The `jaxtrain` command: arguments in, a recipe called, errors on one line."""
+"""The `jaxtrain` command: parses arguments, calls a recipe, prints errors on one line."""
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from enum import StrEnum
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from jaxtrain.launch import BackendName
+from jaxtrain.observe.logs import log_to_stderr
+from jaxtrain.sample.requests import EngineLimits, SamplingParams
 
 app = typer.Typer(
     help="Post-train open-weight language models in JAX.",
@@ -19,79 +25,181 @@ app = typer.Typer(
 )
 
 
-_PIECE = 8  # tokens that are shown at a time
-
-
-class ComputeDtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+_CHUNK_TOKENS = 8  # maximum tokens of a streamed chunk
 QUICKSTART = Path("configs/quickstart/sft.yaml")
-Model = Annotated[Path, typer.Argument(help="Hugging Face folder")]
-Dtype = Annotated[ComputeDtype, typer.Option(help="of the weights and the cache")]
-MaxLength = Annotated[int, typer.Option(help="tokens of prompt and answer together", min=2)]
-MaxTokens = Annotated[int | None, typer.Option(help="new tokens; default: as many as --max-length leaves")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy")]
-TopK = Annotated[int, typer.Option(help="0 keeps all")]
-TopP = Annotated[float, typer.Option(help="1 keeps all")]
-MinP = Annotated[float, typer.Option(help="0 keeps all")]
-Seed = Annotated[int | None, typer.Option(help="decides what is sampled")]
-Stop = Annotated[list[str] | None, typer.Option(help="text that ends an answer; as often as needed")]
-CacheGib = Annotated[float | None, typer.Option(help="instead of --slots: GiB of cache a device may hold")]
-Slots = Annotated[int | None, typer.Option(help="answers generated together; default 32 for every device", min=1)]
-Tensor = Annotated[int, typer.Option(help="devices that share one copy of the model", min=1)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed")]
+_MODEL = "Hugging Face folder, local or a URL, or owner/name[@revision] on the hub"
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL)]
+ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run")]
+OutArgument = Annotated[str, typer.Argument(help="folder to write, local or a URL")]
+FloatType = Literal["float32", "bfloat16", "float16"]
+Command = Callable[..., None]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="section.key=value; repeatable")]
+
+NO_OPTIONS = {
+    "stop_ids": "an answer ends at the model's own end tokens",
+    "logit_bias": "a mapping of token ids: for programs and the server",
+    "allowed_ids": "token ids: for programs",
+    "trie": "an object: for programs",
+    "alternatives": "the file of answers has no place for them",
+    "logprobs": "the file of answers always has them",
+}
+"""Fields of SamplingParams that are no options of a command, and why."""
+
+
+@dataclass(frozen=True)
+class _Serving:
+    """Options of `load_served`."""
+
+    max_length: Annotated[int, Ge(2), Doc("tokens of prompt and answer together")] = 2048
+    slots: Annotated[int | None, Ge(1), Doc("answers generated together; default 32 for every device")] = None
+    cache_gib: Annotated[float | None, Doc("instead of --slots: GiB of cache a device may hold")] = None
+    tensor: Annotated[int, Ge(1), Doc("devices that share one copy of the model")] = 1
+    dtype: Annotated[FloatType, Doc("of the weights and the cache")] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class _Launching:
+    """Options of `launch`, for every backend."""
+
+    nodes: Annotated[int | None, Ge(1), Doc("processes: one per host of a cluster, or several on this machine")] = None
+    retries: Annotated[int, Ge(0), Doc("restarts from the last checkpoint after failures")] = 3
+    name: Annotated[str | None, Doc("of the job; default: the last part of run.dir")] = None
+    cluster: Annotated[Path | None, Doc("YAML file with the backend's options")] = None
+    option: Annotated[list[str] | None, Doc("key=value, an option of the backend; repeatable")] = None
+
+
+def _with_options(*records: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Gives a command, in the place of its `**given`, an option for each field of the dataclasses `records`."""
+    options = [
+        _option(record, field.name)
+        for record in records
+        for field in fields(record)
+        if field.name not in {*NO_OPTIONS, *without}
+    ]
+
+    def add(command: Command) -> Command:
+        *written, _ = signature(command, eval_str=True).parameters.values()
+        required = [each for each in written if each.default is each.empty]
+        vars(command)["__signature__"] = Signature([*required, *options, *written[len(required) :]])
+        return command
+
+    return add
+
+
+def _option(record: type, name: str) -> Parameter:
+    kind, *marks = get_args(get_type_hints(record, include_extras=True)[name])
+    text = next(mark.documentation for mark in marks if isinstance(mark, Doc))
+    least: Any = next((mark.ge for mark in marks if isinstance(mark, Ge)), None)
+    default = getattr(record, name)
+    if name == "stop":
+        kind, default = list[str] | None, None
+    annotation = Annotated[kind, typer.Option(help=text, min=least)]
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+
+
+def _fields_of(record: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options `given` that are fields of `record`."""
+    return {field.name: given[field.name] for field in fields(record) if given.get(field.name) is not None}
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
-    overrides: Overrides = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="print the resolved config and stop")] = False,
-    resume: Annotated[bool, typer.Option(help="go on where the run folder's newest checkpoint ends")] = True,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="print the resolved config and exit")] = False,
+    resume: Annotated[bool, typer.Option(help="resume from the newest checkpoint in the run folder")] = True,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="resume although KEY differs from the run's config; as often as needed"),
+        typer.Option(metavar="KEY", help="resume although KEY differs from the run's config; repeatable"),
     ] = None,
 ) -> None:
-    """Train, or go on training, as CONFIG says."""
+    """Train the run of CONFIG, or resume it."""
     from jaxtrain.train.preemption import Preemption
 
-    with Preemption() as preemption:  # before anything that takes long is imported
-        from jaxtrain.config import dump_config, load_config
-        from jaxtrain.recipes.run import run as run_recipe
-
-        run = load_config(config, overrides)
+    with Preemption() as preemption:  # before the slow imports
         if print_config:
-            typer.echo(dump_config(run), nl=False)
+            typer.echo(_resolved(config, overrides or []), nl=False)
             return
-        outcome = run_recipe(run, resume=resume, allow_change=allow_change or (), preemption=preemption)
-        sys.exit(outcome.exit_code)
+        from jaxtrain.recipes.run import run_file
+
+        options = {"resume": resume, "allow_change": allow_change or (), "preemption": preemption}
+        sys.exit(run_file(config, overrides or (), **options))
+
+
+def _resolved(config: Path, overrides: list[str]) -> str:
+    """The config with every default, or those of its stages, as YAML."""
+    from jaxtrain.config import dump_config, load_config
+    from jaxtrain.config.stages import has_stages, load_stages
+
+    if has_stages(config):
+        return "---\n".join(dump_config(stage.config) for stage in load_stages(config, overrides))
+    return dump_config(load_config(config, overrides))
+
+
+@app.command()
+@_with_options(_Launching)
+def launch(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    backend: Annotated[BackendName, typer.Option(help="who starts the processes")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be submitted, and exit")] = False,
+    **given: Any,
+) -> None:
+    """Train the run of CONFIG in several processes, which are restarted after a failure: docs/pods.md."""
+    from jaxtrain.launch import backend_class
+    from jaxtrain.launch.job import make_job
+
+    options = _Launching(**_fields_of(_Launching, given))
+    chosen = backend_class(backend).from_options(options.cluster, options.option or ())
+    job = make_job(config, overrides or (), nodes=options.nodes, retries=options.retries, name=options.name)
+    if dry_run:
+        typer.echo(chosen.render(job), nl=False)
+        return
+    sys.exit(chosen.submit(job))
+
+
+@app.command()
+def preview(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    rows: Annotated[int, typer.Option(help="rows of each source that are shown", min=0)] = 5,
+) -> None:
+    """Show what CONFIG trains on, without the model: rows as tokens, lengths, packing, and the number of steps.
+
+    Trained tokens are green on a terminal, and in brackets elsewhere.
+    """
+    from jaxtrain.config import load_config
+    from jaxtrain.recipes.preview import preview as show
+
+    show(load_config(config, overrides), rows=rows)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
-    out: Annotated[Path, typer.Argument(help="folder to write")],
-    step: Annotated[int | None, typer.Option(help="of which checkpoint; default: the newest", min=0)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's own")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="write the adapters alone, as a PEFT folder")] = False,
+    out: OutArgument,
+    step: Annotated[int | None, typer.Option(help="step of the checkpoint; default: the newest", min=0)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's dtype")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="write only the adapters, as a PEFT folder")] = False,
+    best: Annotated[bool, typer.Option("--best", help="the checkpoint with the best eval.best.metric")] = False,
 ) -> None:
-    """Write a run's model as a Hugging Face folder, adapters merged."""
+    """Write a run's model as a Hugging Face folder, with merged adapters."""
     from jaxtrain.session.export import export_run
+    from jaxtrain.session.record import best_step
 
+    if best and step is not None:
+        raise ValueError("give either --best or --step")
+    step = best_step(run) if best else step
     export_run(run, out, step=step, dtype=dtype, adapter=adapter)
     typer.echo(f"wrote {out}")
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder")],
-    out: Annotated[Path, typer.Argument(help="folder to write")],
+    source: ModelArgument,
+    out: OutArgument,
 ) -> None:
-    """Import and export a checkpoint without training: a test that it survives, tensor by tensor."""
+    """Import and export a checkpoint without training; checks every tensor."""
     from jaxtrain.session.export import convert_checkpoint
 
     convert_checkpoint(source, out)
@@ -100,35 +208,35 @@ def convert(
 
 @app.command()
 def verify(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder, or a model's name on the Hub")],
-    tokens: Annotated[int, typer.Option(help="length of the sequences compared", min=2)] = 600,
-    dtype: Annotated[ComputeDtype, typer.Option(help="the run's dtype, besides float32")] = ComputeDtype.bfloat16,
-    layers: Annotated[bool, typer.Option("--layers", help="list every layer's difference")] = False,
+    source: ModelArgument,
+    tokens: Annotated[int, typer.Option(help="length of the compared sequences", min=2)] = 600,
+    dtype: Annotated[FloatType, typer.Option(help="dtype, in addition to float32")] = "bfloat16",
+    layers: Annotated[bool, typer.Option("--layers", help="list the differences of all layers")] = False,
     gradients: Annotated[bool, typer.Option("--gradients", help="compare the gradient of every tensor")] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="compare decoding token by token over a cache")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="compare decoding with a cache")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Compare a checkpoint under jaxtrain and under transformers. Exit code 1 where they differ, and the place said."""
+    """Compare a checkpoint in jaxtrain and in transformers. If they differ, name the place and exit with 1."""
     from jaxtrain.verify import print_report, verify
 
-    report = verify(source, tokens=tokens, dtype=dtype.value, layers=layers, gradients=gradients, decode=decode)
+    report = verify(source, tokens=tokens, dtype=dtype, layers=layers, gradients=gradients, decode=decode)
     print_report(report, as_json)
     sys.exit(0 if report.passed else 1)
 
 
 @app.command("new-family")
 def new_family(
-    name: Annotated[str, typer.Argument(help="what to call the family's file")],
-    source: Annotated[Path, typer.Option("--from", help="Hugging Face folder of a model of that family")],
+    name: Annotated[str, typer.Argument(help="name of the family's file")],
+    source: Annotated[str, typer.Option("--from", help=f"a model of that family: {_MODEL}")],
     out: Annotated[Path | None, typer.Option(help="file to write; default: NAME.py")] = None,
 ) -> None:
-    """Draft a family's file: the rows and keys that can be guessed from a checkpoint, and a list of the others."""
+    """Draft the file of a model family from a checkpoint, with a list of unresolved rows and keys."""
     from jaxtrain.recipes.new_family import write_draft
 
     file = out or Path(f"{name}.py")
     draft = write_draft(name, source, file)
-    typer.echo(f"wrote {file}, made from family {draft.relative}")
-    for problem in draft.open:
+    typer.echo(f"wrote {file}, made from family {draft.template}")
+    for problem in draft.problems:
         typer.echo(f"  look at: {problem}")
 
 
@@ -136,137 +244,107 @@ def new_family(
 def replay(
     run: Annotated[Path, typer.Argument(help="folder of a run of recipe rl")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
-    overrides: Overrides = None,
+    overrides: OverridesArgument = None,
 ) -> None:
-    """Train once more from the samples that RUN recorded, without sampling, and compare the losses."""
+    """Repeat the training of RUN from its recorded samples, and compare the losses."""
     from jaxtrain.recipes.replay import replay as replay_run
 
     steps, difference = replay_run(run, out, overrides)
-    typer.echo(f"{steps} steps; the largest difference between a loss and the recorded one is {difference:.3g}")
+    typer.echo(f"{steps} steps; the maximum difference between a loss and the recorded one is {difference:.3g}")
 
 
 @app.command()
+@_with_options(SamplingParams, _Serving)
 def generate(
-    model: Model,
+    model: ModelArgument,
     prompts: Annotated[
-        Path,
-        typer.Option(help=".jsonl or .parquet: rows with prompt, messages or prompt_ids", exists=True, dir_okay=False),
+        str, typer.Option(help="a file or URL, as data.train.path: rows with prompt, messages or prompt_ids")
     ],
-    out: Annotated[Path, typer.Option(help=".jsonl to write: the rows, with their completions")],
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    n: Annotated[int, typer.Option(help="completions of each prompt")] = 1,
-    seed: Seed = None,
-    stop: Stop = None,
-    plain: Annotated[bool, typer.Option("--plain", help="a prompt is text to continue, not a user's turn")] = False,
-    max_length: MaxLength = 2048,
-    slots: Slots = None,
-    cache_gib: CacheGib = None,
-    tensor: Tensor = 1,
-    dtype: Dtype = ComputeDtype.bfloat16,
+    out: Annotated[Path, typer.Option(help=".jsonl file to write: the rows with their completions")],
+    plain: Annotated[bool, typer.Option("--plain", help="a prompt is text to continue, not a user message")] = False,
+    **given: Any,
 ) -> None:
-    """Continue every prompt of a file."""
+    """Complete every prompt of a file."""
     from jaxtrain.recipes.generate import generate_file
-    from jaxtrain.sample.requests import SamplingParams
-    from jaxtrain.serve.load import load_served
+    from jaxtrain.serve.served import load_served
 
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, stop=stop or (), seed=seed, n=n)
-    served = load_served(
-        model, dtype=dtype.value, max_length=max_length, slots=slots, cache_gib=cache_gib, tensor=tensor
-    )
+    params = SamplingParams(**_fields_of(SamplingParams, given))  # whose faults are found before a model is loaded
+    served = load_served(model, **_fields_of(_Serving, given))
     tokens = generate_file(served, prompts, out, params, plain)
     typer.echo(f"wrote {out}: {tokens} tokens from {served.engine.slots} slots")
 
 
 @app.command()
-def chat(
-    model: Model,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    seed: Seed = None,
-    max_length: MaxLength = 2048,
-    tensor: Tensor = 1,
-    dtype: Dtype = ComputeDtype.bfloat16,
-) -> None:
-    """Talk to a model; end with Ctrl-D."""
+@_with_options(SamplingParams, _Serving, without=("n", "slots", "cache_gib"))  # one answer at a time
+def chat(model: ModelArgument, **given: Any) -> None:
+    """Chat with a model; exit with Ctrl-D."""
     from jaxtrain.recipes.generate import chat as converse
-    from jaxtrain.sample.requests import SamplingParams
-    from jaxtrain.serve.load import load_served
+    from jaxtrain.serve.served import load_served
 
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
-    served = load_served(model, dtype=dtype.value, max_length=max_length, slots=1, tensor=tensor, steps=_PIECE)
-    mark = "> " if sys.stdin.isatty() else ""
-    converse(served, params, lambda: input(mark), lambda text: print(text, end="", flush=True))
-    if mark:
-        print()  # Ctrl-D leaves the cursor behind the mark
+    params = SamplingParams(**_fields_of(SamplingParams, given))
+    served = load_served(model, slots=1, limits=EngineLimits(_CHUNK_TOKENS), **_fields_of(_Serving, given))
+    prompt = "> " if sys.stdin.isatty() else ""
+    converse(served, params, lambda: input(prompt), lambda text: print(text, end="", flush=True))
+    if prompt:
+        print()  # Ctrl-D leaves the cursor behind the prompt
 
 
 @app.command()
+@_with_options(_Serving)
 def serve(
-    model: Model,
+    model: ModelArgument,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
-    max_length: MaxLength = 2048,
-    slots: Slots = None,
-    cache_gib: CacheGib = None,
-    tensor: Tensor = 1,
-    dtype: Dtype = ComputeDtype.bfloat16,
+    **given: Any,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does. Needs the extra `serve`."""
+    """Serve a model over HTTP with OpenAI's API. Needs the extra `serve`."""
     from jaxtrain.serve.app import listen
     from jaxtrain.serve.app import serve as serve_model
-    from jaxtrain.serve.load import load_served
     from jaxtrain.serve.protocol import ALTERNATIVES
+    from jaxtrain.serve.served import load_served
 
     listening = listen(host, port)
-    served = load_served(
-        model,
-        dtype=dtype.value,
-        max_length=max_length,
-        slots=slots,
-        cache_gib=cache_gib,
-        tensor=tensor,
-        steps=_PIECE,
-        alternatives=ALTERNATIVES,
-    )
-    typer.echo(f"{served.name} at http://{host}:{port}/v1, {served.engine.slots} slots of {max_length} tokens")
+    limits = EngineLimits(_CHUNK_TOKENS, alternatives=ALTERNATIVES)
+    served = load_served(model, limits=limits, **_fields_of(_Serving, given))
+    engine = served.engine
+    typer.echo(f"{served.name} at http://{host}:{port}/v1, {engine.slots} slots of {engine.max_length} tokens")
     serve_model(served, listening)
 
 
 @app.command()
 def quickstart(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run, supervised or rl")] = QUICKSTART,
-    overrides: Overrides = None,
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; or preference, reward or distill")] = QUICKSTART,
+    overrides: OverridesArgument = None,
 ) -> None:
-    """Teach a small model arithmetic, export it, load the export and ask it something. Needs no downloads.
+    """Train a small model on arithmetic, export it, load the export and ask it a question. Needs no downloads.
 
-    With configs/rl/quickstart.yaml (or one beside it) the model is taught half of it, and reinforcement does the rest.
+    `preference` and `reward` (configs/quickstart/) fine-tune the model first and then train it on pairs of a right and
+    a wrong answer; configs/rl/quickstart.yaml (or one next to it) then trains it on rewards. With `distill` a smaller
+    model is distilled from one that was fine-tuned.
     """
-    from jaxtrain.recipes.quickstart import load_quickstart, run, run_rl
+    from jaxtrain.recipes.quickstart import load_quickstart, run, run_distill, run_from_first
 
     loaded = load_quickstart(config, overrides)
-    sys.exit(run(loaded) if loaded.recipe == "sft" else run_rl(loaded, load_quickstart(QUICKSTART)))
+    if loaded.recipe == "sft":
+        sys.exit(run(loaded))
+    sys.exit((run_distill if loaded.recipe == "distill" else run_from_first)(loaded, load_quickstart(QUICKSTART)))
 
 
 def main() -> None:
-    """Entry point. A ValueError or an OSError is for the user to correct, so it is printed without a traceback."""
-    from jaxtrain.train.preemption import Interrupted
+    """Entry point. Prints a ValueError or OSError, which the user can correct, without a traceback."""
+    from jaxtrain.parallel.peers import report_error
+    from jaxtrain.train.preemption import Interrupted, error_code
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("absl", "jax", "orbax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    log_to_stderr()
     try:
         app()
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        code = error_code(error)
+        report_error(f"{type(error).__name__}: {error}", code)
+        if code == 1:
+            raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(code)
     except Interrupted as stopped:
         typer.echo(str(stopped), err=True)
         sys.exit(stopped.exit_code)

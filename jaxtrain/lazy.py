@@ -1,6 +1,4 @@
-"""Packages that give names of their modules without importing them before they are used (PEP 562)."""
-
-from __future__ import annotations
+"""Lazy imports: a package's names are imported from its modules when they are used (PEP 562)."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

@@ -4,8 +4,6 @@
 signature of `make_optimizer` or `make_schedule`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -16,25 +14,27 @@ from optax import contrib
 
 from jaxtrain.config import OptimizerSection
 from jaxtrain.named import load_named
-from jaxtrain.types import Array, Params
+from jaxtrain.types import Params
 
-Schedule = Callable[[Array | int], Array]
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_schedule(section: OptimizerSection, steps: int) -> Schedule:
     """The learning rate as a function of the step, counted from 0, for a run of `steps` steps.
 
     The schedules that are named without a path warm up linearly, reach the peak at step `warmup_steps` and then decay.
-    The rate of step 0 is peak / warmup_steps, not 0, and the last step has the final rate.
+    The rate of step 0 is peak / warmup_steps, not 0, and the last step has the final rate. `warmup_ratio` is a share of
+    `steps`; a function named by path reads the steps that it makes as `section.warmup_steps`.
 
-    Raises ValueError where `section.schedule` is the path of a function that returns no such function.
+    Raises ValueError if `section.schedule` is the path of a function that does not return a schedule.
     """
+    section = section.for_steps(steps)
     if ":" in section.schedule:
         return _own_schedule(section, steps)
     peak, warmup = section.learning_rate, section.warmup_steps
     final = section.final_learning_rate
 
-    def schedule(step: Array | int) -> Array:
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
         match section.schedule:
@@ -70,7 +70,8 @@ def make_optimizer(section: OptimizerSection, schedule: Schedule, axes: Params) 
     AdamW: https://arxiv.org/abs/1711.05101; Adafactor: https://arxiv.org/abs/1804.04235; Muon for the hidden matrices
     with AdamW for all other parameters: https://kellerjordan.github.io/posts/muon/.
 
-    Raises ValueError where `section.name` is the path of a function that returns no `optax.GradientTransformation`.
+    Raises ValueError if `section.name` is the path of a function that does not return an
+    `optax.GradientTransformation`.
     """
     decays = partial(jax.tree_util.tree_map_with_path, lambda path, _: _is_matrix(path))
     match section.name:

@@ -12,18 +12,45 @@ without importing jax: an `Array` is a `numpy.ndarray` on the host and a `jax.Ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-Array = Any
-Params = dict[str, Any]
-"""A nested dict whose leaves are arrays (or `jax.ShapeDtypeStruct`, where only shapes are known)."""
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    Array: TypeAlias = jax.Array | np.ndarray
+    Params: TypeAlias = dict[str, "Params | Array | tuple[Any, ...]"]
+    """A nested dict of arrays, of `jax.ShapeDtypeStruct` where only shapes are known, or of tuples of axis names.
+    `nn.model.unstack` makes `layers` a tuple of such dicts."""
+else:
+
+    @runtime_checkable
+    class Array(Protocol):
+        """The union of `jax.Array` and `numpy.ndarray`, recognised without importing jax."""
+
+        shape: tuple[int, ...]
+        dtype: Any
+
+    Params = dict[str, Any]  # beartype, which checks annotations in the tests, takes no recursive alias
+
+
+def get_leaf(tree: Params, *path: str) -> Array:
+    """The array at `path`."""
+    *parents, last = path
+    for name in parents:
+        node = tree[name]
+        assert isinstance(node, dict), path
+        tree = node
+    leaf = tree[last]
+    assert isinstance(leaf, Array), path
+    return leaf
 
 
 class Example(NamedTuple):
     """One sequence before it is packed. A per-token value at `t` belongs to the token at `t`, as in `Batch`.
 
-    `signals` are further per-token values by name. They are cut, packed, evaluated, saved and resumed with the tokens.
-    All examples of a stream have the same signals, of the same types.
+    `signals` are further per-token values by name. They are truncated, packed, evaluated, saved and resumed with the
+    tokens. All examples of a stream have the same signals, with the same types.
     """
 
     input_ids: Array  # [n] int32
@@ -32,13 +59,28 @@ class Example(NamedTuple):
 
 
 Bundle = tuple[Example, ...]
-"""Examples that an objective reads together, such as a preference pair: neighbours in one row, never cut apart."""
+"""Examples that an objective reads together, such as a preference pair: adjacent in one row, never split."""
 
-_SIGNAL = "signals."  # before the name of a signal, where all arrays of a batch stand side by side
+# Names of the signals of preferences, all [n] and of every token of an example:
+SIGN = "sign"  # of a pair: 1 on the chosen answer's example, -1 on the rejected one's
+MARGIN = "margin"  # of a pair: by how much the chosen answer is better
+LABEL = "label"  # of a single answer: a score, or the probability that it is good
+MISMATCHED = -1.0  # the label of an answer to another prompt, from which KTO estimates its KL divergence
+REF_LOGPS = "ref_logps"  # the reference's log-probability of the token
+
+# Names of the signals of an example that a teacher with another tokenizer reads in its own tokens, all [n] int32. A
+# group is a run of tokens of the student and one of the teacher that write the same text.
+TEACHER_TOKENS = "teacher_tokens"  # the teacher's token at this place, with the positions and segments of the student's
+GROUP_PLACE = "group_place"  # of the student's token within its group: 1, 2 ...; 0 in no group
+TEACHER_PLACE = "teacher_place"  # of the teacher's token within its group
+TEACHER_SHIFT = "teacher_shift"  # at the student's first token of a group, the places to the teacher's first one
+TEACHER_PROBS = "teacher_probs"  # [n, k + 1] float32 at such a token: see `objectives.uld`
+
+_SIGNAL = "signals."  # prefix of the names of signals in `Batch.arrays`
 
 
 class Batch(NamedTuple):
-    """Packed rows. One convention: a per-token value at `t` belongs to the token at `t`.
+    """Packed rows. A per-token value at `t` belongs to the token at `t`.
 
     `loss_weights[b, t]` weighs the prediction of `tokens[b, t]` from the tokens before it, so the first token of a
     segment, which nothing predicts, always has weight 0.
@@ -50,9 +92,12 @@ class Batch(NamedTuple):
     loss_weights: Array  # [B, T] float32
     signals: Mapping[str, Array] = {}  # further per-token values: [B, T] or [B, T, k]; 0 in padding
     bundle_ids: Array | None = None  # [B, T] int32, 1.. in every row; 0 is padding. None: each segment is a bundle
+    # [B, 3] float32: the weighted tokens, segments and bundles of samples that were left out before packing, which
+    # `Norm` counts. They are summed over the rows: in which of them a sample is counted makes no difference
+    left_out: Array | None = None
 
     def arrays(self) -> dict[str, Array]:
-        """All arrays by name, a signal's as `signals.<name>`: what a file of batches holds."""
+        """All arrays by name, those of signals as `signals.<name>`, for example for a file of batches."""
         fields = {name: array for name, array in self._asdict().items() if name != "signals" and array is not None}
         return fields | {_SIGNAL + name: array for name, array in self.signals.items()}
 
@@ -63,43 +108,51 @@ class Batch(NamedTuple):
         return cls(**{name: array for name, array in arrays.items() if not name.startswith(_SIGNAL)}, signals=signals)
 
     def map(self, function: Callable[[Array], Array]) -> Batch:
-        """`function` of every array."""
+        """A batch with `function` applied to every array."""
         return self.from_arrays({name: function(array) for name, array in self.arrays().items()})
 
 
-class Scores(NamedTuple):
-    """What a model's head gives for every token: the value at `t` scores the token at `t`; 0 where its weight is 0.
+_NOT_REQUESTED: Any = None  # typed so that an objective need not check the scores that it requests
 
-    Those that were not asked for are None.
+
+class Scores(NamedTuple):
+    """Scores of all tokens: the value at `t` is that of the token at `t`; 0 where its weight is 0.
+
+    Scores that the objective does not request are None.
     """
 
-    logp: Array = None  # [B, T] float32, natural logarithm of the token's probability
-    entropy: Array = None  # [B, T] float32, nats, of the distribution the token was drawn from
-    correct: Array = None  # [B, T] float32, 1 where the token was the most probable one; carries no gradient
-    value: Array = None  # [B, T] float32, of a scalar head: the value of the state before the token
+    logp: Array = _NOT_REQUESTED  # [B, T] float32, natural logarithm of the token's probability
+    entropy: Array = _NOT_REQUESTED  # [B, T] float32, nats, of the distribution that the token is drawn from
+    correct: Array = _NOT_REQUESTED  # [B, T] float32, 1 where the token is the most probable one; no gradient
+    value: Array = _NOT_REQUESTED  # [B, T] float32, the output of a scalar head for the state before the token
+    reward: Array = _NOT_REQUESTED  # [B, T] float32, the output of a scalar head for the state at the token
+    divergence: Array = _NOT_REQUESTED  # [B, T] float32, nats, between the teacher's distribution and the student's
+    top_logps: Array = _NOT_REQUESTED  # [B, T, k] float32, the largest log-probabilities at the token, descending
+    top_ids: Array = _NOT_REQUESTED  # [B, T, k] int32, the ids that have them; no gradient
 
 
 class Routing(NamedTuple):
-    """Statistics of the routers of a mixture of experts: sums over the tokens that are not padding, by layer."""
+    """Statistics of the routers of a mixture of experts: for each layer, sums over the tokens that are not padding."""
 
-    load: Array  # [L, E] float32, tokens that chose the expert; carries no gradient
+    load: Array  # [L, E] float32, tokens routed to the expert; no gradient
     probability: Array  # [L, E] float32, sum of the router's probabilities
     z: Array  # [L] float32, sum of log(sum(exp(router logits)))^2
     tokens: Array  # [L] float32
 
 
 class Norm(NamedTuple):
-    """Counts over the whole global batch, taken before it is cut into microbatches."""
+    """Counts over the whole global batch, before it is split into microbatches. All but `real` include `left_out`."""
 
     tokens: Array  # [] float32, sum of the loss weights
-    segments: Array  # [] float32, segments that hold a weighted token
+    segments: Array  # [] float32, segments with a weighted token
+    bundles: Array  # [] float32, bundles with a weighted token; without bundles, each segment counts
     real: Array  # [] float32, tokens that are not padding
 
 
 class Mean(NamedTuple):
-    """A metric as numerator and denominator, so that it adds exactly over microbatches and hosts.
+    """A metric as numerator and denominator, so that sums over microbatches and hosts are exact.
 
-    Add with `train.step.add_metrics`: `+` would join the tuples.
+    Add with `train.step.add_metrics`: `+` concatenates the tuples.
     """
 
     total: Array
@@ -107,18 +160,18 @@ class Mean(NamedTuple):
 
     @property
     def value(self) -> Array:
-        """The mean; 0 where nothing was counted."""
+        """The mean; 0 if the weight is 0."""
         return self.total / (self.weight + (self.weight == 0))
 
 
 class Max(NamedTuple):
-    """A metric that keeps the largest of its values over microbatches and steps."""
+    """A metric whose values are combined by their maximum."""
 
     value: Array
 
 
 class Min(NamedTuple):
-    """A metric that keeps the smallest."""
+    """A metric whose values are combined by their minimum."""
 
     value: Array
 
@@ -127,11 +180,11 @@ Metric = Mean | Max | Min
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. The static module graph lives in the step's closure."""
+    """Everything that a step changes. The static module graph is in the step's closure."""
 
     step: Array  # [] int32, optimizer steps taken, skipped ones included
-    params: Params  # what the optimizer trains
+    params: Params  # the trained parameters
     opt_state: Any
-    key: Array  # PRNG key; a step folds its number in and never advances it
-    skipped: Array  # [] int32, steps skipped for a non-finite gradient, ever
+    key: Array  # PRNG key, constant: a step folds in its number
+    skipped: Array  # [] int32, steps skipped because of a non-finite gradient, in total
     skipped_in_a_row: Array  # [] int32

@@ -1,4 +1,4 @@
-"""The shapes of stock chat templates, written for the tests, and a small tokenizer to use them with."""
+"""Chat templates in the style of published ones, and a small tokenizer."""
 
 from __future__ import annotations
 
@@ -157,6 +157,17 @@ EOS_ONCE = (  # ends the conversation, and not every turn, with a special token
     "{% if add_generation_prompt %}{{ '### assistant:\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
+VICUNA = (  # the prompt ends with a space, and nothing ends a turn
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
+    "{% elif m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+ALPACA = (
+    "{% for m in messages %}{{ '### ' + ('Response' if m.role == 'assistant' else 'Question') + ':\\n' + m.content }}"
+    "{{ '\\n\\n' if not loop.last }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+)
+
 _CORPUS = [
     "You are helpful. What is the capital of France? The capital of France is Paris.\n\n",
     "system user assistant model tool name arguments content\n\n\n role think 0 1 2 3 4 5 6 7 8 9",
@@ -181,8 +192,12 @@ def _backend_json(add_bos: bool) -> str:
     return backend.to_str()
 
 
-def tokenizer(template: str | None, *, add_bos: bool = False, **special: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a few merges. Its padding token is its end-of-sequence token, as is common."""
+def tokenizer(
+    template: str | None, *, add_bos: bool = False, tokens: tuple[str, ...] = (), **special: str
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a few merges, and `tokens` as further special ones. Its padding token is its
+    end-of-sequence token, as is common."""
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"} | special
     backend = Tokenizer.from_str(_backend_json(add_bos))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)

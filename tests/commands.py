@@ -1,12 +1,18 @@
-"""`jaxtrain train` in a process of its own, as a user starts it and a scheduler ends it."""
+"""Starts and signals `jaxtrain` in separate processes, also the processes of a job."""
 
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from in_turn import END
 
 MODEL = {
     "model_type": "llama",
@@ -26,18 +32,69 @@ MODEL = {
 
 
 def start(config: Path, *overrides: str, devices: int = 8, **environment: str) -> subprocess.Popen:
-    """All processes of a folder share their compiled programs."""
+    """All processes of a folder share the compilation cache."""
+    command = ["-m", "jaxtrain.cli", "train", str(config), *overrides]
+    return _start(command, config.parent, devices, subprocess.PIPE, environment)
+
+
+def _start(command: list[str], folder: Path, devices: int, stdout: Any, environment: dict[str, str]) -> Any:
     environment = (
         os.environ
         | environment
         | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['JAXTRAIN_TEST_XLA_FLAGS']}",
-            "JAX_COMPILATION_CACHE_DIR": str(config.parent / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     )
-    command = [sys.executable, "-m", "jaxtrain.cli", "train", str(config), *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *command]
+    return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+
+
+class Job:
+    """Processes that run the same commands of `jaxtrain` together, one after the other, on `devices` in all.
+
+    A command that fails is the last one. To start a process and to join the others takes longer than a tiny run.
+    """
+
+    def __init__(self, folder: Path, processes: int, commands: Sequence[Sequence[str]], devices: int = 8):
+        """`folder`: of the compilation cache, and of what the processes print."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        self._logs = [folder / f"job-{address.rpartition(':')[2]}-{rank}.log" for rank in range(processes)]
+        program = [str(Path(__file__).with_name("in_turn.py")), json.dumps(commands)]
+        self.processes = []
+        for rank, file in enumerate(self._logs):
+            names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            cluster = dict(zip(names, (address, str(processes), str(rank)), strict=True)) if processes > 1 else {}
+            with file.open("w") as stdout:  # a pipe that nobody reads would be full some day
+                self.processes.append(_start(program, folder, devices // processes, stdout, cluster))
+
+    def printed(self) -> list[list[str]]:
+        """What the processes have printed so far: for each command, by process."""
+        parts = [file.read_text().split(END) for file in self._logs]
+        return list(map(list, zip(*parts, strict=False)))
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 600) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline or self.processes[0].poll() is not None:
+                self.kill()
+                raise AssertionError(self.printed())
+            time.sleep(0.01)
+
+    def finish(self, code: int = 0) -> list[list[str]]:
+        """Wait for the processes, which end with `code`, and return what they have `printed`."""
+        for process in self.processes:
+            process.wait(600)
+        assert [process.returncode for process in self.processes] == [code] * len(self.processes), self.printed()
+        return self.printed()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
 
 def train(config: Path, *overrides: str, devices: int = 8) -> str:
@@ -48,7 +105,7 @@ def train(config: Path, *overrides: str, devices: int = 8) -> str:
 
 
 def interrupt(config: Path, run: Path, how: signal.Signals, *overrides: str, lines: range, devices: int = 8) -> int:
-    """Start a run, end it by a signal at a random moment after a random one of its `lines`; return the exit code."""
+    """Start a run and signal it at a random time after a random one of its `lines`; return the exit code."""
     process = start(config, f"run.dir={run}", *overrides, devices=devices)
     chosen = random.Random(os.getpid())
     at, seen, since, step = chosen.choice(lines), 0, time.monotonic(), float("inf")

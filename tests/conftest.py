@@ -1,13 +1,15 @@
-"""Every test runs on eight fake CPU devices, so that shardings are real ones."""
+"""Every test runs on eight fake CPU devices, with real shardings."""
 
 import gc
 import os
 import signal
+import tempfile
 import threading
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Hundreds of small programs are compiled and each runs for milliseconds: without the optimiser and the newer fusion
 # emitters they compile nine times faster.
@@ -21,6 +23,9 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{version('jax')}-
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+# What runs cache of their data, so that no test finds what another version of the code wrote.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxtrain-tests-")
+
 # Whoever starts the tests, nohup or a shell's background for example, may have had these ignored, which every process
 # inherits.
 if threading.current_thread() is threading.main_thread():
@@ -28,13 +33,45 @@ if threading.current_thread() is threading.main_thread():
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Signatures of these modules are checked at run time, shapes included.
+CHECKED = [
+    *("jaxtrain.nn", "jaxtrain.ops", "jaxtrain.parallel", "jaxtrain.lora", "jaxtrain.objectives", "jaxtrain.roles"),
+    *("jaxtrain.train.step", "jaxtrain.sample.filters", "jaxtrain.sample.decode", "jaxtrain.data.packing"),
+]
+install_import_hook(CHECKED, "type_checks.check")
+
+MAPPINGS = Path("/proc/self/maps")
+
+# Files that take a minute and more run first, so that the test processes of `make test` end at about the same time.
+LONG = {
+    *("test_tpu_compile.py", "test_hosts.py", "test_sft.py", "test_docs.py", "test_signals.py", "test_vocabulary.py"),
+    *("test_rl.py", "test_rl_worlds.py", "test_folder.py", "test_export.py", "test_ray_sampler.py", "test_adapters.py"),
+    *("test_step.py", "test_checkpoint.py", "test_preemption.py", "test_compare.py", "test_engine.py", "test_app.py"),
+    *("test_processes.py", "test_rl_processes.py", "test_job.py"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(scope="session")
+def preference_run(tmp_path_factory):
+    """A folder with a config of recipe preference, and the log of its run `whole`."""
+    import recipe_runs
+
+    place = recipe_runs.prepare(tmp_path_factory.mktemp("preference"))
+    return place, recipe_runs.train(place, "whole")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Each compiled program has memory mappings of its own, four modules of tests about 20,000, and Linux lets a
-    process have 65,530. Those that kept all tests' now and then died of a segmentation fault in the compiler."""
+    process have 65,530. Those that kept all tests' now and then died of a segmentation fault in the compiler.
+    Forgetting takes a second, so it is done where there are many."""
     import jax  # reads what is set above
 
     yield
-    jax.clear_caches()
-    gc.collect()
+    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

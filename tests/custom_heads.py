@@ -1,4 +1,4 @@
-"""Heads that the tests name by import path."""
+"""Heads that tests use by import path."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +7,7 @@ from jaxtrain.nn.heads import CustomHead
 
 
 class LowRank(CustomHead):
-    """The vocabulary seen through a narrow layer."""
+    """A head with a low-rank layer."""
 
     def __init__(self, config, *, rngs, dtype):
         normal = nnx.initializers.normal(config.init_std)

@@ -1,11 +1,11 @@
-"""Modules of the decoder that the tests name by import path."""
+"""Decoder modules that tests use by import path."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.nn.attention import Attention
-from jaxtrain.nn.linear import Linear
+from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.norm import RMSNorm
 
 
@@ -21,10 +21,10 @@ class PlainMLP(nnx.Module):
     """Two matrices without a gate."""
 
     def __init__(self, config, *, rngs, dtype, lora):
-        sizes = (config.hidden_size,), (config.intermediate_size,)
+        sides = Axes((config.hidden_size,), ("embed",)), Axes((config.intermediate_size,), ("mlp",))
         options = {"rngs": rngs, "dtype": dtype, "std": config.init_std}
-        self.up_proj = Linear(*sizes, ("embed",), ("mlp",), **options)
-        self.down_proj = Linear(*sizes[::-1], ("mlp",), ("embed",), **options)
+        self.up_proj = Linear(*sides, **options)
+        self.down_proj = Linear(*sides[::-1], **options)
 
     def __call__(self, x, keys):
         return self.down_proj(jax.nn.gelu(self.up_proj(x, keys[0])), keys[1])

@@ -1,4 +1,4 @@
-"""Optimizers and schedules that the tests name by import path."""
+"""Optimizers and schedules that tests use by import path."""
 
 import jax.numpy as jnp
 import optax
@@ -10,6 +10,10 @@ def lion(section, schedule, axes):
 
 def inverse_square_root(section, steps):
     return lambda step: section.learning_rate / jnp.sqrt(step + section.args["offset"])
+
+
+def warmup_steps(section, steps):
+    return lambda step: jnp.float32(section.warmup_steps)
 
 
 def no_optimizer(section, schedule, axes):

@@ -12,7 +12,7 @@ from jaxtrain.types import Mean
 
 @dataclass(frozen=True)
 class DPO:
-    """-log sigmoid(beta (chosen - rejected)), of log-probabilities less those of the reference; mean over pairs."""
+    """-log sigmoid(beta (chosen - rejected)), of log-probabilities minus those of the reference; mean over pairs."""
 
     beta: float = 0.1
 

@@ -3,7 +3,7 @@
 import numpy as np
 from dpo_objective import DPO
 
-from jaxtrain.rl.roles import reference_role
+from jaxtrain.roles.reference import reference_role
 from jaxtrain.session.session import Session
 
 

@@ -1,4 +1,4 @@
-"""Tiny configs of families beyond Llama and Qwen, their switches on: case -> (class of transformers, its keys)."""
+"""Tiny configs of families other than Llama and Qwen, with all switches: case -> (transformers class, its keys)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, written by transformers: the reference for what a folder looks like and computes."""
+"""Tiny random checkpoints written by transformers, as the reference for files and logits."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def target(config: ModelConfig, dtype: Any = jnp.float32, preset: Any = None) -> Params:
-    """The abstract tree to import into: on one device, or on eight as a preset of `RULES` says."""
+    """The abstract tree to import into: on one device, or on eight by a preset of `RULES`."""
     model = Model(config)
     if preset is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.abstract())

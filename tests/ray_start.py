@@ -1,4 +1,4 @@
-"""A Ray of the tests' own: started once in a process, and ended with it."""
+"""Ray for the tests: started once per process."""
 
 import os
 from pathlib import Path

@@ -5,10 +5,10 @@ import numpy as np
 import tiny
 
 from jaxtrain.config import MeshSection
-from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, param_specs
-from jaxtrain.rl.placement import build_sampler, sampling_mesh, trainer_devices
+from jaxtrain.rl.placement import build_sampler, sampling_meshes, trainer_devices
 from jaxtrain.rl.rollouts import Prompt
 from jaxtrain.rl.sync import rollout_model
 from jaxtrain.rl.worker import WorkerSpec
@@ -37,9 +37,9 @@ def place(placement, seed=0, lora=None):
 
 
 def meshes(placement):
-    """The mesh that trains, and the one that samples."""
+    """The meshes for training and for sampling."""
     mesh = make_mesh(MeshSection(), trainer_devices(placement))
-    return mesh, sampling_mesh(placement, MeshSection(), mesh)
+    return mesh, next(iter(sampling_meshes(placement, MeshSection(), mesh)), None)
 
 
 def same(one, other):

@@ -1,4 +1,4 @@
-"""The layers of the house: imports point down only, files stay short, nothing heavy sneaks in."""
+"""The architecture: modules import only lower layers, files are short, and imports are light."""
 
 import ast
 import subprocess
@@ -13,18 +13,23 @@ EVERYTHING = sorted([*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmar
 
 # A module may import its own layer and those above it in this list.
 LAYERS = [
-    {"jaxtrain.types", "jaxtrain.named", "jaxtrain.lazy", "jaxtrain.config"},
+    {"jaxtrain.types", "jaxtrain.named", "jaxtrain.lazy", "jaxtrain.hub", "jaxtrain.remote", "jaxtrain.config"},
     {"jaxtrain.parallel"},
     {"jaxtrain.ops", "jaxtrain.nn", "jaxtrain.lora", "jaxtrain.optim", "jaxtrain.objectives", "jaxtrain.observe"},
     {"jaxtrain.train", "jaxtrain.sample"},
     {"jaxtrain.roles"},
     {"jaxtrain.session"},
     {"jaxtrain.rl"},
-    {"jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.verify", "jaxtrain.plan"},
+    {"jaxtrain.recipes", "jaxtrain.serve", "jaxtrain.verify", "jaxtrain.plan", "jaxtrain.launch"},
     {"jaxtrain", "jaxtrain.cli"},
 ]
-HOST_ONLY = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.data"}
-FOR_CONVERTERS = {"jaxtrain.types", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"}
+HOST_ONLY = {
+    *("jaxtrain.types", "jaxtrain.named", "jaxtrain.hub", "jaxtrain.remote"),
+    *("jaxtrain.config", "jaxtrain.data", "jaxtrain.launch"),
+}
+FOR_CONVERTERS = {
+    *("jaxtrain.types", "jaxtrain.named", "jaxtrain.hub", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"),
+}
 USERS_OF_DATA = {
     "jaxtrain.roles",
     "jaxtrain.session",
@@ -45,9 +50,18 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+class _WithoutTypeChecking(ast.NodeTransformer):
+    """Removes what only a type checker reads."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return node.orelse
+        return self.generic_visit(node)
+
+
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_WithoutTypeChecking().visit(ast.parse(path.read_text()))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -92,9 +106,46 @@ def test_files_stay_short(path):
     assert path.name != "utils.py"
 
 
-def test_jaxtrain_imports_without_torch():
+# Public names that several modules define because they are one protocol, and where.
+PROTOCOLS = {
+    "run": {
+        f"jaxtrain.recipes.{name}" for name in ("sft", "preference", "reward", "distill", "rl", "quickstart", "run")
+    },
+    "main": {"jaxtrain.cli", "jaxtrain.rl.reward_worker", "jaxtrain.launch.ray_driver"},  # of a process
+    "grouped_matmul": {"jaxtrain.ops.ragged", "jaxtrain.ops.cpu.ragged"},  # and its form for a platform
+    "project_on_table": {"jaxtrain.ops.project", "jaxtrain.ops.cpu.matmul"},
+}
+FAMILY_PROTOCOL = {"from_hf", "hf_keys"}  # of every family's file
+
+
+def public_definitions(path: Path) -> set[str]:
+    """Public names of classes, functions and type aliases of a module, without commands, whose name a user types."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.FunctionDef(decorator_list=[ast.Call(func=ast.Attribute(attr="command")), *_]):
+                continue
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Assign(targets=[ast.Name(id=name)]) if name[0].isupper() and not name.isupper() and len(name) > 1:
+                found.add(name)  # an alias; constants and type variables are local to their module
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_a_public_name_has_one_meaning():
+    places: dict[str, set[str]] = {}
+    for path in SOURCES:
+        family = path.parent.name == "families"
+        for name in public_definitions(path) - (FAMILY_PROTOCOL if family else set()):
+            places.setdefault(name, set()).add(module_name(path))
+    several = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert {name: modules for name, modules in several.items() if modules != PROTOCOLS.get(name)} == {}
+    assert PROTOCOLS.keys() <= several.keys(), "these names are defined once now: take them off the list"
+
+
+def test_jaxtrain_imports_without_torch_and_beartype():
     modules = [module_name(path) for path in SOURCES]
-    hide = "import sys; sys.modules['torch'] = None\n"
+    hide = "import sys; sys.modules['torch'] = sys.modules['beartype'] = None\n"
     code = hide + "\n".join(f"import {name}" for name in modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -102,7 +153,10 @@ def test_jaxtrain_imports_without_torch():
 
 def test_the_data_pipeline_imports_without_jax():
     modules = [module_name(path) for path in SOURCES if within(module_name(path), HOST_ONLY)]
-    code = "\n".join(f"import {name}" for name in modules) + "\nimport sys; assert 'jaxtrain.nn' not in sys.modules"
+    code = (
+        "import sys, jaxtrain.types; assert 'jax' not in sys.modules\n"  # grain, which the pipeline needs, imports jax
+    )
+    code += "\n".join(f"import {name}" for name in modules) + "\nassert 'jaxtrain.nn' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -114,3 +168,16 @@ def test_importing_one_recipe_loads_no_module_of_another(recipe, other):
     code = f"import sys, jaxtrain.recipes.{recipe}; assert not set(sys.modules) & {set(other)}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_has_a_test_file_of_its_name():
+    """A family's file is a table that tests/converters/test_families.py holds against transformers."""
+    missing = set()
+    for path in SOURCES:
+        place = path.relative_to(ROOT)
+        if path.stem == "__init__" or place.parent.name == "families":
+            continue
+        folder = Path(*place.parent.parts[1:]) if place.parts[0] == "jaxtrain" else place.parent
+        if not (ROOT / "tests" / folder / f"test_{path.stem}.py").is_file():
+            missing.add(module_name(path))
+    assert missing == set(), "a new module needs a test file of its name"

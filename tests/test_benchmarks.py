@@ -1,4 +1,4 @@
-"""Benchmarks are run by hand: what they import of the library, also inside functions, exists."""
+"""Benchmarks are run manually: the names that they import, also inside functions, must exist."""
 
 import ast
 import importlib

@@ -1,29 +1,21 @@
-"""What a user reads when a command cannot do what it was asked: one message, no traceback, exit code 2."""
+"""Failing commands print one message without a traceback and exit with 2."""
 
 import sys
 import warnings
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
+import commands
 import pytest
+import typer
 import yaml
 
 from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.cli import main
+from jaxtrain.cli import NO_OPTIONS, app, main
 from jaxtrain.data.arithmetic import write_arithmetic
+from jaxtrain.sample.requests import SamplingParams
 
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
+MODEL = commands.MODEL | {"max_position_embeddings": 128, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +38,7 @@ def place(tmp_path_factory):
 
 
 def said(place, monkeypatch, capsys, *arguments: str) -> str:
-    """What the command printed on its way out with code 2."""
+    """The output of a command that exits with 2."""
     monkeypatch.setattr(sys, "argv", ["jaxtrain", *(argument.format(place=place) for argument in arguments)])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the command sets its own
     with pytest.raises(SystemExit) as ended:
@@ -67,14 +59,57 @@ def said(place, monkeypatch, capsys, *arguments: str) -> str:
             ["train", "{place}/sft.yaml", "data.train.path={place}/broken.jsonl"],
             ":2: broken",
         ),
-        (["train", "{place}/sft.yaml", "model.config=null", "model.path=org/name"], "`hf download` writes"),
+        (["train", "{place}/sft.yaml", "model.config=null", "model.path=org/name"], "`hf download org/name`"),
         (["train", "{place}/sft.yaml", "run.dir={place}/file"], "{place}/file"),
-        (["train", "{place}/sft.yaml", "train.batch_size=12"], "the nearest batch_size that can is"),
+        (["train", "{place}/sft.yaml", "train.batch_size=12"], "the nearest batch_size that does is"),
         (["train", "{place}/sft.yaml", "optimizer.learning_rate=1e38"], "not finite; their batches are in {place}/run"),
-        (["export", "{place}", "{place}/out"], "{place} is no folder of a run"),
+        (["export", "{place}", "{place}/out"], "{place} is not the folder of a run"),
         (["convert", "{place}/nowhere", "{place}/out"], "no checkpoint folder {place}/nowhere"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_an_error_is_one_message(place, monkeypatch, capsys, arguments, message):
     assert message.format(place=place) in said(place, monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_sampling_parameter_is_an_option_with_its_default_or_has_a_reason_not_to_be(command):
+    options = {option.name: option for option in typer.main.get_command(app).commands[command].params}  # pyright: ignore
+    without = {"n"} if command == "chat" else set()
+    assert NO_OPTIONS.keys() <= {field.name for field in fields(SamplingParams)}
+    for field in fields(SamplingParams):
+        if field.name in NO_OPTIONS.keys() | without:
+            assert field.name not in options
+        else:
+            assert options[field.name].default == (field.default or None if field.name == "stop" else field.default)
+            assert options[field.name].help
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ([], {}),
+        (["--max-tokens", "5", "--seed", "3", "--n", "2"], {"max_tokens": 5, "seed": 3, "n": 2}),
+        (["--temperature", "0", "--top-k", "4", "--top-p", "0.5"], {"temperature": 0.0, "top_k": 4, "top_p": 0.5}),
+        (["--stop", "a", "--stop", "b", "--frequency-penalty", "1"], {"stop": ["a", "b"], "frequency_penalty": 1.0}),
+    ],
+)
+def test_options_are_the_sampling_parameters(place, monkeypatch, options, given):
+    import jaxtrain.recipes.generate
+    import jaxtrain.serve.served
+
+    calls = []
+    served = SimpleNamespace(engine=SimpleNamespace(slots=1))
+    monkeypatch.setattr(jaxtrain.serve.served, "load_served", lambda *_, **__: served)
+    monkeypatch.setattr(jaxtrain.recipes.generate, "generate_file", lambda *arguments: calls.append(arguments) or 0)
+    files = ["--prompts", str(place / "train.jsonl"), "--out", str(place / "out.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["jaxtrain", "generate", "model", *files, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert calls[0][3] == replace(SamplingParams(), **given)
+
+
+def test_an_option_outside_its_bounds_is_refused(place, monkeypatch, capsys):
+    files = ("--prompts", "{place}/train.jsonl", "--out", "{place}/out.jsonl")
+    assert "top_p=2.0 must be at most 1" in said(place, monkeypatch, capsys, "generate", "m", *files, "--top-p", "2")

@@ -1,4 +1,4 @@
-"""The documentation's examples are run, and its reference is what the code says."""
+"""Runs the examples of the documentation, and checks that the reference is up to date."""
 
 import ast
 import importlib.util
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from converters.export_hf import export_hf
 from converters.import_hf import read_config
@@ -18,21 +19,11 @@ from jaxtrain.nn.model import Model
 
 ROOT = Path(__file__).parent.parent
 START = ROOT / "docs" / "start.md"
-MODEL = {
-    "model_type": "qwen3",
+MODEL = tiny.HF_CONFIG | {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
 }
 
 
@@ -41,7 +32,7 @@ def examples() -> list[str]:
 
 
 def length(code: str) -> int:
-    """Lines that say something."""
+    """The number of lines that are not blank."""
     return len([line for line in code.splitlines() if line.strip()])
 
 
@@ -78,13 +69,29 @@ def test_fifteen_lines_fine_tune_sample_and_save(folder):
     assert losses[-1] < losses[0]
     assert sorted(path.name for path in (folder / "sums").glob("*.safetensors")) == ["model.safetensors"]
     assert done.stderr == ""  # no other library logs
-    assert re.fullmatch(r"(step \d+/20 .*\n)+.*\n", done.stdout), done.stdout
+    assert re.fullmatch(r"(step \d+/20 .*\n)+.*\ntrained 20 of 20 steps, .*\n", done.stdout), done.stdout
     assert len(run(use, folder).stdout.splitlines()) >= 2
     again = run(tune.replace('"sums")', '"sums-again")'), folder)
     assert "finished" in again.stdout
 
 
-def test_twenty_five_lines_run_grpo_on_an_environment_of_ones_own(folder):
+def test_a_notebook_shows_the_lines_of_progress_and_the_answer_alone(folder):
+    """Run by a kernel of its own: nothing of other libraries, and no progress that writes over itself."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cells = examples()[0].replace('"runs/sums"', '"runs/notebook"').replace('"sums"', '"notebook"').split("\n\n", 1)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
+    of_import, of_code = (cell.outputs for cell in notebook.cells)
+    assert of_import == []
+    assert [output for output in of_code if output.get("name") == "stderr"] == []
+    text = "".join(output.text if output.output_type == "stream" else output.data["text/plain"] for output in of_code)
+    assert "\r" not in text and "\x1b" not in text
+    progress = text.splitlines()[:3]  # what follows is the answer
+    assert [line.split()[:2] for line in progress] == [["step", "1/20"], ["step", "10/20"], ["step", "20/20"]], text
+
+
+def test_twenty_five_lines_run_grpo_on_a_custom_environment(folder):
     code = examples()[2]
     assert length(code) <= 25
     done = run(code.replace('"steps": 20', '"steps": 2'), folder)
@@ -115,7 +122,7 @@ def test_a_page_of_names_is_the_same_for_a_type_checker(package):
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)
         for alias in node.names:
-            typed[alias.asname] = f"{node.module}:{alias.name}"
+            typed[alias.asname or alias.name] = f"{node.module}:{alias.name}"
     assert sorted(typed) == sorted(module.__all__) == sorted(module._WHERE)
     for name, where in typed.items():
         assert module._WHERE[name] in (where, where.replace(":", ".")), name

@@ -23,6 +23,17 @@ def test_schedules_warm_up_to_the_peak_and_end_at_the_final_share(name, middle, 
     assert schedule(1000) == pytest.approx(2.0 * end)
 
 
+def test_a_warmup_ratio_is_a_share_of_the_steps_also_for_a_schedule_of_ones_own():
+    section = OptimizerSection(learning_rate=2.0, schedule="linear", warmup_ratio=0.1)
+    schedule, same = (
+        make_schedule(section, 101),
+        make_schedule(OptimizerSection(learning_rate=2.0, schedule="linear", warmup_steps=11), 101),
+    )
+    assert [float(schedule(step)) for step in range(110)] == [float(same(step)) for step in range(110)]
+    own = make_schedule(section.model_copy(update={"schedule": "custom_optimizers:warmup_steps"}), 101)
+    assert own(0) == 11
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_matrices_decay(name):
     model = tiny.model()

@@ -1,4 +1,4 @@
-"""The SFT step and the engine's decode compile for TPUs and fit them, by their own compiler on a host without one."""
+"""The SFT step and the engine's decode compile for TPUs and fit their memory, by libtpu on a host without TPUs."""
 
 import importlib.util
 import json
@@ -17,28 +17,36 @@ V5P_BYTES = 95e9
 SPLASH_CALLS = 4
 
 
-def compiled(shape, topology, *, tensor, rows, length):
-    return run("tpu_step.py", shape, topology, tensor, rows, length)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What is found of a program, by its name and arguments (see `tpu_programs.py`)."""
+    errors = tmp_path_factory.mktemp("tpu") / "errors"
+    command = [sys.executable, Path(__file__).with_name("tpu_programs.py")]
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
+    def found(*program):
+        process.stdin.write(json.dumps(program) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        assert line, errors.read_text()[-4000:]
+        return json.loads(line)
 
-def run(program, *arguments):
-    command = [sys.executable, Path(__file__).with_name(program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    yield found
+    process.communicate()
 
 
 @pytest.mark.parametrize("tensor", [1, 2], ids=["fsdp", "fsdp-tensor"])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x2"])
-def test_a_tiny_step_compiles_with_splash_attention(topology, tensor):
-    report = compiled("tiny", topology, tensor=tensor, rows=8, length=256)
+def test_a_tiny_step_compiles_with_splash_attention(compiled, topology, tensor):
+    report = compiled("step", "tiny", topology, tensor, 8, 256)
     assert report["splash_calls"] == SPLASH_CALLS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2], ids=["fsdp", "fsdp-tensor"])
-def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(tensor):
-    report = compiled("8b", "v5p:2x2x2", tensor=tensor, rows=16, length=8192)
+def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(compiled, tensor):
+    report = compiled("step", "8b", "v5p:2x2x2", tensor, 16, 8192)
     assert report["splash_calls"] == SPLASH_CALLS
     # fp32 parameters and two moments of 8.2e9 numbers, an eighth on each chip; the step gives their room back.
     assert 12e9 < report["arguments"] < 13e9
@@ -47,7 +55,16 @@ def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(tensor):
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-def test_a_decode_takes_the_cache_as_it_lies(tensor):
-    """In another order of its axes XLA copies every layer's keys and values, there and back, at every call."""
-    report = run("tpu_decode.py", "v5p:2x2x1", tensor)
+def test_decode_does_not_copy_the_cache(compiled, tensor):
+    """With another order of its axes, XLA would copy the keys and values of every layer twice at every call."""
+    report = compiled("decode", "v5p:2x2x1", tensor)
     assert report["temporaries"] < report["buffer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head", "most"), [("trained", 1.6), ("frozen", 1.9)])
+def test_an_exact_divergence_costs_little_more_than_the_head_of_sft(compiled, head, most):
+    """At the shapes of an 8B model: four matrix products for three, or three for two. The compiler's own estimates."""
+    supervised = compiled("head", "sft", head == "trained")["cycles"]
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        assert compiled("head", kind, head == "trained")["cycles"] < most * supervised

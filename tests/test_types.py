@@ -1,7 +1,13 @@
-import jax
-import numpy as np
+import importlib
 
-from jaxtrain.types import Batch
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from jaxtrain.objectives.segments import segment_sums
+from jaxtrain.types import Array, Batch, Mean, get_leaf
 
 ROW = Batch(*(np.full((2, 3), number, np.int32) for number in range(4)))
 
@@ -21,3 +27,40 @@ def test_map_reaches_every_array():
     assert {name: array.shape for name, array in batch.map(lambda array: array[:1]).arrays().items()} == {
         name: (1, *array.shape[1:]) for name, array in batch.arrays().items()
     }
+
+
+def test_an_array_is_of_numpy_or_of_jax():
+    assert isinstance(np.ones(2), Array) and isinstance(jnp.ones(2), Array)
+    assert not isinstance(1.0, Array) and not isinstance([1.0], Array)
+
+
+def test_get_leaf_follows_a_path():
+    tree = {"embed": {"weight": np.ones(3)}}
+    assert get_leaf(tree, "embed", "weight") is tree["embed"]["weight"]
+    with pytest.raises(AssertionError):
+        get_leaf(tree, "embed")
+
+
+def test_the_mean_of_nothing_is_0():
+    assert Mean(np.float32(0), np.float32(0)).value == 0
+    assert Mean(np.float32(6), np.float32(4)).value == 1.5
+
+
+def test_a_wrong_shape_or_dtype_raises_in_the_tests():
+    values, segments = jnp.ones((2, 3)), jnp.ones((2, 3), jnp.int32)
+    assert segment_sums(values, segments).shape == (2, 3)
+    for wrong in ((values, segments[:, :2]), (values[0], segments[0]), (values, values)):
+        with pytest.raises(TypeCheckError, match=r"segment_ids|values"):
+            segment_sums(*wrong)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("nn.decoder", "ops.attend", "ops.cpu.matmul", "parallel.sharding", "lora", "objectives.policy", "train.step"),
+        *("sample.filters", "sample.decode", "roles.role", "data.packing"),
+    ],
+)
+def test_signatures_are_checked_in_the_tests(name):
+    module = importlib.import_module(f"jaxtrain.{name}")
+    assert type(module.__loader__).__module__.startswith("jaxtyping"), "tests/conftest.py installs the import hook"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxtrain.nn.config import LayerKind, Lora, ModelConfig, MoE, Rope
 from jaxtrain.nn.decoder import Execution
@@ -35,11 +36,33 @@ CONFIG = ModelConfig(
 MOE = MoE(num_experts=8, experts_per_token=2, intermediate_size=48, renormalise=True)
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 
+HF_CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 101,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+"""The config.json of a model, for `ModelSection.config`."""
+
 
 def model(
     lora: Lora | None = None, mesh: jax.sharding.Mesh | None = None, remat: str = "none", **changes: Any
 ) -> Model:
     return Model(replace(CONFIG, **changes), lora, Execution(jnp.dtype("float32"), remat, "auto", mesh))
+
+
+def build(module: type, *args: Any, **options: Any) -> Any:
+    """A module of `nn` alone, off any mesh."""
+    with nnx.use_eager_sharding(False):
+        return module(*args, dtype=jnp.dtype("float32"), **options)
 
 
 def random_params(of: Model, seed: int = 0) -> dict[str, Any]:

@@ -1,15 +1,11 @@
-"""Compile the engine's decode for a TPU that is not there, as `tpu_step` does the SFT step; prints one line of JSON."""
+"""Compiles the engine's decode for a TPU that is not there, like `tpu_step`."""
 
-import json
-import sys
 from dataclasses import replace
 
-import tpu_step  # first of all: it says what libtpu stands on
-
-# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tpu_step
 from jax.experimental import topologies
 
 from jaxtrain.config import MeshSection
@@ -18,9 +14,10 @@ from jaxtrain.nn.model import Model, unstack
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import replicated
 from jaxtrain.sample import decode as programs
+from jaxtrain.sample.capacity import serving_shardings
 from jaxtrain.sample.constraints import join_tries
-from jaxtrain.sample.placement import serving_shardings
-from jaxtrain.sample.samples import no_knobs
+from jaxtrain.sample.requests import EngineLimits
+from jaxtrain.sample.samples import default_settings
 
 SLOTS, COLUMNS, STEPS = 64, 4096, 32
 
@@ -40,23 +37,19 @@ def compile_decode(topology: str, tensor: int) -> jax.stages.Compiled:
     cache = jax.eval_shape(lambda: model.empty_cache(SLOTS, COLUMNS).layers)
     cache = tuple(jax.tree.map(tpu_step.placed, layer, programs.cache_sharding(model)) for layer in cache)
     marks = np.zeros((SLOTS, config.vocab_size), np.uint16)
-    state = programs.Slots(*(np.zeros(SLOTS, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
+    state = programs.SlotState(*(np.zeros(SLOTS, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
     tries, _ = join_tries(())
     rest = jax.tree.map(
         lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=replicated(mesh)),
-        (marks, no_knobs(SLOTS), tries, state, np.int32(STEPS), np.int32(1)),
+        (marks, default_settings(SLOTS), tries, state, (np.int32(STEPS), np.int32(1))),
     )
-    return programs.decode.lower(model, STEPS, 0, 0, params, cache, *rest).compile()
+    marks, *others = rest
+    return programs.decode.lower(model, EngineLimits(STEPS), params, (cache, marks), *others).compile()
 
 
-def report(compiled: jax.stages.Compiled, tensor: int) -> dict[str, int]:
-    memory = compiled.memory_analysis()
+def decode(topology: str, tensor: int) -> dict[str, int]:
+    memory = compile_decode(topology, tensor).memory_analysis()
     assert memory is not None
     wide = tpu_step.SHAPES["8b"]
     buffer = SLOTS * COLUMNS * wide.num_kv_heads // tensor * wide.head_dim * 2
     return {"buffer": buffer, "temporaries": memory.temp_size_in_bytes}
-
-
-if __name__ == "__main__":
-    topology, tensor = sys.argv[1:]
-    print(json.dumps(report(compile_decode(topology, int(tensor)), int(tensor))))

@@ -1,21 +1,4 @@
-"""Compile the SFT step for a TPU that is not there, and say what it needs. Run as a program; prints one line of JSON.
-
-libtpu must be told what it stands on before it is loaded, and aborts the process where something is wrong: so
-`test_tpu_compile.py` starts this file in a process of its own.
-"""
-
-import json
-import os
-import sys
-
-os.environ.pop("XLA_FLAGS", None)  # the tests' own are for code that is run on this host
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on a chip, so several of us may compile side by side
-}
+"""Compiles the SFT step for a TPU that is not there, and says what it needs. `tpu_programs.py` imports it."""
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +43,12 @@ SHAPES = {
 }
 
 
+def step(shape: str, topology: str, tensor: int, rows: int, length: int) -> dict[str, int]:
+    return report(compile_step(shape, topology, tensor, rows, length))
+
+
 def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int) -> jax.stages.Compiled:
-    """The step as a run takes it: bf16 compute, fp32 parameters and AdamW moments, full remat, donated state."""
+    """The step of a run: bf16 compute, fp32 parameters and AdamW moments, full remat, donated state."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     section = MeshSection(preset="fsdp_tensor" if tensor > 1 else "fsdp", tensor=tensor)
     mesh = make_mesh(section, devices)
@@ -95,8 +82,3 @@ def report(compiled: jax.stages.Compiled) -> dict[str, int]:
         "not_donated": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "splash_calls": len([line for line in text.splitlines() if "splash_mha" in line and "custom-call(" in line]),
     }
-
-
-if __name__ == "__main__":
-    shape, topology, *numbers = sys.argv[1:]
-    print(json.dumps(report(compile_step(shape, topology, *map(int, numbers)))))

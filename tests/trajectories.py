@@ -6,7 +6,7 @@ from jaxtrain.rl.rollouts import Prompt, Trajectory
 
 
 def trajectory(prompt_length=3, length=4, *, number=0, sample=0, reward=0.0, seed=0, vocab_size=101, **changes):
-    """A sample of random ids and log-probabilities, all of them the model's own."""
+    """A sample of random ids and log-probabilities, all of them sampled by the model."""
     rng = np.random.default_rng([seed, number, sample])
     prompt = Prompt(number, np.random.default_rng([seed, number]).integers(0, vocab_size, prompt_length, np.int32), {})
     made = Trajectory(

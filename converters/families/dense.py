@@ -3,16 +3,13 @@
 The files of the families import what they need; nothing here depends on a family.
 """
 
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from converters.errors import CheckpointError
-from converters.families.keys import Keys
-from converters.families.rope import ROPE_KEYS, read_rope, write_rope
-from converters.rows import PadVocab, Split, Transpose, Weight
+from converters.errors import ConversionError
+from converters.families.keys import ConfigKeys
+from converters.families.rope import read_rope, write_rope
+from converters.weight_rows import PadVocab, Split, Transpose, Weight
 from jaxtrain.nn.config import Activation, LayerKind, ModelConfig
 
 _LAYER = "model.layers.{layer}"
@@ -61,7 +58,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_sizes(keys: Keys, activation: str = "hidden_act") -> dict[str, Any]:
+def read_sizes(keys: ConfigKeys, activation: str = "hidden_act") -> dict[str, Any]:
     """The fields of ModelConfig that dense decoders read under the same keys, except for that of the activation."""
     heads = keys.size("num_attention_heads")
     return {
@@ -97,7 +94,7 @@ def write_sizes(config: ModelConfig, activation: str = "hidden_act") -> dict[str
     }
 
 
-def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
+def read_windows(keys: ConfigKeys) -> tuple[LayerKind, ...]:
     """Qwen's sliding windows: one width, on the layers that `layer_types` names, else on those from
     `max_window_layers` up; `use_sliding_window` enables them (transformers' Qwen2Config)."""
     first = keys.index("max_window_layers")
@@ -105,21 +102,21 @@ def read_windows(keys: Keys) -> tuple[LayerKind, ...]:
     rope = read_rope(keys)
     sliding = read_layer_types(keys, lambda layer: used and layer >= first)
     if any(sliding) and not used:
-        raise CheckpointError("config.json: layer_types holds sliding_attention, but no sliding_window is in use")
+        raise ConversionError("config.json: layer_types holds sliding_attention, but no sliding_window is in use")
     return tuple(LayerKind(keys.size("sliding_window") if slides else None, rope) for slides in sliding)
 
 
-def read_layer_types(keys: Keys, sliding: Callable[[int], bool]) -> tuple[bool, ...]:
+def read_layer_types(keys: ConfigKeys, sliding: Callable[[int], bool]) -> tuple[bool, ...]:
     """Whether each layer has a sliding window: by `layer_types`, or by its number if that is missing."""
     layers, types = keys.size("num_hidden_layers"), keys.get("layer_types")
     if types is None:
         return tuple(map(sliding, range(layers)))
     types = keys.names("layer_types")
     if len(types) != layers:
-        raise CheckpointError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
+        raise ConversionError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     strange = set(types) - {"full_attention", "sliding_attention"}
     if strange:
-        raise CheckpointError(f"config.json: layer_types holds {min(strange)!r}, which this family does not support")
+        raise ConversionError(f"config.json: layer_types holds {min(strange)!r}, which this family does not support")
     return tuple(kind == "sliding_attention" for kind in types)
 
 
@@ -135,29 +132,3 @@ def write_layer_types(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": next((window for window in windows if window is not None), None),
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
     }
-
-
-def overlay(
-    config: ModelConfig,
-    base: Mapping[str, Any] | None,
-    read: Callable[[Mapping[str, Any], int], ModelConfig],
-    write: Callable[[ModelConfig], dict[str, Any]],
-) -> dict[str, Any]:
-    """`base` with the keys rewritten that differ in meaning from `config`. An unchanged config returns `base` as it is,
-    with `architectures` added if it has none.
-
-    Raises CheckpointError if the family's config.json cannot express `config`.
-    """
-    hf = dict(base or {})
-    before = write(read(hf, config.vocab_multiple)) if base else {}
-    changed = {key: value for key, value in write(config).items() if key not in before or before[key] != value}
-    if "rope_parameters" in changed:
-        hf = {key: value for key, value in hf.items() if key not in ROPE_KEYS}
-    hf = {"architectures": write(config)["architectures"], **hf, **changed}
-    again = read(hf, config.vocab_multiple)
-    lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
-    if lost:
-        raise CheckpointError(
-            f"a config.json of family {config.family} cannot express {lost[0]}={getattr(config, lost[0])}"
-        )
-    return hf

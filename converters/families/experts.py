@@ -1,8 +1,6 @@
 """Common rows of mixtures of experts that store the tensors of each expert separately."""
 
-from __future__ import annotations
-
-from converters.rows import Transpose, Weight
+from converters.weight_rows import Transpose, Weight
 
 _LAYER = "model.layers.{layer}"
 _MATRIX = (Transpose((1, 0)),)  # [out, in] -> [in, out]

@@ -1,7 +1,5 @@
 """Gemma 2: norms on both sides of a layer, scaled embeddings, capped logits, a window on every second layer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,15 +7,14 @@ from converters.families.dense import (
     BASE,
     O_BIAS,
     QKV_BIAS,
-    overlay,
     read_layer_types,
     read_sizes,
     write_layer_types,
     write_sizes,
 )
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
-from converters.rows import Weight
+from converters.weight_rows import Weight
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
 ARCHITECTURE = "Gemma2ForCausalLM"
@@ -57,8 +54,8 @@ INERT: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     rope, sliding = read_rope(keys), read_layer_types(keys, lambda layer: layer % 2 == 0)
     return ModelConfig(
         family=MODEL_TYPE,
@@ -77,15 +74,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config, "hidden_activation"),
         **write_layer_types(config),
         "attention_bias": config.qkv_bias,

@@ -1,7 +1,5 @@
 """Gemma 3, the text models: Gemma 2 with norms of q and k, five windows to one full layer, a rope for each kind."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +8,14 @@ from converters.families.dense import (
     O_BIAS,
     QK_NORM,
     QKV_BIAS,
-    overlay,
     read_layer_types,
     read_sizes,
     write_layer_types,
     write_sizes,
 )
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_ropes, write_ropes
-from converters.rows import Weight
+from converters.weight_rows import Weight
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
 ARCHITECTURE = "Gemma3ForCausalLM"
@@ -64,8 +61,8 @@ INERT: dict[str, tuple[Any, ...]] = {
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     ropes, every = read_ropes(keys, keys.get("rope_local_base_freq")), keys.size("sliding_window_pattern")
     sliding = read_layer_types(keys, lambda layer: (layer + 1) % every != 0)
     return ModelConfig(
@@ -90,15 +87,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config, "hidden_activation"),
         **write_layer_types(config),
         "attention_bias": config.qkv_bias,

@@ -1,28 +1,25 @@
-"""GPT-OSS: experts with biases and a clamped SwiGLU, attention sinks, every other layer in a window, YaRN.
+"""GPT-OSS: experts with biases and a clamped SwiGLU, attention sinks, windows on every other layer, YaRN.
 
-It is published in MXFP4 and read as bfloat16 (`converters.mxfp4`); what is exported is bfloat16 or float32.
+It is published in MXFP4 and read as bfloat16 (`converters.mxfp4`); exports are bfloat16 or float32.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families.dense import (
     BASE,
     O_BIAS,
     QKV_BIAS,
-    overlay,
     read_layer_types,
     read_sizes,
     write_layer_types,
     write_sizes,
 )
 from converters.families.experts import router_rows
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
-from converters.rows import Interleaved, Weight
+from converters.weight_rows import Interleaved, Weight
 from jaxtrain.nn.config import ClampedSwiGLU, LayerKind, ModelConfig, MoE
 
 ARCHITECTURE = "GptOssForCausalLM"
@@ -75,14 +72,15 @@ _ROPE = {
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
     quantized = hf.get("quantization_config") or {}
     if not isinstance(quantized, Mapping) or quantized.get("quant_method", "mxfp4") != "mxfp4":
-        raise CheckpointError(
+        raise ConversionError(
             f"config.json: quantization_config={quantized!r} is not supported; only quant_method mxfp4 is"
         )
     rope = {} if any(hf.get(key) for key in ("rope_scaling", "rope_parameters")) else {"rope_parameters": _ROPE}
-    keys = Keys({**_dense(hf), **rope}, DEFAULTS, INERT)
+    dense = {key: value for key, value in hf.items() if key != "quantization_config"}
+    keys = ConfigKeys({**dense, **rope}, DEFAULTS, INERT)
     sliding = read_layer_types(keys, lambda layer: layer % 2 == 0)
     window = keys.size("sliding_window") if any(sliding) else None
     turned = read_rope(keys)
@@ -106,20 +104,9 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base and _dense(base), from_hf, _keys)
-
-
-def _dense(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in hf.items() if key != "quantization_config"}
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None and config.moe.swiglu is not None
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         **write_layer_types(config),
         "attention_bias": config.qkv_bias,

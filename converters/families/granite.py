@@ -1,12 +1,10 @@
 """Granite 3: Llama with multipliers of embeddings, residuals, attention and logits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.dense import BASE, MLP_BIAS, O_BIAS, QKV_BIAS, overlay, read_sizes, write_sizes
-from converters.families.keys import Keys
+from converters.families.dense import BASE, MLP_BIAS, O_BIAS, QKV_BIAS, read_sizes, write_sizes
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
@@ -40,8 +38,8 @@ INERT: dict[str, tuple[Any, ...]] = {}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     return ModelConfig(
         family=MODEL_TYPE,
         **read_sizes(keys),
@@ -57,15 +55,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,

@@ -1,12 +1,10 @@
 """Checked reads of config.json: typed values, transformers' defaults, and an error for keys that are not supported."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families.shared_keys import REFUSED
 
 INERT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -31,11 +29,11 @@ INERT_VALUES: dict[str, tuple[Any, ...]] = {
 not read the key (it is not in their DEFAULTS), in addition to `shared_keys.REFUSED`."""
 
 
-class Keys:
+class ConfigKeys:
     """The values of a config.json (or of a section of it), checked when they are read.
 
     `defaults` are the values of missing keys; `inert` extends INERT_VALUES by what this family does not read.
-    Raises CheckpointError naming the key.
+    Raises ConversionError naming the key.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Keys:
         unread = {key: harmless for key, harmless in {**INERT_VALUES, **REFUSED}.items() if key not in defaults}
         for key, harmless in {**unread, **(inert or {})}.items():
             if key in values and values[key] not in harmless:
-                raise CheckpointError(
+                raise ConversionError(
                     f"{self._where}{key}={values[key]!r} is not supported by this family; only {harmless[-1]!r} is"
                 )
 
@@ -62,7 +60,7 @@ class Keys:
         return self._typed(key, int, "a positive integer", lambda value: 0 < value < 2**31)
 
     def index(self, key: str) -> int:
-        return self._typed(key, int, "an integer from 0", lambda value: 0 <= value < 2**31)
+        return self._typed(key, int, "an integer of at least 0", lambda value: 0 <= value < 2**31)
 
     def number(self, key: str) -> float:
         return float(self._typed(key, int | float, "a number above 0", _is_positive))
@@ -80,7 +78,7 @@ class Keys:
         return {} if self.get(key) is None else self._typed(key, Mapping, "an object", lambda value: True)
 
     def share(self, key: str) -> float:
-        return float(self._typed(key, int | float, "a number from 0 to below 1", lambda value: 0 <= value < 1))
+        return float(self._typed(key, int | float, "a number in [0, 1)", lambda value: 0 <= value < 1))
 
     def flag(self, key: str) -> bool:
         return self._typed(key, bool, "true or false", lambda value: True)
@@ -89,14 +87,14 @@ class Keys:
         """The entry of `known` for the key's value."""
         value = self.get(key)
         if not isinstance(value, str) or value not in known:
-            raise CheckpointError(f"{self._where}{key}={value!r} is not supported; known: {', '.join(known)}")
+            raise ConversionError(f"{self._where}{key}={value!r} is not supported; known: {', '.join(known)}")
         return known[value]
 
     def _typed(self, key: str, kind: Any, words: str, fits: Callable[[Any], bool]) -> Any:
         value = self.get(key)
         # bool is a subclass of int in Python, but not in JSON.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not fits(value):
-            raise CheckpointError(f"{self._where}{key} must be {words}, not {value!r}")
+            raise ConversionError(f"{self._where}{key} must be {words}, not {value!r}")
         return value
 
 

@@ -1,12 +1,10 @@
-"""Ministral as transformers has it: Mistral with sliding windows on the layers that `layer_types` names."""
-
-from __future__ import annotations
+"""Ministral in transformers: Mistral with sliding windows on the layers that `layer_types` names."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.dense import BASE, overlay, read_layer_types, read_sizes, write_layer_types, write_sizes
-from converters.families.keys import Keys
+from converters.families.dense import BASE, read_layer_types, read_sizes, write_layer_types, write_sizes
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
@@ -36,8 +34,8 @@ INERT: dict[str, tuple[Any, ...]] = {"attention_bias": (None, False), "mlp_bias"
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     window = None if keys.get("sliding_window") is None else keys.size("sliding_window")
     sliding, rope = read_layer_types(keys, lambda layer: window is not None), read_rope(keys)
     return ModelConfig(
@@ -48,15 +46,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         **write_layer_types(config),
     }

@@ -1,14 +1,12 @@
 """OLMo 2: norms after the layers instead of before, and over all heads of q and k together."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.dense import BASE, O_BIAS, QKV_BIAS, overlay, read_sizes, write_sizes
-from converters.families.keys import Keys
+from converters.families.dense import BASE, O_BIAS, QKV_BIAS, read_sizes, write_sizes
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
-from converters.rows import Split, Weight
+from converters.weight_rows import Split, Weight
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
 ARCHITECTURE = "Olmo2ForCausalLM"
@@ -44,8 +42,8 @@ INERT: dict[str, tuple[Any, ...]] = {"mlp_bias": (None, False)}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     return ModelConfig(
         family=MODEL_TYPE,
         **read_sizes(keys),
@@ -60,15 +58,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         "attention_bias": config.qkv_bias,
     }

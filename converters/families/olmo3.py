@@ -1,7 +1,5 @@
 """OLMo 3: OLMo 2 with sliding windows on three layers of four, and scaled rope on the fourth only."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,15 +7,14 @@ from converters.families.dense import (
     BASE,
     O_BIAS,
     QKV_BIAS,
-    overlay,
     read_layer_types,
     read_sizes,
     write_layer_types,
     write_sizes,
 )
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_ropes, write_ropes
-from converters.rows import Split, Weight
+from converters.weight_rows import Split, Weight
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
 ARCHITECTURE = "Olmo3ForCausalLM"
@@ -55,8 +52,8 @@ INERT: dict[str, tuple[Any, ...]] = {"mlp_bias": (None, False)}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     ropes = read_ropes(keys, DEFAULTS["rope_theta"])
     sliding = read_layer_types(keys, lambda layer: (layer + 1) % 4 != 0)
     return ModelConfig(
@@ -78,15 +75,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         **write_layer_types(config),
         **write_ropes(config),

@@ -1,15 +1,13 @@
 """Phi-3 (mini, medium) and Phi-4 (14B, mini): q, k and v in one matrix, gate and up in another, LongRoPE beyond 4k."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import CheckpointError
-from converters.families.dense import BASE, overlay, read_sizes, write_sizes
-from converters.families.keys import Keys
+from converters.errors import ConversionError
+from converters.families.dense import BASE, read_sizes, write_sizes
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope, rope_parameters
-from converters.rows import SideBySide, Split, Transpose, Weight
+from converters.weight_rows import SideBySide, Split, Transpose, Weight
 from jaxtrain.nn.config import LayerKind, LongRopeScaling, ModelConfig
 
 ARCHITECTURE = "Phi3ForCausalLM"
@@ -64,17 +62,17 @@ INERT: dict[str, tuple[Any, ...]] = {
     "resid_pdrop": (None, 0.0),
     "embd_pdrop": (None, 0.0),
 }
-_OLD_NAMES = ("su", "yarn")  # what the first checkpoints call longrope; transformers takes both for it
+_OLD_NAMES = ("su", "yarn")  # names of longrope in the first checkpoints; transformers accepts both
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(_renamed(hf), DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(_renamed(hf), DEFAULTS, INERT)
     window = None if keys.get("sliding_window") is None else keys.size("sliding_window")
     rope = read_rope(keys, partial=True)
     if rope.scaling is not None and not isinstance(rope.scaling, LongRopeScaling):
         kind = rope_parameters(rope)["rope_type"]
-        raise CheckpointError(
+        raise ConversionError(
             f"config.json: rope_type={kind!r} is not supported by this family; known: default, longrope"
         )
     return ModelConfig(
@@ -83,11 +81,6 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         pattern=(LayerKind(window, rope),) * keys.size("num_hidden_layers"),
         vocab_multiple=vocab_multiple,
     )
-
-
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
 
 
 def _renamed(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,14 +93,12 @@ def _renamed(hf: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     rope = config.pattern[0].rope
     long = rope.scaling if rope and isinstance(rope.scaling, LongRopeScaling) else None
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         "sliding_window": config.pattern[0].window,
-        # transformers reads it here only: its default is 4096, whatever rope_parameters hold
+        # transformers reads it only here: its default is 4096, whatever rope_parameters hold
         **({"original_max_position_embeddings": long.original_max_positions} if long else {}),
     }

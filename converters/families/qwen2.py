@@ -1,12 +1,10 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v, and sliding windows on the upper layers of some."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.dense import BASE, QKV_BIAS, overlay, read_sizes, read_windows, write_sizes, write_windows
-from converters.families.keys import Keys
+from converters.families.dense import BASE, QKV_BIAS, read_sizes, read_windows, write_sizes, write_windows
+from converters.families.keys import ConfigKeys
 from jaxtrain.nn.config import ModelConfig
 
 ARCHITECTURE = "Qwen2ForCausalLM"
@@ -37,8 +35,8 @@ INERT = {"attention_bias": (None, True), "mlp_bias": (None, False)}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     return ModelConfig(
         family=MODEL_TYPE,
         **read_sizes(keys),
@@ -48,15 +46,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         **write_windows(config),
     }

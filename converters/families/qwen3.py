@@ -1,6 +1,4 @@
-"""Qwen3, the dense sizes: norms over the heads of q and k, a head width of its own, biases by switch."""
-
-from __future__ import annotations
+"""Qwen3, the dense sizes: norms over the heads of q and k, an independent head width, optional biases."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +8,12 @@ from converters.families.dense import (
     O_BIAS,
     QK_NORM,
     QKV_BIAS,
-    overlay,
     read_sizes,
     read_windows,
     write_sizes,
     write_windows,
 )
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from jaxtrain.nn.config import ModelConfig
 
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -48,8 +45,8 @@ INERT = {"mlp_bias": (None, False), "qk_norm": (None, True), "use_qk_norm": (Non
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     return ModelConfig(
         family=MODEL_TYPE,
         **read_sizes(keys),
@@ -61,15 +58,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         **write_windows(config),
         "attention_bias": config.qkv_bias,

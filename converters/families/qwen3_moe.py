@@ -1,13 +1,11 @@
 """Qwen3's mixtures of experts: Qwen3 with experts in every layer, and one window for all layers or none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
-from converters.families.dense import BASE, O_BIAS, QK_NORM, QKV_BIAS, overlay, read_sizes, write_sizes
+from converters.families.dense import BASE, O_BIAS, QK_NORM, QKV_BIAS, read_sizes, write_sizes
 from converters.families.experts import expert_rows, router_rows
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
 from jaxtrain.nn.config import LayerKind, ModelConfig, MoE
 
@@ -41,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "num_experts": 128,
     "norm_topk_prob": False,
 }
-# Layers without experts among those with some are not supported: no published Qwen3 has them.
+# Dense layers among sparse ones are not supported: no published Qwen3 has them.
 INERT = {
     "mlp_bias": (None, False),
     "qk_norm": (None, True),
@@ -52,9 +50,9 @@ INERT = {
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    # transformers 5 saves what is published as `num_experts` under another name, and reads both.
-    keys = Keys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    # transformers 5 saves `num_experts` of published checkpoints as `num_local_experts`, and reads both.
+    keys = ConfigKeys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
     kind = LayerKind(keys.size("sliding_window") if used else None, read_rope(keys))
     return ModelConfig(
@@ -74,17 +72,10 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     assert config.moe is not None
     window = config.pattern[0].window
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         "attention_bias": config.qkv_bias,
         "use_sliding_window": window is not None,

@@ -1,11 +1,10 @@
-"""The supported families. A new one is a file and its name here."""
+"""The supported families. A new one needs a file, and its name in this file."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from converters.errors import CheckpointError, nearest
+from converters.errors import ConversionError
 from converters.families import (
     gemma2,
     gemma3,
@@ -23,7 +22,9 @@ from converters.families import (
     qwen3_moe,
     smollm3,
 )
-from converters.rows import Transpose, Weight
+from converters.families.rope import ROPE_KEYS
+from converters.weight_rows import Transpose, Weight
+from jaxtrain.named import did_you_mean
 from jaxtrain.nn.config import ModelConfig
 
 
@@ -42,20 +43,24 @@ class Family(Protocol):
 
     @property
     def DEFAULTS(self) -> Mapping[str, Any]:
-        """The keys of config.json that `from_hf` reads, with transformers' values where they are missing."""
+        """The keys of config.json that `from_hf` reads, with transformers' defaults."""
         ...
 
     @property
     def INERT(self) -> Mapping[str, tuple[Any, ...]]:
-        """Keys that it does not read, with the values at which that makes no difference."""
+        """Keys that `from_hf` does not read, with the values that do not change the computation."""
         ...
 
     @property
     def WEIGHTS(self) -> tuple[Weight, ...]: ...
 
-    def from_hf(self, hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig: ...
+    def from_hf(self, hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
+        """Our config from the content of a config.json. Raises ConversionError for a key that is not supported."""
+        ...
 
-    def to_hf(self, config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
+    def hf_keys(self, config: ModelConfig) -> dict[str, Any]:
+        """The inverse of `from_hf`: the keys of config.json that describe `config`."""
+        ...
 
 
 _ALL: tuple[Family, ...] = (
@@ -64,8 +69,8 @@ _ALL: tuple[Family, ...] = (
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 DERIVED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-"""Tensors that follow from config.json: neither imported nor exported. Checkpoints of 2023 hold these frequencies of
-rope; transformers skips them for every family, too."""
+"""Tensors that are computed from config.json: neither imported nor exported. Checkpoints of 2023 hold these frequencies
+of rope; transformers also skips them for every family."""
 _SCORE = Weight("value_head.kernel", "score.weight", (Transpose((1, 0)),))
 _CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"
 
@@ -74,7 +79,7 @@ def register(family: Family) -> None:
     """Add a family that is defined outside of this package. Raises ValueError if its names are taken."""
     for other in FAMILIES.values():
         if family.MODEL_TYPE == other.MODEL_TYPE or family.ARCHITECTURE == other.ARCHITECTURE:
-            raise ValueError(f"a family of model_type {other.MODEL_TYPE}, {other.ARCHITECTURE}, is registered already")
+            raise ValueError(f"a family of model_type {other.MODEL_TYPE}, {other.ARCHITECTURE}, is already registered")
     FAMILIES[family.MODEL_TYPE] = family
 
 
@@ -83,31 +88,55 @@ def weight_rows(config: ModelConfig) -> tuple[Weight, ...]:
     return (*FAMILIES[config.family].WEIGHTS, _SCORE)
 
 
+def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config.json of `config`: `base`, the one that it was read from, with the keys that changed in meaning.
+
+    Raises ConversionError if the family's config.json cannot express `config`.
+    """
+    family = FAMILIES[config.family]
+    # The tensors of an export are never quantised.
+    hf = {key: value for key, value in (base or {}).items() if key != "quantization_config" or value is None}
+    before = family.hf_keys(family.from_hf(hf, config.vocab_multiple)) if base else {}
+    after = family.hf_keys(config)
+    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
+    if "rope_parameters" in changed:
+        hf = {key: value for key, value in hf.items() if key not in ROPE_KEYS}
+    names = {"architectures": [family.ARCHITECTURE], **({} if base else {"model_type": family.MODEL_TYPE})}
+    hf = {**names, **hf, **changed}
+    again = family.from_hf(hf, config.vocab_multiple)
+    lost = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
+    if lost:
+        raise ConversionError(
+            f"a config.json of family {config.family} cannot express {lost[0]}={getattr(config, lost[0])}"
+        )
+    return hf
+
+
 def has_scalar_head(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a reward model: a sequence classifier with one label.
 
-    Raises CheckpointError for a classifier with several labels.
+    Raises ConversionError for a classifier with several labels.
     """
     if not (_architecture(hf) or "").endswith(_SCALAR):
         return False
     labels = len(hf["id2label"]) if isinstance(hf.get("id2label"), Mapping) else hf.get("num_labels", 2)
     if labels != 1:
-        raise CheckpointError(f"config.json: a classifier of {labels} labels is not supported; only one (a score) is")
+        raise ConversionError(f"config.json: a classifier of {labels} labels is not supported; only one (a score) is")
     return True
 
 
 def _architecture(hf: Mapping[str, Any]) -> str | None:
-    """The one of `architectures`, if there is any. Raises CheckpointError if it is not a list of one name."""
+    """The name in `architectures`, or None. Raises ConversionError if it is not a list of one name."""
     names = hf.get("architectures")
     if not names:
         return None
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(f"config.json: architectures must be a list of one name, not {names!r}")
+        raise ConversionError(f"config.json: architectures must be a list of one name, not {names!r}")
     return names[0]
 
 
 def for_head(hf: Mapping[str, Any], config: ModelConfig, scalar: bool) -> dict[str, Any]:
-    """config.json for a model with a scalar head, or with one over the vocabulary."""
+    """`hf` for a model with a scalar head, or with a head over the vocabulary."""
     if not scalar and not has_scalar_head(hf):
         return dict(hf)
     causal = FAMILIES[config.family].ARCHITECTURE
@@ -120,7 +149,7 @@ def for_head(hf: Mapping[str, Any], config: ModelConfig, scalar: bool) -> dict[s
 def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json, by `architectures`, or by `model_type` where that is missing.
 
-    Raises CheckpointError naming the supported ones for any other.
+    Raises ConversionError, which lists the supported ones, for any other.
     """
     known, name = FAMILIES, str(hf.get("model_type"))
     architecture = _architecture(hf)
@@ -128,8 +157,9 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         known = {family.ARCHITECTURE: family for family in FAMILIES.values()}
         name = architecture.replace(_SCALAR, _CAUSAL)
     if name not in known:
-        raise CheckpointError(
-            f"config.json: architecture {name} is not supported; supported: {', '.join(known)}{nearest(name, known)}; "
-            "`jaxtrain new-family` drafts the file a new one needs; model.backend=torchax trains without (sft only)"
+        hint = did_you_mean(name, known)
+        raise ConversionError(
+            f"config.json: architecture {name} is not supported; supported: {', '.join(known)}{hint}; "
+            "`jaxtrain new-family` drafts a file for a new one; model.backend=torchax trains without one (sft only)"
         )
     return known[name]

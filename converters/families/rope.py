@@ -1,13 +1,11 @@
-"""Rope in config.json: reading every spelling and type of transformers, and writing."""
-
-from __future__ import annotations
+"""Reads and writes rope in config.json, in all versions and types of transformers."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import CheckpointError
-from converters.families.keys import Keys
+from converters.errors import ConversionError
+from converters.families.keys import ConfigKeys
 from jaxtrain.nn.config import (
     DynamicScaling,
     LinearScaling,
@@ -51,37 +49,37 @@ _TYPES: dict[str, tuple[str, ...]] = {
 """The keys of each rope type, in addition to `rope_theta` and `partial_rotary_factor`."""
 
 
-def read_rope(keys: Keys, partial: bool = False) -> Rope:
+def read_rope(keys: ConfigKeys, partial: bool = False) -> Rope:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     The precedence is that of transformers: `rope_scaling`, then `rope_parameters`, then `rope_theta`. `partial`: the
-    family's attention can rotate a part of the channels; that of other families fails in transformers.
+    family's attention can rotate a part of the channels; other families fail with it in transformers.
     """
     name = "rope_scaling" if keys.section("rope_scaling") else "rope_parameters"
     return _rope(keys.section(name), keys, name, keys.get("rope_theta"), partial)
 
 
-def read_ropes(keys: Keys, sliding_theta: Any) -> dict[str, Rope]:
+def read_ropes(keys: ConfigKeys, sliding_theta: Any) -> dict[str, Rope]:
     """A rope for each layer type, as in Gemma 3 and OLMo 3: `rope_scaling` and `rope_theta` apply to full attention
     only; `sliding_theta` is the default of sliding layers."""
     given = keys.section("rope_parameters")
     thetas = {"full_attention": keys.get("rope_theta"), "sliding_attention": sliding_theta}
     strange = sorted(given.keys() - thetas.keys())
     if strange:
-        raise CheckpointError(f"config.json: rope_parameters.{strange[0]} is not a layer type of this family")
-    per_type = Keys(given, {}, section="rope_parameters.")
+        raise ConversionError(f"config.json: rope_parameters.{strange[0]} is not a layer type of this family")
+    per_type = ConfigKeys(given, {}, section="rope_parameters.")
     sections = {kind: per_type.section(kind) for kind in thetas}
     sections["full_attention"] = {**sections["full_attention"], **keys.section("rope_scaling")}
     ropes = {}
     for kind, theta in thetas.items():
         section = sections[kind]
-        if section.get("truncate") is False:  # transformers reads it one level up, where it never is
-            raise CheckpointError(f"config.json: rope_parameters.{kind}.truncate=False is not supported by this family")
+        if section.get("truncate") is False:  # transformers reads it one level up, where it is never set
+            raise ConversionError(f"config.json: rope_parameters.{kind}.truncate=False is not supported by this family")
         ropes[kind] = _rope(section, keys, f"rope_parameters.{kind}", theta, False)
     return ropes
 
 
-def _rope(given: Mapping[str, Any], keys: Keys, name: str, theta: Any, partial: bool) -> Rope:
+def _rope(given: Mapping[str, Any], keys: ConfigKeys, name: str, theta: Any, partial: bool) -> Rope:
     kind = given.get("rope_type", given.get("type", "default"))
     outside = {
         "rope_type": kind,
@@ -92,17 +90,17 @@ def _rope(given: Mapping[str, Any], keys: Keys, name: str, theta: Any, partial: 
         outside["partial_rotary_factor"] = keys.get("partial_rotary_factor") or 1.0
     if keys.get("original_max_position_embeddings") is not None:
         given = {**given, "original_max_position_embeddings": keys.get("original_max_position_embeddings")}
-    rope = Keys(given, outside, section=f"{name}.")
+    rope = ConfigKeys(given, outside, section=f"{name}.")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *rope.one_of("rope_type", _TYPES)}
     known.add("original_max_position_embeddings")  # set above, whatever the type
     strange = sorted(given.keys() - known)
     if strange:
-        raise CheckpointError(f"config.json: {name}.{strange[0]} is not supported for rope_type {kind}")
+        raise ConversionError(f"config.json: {name}.{strange[0]} is not supported for rope_type {kind}")
     share = rope.number("partial_rotary_factor") if "partial_rotary_factor" in outside else 1.0
     return Rope(rope.number("rope_theta"), _scaling(rope, kind, keys), share)
 
 
-def _scaling(rope: Keys, kind: str, keys: Keys) -> Scaling | None:
+def _scaling(rope: ConfigKeys, kind: str, keys: ConfigKeys) -> Scaling | None:
     match kind:
         case "linear":
             return LinearScaling(rope.number("factor"))
@@ -140,7 +138,7 @@ def _scaling(rope: Keys, kind: str, keys: Keys) -> Scaling | None:
     return None
 
 
-def _yarn_attention(rope: Keys, factor: float) -> float:
+def _yarn_attention(rope: ConfigKeys, factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return rope.number("attention_factor")
 
@@ -217,7 +215,7 @@ def write_ropes(config: ModelConfig) -> dict[str, Any]:
 
 
 def _beside(rope: Rope) -> dict[str, Any]:
-    """Keys that a rope reads outside of its own section."""
+    """Keys of a rope outside of its section."""
     if isinstance(rope.scaling, DynamicScaling):
         return {"max_position_embeddings": rope.scaling.max_positions}
     return {}

@@ -1,13 +1,11 @@
 """The keys of config.json that transformers' shared code reads: those that every model has, whatever its family.
 
-The shared code is what model files build on: `PreTrainedConfig`, `PreTrainedModel`, masks, rope, caches, generation,
+Shared code means: `PreTrainedConfig`, `PreTrainedModel`, masks, rope, caches, generation,
 integrations. A key that only it reads is absent from the family's own config class, so a family's tables alone would
 miss it. Each key is honoured (a family or the import reads it), ignored (it does not change what the model computes),
 or refused at all values but those listed. tests/converters/test_shared_keys.py compares this table with the source of
 the installed transformers.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -72,15 +70,15 @@ IGNORED: dict[str, str] = {
     **dict.fromkeys(("is_decoder", "add_cross_attention", "qk_head_dim", "features_only"), _OTHER_MODELS),
     **dict.fromkeys(("num_channels", "out_indices"), _OTHER_MODELS),
     **dict.fromkeys(("transformers_version", "_name_or_path", "name_or_path", "tokenizer_class"), _NAMES),
-    "auto_map": "code beside the weights, which transformers runs only with trust_remote_code",
+    "auto_map": "code in the folder, which transformers runs only with trust_remote_code",
 }
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),  # transformers treats null as false: every token attends to all others
     "is_encoder_decoder": (None, False),  # its decoder_* keys replace the plain ones
-    "attention_chunk_size": (None,),  # the cache drops what lies before the chunk
+    "attention_chunk_size": (None,),  # the cache drops tokens before the chunk
     "kv_sharing_modes": (None,),  # layers that read the keys and values of others
-    "sliding_window": (None,),  # the cache drops what lies before the window
+    "sliding_window": (None,),  # the cache drops tokens before the window
     "layer_types": (None,),  # the masks and the cache of every layer
     "per_layer_config": (None, {}),  # other sizes for single layers
     "fusion_config": (None, {}),  # replaces modules, and renames their tensors
@@ -97,4 +95,4 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "decoder": (None,),
     "generator": (None,),
 }
-"""The values at which a key changes nothing. A family that reads the key (its DEFAULTS hold it) is exempt."""
+"""The values at which a key changes nothing. Does not apply to a family that reads the key (it is in its DEFAULTS)."""

@@ -1,23 +1,20 @@
-"""SmolLM3: Llama with layers without rope, every fourth by default."""
-
-from __future__ import annotations
+"""SmolLM3: Llama without rope in some layers, every fourth by default."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families.dense import (
     BASE,
     MLP_BIAS,
     O_BIAS,
     QKV_BIAS,
-    overlay,
     read_layer_types,
     read_sizes,
     write_sizes,
     write_windows,
 )
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
 from jaxtrain.nn.config import LayerKind, ModelConfig
 
@@ -52,16 +49,16 @@ INERT: dict[str, tuple[Any, ...]] = {}
 
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
-    """config.json to ours. Raises CheckpointError naming a key that is not supported."""
-    keys = Keys(hf, DEFAULTS, INERT)
+    """config.json to ours. Raises ConversionError naming a key that is not supported."""
+    keys = ConfigKeys(hf, DEFAULTS, INERT)
     layers, every = keys.size("num_hidden_layers"), keys.size("no_rope_layer_interval")
     rotates = keys.get("no_rope_layers")  # 1 where a layer has rope, in spite of the name
     if rotates is None:
         rotates = [(layer + 1) % every != 0 for layer in range(layers)]
     if not isinstance(rotates, list) or not all(each in (0, 1) for each in rotates):
-        raise CheckpointError(f"config.json: no_rope_layers must be a list of 0 and 1, not {rotates!r}")
+        raise ConversionError(f"config.json: no_rope_layers must be a list of 0 and 1, not {rotates!r}")
     if len(rotates) < layers:
-        raise CheckpointError(f"config.json: no_rope_layers names {len(rotates)} of {layers} layers")
+        raise ConversionError(f"config.json: no_rope_layers names {len(rotates)} of {layers} layers")
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
     sliding, rope = read_layer_types(keys, lambda layer: used and not rotates[layer]), read_rope(keys)
     window = keys.size("sliding_window") if used else None
@@ -79,15 +76,8 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     )
 
 
-def to_hf(config: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Ours to config.json: `base` with the changes. Raises CheckpointError for what config.json cannot express."""
-    return overlay(config, base, from_hf, _keys)
-
-
-def _keys(config: ModelConfig) -> dict[str, Any]:
+def hf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
         **write_sizes(config),
         **write_windows(config),
         "no_rope_layers": [int(kind.rope is not None) for kind in config.pattern],

@@ -1,18 +1,18 @@
 """How a run's config differs from the one that the run began with, in what changes its numbers."""
 
-from __future__ import annotations
-
-import difflib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from jaxtrain.config.given import import_path
+from jaxtrain.config.dataclass_sections import OBJECTIVE
 from jaxtrain.config.load import ConfigError, known_keys
 from jaxtrain.config.marks import InputPath, MayChange
-from jaxtrain.config.run import RunConfig
+from jaxtrain.config.python_values import import_path
+from jaxtrain.config.run_config import RunConfig
+from jaxtrain.named import did_you_mean
 
 
 class Change(NamedTuple):
@@ -44,16 +44,16 @@ def input_paths(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str
                     yield from input_paths(item, f"{key}.{number}.")
 
 
-def check_keys(keys: Sequence[str]) -> None:
+def check_keys(keys: Sequence[str], config: RunConfig) -> None:
     """Raises ConfigError for a key that no config has. Below a free-form mapping any key is accepted."""
-    known = dict(known_keys(RunConfig, ""))
+    # An objective of the user's own has keys of its own.
+    known = {**dict(known_keys()), **{f"objective.{name}": Any for name in OBJECTIVE.section(config.objective)}}
     for key in keys:
         names = [part for part in key.split(".") if not part.isdigit()]
         parents = [".".join(names[:length]) for length in range(1, len(names) + 1)]
         if parents and (parents[-1] in known or _is_free_form(parents, known)):
             continue
-        near = difflib.get_close_matches(key, list(known), 1)
-        raise ConfigError(f"--allow-change {key}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ConfigError(f"--allow-change {key}: no such key{did_you_mean(key, known)}")
 
 
 def covers(keys: Sequence[str], key: str) -> bool:
@@ -63,12 +63,12 @@ def covers(keys: Sequence[str], key: str) -> bool:
 
 def _is_free_form(parents: list[str], known: dict[str, Any]) -> bool:
     deepest = next((parent for parent in reversed(parents) if parent in known), None)
-    return deepest is not None and "dict[" in str(known[deepest].annotation)
+    return deepest is not None and "dict[" in str(known[deepest])
 
 
 def _between_sections(old: BaseModel, new: BaseModel, prefix: str, config: RunConfig) -> Iterator[Change]:
     for name, field in type(new).model_fields.items():
-        before, after = import_path(getattr(old, name)), import_path(getattr(new, name))
+        before, after = (_recorded(config, name) for config in (old, new))
         if before == after:
             continue
         mark = next((mark for mark in field.metadata if isinstance(mark, MayChange)), None)
@@ -90,6 +90,12 @@ def _between_values(old: Any, new: Any, key: str, is_input: bool, config: RunCon
             yield from _between_values(before, after, f"{key}.{number}", False, config)
     else:
         yield Change(key, _plain(old), _plain(new), is_input)
+
+
+def _recorded(section: BaseModel, name: str) -> Any:
+    """The value of a field; what a config records of it, where that is a function, a class or a dataclass."""
+    value = getattr(section, name)
+    return section.model_dump(mode="json", include={name})[name] if is_dataclass(value) else import_path(value)
 
 
 def _plain(value: Any) -> Any:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
-from jaxtrain.config.run import RunConfig
+from jaxtrain.config.dataclass_sections import FieldsOf
+from jaxtrain.config.run_config import RunConfig
 
 
 class ConfigError(ValueError):
@@ -26,6 +31,9 @@ ALIASES = {
     "weight_decay": "optimizer.weight_decay",
     "lr_scheduler_type": "optimizer.schedule",
     "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "warmup_ratio": "optimizer.warmup_ratio",
     "steps": "train.steps",
     "batch_size": "train.batch_size",
     "per_device_train_batch_size": "train.batch_size",
@@ -48,10 +56,16 @@ ALIASES = {
     "lora_dropout": "model.lora.dropout",
     "target_modules": "model.lora.targets",
     "use_rslora": "model.lora.rslora",
-    "entropy_coef": "rl.entropy_coefficient",
-    "entropy_coeff": "rl.entropy_coefficient",
-    "use_bias_correction_kl": "rl.kl_bias_correction",
+    "modules_to_save": "model.lora.modules_to_save",
+    "entropy_coef": "objective.entropy_coefficient",
+    "entropy_coeff": "objective.entropy_coefficient",
+    "use_bias_correction_kl": "objective.kl_bias_correction",
+    "off_policy_mask_threshold": "objective.off_policy_threshold",
+    "top_entropy_quantile": "objective.top_entropy",
+    "scale_rewards": "rl.algorithm.scale",
 }
+
+_MOVED_SECTIONS = ("rl.sampling",)  # whose keys are elsewhere now, each named by its error
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -59,9 +73,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises ConfigError for a missing file, broken YAML, an unknown key, a wrong type or an impossible combination.
     """
+    return parse_config(read_tree(path), str(path), overrides)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file, unchecked. Raises ConfigError for a missing file or broken YAML."""
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], 1)
         raise ConfigError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         tree = yaml.load(path.read_text(), _Loader)
@@ -69,7 +88,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(tree).__name__}")
-    return parse_config(tree, str(path), overrides)
+    return tree
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config", overrides: list[str] | None = None) -> RunConfig:
@@ -82,7 +101,7 @@ def parse_config(tree: dict[str, Any], origin: str = "config", overrides: list[s
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        faults = [_fault(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
+        faults = [fault for details in error.errors() for fault in _faults(details)]
         raise ConfigError(f"{origin}:\n" + "\n".join(f"  {fault}" for fault in faults)) from None
 
 
@@ -105,6 +124,9 @@ _FLOAT = r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
+_NAMED = ("algorithm", "objective")  # sections that a name alone may stand for
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -121,6 +143,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
             continue
         if node.get(part) is None:
             node[part] = {}
+        if isinstance(node[part], str) and part in _NAMED:
+            node[part] = {"name": node[part]}
         node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {key}: {'.'.join(parents[: depth + 1])} is a value, not a section")
@@ -132,50 +156,65 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"override {key}: {part!r} is no index into a list of {len(node)}")
+        raise ConfigError(f"override {key}: {part!r} is not an index into a list of {len(node)}")
     return int(part)
 
 
-def _fault(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
+def _faults(error: ErrorDetails) -> Iterator[str]:
     # pydantic puts the tag of a union into the path; it is no key of the user's.
-    keys = [str(part) for part in loc if not str(part).startswith("<")]
-    path = ".".join(keys)
-    if kind == "extra_forbidden":
-        return f"unknown key {path}" + _suggest(keys)
-    if kind == "missing":
-        return f"{path} is missing"
-    message = message.removeprefix("Value error, ")
-    shown = "" if isinstance(value, dict | BaseModel) or kind == "value_error" else f" (got {value!r})"
-    return f"{path}: {message}{shown}" if path else f"{message}{shown}"
+    keys = [str(part) for part in error["loc"] if not str(part).startswith("<")]
+    path, message, value = ".".join(keys), error["msg"].removeprefix("Value error, "), error["input"]
+    match error["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument" if path in _MOVED_SECTIONS and isinstance(value, dict):
+            yield from (f"unknown key {path}.{name}{_suggest([*keys, name])}" for name in value)
+        case "extra_forbidden" | "unexpected_keyword_argument" | "unknown_field":
+            yield f"unknown key {path}{_suggest(keys, error.get('ctx', {}).get('known'))}"
+        case "missing":
+            yield f"{path} is missing"
+        case kind:
+            shown = "" if isinstance(value, dict | BaseModel) or kind == "value_error" else f" (got {value!r})"
+            yield f"{message}{shown}" if message.startswith(path) else f"{path}: {message}{shown}"
 
 
-def _suggest(keys: list[str]) -> str:
-    """The nearest right key: in the same section, else by another framework's name, else anywhere."""
+def _suggest(keys: list[str], siblings: list[str] | None = None) -> str:
+    """The right key: of another framework's name or of the same name elsewhere, else the nearest in the section."""
     *section, last = keys
     # An index into a list of sources is part of the path, but of no key's name.
     prefix = "".join(f"{part}." for part in section if not part.isdigit())
-    known = dict(known_keys(RunConfig, ""))
-    siblings = [key.removeprefix(prefix) for key in known if key.startswith(prefix)]
-    siblings = [name for name in siblings if "." not in name]
-    near = difflib.get_close_matches(last, siblings, 1) or [name for name in siblings if name.startswith(last)]
-    if near:
-        return f"; did you mean {'.'.join([*section, near[0]])}?"
+    known = dict(known_keys())
+    if siblings is None:
+        siblings = [key.removeprefix(prefix) for key in known if key.startswith(prefix)]
+        siblings = [name for name in siblings if "." not in name]
+    known.pop(".".join(keys), None)  # an objective lacks keys that others have
     elsewhere = [ALIASES[last]] if last in ALIASES else [key for key in known if key.rpartition(".")[2] == last]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+    elsewhere.sort(key=lambda key: key.split(".")[-2:-1] != section[-1:])  # in a section of the same name, if any
+    near = difflib.get_close_matches(last, siblings, 1) or [name for name in siblings if name.startswith(last)]
+    if elsewhere or near:
+        return f"; did you mean {elsewhere[0] if elsewhere else '.'.join([*section, near[0]])}?"
     return f"; known here: {', '.join(siblings)}"
 
 
-def known_keys(section: type[BaseModel], prefix: str):
-    for name, field in section.model_fields.items():
-        yield prefix + name, field
-        for inner in dict.fromkeys(_sections(field.annotation)):
+def known_keys(section: type | FieldsOf = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a section, and the type of each."""
+    if isinstance(section, FieldsOf):
+        keys = section.hints()
+    elif issubclass(section, BaseModel):
+        keys = {name: _fields_of(field) or field.annotation for name, field in section.model_fields.items()}
+    else:
+        keys = get_type_hints(section, include_extras=True)
+    for name, kind in keys.items():
+        yield prefix + name, kind
+        for inner in dict.fromkeys(_sections(kind)):
             yield from known_keys(inner, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (UnionType, Union, Annotated, list):
-        return [s for arg in get_args(annotation) for s in _sections(arg)]
+def _fields_of(field: FieldInfo) -> FieldsOf | None:
+    return next((mark for mark in field.metadata if isinstance(mark, FieldsOf)), None)
+
+
+def _sections(kind: Any) -> list[type | FieldsOf]:
+    if isinstance(kind, FieldsOf) or (isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))):
+        return [kind]
+    if get_origin(kind) in (UnionType, Union, Annotated, list):
+        return [section for part in get_args(kind) for section in _sections(part)]
     return []

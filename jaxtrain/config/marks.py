@@ -1,6 +1,4 @@
-"""What a field of the config says of itself besides its type: whether a resumed run may have another value."""
-
-from __future__ import annotations
+"""Annotations of config fields besides their type: whether a resumed run may have another value."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

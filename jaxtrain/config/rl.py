@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PositiveFloat, PositiveInt, model_validator
 
+from jaxtrain.config.dataclass_sections import ALGORITHM, resolve_algorithm
 from jaxtrain.config.marks import MAY_CHANGE
-from jaxtrain.config.rollouts import EnvironmentSection, PlacementSection, RewardModelSection, RewardSection
-from jaxtrain.config.sections import Fraction, NonNegativeInt, Section
+from jaxtrain.config.rl_parts import EnvironmentSection, PlacementSection, RewardModelSection, RewardSection
+from jaxtrain.config.sections import NonNegativeInt, Section
 
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-class SamplingSection(Section):
-    temperature: PositiveFloat = 1.0  # also divides the trainer's logits, so that both speak of one distribution
-    top_k: NonNegativeInt = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Fraction = 0.0
-    support: PositiveInt = 64  # with a filter: tokens kept at most, among which the trainer scores the sample
-    slots: Annotated[PositiveInt, MAY_CHANGE] = 64  # samples in flight
-
-    @property
-    def filtered(self) -> bool:
-        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> SamplingSection:
-        if self.top_k > self.support:
-            raise ValueError(
-                f"top_k={self.top_k} is more than support={self.support}, the number of tokens that the trainer scores "
-                "a sample among: raise support, or lower top_k"
-            )
-        return self
-
-
-class CorrectionSection(Section):
-    """Of the gap between the sampler's and the trainer's probabilities, by importance weights."""
-
-    level: Literal["token", "sequence"] = "token"
-    mode: Literal["truncate", "mask"] = "truncate"
-    cap: PositiveFloat = 2.0
+AlgorithmSection = Annotated[Any, ALGORITHM, BeforeValidator(resolve_algorithm), PlainSerializer(ALGORITHM.section)]
 
 
 class CriticSection(Section):
@@ -52,14 +23,17 @@ class CriticSection(Section):
 
 
 class RLSection(Section):
-    algorithm: str = "grpo"  # grpo dr_grpo dapo gspo rloo reinforce++ cispo ppo, or file.py:NAME of your own
+    # grpo dr_grpo dapo gspo rloo reinforce++ cispo sapo vespo gdpo ppo; with a teacher: on_policy_distillation gkd; or
+    # a custom file.py:NAME; or a mapping of its name and other numbers: {name: ..., FIELD: VALUE ...}
+    algorithm: AlgorithmSection = Field(default="grpo", validate_default=True)
     prompts: PositiveInt = 8  # of a step
     generations: PositiveInt = 8  # samples of a prompt
     max_completion_length: PositiveInt = 512  # tokens
     iterations: PositiveInt = 1  # passes over a step's samples
     minibatches: PositiveInt = 1  # updates of a pass
-    sampling: SamplingSection = SamplingSection()
-    correction: CorrectionSection | None = CorrectionSection()
+    slots: Annotated[PositiveInt, MAY_CHANGE] = 64  # samples in flight
+    # where `sampling` filters: tokens kept at most, among which the trainer scores the sample
+    support: PositiveInt = 64
     critic: CriticSection = CriticSection()
     rewards: list[RewardSection] = Field(default_factory=list)
     reward_workers: Annotated[PositiveInt, MAY_CHANGE] = 2  # processes that run the rewards
@@ -68,40 +42,39 @@ class RLSection(Section):
     placement: PlacementSection = PlacementSection()
     # steps between tables of samples on the terminal; 0: none
     print_samples: Annotated[NonNegativeInt, MAY_CHANGE] = 50
-    # The numbers of the algorithm; what is not given is the algorithm's own (`jaxtrain/rl/algorithms.py`).
-    aggregation: Literal["grpo", "bnpo", "dr_grpo", "dapo", "sum"] | None = None
-    beta: NonNegativeFloat | None = None  # of the KL to the reference; 0 needs no reference
-    kl: Literal["k1", "k2", "k3"] | None = None
-    kl_in: Literal["loss", "reward"] | None = None
-    kl_bias_correction: bool | None = None  # KL in the loss: weighed by p / p_old (TRL's use_bias_correction_kl)
-    epsilon_low: NonNegativeFloat | None = None
-    epsilon_high: NonNegativeFloat | None = None
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    entropy_coefficient: NonNegativeFloat | None = None  # of an entropy bonus in the loss
-    entropy_target: PositiveFloat | None = None  # nats; the coefficient falls to 0 as the entropy rises to it
-    gamma: Fraction | None = None
-    lam: Fraction | None = None
-    max_refills: NonNegativeInt | None = None  # dynamic sampling: rounds that replace groups whose rewards are alike
-    overlong_filter: bool | None = None  # samples that were cut off carry no loss
-    overlong_cache: Fraction | None = None  # soft punishment over this last share of max_completion_length
 
     @property
     def updates(self) -> int:
         """Optimizer steps on one step's samples."""
         return self.iterations * self.minibatches
 
+    @property
+    def rewarded(self) -> bool:
+        """Whether anything but a teacher says what a sample is worth."""
+        return bool(self.rewards or self.reward_models or self.environment)
+
     @model_validator(mode="after")
     def _fits_together(self) -> RLSection:
-        if not self.rewards and not self.reward_models and self.environment is None:
+        algorithm = self.algorithm
+        if not self.rewarded and not algorithm.needs_teacher:
             raise ValueError("nothing says what a sample is worth: give `rewards`, `reward_models` or an `environment`")
+        if not self.rewarded and algorithm.max_refills:
+            raise ValueError(
+                f"algorithm.max_refills={algorithm.max_refills}: dynamic sampling replaces groups whose rewards are "
+                "all equal, and there are no rewards: use max_refills=0"
+            )
+        if algorithm.advantages is None and (self.rewards or self.reward_models):
+            raise ValueError(
+                f"algorithm {algorithm.name} reads no rewards: leave `rewards` and `reward_models` out; eval.rewards "
+                "judge held-out answers"
+            )
         names = Counter(reward.name for reward in [*self.rewards, *self.reward_models])
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"two rewards are named {twice[0]!r}: metrics and weights tell them by their name")
         if self.prompts % self.minibatches:
-            raise ValueError(f"prompts={self.prompts} is no multiple of minibatches={self.minibatches}")
-        if self.placement.staleness and self.correction is None:
+            raise ValueError(f"prompts={self.prompts} is not a multiple of minibatches={self.minibatches}")
+        if not algorithm.critic and self.critic != CriticSection():
             raise ValueError(
-                f"placement.staleness={self.placement.staleness} needs `correction`: nothing else bounds the weight of "
-                "samples drawn from older weights (the clip is around the trainer's own log-probabilities)"
+                f"critic: algorithm {algorithm.name} has none; of the built-in algorithms only ppo has one"
             )
         return self

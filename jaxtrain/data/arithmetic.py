@@ -1,7 +1,5 @@
 """Conversations about sums and differences, worked digit by digit: the training data of the quickstart."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +27,45 @@ def write_arithmetic(out_dir: str | Path, train_rows: int, eval_rows: int, seed:
             f"{train_rows} + {eval_rows} rows: only {most} problems have numbers of {digits} digits, and at most half "
             "of them are drawn, so that the held-out ones are not forced by the others"
         )
+    problems = _problems(train_rows + eval_rows, seed, digits)
+    return _write_files(out_dir, [problem_row(*problem) for problem in problems], eval_rows)
+
+
+def write_arithmetic_pairs(out_dir: str | Path, train_rows: int, eval_rows: int, seed: int) -> Files:
+    """Write `train.jsonl` and `eval.jsonl` as `write_arithmetic` does, of preferences: the worked answer over one with
+    a mistake in a step."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for problem in _problems(train_rows + eval_rows, seed, 2):
+        question, answer = problem_row(*problem)["messages"]
+        wrong = answer | {"content": _with_mistake(answer["content"], rng)}
+        rows.append({"prompt": [question], "chosen": [answer], "rejected": [wrong]})
+    return _write_files(out_dir, rows, eval_rows)
+
+
+def _problems(count: int, seed: int, digits: int) -> list[tuple[int, str, int]]:
+    numbers = 10**digits
     rng = np.random.default_rng(seed)
     problems: dict[tuple[int, str, int], None] = {}
-    while len(problems) < train_rows + eval_rows:
+    while len(problems) < count:
         a, b = (int(number) for number in rng.integers(0, numbers, 2))
         sign = "+" if rng.random() < 0.5 else "-"
         problems[(a, sign, b) if sign == "+" or a >= b else (b, sign, a)] = None
-    rows = [conversation(*problem) for problem in problems]
+    return list(problems)
+
+
+def _with_mistake(answer: str, rng: np.random.Generator) -> str:
+    """A worked answer whose first step or result is off by one or two; a wrong step gives a wrong result."""
+    digits = [at for at, character in enumerate(answer) if character.isdigit()]
+    result = [at for at in digits if at > answer.rindex(" ")]
+    step = [at for at in digits if at == answer.index("=") + 1]
+    changed = list(answer)
+    for at in (result[-1], *(step if rng.random() < 0.5 else ())):
+        changed[at] = str((int(changed[at]) + int(rng.integers(1, 3))) % 10)
+    return "".join(changed)
+
+
+def _write_files(out_dir: str | Path, rows: list[dict[str, list[dict[str, str]]]], eval_rows: int) -> Files:
     files = Files(Path(out_dir) / "train.jsonl", Path(out_dir) / "eval.jsonl")
     files.train.parent.mkdir(parents=True, exist_ok=True)
     _write(files.eval, rows[:eval_rows])
@@ -43,7 +73,7 @@ def write_arithmetic(out_dir: str | Path, train_rows: int, eval_rows: int, seed:
     return files
 
 
-def conversation(a: int, sign: str, b: int) -> dict[str, list[dict[str, str]]]:
+def problem_row(a: int, sign: str, b: int) -> dict[str, list[dict[str, str]]]:
     """The row of the problem `a sign b`, with `sign` "+" or "-" and a >= b for "-". The answer ends with the result."""
     steps, result = _sum(a, b) if sign == "+" else _difference(a, b)
     answer = f"{', '.join(steps)}. The answer is {result}"

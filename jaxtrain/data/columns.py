@@ -1,10 +1,11 @@
-"""The columns of a training row: which kinds of example they make, which go beside them, which are refused.
+"""The columns of a training row: which kinds of example they make, which go beside them, which are refused or ignored.
 
-The names are TRL's. A column that is null counts as absent.
+The names are TRL's and, of instructions, Alpaca's. A column that is null counts as absent.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 Row = dict[str, Any]
@@ -13,63 +14,151 @@ FORMATS = {  # the columns of each kind of example, in the order in which they a
     "input_ids": ("input_ids",),
     "messages": ("messages",),
     "prompt+completion": ("prompt", "completion"),
+    "instruction+output": ("instruction", "output"),
     "text": ("text",),
+    "chosen+rejected": ("chosen", "rejected"),
 }
-TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks", "attention_mask")  # one value per token of input_ids
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # arguments of the chat template
+# One value per token of input_ids.
+TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks", "attention_mask", "loss_weights")
+# A first message, and arguments of the chat template. `functions` is OpenAI's old name of `tools`.
+TEMPLATE_COLUMNS = ("system", "tools", "functions", "chat_template_kwargs")
+WEIGHT = "weight"  # of all tokens of the row that are trained
 OPTIONAL_COLUMNS = {  # by kind of example
-    "input_ids": TOKEN_COLUMNS,
-    "messages": TEMPLATE_COLUMNS,
-    "prompt+completion": TEMPLATE_COLUMNS,
-    "text": (),
+    "input_ids": (*TOKEN_COLUMNS, WEIGHT),
+    "messages": (*TEMPLATE_COLUMNS, WEIGHT),
+    "prompt+completion": (*TEMPLATE_COLUMNS, WEIGHT),
+    "instruction+output": ("input", "history", *TEMPLATE_COLUMNS, WEIGHT),
+    "text": (WEIGHT,),
+    "chosen+rejected": ("prompt", "messages", "conversations", "instruction", "input", "history", *TEMPLATE_COLUMNS),
 }
+# Of recipes preference and reward, beside the columns of any kind: no map of columns leaves them out.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
+REFERENCE_COLUMNS += tuple(name.replace("_logps", "_KL_logps") for name in REFERENCE_COLUMNS)
+LABEL_COLUMNS = ("label", "completions", "labels")
+_ANSWER_COLUMNS = ("margin", *REFERENCE_COLUMNS, *LABEL_COLUMNS)
+LARGEST_WEIGHT = 3e38  # weights are float32
 _TEXT_ONLY = dict.fromkeys(
     ("images", "image", "videos", "video", "audios", "audio", "pixel_values"), "only text is supported"
 )
-_SYSTEM = {"system": "write it as the first message, with the role `system`"}
-_UNPACKED = "write each packed sequence as a row of its own"
+_UNPACKED = "write each packed sequence as a separate row"
+_ROW_WEIGHT = "the weight of a row is the column `weight`"
+_OTHER_WEIGHTS = {
+    **dict.fromkeys(("loss_weight", "sample_weight", "example_weight", "loss_scale"), _ROW_WEIGHT),
+    **dict.fromkeys(
+        ("mask", "masks", "loss_mask", "train_mask", "mask_history"),
+        "which turns of a conversation are trained is said by a `weight` in each message; data.loss_on=last trains the "
+        "last one alone",
+    ),
+}
 UNSUPPORTED_COLUMNS = {  # columns with a known meaning that is not implemented, by kind of example: refused by name
     "input_ids": {
         "position_ids": f"positions start at 0 in every row; {_UNPACKED}",
         "seq_lengths": _UNPACKED,
         "segment_ids": _UNPACKED,
-        "loss_mask": "its alignment differs between tools; write it as `completion_mask`, where t weighs input_ids[t]",
+        "loss_mask": "its alignment differs between tools; write it as `completion_mask` (0 and 1) or `loss_weights`, "
+        "where t is for input_ids[t]",
+        **dict.fromkeys(("loss_weight", "sample_weight", "example_weight", "loss_scale"), _ROW_WEIGHT),
         "token_type_ids": "models here have no token types",
         **_TEXT_ONLY,
     },
-    "messages": _SYSTEM | _TEXT_ONLY,
-    "prompt+completion": _SYSTEM | _TEXT_ONLY,
-    "text": _TEXT_ONLY,
+    **{kind: {**_TEXT_ONLY, **_OTHER_WEIGHTS} for kind in FORMATS if kind != "input_ids"},
 }
-COLUMNS = tuple(dict.fromkeys([*(c for names in FORMATS.values() for c in names), *TOKEN_COLUMNS, *TEMPLATE_COLUMNS]))
-RENDERED_COLUMNS = ("messages", "conversations", "prompt", "completion", *TEMPLATE_COLUMNS)  # by a chat template
+COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *(name for part in (FORMATS, OPTIONAL_COLUMNS) for names in part.values() for name in names),
+            *_ANSWER_COLUMNS,
+        )
+    )
+)
+# By a chat template. Tools come first: they say which arguments a call has.
+RENDERED_COLUMNS = (*TEMPLATE_COLUMNS, "messages", "conversations", "prompt", "completion", "chosen", "rejected")
 
 
 def rename_columns(row: Row, columns: dict[str, str]) -> Row:
     """`row` under our names. A map also says which kind of example is meant where a row could be several.
 
-    Columns of the other kinds and columns without a known meaning are left out.
+    Columns of the other kinds and columns without a known meaning are then left out.
     """
     mapped = {ours: row[theirs] for ours, theirs in columns.items()}
+    others = {name: value for name, value in row.items() if name not in columns.values()}
     meant = [kind for kind, names in FORMATS.items() if mapped.keys() & set(names)]
     if not meant:
-        return row | mapped
+        return others | mapped
     kept = {name for kind in meant for name in (*FORMATS[kind], *OPTIONAL_COLUMNS[kind], *UNSUPPORTED_COLUMNS[kind])}
-    return {name: value for name, value in row.items() if name in kept} | mapped
+    kept |= {name for name in _ANSWER_COLUMNS if name != "labels" or "completions" in row}  # else it is of tokens
+    if "input_ids" in meant:
+        kept |= {name for name, value in others.items() if _weighs_tokens(name, value)}
+    return {name: value for name, value in others.items() if name in kept} | mapped
 
 
-def kind_of(row: Row) -> str:
+def row_format(row: Row) -> str:
     """Which of `FORMATS` a row is, ShareGPT's `conversations` included. Raises ValueError where it is none."""
-    for null_too in (False, True):  # the type check of a null column names it
+    present = {column for column, value in row.items() if value is not None}
+    for names in (present, row.keys()):  # the type check of a null column names it
         for kind, columns in FORMATS.items():
-            if all(column in row if null_too else row.get(column) is not None for column in columns):
+            if names >= set(columns) or (kind == "messages" and "conversations" in names):
                 return kind
-        if "conversations" in row and (null_too or row["conversations"] is not None):
-            return "messages"
     raise ValueError(
         f"no columns to train on: this row has {', '.join(map(repr, row)) or 'none'}, and needs one of "
         f"{', '.join(FORMATS)}; name them with data.train.columns, e.g. {{prompt: question, completion: answer}}"
     )
+
+
+def from_alpaca(row: Row) -> Row:
+    """A row of "instruction+output", with the columns that it stands for: `prompt` and `completion`, or `messages`.
+
+    The input follows the instruction on a separate line, as in LLaMA-Factory and ms-swift. A `history` of questions
+    and answers makes it a conversation. Raises ValueError.
+    """
+    for column in ("instruction", "input", "output"):
+        if not isinstance(row.get(column), str | None):
+            raise ValueError(f"{column} must be a string, not {type(row[column]).__name__}")
+    prompt = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    history = row.get("history") or []
+    if not history:
+        return row | {"prompt": prompt, "completion": row["output"]}
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError("history must be a list of pairs: a question and its answer")
+    pairs = [*history, (prompt, row["output"])]
+    turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
+    return row | {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def row_weight(row: Row) -> float:
+    """The loss weight of all trained tokens of a row: its column `weight`, a number or its text, else 1."""
+    value = row.get(WEIGHT)
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value) if isinstance(value, str | bool | int | float) else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < LARGEST_WEIGHT:
+        raise ValueError(
+            f"the column 'weight' is the loss weight of the row, a number that is not negative, and not {value!r:.40}: "
+            "rename or remove a column of another meaning"
+        )
+    return weight
+
+
+def reference_answer(row: Row) -> Any:
+    """What verl's `reward_model` or Alpaca's `output` says is right; None where the row has an `answer`, or neither."""
+    if row.get("answer") is not None:
+        return None
+    verl = row.get("reward_model")
+    if isinstance(verl, dict) and verl.get("ground_truth") is not None:
+        return verl["ground_truth"]
+    return row.get("output") if row.get("prompt") is None and row.get("instruction") is not None else None
+
+
+def ignored_columns(row: Row) -> list[str]:
+    """The columns that hold something and are not read: those of other kinds of example, and unknown ones."""
+    kind = row_format(row)
+    known = {*FORMATS[kind], *OPTIONAL_COLUMNS[kind], *UNSUPPORTED_COLUMNS[kind]}
+    if kind == "messages" and row.get("messages") is None:
+        known.add("conversations")
+    return [column for column, value in row.items() if column not in known and not _changes_nothing(column, value)]
 
 
 def check_columns(row: Row, kind: str) -> None:
@@ -77,20 +166,40 @@ def check_columns(row: Row, kind: str) -> None:
 
     `kind` is one of `FORMATS`; "text" also stands for a prompt and a completion that are joined as they are.
     """
-    for column, reason in UNSUPPORTED_COLUMNS[kind].items():
-        if not _changes_nothing(column, row.get(column)):
-            raise ValueError(f"the column {column!r} is not supported: {reason}")
+    unsupported = UNSUPPORTED_COLUMNS[kind]
+    for column, value in row.items():
+        if column in unsupported and not _changes_nothing(column, value):
+            raise ValueError(f"the column {column!r} is not supported: {unsupported[column]}")
     if kind == "input_ids":  # tools and template arguments have been rendered already
+        for column, value in row.items():
+            if _weighs_tokens(column, value):
+                raise ValueError(
+                    f"the column {column!r} is not supported: write which tokens are trained as `labels`, "
+                    "`completion_mask` or `assistant_masks`, and other weights as `loss_weights`, where t is for "
+                    "input_ids[t]"
+                )
         return
     for column in TOKEN_COLUMNS:
         if isinstance(row.get(column), list):
-            raise ValueError(f"the column {column!r} goes with `input_ids`, which this row has not")
+            raise ValueError(f"the column {column!r} goes with `input_ids`, which this row does not have")
     for column in TEMPLATE_COLUMNS if kind == "text" else ():
         if not _changes_nothing(column, row.get(column)):
             raise ValueError(
                 f"the column {column!r} is for a chat template, which plain text does not use: remove it, or choose "
                 "the columns with data.train.columns, e.g. {text: text}"
             )
+    if kind == "text" and row_format(row) == "instruction+output" and row.get("history"):
+        raise ValueError("the column 'history' needs a chat template: use data.prompt_format=chat")
+
+
+def _weighs_tokens(column: str, value: Any) -> bool:
+    """Whether a column looks like a mask or weights of tokens under a name that is not ours.
+
+    Where such a column is ignored, every token is trained.
+    """
+    if not isinstance(value, list) or not value or column in (*TOKEN_COLUMNS, "special_tokens_mask"):
+        return False
+    return any(name in column.lower() for name in ("mask", "weight", "loss", "label", "target"))
 
 
 def _changes_nothing(column: str, value: Any) -> bool:

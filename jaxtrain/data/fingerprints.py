@@ -1,33 +1,24 @@
-"""What the files of a run were when its data state was saved, so that a resumed run notices that they changed."""
-
-from __future__ import annotations
+"""What the files and the tokenizer of a run were, so that a resumed run and a cache notice that they changed."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.data.sources import DataError, Source
+from tokenizers import Tokenizer
 
-_BLOCK, _BLOCKS = 1 << 16, 16
+from jaxtrain.data.sources import DataError, Source
 
 
 def fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
     """JSON-able: of every file of every source its path, rows, bytes and a hash.
 
-    The hash covers all of a file of up to 1 MiB, else 16 blocks of 64 KiB spread over it, the first and the last among
-    them: reading terabytes before the first step is out of the question, so an edit that keeps a large file's size may
-    go unnoticed.
+    The hash covers all of a local file of up to 1 MiB, else 16 blocks of 64 KiB spread over it, the first and the last
+    among them: reading terabytes before the first step is out of the question, so an edit that keeps a large file's
+    size may go unnoticed. Of a remote file it covers the version that the server names (ETag and the like), or the
+    first and last bytes; of a sequence 16 rows spread over it; of a stream the first row.
     """
-    return [
-        [
-            {"path": str(path), "rows": rows, "bytes": path.stat().st_size, "hash": _hash(path)}
-            if source.section.rows is None
-            else {"path": str(path), "rows": rows, "bytes": 0, "hash": source.section.path}
-            for path, rows in source.files
-        ]
-        for source in sources
-    ]
+    return [source.fingerprint() for source in sources]
 
 
 def check_unchanged(saved: list[list[dict[str, Any]]], now: list[list[dict[str, Any]]]) -> None:
@@ -50,15 +41,12 @@ def check_unchanged(saved: list[list[dict[str, Any]]], now: list[list[dict[str, 
                 raise DataError(f"{new['path']} was changed since the checkpoint was saved: it {fault}. {advice}")
 
 
-def _hash(path: Path) -> str:
-    size = path.stat().st_size
-    last = max(size - _BLOCK, 0)
-    starts = sorted({last * block // (_BLOCKS - 1) for block in range(_BLOCKS)})
-    if size <= _BLOCK * _BLOCKS:
-        starts = list(range(0, size, _BLOCK))
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()[:16]
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Changes with the ids or the chat template, not with padding and truncation, which encoding turns off."""
+    if tokenizer is None:
+        return ""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    content = backend.to_str() + str(tokenizer.chat_template)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,25 +1,29 @@
-"""A row's conversation: messages checked, ShareGPT's names converted, loss weights read, added nulls left out."""
+"""A row's conversation: messages checked, other tools' names and JSON converted, weights read, added nulls left out."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from jaxtrain.data.columns import Row, kind_of
+from jaxtrain.data.columns import LARGEST_WEIGHT, Row, from_alpaca, row_format
+from jaxtrain.data.merging import Turn, merge_turns
 from jaxtrain.data.nulls import tool_call_without_fillings, tool_without_fillings, without_nulls, written_by_datasets
+from jaxtrain.data.rendering import REASONING
 from jaxtrain.data.tracing import Message
 
-_SHAREGPT_ROLES = {
+_ROLES = {  # of ShareGPT, ms-swift and OpenAI's function calls, beside those that templates know
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
     "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
 }
+_CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of one call or of a list of them
 # The roles that may precede each role; None is the beginning.
 _AFTER = {
     "system": (None,),
@@ -28,8 +32,17 @@ _AFTER = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-_WEIGHT_KEYS = ("weight", "train", "loss")  # of a message: OpenAI's, axolotl's, ms-swift's
-_UNSUPPORTED_KEYS = ("train_detail", "training_detail")  # axolotl's: parts of a message
+_WEIGHT_KEYS = ("weight", "train", "loss", "loss_scale")  # of a message: OpenAI's, axolotl's, ms-swift's
+# Keys of a message that are read here, whether the chat template names them or not.
+KNOWN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *_WEIGHT_KEYS, *REASONING}
+# Keys of a message whose meaning is known and that would change what is trained, and what to do instead.
+_UNSUPPORTED_KEYS = {
+    **dict.fromkeys(
+        ("train_detail", "training_detail", "training", "trainable", "mask", "masked", "loss_mask", "loss_weight"),
+        "give the whole message a `weight`",
+    ),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
+}
 
 
 class Conversation(NamedTuple):
@@ -43,129 +56,215 @@ class Conversation(NamedTuple):
         """The loss weight of each message under `data.loss_on`. Raises ValueError for one that would be ignored."""
         if loss_on == "all":
             return [1.0 if weight is None else weight for weight in self.weights]
-        trained = []
-        for number, (message, weight) in enumerate(zip(self.messages, self.weights, strict=True)):
-            answer = message["role"] == "assistant" and number >= self.first_trained
-            if weight and not answer:
-                what = "the prompt" if number < self.first_trained else f"the {message['role']}"
+        answers = [n for n in range(self.first_trained, len(self.messages)) if self.messages[n]["role"] == "assistant"]
+        answers = answers[-1:] if loss_on == "last" else answers
+        trained = [0.0] * len(self.messages)
+        for number, weight in enumerate(self.weights):
+            if number in answers:
+                trained[number] = 1.0 if weight is None else weight
+            elif weight:
+                what = "the prompt" if number < self.first_trained else f"the {self.messages[number]['role']}"
                 raise ValueError(
-                    f"messages[{number}]: weight {weight:g} on a turn of {what}, which data.loss_on=assistant does not "
-                    "train: remove the weight, or train on everything with data.loss_on=all"
+                    f"messages[{number}]: weight {weight:g} on a turn of {what}, which data.loss_on={loss_on} does not "
+                    "train: remove the weight, or choose another data.loss_on (assistant, all)"
                 )
-            trained.append((1.0 if weight is None else weight) if answer else 0.0)
         return trained
 
 
-def conversation(row: Row) -> Conversation:
-    """The conversation of a row with messages, or with a prompt and a completion. Raises ValueError."""
-    kind = kind_of(row)
+def conversation(row: Row, merge: Collection[str] = ()) -> Conversation:
+    """The conversation of a row with messages, with a prompt and a completion, or with Alpaca's columns.
+
+    `merge` is `data.merge`. Raises ValueError.
+    """
+    kind = row_format(row)
+    if kind == "instruction+output":
+        row = from_alpaca(row)
+        kind = row_format(row)
     if kind == "messages":
-        column = "messages" if row.get("messages") is not None else "conversations"
-        found = _read(row, {"messages": row[column]}, first_trained=0)
+        column = "conversations" if row.get("messages") is None and "conversations" in row else "messages"
+        found = _read(row, {"messages": _parsed(row[column], column)}, merge)
     elif kind == "prompt+completion":
         prompt, completion = row["prompt"], row["completion"]
         if prompt is None or completion is None:
             raise ValueError(f"the column {'prompt' if prompt is None else 'completion'!r} is null")
-        if isinstance(prompt, str) != isinstance(completion, str):
-            raise ValueError("prompt and completion must both be strings or both be lists of messages")
-        if isinstance(prompt, str):
+        lists = messages_in(prompt), messages_in(completion)
+        if None not in lists:
+            prompt, completion = lists
+        elif isinstance(prompt, str) and isinstance(completion, str):
             prompt, completion = [_turn("user", prompt)], [_turn("assistant", completion)]
-        first_trained = len(prompt) if isinstance(prompt, list) else 0
-        found = _read(row, {"prompt": prompt, "completion": completion}, first_trained=first_trained)
+        elif isinstance(prompt, str) or isinstance(completion, str):
+            raise ValueError("prompt and completion must both be strings or both be lists of messages")
+        found = _read(row, {"prompt": prompt, "completion": completion}, merge)
     else:
-        raise ValueError(f"a row of {kind!r} is no conversation: it needs messages, or prompt and completion")
+        raise ValueError(f"a row of {kind!r} is not a conversation: it needs messages, or prompt and completion")
     _check_turns(found.messages)
     return found
 
 
-def question(row: Row) -> Conversation:
+def question(row: Row, merge: Collection[str] = ()) -> Conversation:
     """The messages of a row's column `prompt`, a string or a list of messages. Raises ValueError."""
     prompt = row["prompt"]
-    prompt = [_turn("user", prompt)] if isinstance(prompt, str) else prompt
-    return _read(row, {"prompt": prompt}, first_trained=len(prompt) if isinstance(prompt, list) else 0)
+    return _read(row, {"prompt": [_turn("user", prompt)] if isinstance(prompt, str) else prompt}, merge)
 
 
-def _read(row: Row, columns: dict[str, Any], *, first_trained: int) -> Conversation:
-    tools = row.get("tools")
-    tools = _json(tools, "tools") if isinstance(tools, str) else tools
-    kwargs = row.get("chat_template_kwargs")
-    kwargs = _json(kwargs, "chat_template_kwargs") if isinstance(kwargs, str) else kwargs
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError("tools must be a list of mappings")
+def messages_in(prompt: Any) -> list[Any] | None:
+    """The messages of a prompt or a completion: a list, or its JSON. None for any other text."""
+    if isinstance(prompt, list):
+        return prompt
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(prompt)
+    except (ValueError, RecursionError):  # text that begins with a bracket
+        return None
+    messages = isinstance(found, list) and all(
+        isinstance(each, dict) and {"role", "from"} & each.keys() for each in found
+    )
+    return found if messages and found else None
+
+
+def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversation:
+    tools = _tools(row)
+    kwargs = _parsed(row.get("chat_template_kwargs") or None, "chat_template_kwargs")
+    system = None if row.get("system") == "" else row.get("system")
+    if not isinstance(system, str | None):
+        raise ValueError(f"system must be a string, not {type(system).__name__}")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError("chat_template_kwargs must be a mapping")
     for column, value in columns.items():
         if not isinstance(value, list) or not value:
             raise ValueError(f"{column} must be a list of messages that is not empty")
-    given = [message for value in columns.values() for message in value]
-    filled = written_by_datasets(given) or tool_without_fillings(tools, filled=False) != tools
-    places = [f"{column}[{number}]" for column, value in columns.items() for number in range(len(value))]
-    read = [_message(message, place, filled=filled) for message, place in zip(given, places, strict=True)]
+    filled = written_by_datasets(columns.values(), tools)
+    tools = tool_without_fillings(tools, filled=filled) if tools else None
+    turns = [
+        Turn(*_message(message, where := f"{column}[{number}]", tools, filled=filled), column == "prompt", where)
+        for column, value in columns.items()
+        for number, message in enumerate(value)
+    ]
+    turns = merge_turns(_with_system(turns, system), merge)
     return Conversation(
-        messages=[message for message, _ in read],
-        weights=[weight for _, weight in read],
-        first_trained=first_trained,
-        tools=tool_without_fillings(tools, filled=filled) or None,
+        messages=[turn.message for turn in turns],
+        weights=[turn.weight for turn in turns],
+        first_trained=sum(turn.in_prompt for turn in turns),
+        tools=tools,
         template_kwargs=without_nulls(kwargs) if filled else kwargs,
     )
+
+
+def _tools(row: Row) -> list[Any] | None:
+    """The schemas of the row's tools: its column `tools`, or OpenAI's old `functions`, which are wrapped as tools."""
+    found: dict[str, list[Any]] = {}
+    for column in ("tools", "functions"):
+        value = _parsed(row.get(column) or None, column)
+        if not value:
+            continue
+        tools = [_parsed(tool, f"{column}[{at}]") for at, tool in enumerate(value)] if isinstance(value, list) else []
+        if not tools or not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError(f"{column} must be a list of mappings")
+        wrapped = [{"type": "function", "function": tool} for tool in tools if "function" not in tool]
+        found[column] = wrapped if column == "functions" and len(wrapped) == len(tools) else tools
+    if len(found) == 2 and found["tools"] != found["functions"]:
+        raise ValueError("the columns 'tools' and 'functions' differ: keep one of them")
+    return next(iter(found.values()), None)
+
+
+def keys_of_messages(row: Row) -> set[str]:
+    """The keys of the row's messages that hold something."""
+    lists = [messages_in(row.get(column)) for column in ("messages", "conversations", "prompt", "completion")]
+    messages = [message for each in lists for message in each or () if isinstance(message, dict)]
+    return {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
 
 
 def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _message(message: Any, where: str, *, filled: bool) -> tuple[Message, float | None]:
-    """A checked message, without its weight, and the weight. `filled`: nulls in its tool calls are fillings."""
+def _with_system(turns: list[Turn], system: str | None) -> list[Turn]:
+    """With the words of the column `system` as the first turn, which must not say anything else."""
+    if system is None:
+        return turns
+    first = turns[0]
+    if first.role not in ("system", "developer"):
+        return [Turn(_turn("system", system), None, first.in_prompt, "system"), *turns]
+    if first.message.get("content") != system:
+        raise ValueError(f"the column 'system' and {first.where} are two system messages: remove one of them")
+    return turns
+
+
+def _message(message: Any, where: str, tools: Any, *, filled: bool) -> tuple[Message, float | None]:
+    """A checked message, without its weight, and the weight. `filled`: the row has nulls that were added."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be a mapping with role and content, not {type(message).__name__}")
     weight = _weight(message, where)
     message = {key: value for key, value in message.items() if key not in _WEIGHT_KEYS}
-    if message.get("role") is None and message.get("from") is not None:
-        message = _from_sharegpt(message, where)
+    message = _converted(message, where)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in _AFTER:
-        raise ValueError(f"{where}: unknown role {role!r}; known: {', '.join(_AFTER)}")
+        raise ValueError(f"{where}: unknown role {role!r:.40}; known: {', '.join([*_AFTER, *_ROLES])}")
+    for key in REASONING:
+        if not isinstance(message.get(key), str | None):
+            raise ValueError(f"{where}: {key} must be a string, not {type(message[key]).__name__}")
     if isinstance(content, list):
         message = message | {"content": _joined_text(content, where)}
     elif content is not None and not isinstance(content, str):
         raise ValueError(f"{where}: content must be a string, not {type(content).__name__}")
-    calls = message.get("tool_calls")
+    calls = _parsed(message.pop("tool_calls", None) or None, f"{where}: tool_calls")
     if calls:
         if not isinstance(calls, list):
             raise ValueError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
-        message = message | {"tool_calls": [_tool_call(call, where, filled=filled) for call in calls]}
+        message = message | {"tool_calls": [_tool_call(call, where, tools, filled=filled) for call in calls]}
     if not (message.get("content") or "").strip() and not calls and role in ("user", "assistant"):
         raise ValueError(f"{where}: the {role}'s turn is empty")
+    if message.get("content") is None and role not in ("user", "assistant"):
+        raise ValueError(f"{where}: the content of the {role}'s turn is null: give an empty string if it has none")
     return message, weight
 
 
 def _weight(message: Message, where: str) -> float | None:
     """The loss weight that a message gives itself; None where it gives none."""
-    for key in _UNSUPPORTED_KEYS:
-        if message.get(key):
-            raise ValueError(f"{where}: {key} is not supported: give the whole message a weight")
+    for key in message.keys() & _UNSUPPORTED_KEYS.keys():
+        if message[key] not in (None, "", []):
+            raise ValueError(f"{where}: {key} is not supported: {_UNSUPPORTED_KEYS[key]}")
     found: dict[str, float] = {}
     for key in _WEIGHT_KEYS:
         value = message.get(key)
         if value is None:
             continue
-        number = isinstance(value, bool | int) or (key == "weight" and isinstance(value, float))
-        if not number or not math.isfinite(value) or value < 0 or (key != "weight" and value not in (0, 1)):
-            allowed = "a number that is not negative" if key == "weight" else "true or false"
-            raise ValueError(f"{where}: {key} must be {allowed}, not {value!r:.40}")
+        if not isinstance(value, bool | int | float) or not 0 <= value < LARGEST_WEIGHT:
+            raise ValueError(f"{where}: {key} must be true, false or a number that is not negative, not {value!r:.40}")
         found[key] = float(value)
     if len(set(found.values())) > 1:
         raise ValueError(f"{where}: {' and '.join(found)} contradict each other")
     return next(iter(found.values()), None)
 
 
-def _from_sharegpt(message: Message, where: str) -> Message:
-    speaker = message["from"]
-    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise ValueError(f"{where}: unknown speaker {speaker!r:.40}; known: {', '.join(_SHAREGPT_ROLES)}")
-    others = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {**others, "role": role, "content": message.get("value")}
+def _converted(message: Message, where: str) -> Message:
+    """A message under the names that templates know: ShareGPT's `from` and `value`, other roles, calls as content."""
+    for keys in (("content", "value"), ("role", "from"), REASONING):
+        given = {key: message[key] for key in keys if message.get(key) is not None}
+        if len(given) > 1 and any(value != message[next(iter(given))] for value in given.values()):
+            raise ValueError(f"{where}: {' and '.join(given)} contradict each other: keep one of them")
+    if message.get("role") is None and message.get("from") is not None:
+        others = {key: value for key, value in message.items() if key not in ("from", "value")}
+        message = {**others, "role": message["from"], "content": message.get("value")}
+    role = message.get("role")
+    calls = message.get("function_call")  # OpenAI's, before there were tool calls
+    if role in _CALLS:
+        calls, message = message.get("content"), message | {"content": None}
+        if not calls:
+            raise ValueError(f"{where}: the {role} is empty")
+    if calls:
+        if message.get("tool_calls"):
+            raise ValueError(f"{where}: it has tool_calls and a function_call: remove one of them")
+        calls = _parsed(calls, f"{where}: the function call")
+        message = message | {"tool_calls": [_wrapped(call) for call in (calls if isinstance(calls, list) else [calls])]}
+    message = {key: value for key, value in message.items() if key != "function_call"}
+    return message | {"role": _ROLES[role]} if isinstance(role, str) and role in _ROLES else message
+
+
+def _wrapped(call: Any) -> Any:
+    bare = isinstance(call, dict) and "function" not in call
+    return {"type": "function", "function": call} if bare else call
 
 
 def _joined_text(parts: list[Any], where: str) -> str:
@@ -175,21 +274,17 @@ def _joined_text(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _tool_call(call: Any, where: str, *, filled: bool) -> Message:
-    """A tool call with its arguments as a mapping: templates write them as JSON, which would quote JSON twice."""
+def _tool_call(call: Any, where: str, tools: Any, *, filled: bool) -> Message:
+    """A tool call without added nulls. Arguments that are JSON stay text: templates differ in what they read."""
+    call = _parsed(call, f"{where}: a tool call")
     if not isinstance(call, dict):
         raise ValueError(f"{where}: a tool call must be a mapping, not {type(call).__name__}")
-    call = tool_call_without_fillings(call, filled=filled)
+    call = tool_call_without_fillings(call, tools, filled=filled)
     inner = call.get("function")
-    if isinstance(inner, dict):
-        return call | {"function": _with_parsed_arguments(inner, where)}
-    return _with_parsed_arguments(call, where)
-
-
-def _with_parsed_arguments(call: Message, where: str) -> Message:
-    if not isinstance(call.get("arguments"), str):
-        return call
-    return call | {"arguments": _json(call["arguments"], f"{where}: a tool call's arguments")}
+    arguments = (inner if isinstance(inner, dict) else call).get("arguments")
+    if isinstance(arguments, str):
+        _json(arguments, f"{where}: a tool call's arguments")
+    return call
 
 
 def _check_turns(messages: list[Message]) -> None:
@@ -198,12 +293,18 @@ def _check_turns(messages: list[Message]) -> None:
         role = message["role"]
         if before not in _AFTER[role]:
             follows = "comes first" if before is None else f"follows {before!r}"
-            raise ValueError(f"messages[{number}]: wrong order of roles: {role!r} {follows}")
+            hint = "; data.merge can join turns" if before == role or role in ("system", "developer") else ""
+            raise ValueError(f"messages[{number}]: wrong order of roles: {role!r} {follows}{hint}")
         if role == "tool" and before == "assistant" and not messages[number - 1].get("tool_calls"):
             raise ValueError(f"messages[{number}]: a tool answers, but the assistant called none")
         before = role
     if before != "assistant":
         raise ValueError(f"messages[{len(messages) - 1}]: the last turn is the {before}'s; it must be the assistant's")
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """`value`, or what it is the JSON of."""
+    return _json(value, what) if isinstance(value, str) else value
 
 
 def _json(text: str, what: str) -> Any:

@@ -2,54 +2,142 @@
 
 Arrow, and so Parquet and the `datasets` library, gives every element of a column one struct type: each message, tool
 call and tool schema then carries the keys of all others, as null. A chat template would render them. Which nulls were
-written is decided by the best evidence that there is:
+written is decided by the best evidence that there is. First, whether the row has fillings at all:
 
-- Parquet: a key whose type is `null` has no value in any row, so some row wrote that null, and it stays where a null
-  has a meaning. Any other null in a struct is taken for a filling.
-- JSON: what is written stays, unless the row shows that `datasets` wrote the file: a message with a null beside its
-  content, `tool_calls` that hold nothing, or a null where a tool schema cannot hold one. Then every null in its tool
-  calls, tool schemas and template arguments is a filling.
-- In both, a null that a tool schema cannot hold (anything but a `default`, a `const` or an element of an `enum`) is a
-  filling, and so is a null in a tool call outside its arguments.
+- Parquet and Arrow: always.
+- JSON: where the row has the form that `datasets` writes. All messages of a column then have the same keys, with a null
+  beside the content or `tool_calls` that hold nothing, or a tool's parameters have a null where a schema cannot hold
+  one; and all arguments of calls have the same keys. Dumps of OpenAI's responses, with `refusal: null` in the
+  assistant's messages alone, have not.
 
-Arguments that are JSON strings are never touched.
+Then, of a null in the arguments of a call in such a row:
+
+- If the schema of the called function stands in `tools`: a parameter that it does not have is a filling, one that is
+  required was written.
+- Else, in Parquet, a key whose type is `null` has no value in any row, so some row wrote that null, and it stays.
+- Any other null is taken for a filling. Where it is an optional parameter, leaving it out means the same.
+
+A null that a tool schema cannot hold (anything but a `default`, a `const` or an element of an `enum`) is a filling in
+any file, and so is a null in a tool call outside its arguments. Arguments that are JSON strings are never touched.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 
 _MEANT_IN_SCHEMAS = ("default", "const")  # keys of JSON schema whose value may be null
-_MEANT = ("arguments", *_MEANT_IN_SCHEMAS)  # keys at or below which a null in Parquet may have been written
 
 
-def without_arrow_fillings(value: Any, kind: pa.DataType, *, meant: bool = False) -> Any:
-    """`value`, of the Arrow type `kind`, without the nulls that the type added. `meant`: a null here has a meaning."""
+def without_arrow_fillings(value: Any, kind: pa.DataType, tools: Any = None) -> Any:
+    """`value`, of the Arrow type `kind`, without the nulls that the type added. `tools`: the tools of the row."""
     if value is None:
         return None
     if pa.types.is_struct(kind):
         kept = {}
         for field in kind:
-            inner, inner_meant = value[field.name], meant or field.name in _MEANT
-            if inner is not None or (inner_meant and pa.types.is_null(field.type)):
-                kept[field.name] = without_arrow_fillings(inner, field.type, meant=inner_meant)
+            inner = value[field.name]
+            if field.name == "arguments" and isinstance(inner, dict):
+                kept[field.name] = _arguments(inner, parameters_of(tools, value.get("name")), field.type)
+            elif field.name in _MEANT_IN_SCHEMAS and (inner is not None or pa.types.is_null(field.type)):
+                kept[field.name] = _arguments(inner, None, field.type)
+            elif inner is not None:
+                kept[field.name] = without_arrow_fillings(inner, field.type, tools)
         return kept
-    if isinstance(value, list) and isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
-        return [without_arrow_fillings(inner, kind.value_type, meant=meant) for inner in value]
+    of_element = _element(kind)
+    if isinstance(value, list) and of_element is not None:
+        return [without_arrow_fillings(each, of_element, tools) for each in value]
     return value
 
 
-def written_by_datasets(messages: Iterable[Any]) -> bool:
-    """Whether a message has keys of other messages: a null beside its content, or `tool_calls` that hold nothing."""
-    return any(
+def parameters_of(tools: Any, name: Any) -> Any:
+    """The JSON schema of the parameters of the tool `name`; None where `tools`, or their JSON, have none."""
+    for tool in _plain(tools) if isinstance(_plain(tools), list) else ():
+        tool = _plain(tool)
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict) and name is not None and function.get("name") == name:
+            return function.get("parameters")
+    return None
+
+
+def written_by_datasets(columns: Iterable[list[Any]], tools: Any) -> bool:
+    """Whether a row has the form that `datasets` writes. `columns`: its lists of messages."""
+    columns = [[message for message in messages if isinstance(message, dict)] for messages in columns]
+    messages = [message for column in columns for message in column]
+    empty = any(
         (value is None and key not in ("content", "value")) or (key == "tool_calls" and not value)
         for message in messages
-        if isinstance(message, dict)
         for key, value in message.items()
     )
+    filled = (empty and all(map(_same_keys, columns))) or any(
+        tool_without_fillings(properties, filled=False, names=True) != properties
+        for properties in (_properties(tools) if tools else ())
+    )
+    return filled and _same_keys([arguments for message in messages for arguments in _mappings(message)])
+
+
+def _same_keys(mappings: list[dict[str, Any]]) -> bool:
+    return all(mapping.keys() == mappings[0].keys() for mapping in mappings)
+
+
+def _properties(tools: Any) -> Iterator[Any]:
+    """The schemas of the parameters of every tool, by their names."""
+    for tool in tools if isinstance(tools, list) else ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        if isinstance(parameters, dict):
+            yield parameters.get("properties")
+
+
+def _mappings(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of a message's tool calls, where they are mappings."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            yield function["arguments"]
+
+
+def _arguments(value: Any, schema: Any, kind: pa.DataType | None = None) -> Any:
+    """A value in the arguments of a call, without fillings. `kind`: its Arrow type; None in JSON."""
+    if isinstance(value, list):
+        items = schema.get("items") if isinstance(schema, dict) else None
+        return [_arguments(each, items, _element(kind)) for each in value]
+    if not isinstance(value, dict) or (kind is not None and not pa.types.is_struct(kind)):
+        return value  # the keys of an Arrow map are those that were written
+    kept = {}
+    for key, inner in value.items():
+        of_key = kind.field(key).type if kind is not None else None
+        if inner is not None or _is_written(key, schema, of_key):
+            properties = schema.get("properties") if isinstance(schema, dict) else None
+            kept[key] = _arguments(inner, properties.get(key) if isinstance(properties, dict) else None, of_key)
+    return kept
+
+
+def _is_written(key: str, schema: Any, kind: pa.DataType | None) -> bool:
+    """Whether a null of an argument was written."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if isinstance(properties, dict):
+        if properties.get(key) is None:
+            return False
+        if key in (schema.get("required") or ()):
+            return True
+    return kind is not None and pa.types.is_null(kind)
+
+
+def _element(kind: pa.DataType | None) -> pa.DataType | None:
+    if kind is not None and isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        return kind.value_type
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """`value`, or what it is the JSON of; broken JSON stays text, which whoever reads it refuses."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def without_nulls(value: Any) -> Any:
@@ -59,14 +147,14 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def tool_call_without_fillings(call: dict[str, Any], *, filled: bool) -> dict[str, Any]:
-    """A tool call {name, arguments} or {function: {name, arguments}}. `filled`: nulls in its arguments are fillings."""
+def tool_call_without_fillings(call: dict[str, Any], tools: Any, *, filled: bool) -> dict[str, Any]:
+    """A tool call {name, arguments} or {function: {name, arguments}}. `filled`: the row has fillings."""
     kept = {key: value for key, value in call.items() if value is not None or key == "arguments"}
     inner = kept.get("function")
     if isinstance(inner, dict):
-        kept["function"] = tool_call_without_fillings(inner, filled=filled)
+        kept["function"] = tool_call_without_fillings(inner, tools, filled=filled)
     if filled and "arguments" in kept:
-        kept["arguments"] = without_nulls(kept["arguments"])
+        kept["arguments"] = _arguments(kept["arguments"], parameters_of(tools, kept.get("name")))
     return kept
 
 

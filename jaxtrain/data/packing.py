@@ -8,29 +8,43 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxtrain.types import Batch, Bundle, Example
+from jaxtrain.types import Array, Batch, Bundle, Example
 
 Item = TypeVar("Item")
 
 
+Overlong = Literal["truncate", "drop", "split", "keep_completion"]
 SignalTypes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 """Of each signal: its dtype, and the shape of its value for one token."""
+
+
+class RowExamples(NamedTuple):
+    """What a row of data gives, unless it is one example or bundle: independent ones, and the counters it adds to."""
+
+    items: list[Any]  # `Example`s or `Bundle`s
+    events: tuple[str, ...] = ()
 
 
 class Pieces(NamedTuple):
     """What is left of an example or a bundle once it fits, and the counter that it adds to, or None."""
 
     items: list[Any]  # `Example`s of an example, at most one `Bundle` of a bundle
-    event: Literal["truncated", "dropped", "split"] | None
+    event: Literal["truncated", "prompt_truncated", "dropped", "split"] | None
 
 
-def fit(item: Example | Bundle, max_length: int, overlong: Literal["truncate", "drop", "split"]) -> Pieces:
+def fit(item: Example | Bundle, max_length: int, overlong: Overlong) -> Pieces:
     """Cut an example, or each example of a bundle, to at most `max_length` tokens.
 
-    A piece without loss weight (the assistant only speaks beyond the cut) is left out: it would cost a forward pass and
+    A piece without loss weight (the assistant's turns are beyond the cut) is left out: it would cost a forward pass and
     train nothing. An example of which nothing is left counts as dropped. A bundle stays whole: if nothing is left of
     one of its examples, or one is too long under "drop", the bundle is dropped. "split" is for examples alone.
+
+    "keep_completion" cuts tokens from the left, as many from each example of a bundle, so that they keep one prompt.
+    The last trained run of tokens (the completion, or the last answer of a conversation) stays whole, with at least one
+    token before it, or the item is dropped. An earlier answer that the cut goes through is not trained.
     """
+    if overlong == "keep_completion":
+        return _fit_from_the_left(item, max_length)
     if isinstance(item, Example):
         return _fit_example(item, max_length, overlong)
     assert overlong != "split", "a bundle cannot be split"
@@ -39,6 +53,43 @@ def fit(item: Example | Bundle, max_length: int, overlong: Literal["truncate", "
         return Pieces([], "dropped")
     event = "truncated" if any(each.event for each in fitted) else None
     return Pieces([tuple(each.items[0] for each in fitted)], event)
+
+
+def _fit_from_the_left(item: Example | Bundle, max_length: int) -> Pieces:
+    cut = max(0, *(len(example.input_ids) - max_length for example in as_bundle(item)))
+    kept = [_without_beginning(example, cut) for example in as_bundle(item)]
+    fitted = [example for example in kept if example is not None and example.loss_weights.any()]
+    if len(fitted) < len(kept):
+        return Pieces([], "dropped")
+    return Pieces([fitted[0] if isinstance(item, Example) else tuple(fitted)], "prompt_truncated" if cut else None)
+
+
+def _without_beginning(example: Example, cut: int) -> Example | None:
+    """Without the first `cut` tokens; None where that leaves nothing before the last trained run of tokens."""
+    trained = np.flatnonzero(last_trained(example).loss_weights)
+    if cut and (not len(trained) or cut >= trained[0]):
+        return None
+    piece = _piece(example, cut, len(example.input_ids))
+    if cut and example.loss_weights[cut - 1]:
+        weights = piece.loss_weights.copy()
+        weights[: int(np.argmin(weights != 0))] = 0
+        piece = piece._replace(loss_weights=weights)
+    return _first_token_unweighted(piece)
+
+
+def last_trained(example: Example) -> Example:
+    """The example, trained on its last run of tokens with a weight alone."""
+    trained = np.flatnonzero(example.loss_weights)
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    weights = example.loss_weights.copy()
+    weights[: trained[gaps[-1] + 1] if len(gaps) else 0] = 0
+    return example._replace(loss_weights=weights)
+
+
+def trained_spans(weights: Array) -> list[tuple[int, int]]:
+    """The places [start, stop) of each run of tokens with a weight."""
+    edges = np.flatnonzero(np.diff((np.asarray(weights) > 0).astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def _fit_example(example: Example, max_length: int, overlong: Literal["truncate", "drop", "split"]) -> Pieces:
@@ -57,7 +108,7 @@ def _fit_example(example: Example, max_length: int, overlong: Literal["truncate"
 
 
 def as_bundle(item: Example | Bundle) -> Bundle:
-    """An example is a bundle of its own."""
+    """An example alone is a bundle."""
     return (item,) if isinstance(item, Example) else item
 
 
@@ -95,14 +146,10 @@ class BestFit(Generic[Item]):
     """
 
     def __init__(self, capacity: int, most_open: int, open_rows: Sequence[list[tuple[Item, int]]] = ()):
-        """`most_open` 0 gives every item a row of its own. `open_rows` are those of an earlier packer, in its order."""
+        """`most_open` 0 gives every item a separate row. `open_rows` are those of an earlier packer, in its order."""
         self._capacity, self._most_open = capacity, most_open
-        self._rows = [[item for item, _ in row] for row in open_rows]  # fullest first
+        self.open_rows = [[item for item, _ in row] for row in open_rows]  # fullest first
         self._room = [capacity - sum(size for _, size in row) for row in open_rows]  # ascending
-
-    @property
-    def open_rows(self) -> list[list[Item]]:
-        return self._rows
 
     def add(self, item: Item, size: int) -> list[Item] | None:
         """Place an item. Returns the row that is handed out for it, if one is."""
@@ -111,24 +158,24 @@ class BestFit(Generic[Item]):
             return [item]
         at = bisect_left(self._room, size)
         if at < len(self._room):
-            room, row = self._room.pop(at) - size, self._rows.pop(at)
+            room, row = self._room.pop(at) - size, self.open_rows.pop(at)
             row.append(item)
             return row if room == 0 else self._open(row, room)
-        handed_out = self.take() if len(self._rows) == self._most_open else None
+        handed_out = self.take() if len(self.open_rows) == self._most_open else None
         self._open([item], self._capacity - size)
         return handed_out
 
     def take(self) -> list[Item] | None:
         """The fullest open row; None when there is none."""
-        if not self._rows:
+        if not self.open_rows:
             return None
         self._room.pop(0)
-        return self._rows.pop(0)
+        return self.open_rows.pop(0)
 
     def _open(self, row: list[Item], room: int) -> None:
         at = bisect_left(self._room, room)
         self._room.insert(at, room)
-        self._rows.insert(at, row)
+        self.open_rows.insert(at, row)
 
 
 def make_row(items: Sequence[Example | Bundle], length: int, signals: SignalTypes | None = None) -> Batch:

@@ -3,27 +3,34 @@
 Each virtual shard is a stream with its own state. A host reads some of them and stacks their rows, so the global batch
 does not depend on which host reads which shard, and a checkpoint restores onto any number of hosts.
 
-A producer thread packs; `data.workers` threads read and tokenise for it. Each batch is queued together with the state
-after it, so the state that is saved is that of the last batch handed out, however far ahead the threads are.
+A producer thread packs; `data.workers` threads read and tokenise for it, or `data.processes` worker processes tokenise.
+Each batch is queued together with the state after it, so the state that is saved is that of the last batch handed out,
+however far ahead the threads are.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from jaxtrain.config import DataSection, SourceSection
+from jaxtrain.data.encode_pool import EncodePool
+from jaxtrain.data.files.read_cache import CACHE_BYTES
 from jaxtrain.data.fingerprints import check_unchanged, fingerprints
+from jaxtrain.data.lengths import Count, Lengths, count_steps, source_lengths
 from jaxtrain.data.mixing import Mixture
 from jaxtrain.data.packing import stack_rows
 from jaxtrain.data.shards import COUNTERS, Encode, Reader, Shard, State
 from jaxtrain.data.sources import Source
 from jaxtrain.types import Batch
+
+log = logging.getLogger(__name__)
 
 TOTALS = ("examples", "tokens", "slots")  # of the batches handed out; slots: tokens, padding included
 
@@ -35,19 +42,8 @@ def count_shards(data: DataSection, rows: int) -> int:
     if data.virtual_shards is None:
         return next(n for n in (8, 4, 2, 1) if rows % n == 0)
     if rows % data.virtual_shards:
-        raise ValueError(f"train.batch_size={rows} is no multiple of data.virtual_shards={data.virtual_shards}")
+        raise ValueError(f"train.batch_size={rows} is not a multiple of data.virtual_shards={data.virtual_shards}")
     return data.virtual_shards
-
-
-def host_shards(host: int, hosts: int, num_shards: int) -> range:
-    """The virtual shards that a host owns: equal runs, in order. Raises ValueError where they do not divide."""
-    if num_shards % hosts:
-        raise ValueError(
-            f"{num_shards} virtual shards cannot be dealt to {hosts} hosts evenly; set data.virtual_shards to a "
-            f"multiple of {hosts} that divides train.batch_size"
-        )
-    each = num_shards // hosts
-    return range(host * each, (host + 1) * each)
 
 
 class TrainStream:
@@ -72,21 +68,22 @@ class TrainStream:
         """`rows` counts the global batch, `shards` are those of `num_shards` that this host owns.
 
         `encode` returns an example of a row, or a bundle of `bundle_size` examples that the objective reads together.
-        Each is cut to `data.max_length` tokens, and T is `data.max_length` times `bundle_size`.
+        Each is cut to `data.max_length` tokens. T is `data.row_length`, or `data.max_length` times `bundle_size`.
 
         Opens the files and encodes the first row of every source, so that wrong data fail here and not after the model
         has been compiled. Raises DataError (naming file and line) and ValueError (naming the config keys).
         """
         if rows % num_shards:
-            raise ValueError(f"train.batch_size={rows} is no multiple of data.virtual_shards={num_shards}")
-        opened = [Source(section) for section in sources]
+            raise ValueError(f"train.batch_size={rows} is not a multiple of data.virtual_shards={num_shards}")
+        self._sources = opened = [Source(section) for section in sources]
+        _report_order(opened, data)
         reader = Reader(opened, data, encode, bundle_size)
-        self._shards = {
-            str(shard): Shard(
-                Mixture(opened, seed=seed, shuffle=data.shuffle, shard=shard, num_shards=num_shards), reader, data
-            )
-            for shard in shards
-        }
+        mixtures = [
+            Mixture(opened, seed=seed, shuffle=data.shuffle, shard=shard, num_shards=num_shards)
+            for shard in range(num_shards)
+        ]
+        self._shards = {str(shard): Shard(mixtures[shard], reader, data) for shard in shards}
+        self._reader, self._mixtures, self._encode = reader, mixtures, encode
         self._data, self._rows_per_shard, self._num_shards = data, rows // num_shards, num_shards
         self._fingerprints = fingerprints(opened)
         self._state = self._shard_states()
@@ -98,16 +95,67 @@ class TrainStream:
 
     def __next__(self) -> Batch:
         """The next batch. Whatever went wrong while it was made is raised here."""
+        if not self.has_next():
+            raise StopIteration
         batch, self._state = self._running().take()
-        self._count(batch)
+        for index, totals in enumerate(self._totals.values()):
+            segments = batch.segment_ids[index * self._rows_per_shard : (index + 1) * self._rows_per_shard]
+            totals["examples"] += int(segments.max(axis=1).sum())
+            totals["tokens"] += int(np.count_nonzero(segments))
+            totals["slots"] += segments.size
         return batch
 
     def has_next(self) -> bool:
-        """Whether another batch comes; waits until that is known. The state stays that of the last one handed out.
+        """Whether another batch comes; waits until that is known. The state stays that of the last one handed out, and
+        at the end of the stream has the rows after it, which gave no example.
 
         Raises what went wrong while it was made.
         """
-        return self._running().has_next()
+        if self._running().has_next():
+            return True
+        self._state = self._shard_states()
+        return False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the stream ends."""
+        return self._mixtures[0].finite
+
+    @property
+    def signals(self) -> Collection[str]:
+        """The names of the signals of its batches."""
+        return (self._reader.signals or {}).keys()
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a source is a stream, whose rows cannot be counted in advance."""
+        return any(source.stream is not None for source in self._sources)
+
+    @property
+    def epoch_rows(self) -> float:
+        """Rows of an epoch of the mixture (see `Mixture`)."""
+        return self._mixtures[0].epoch_rows
+
+    def end_after(self, epochs: float) -> None:
+        """End the stream after so many epochs of the mixture, instead of where the sources' own `epochs` end."""
+        for mixture in self._mixtures:
+            mixture.end_after(epochs)
+
+    def lengths(self, encoding: str | None) -> list[Lengths]:
+        """Of every source. Every row is read, unless it was before.
+
+        `encoding` changes with what `encode` makes of a row; None: that is not known, and the lengths are not cached.
+        Raises DataError for a bad row, unless they are skipped, and for a source of which no row gives an example.
+        """
+        with self._threads() as workers:
+            numbers = range(len(self._reader.sources))
+            return [source_lengths(self._reader, number, self._data, workers, encoding) for number in numbers]
+
+    def count(self, lengths: Sequence[Lengths]) -> Count:
+        """The global batches of a finite stream from its beginning, exactly."""
+        assert self.finite
+        rows, length = self._rows_per_shard * self._num_shards, self._data.tokens_per_row(self._reader.bundle_size)
+        return count_steps(self._mixtures, lengths, self._data, rows=rows, row=length)
 
     def padding(self) -> Batch:
         """A batch of nothing but padding, of the shape of the others. It counts nowhere."""
@@ -116,9 +164,31 @@ class TrainStream:
 
     def _running(self) -> _Producer:
         if self._producer is None:
-            workers = ThreadPoolExecutor(self._data.workers, thread_name_prefix="tokenise")
+            self._expect_of_streams()
+            workers = self._threads()
             self._producer = _Producer(self._batches(workers), workers)
         return self._producer
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """The threads that read rows, and encode them or wait for worker processes to do so."""
+        processes = self._data.processes
+        if processes and self._reader.pool is None:
+            self._reader.pool = EncodePool(self._encode, processes)
+        threads = max(self._data.workers, 2 * processes)
+        self._reader.chunks_ahead = max(2, -(-2 * threads // len(self._shards)))
+        return ThreadPoolExecutor(threads, thread_name_prefix="read")
+
+    def _expect_of_streams(self) -> None:
+        """Tell the sources that are streams which rows the shards of this host will read."""
+        for number, source in enumerate(self._sources):
+            if source.stream is None:
+                continue
+            following, again = {}, []
+            for name, shard in self._shards.items():
+                drawn, rows = shard.to_read(number)
+                following[int(name)] = int(name) + drawn * self._num_shards
+                again += rows
+            source.stream.expect(following, self._num_shards, again)
 
     def _batches(self, workers: ThreadPoolExecutor) -> Iterator[tuple[Batch, State]]:
         streams = [shard.rows(workers) for shard in self._shards.values()]
@@ -132,27 +202,23 @@ class TrainStream:
     def _shard_states(self) -> State:
         return {name: shard.state() for name, shard in self._shards.items()}
 
-    def _count(self, batch: Batch) -> None:
-        for index, totals in enumerate(self._totals.values()):
-            segments = batch.segment_ids[index * self._rows_per_shard : (index + 1) * self._rows_per_shard]
-            totals["examples"] += int(segments.max(axis=1).sum())
-            totals["tokens"] += int(np.count_nonzero(segments))
-            totals["slots"] += segments.size
-
     @property
     def stats(self) -> dict[str, float]:
         """Counts over this host's shards since the start of training, resumes included.
 
-        `examples tokens slots` are of the batches handed out, `packing_density` = tokens / slots;
-        `truncated dropped split bad_rows` count rows of the files up to the last batch, those in open rows included.
+        `examples tokens slots` are of the batches handed out, `packing_density` = tokens / slots; `rows` of the files
+        were read and all of their examples handed out;
+        `truncated dropped split prompt_truncated bad_rows thoughts_left_out` count rows of the files up to the last
+        batch, those in open rows included.
         """
         sums: dict[str, float] = {name: sum(t[name] for t in self._totals.values()) for name in TOTALS}
+        sums["rows"] = sum(sum(state["next"]["counts"]) - _open_rows(state) for state in self._state.values())
         for name in COUNTERS:
             sums[name] = sum(state["next"][name] for state in self._state.values())
         return sums | {"packing_density": sums["tokens"] / max(sums["slots"], 1)}
 
     def get_state(self) -> State:
-        """JSON-able, keyed by virtual shard: what `set_state` needs to go on after the last batch handed out."""
+        """JSON-able, keyed by virtual shard: what `set_state` needs to continue after the last batch handed out."""
         state = {shard: state | {"totals": dict(self._totals[shard])} for shard, state in self._state.items()}
         if "0" in state:  # once is enough, and one host owns this shard
             state["0"]["sources"] = self._fingerprints
@@ -174,14 +240,20 @@ class TrainStream:
             shard.check(state[name])
         if "sources" in state.get("0", {}):
             check_unchanged(state["0"]["sources"], self._fingerprints)
-        self.close()
+        self._stop()
         for name, shard in self._shards.items():
             shard.restore({key: state[name][key] for key in ("next", "open")})
             self._totals[name] = dict(state[name]["totals"])
         self._state = self._shard_states()
 
     def close(self) -> None:
-        """Stop the threads. The next batch after that is the one that would have come anyway."""
+        """Stop the threads and worker processes. The next batch after that is the one that would have come anyway."""
+        self._stop()
+        if self._reader.pool is not None:
+            self._reader.pool.close()
+            self._reader.pool = None
+
+    def _stop(self) -> None:
         if self._producer is not None:
             self._producer.close()
             self._producer = None
@@ -195,34 +267,46 @@ class TrainStream:
         self.close()
 
 
+def _report_order(sources: Sequence[Source], data: DataSection) -> None:
+    """Say where `data.shuffle` costs much, and where it does not apply."""
+    size = sum(source.block_bytes for source in sources)
+    if data.shuffle is True and size > CACHE_BYTES:
+        log.warning(
+            "%d MiB of the training data have no cheap access by index, and %d MiB are held in memory: with "
+            "data.shuffle=true nearly every row costs reading a block of some MiB; data.shuffle=blocks reads each once",
+            *(size >> 20, CACHE_BYTES >> 20),
+        )
+    for source in sources if data.shuffle else ():
+        if source.stream is not None:
+            log.info("%s: a stream is read in its own order, whatever data.shuffle says", source.section.path)
+
+
+def _open_rows(state: State) -> int:
+    """Rows of the files that have an example in an open row of a shard."""
+    return len({(source, row) for packed in state["open"] for source, row, _ in packed})
+
+
 def eval_batches(
     sources: Sequence[SourceSection],
     data: DataSection,
     encode: Encode,
     *,
     rows: int,
-    host: int = 0,
-    hosts: int = 1,
     bundle_size: int = 1,
 ) -> Iterator[Batch]:
     """Every example once, packed, always in the same order; the last batch is filled up with rows of padding.
 
-    `rows` counts the global batch, of which host `host` gets the `rows / hosts` rows from `host * rows / hosts` on.
-    Every host packs the whole set, so all of them see the same number of batches.
+    `rows` counts the global batch: every host packs the whole set, so all of them see the same batches.
     """
-    if rows % hosts:
-        raise ValueError(f"train.batch_size={rows} is no multiple of the {hosts} hosts")
     once = [source.model_copy(update={"epochs": 1}) for source in sources]
     in_order = data.model_copy(update={"shuffle": False})
-    mine = slice(host * rows // hosts, (host + 1) * rows // hosts)
     stream = TrainStream(once, in_order, encode, rows=rows, seed=0, shards=[0], num_shards=1, bundle_size=bundle_size)
     with stream:
-        for batch in stream:
-            yield batch.map(lambda column: column[mine])
+        yield from stream
 
 
 class _Producer:
-    """Runs an iterator in a thread, a few elements ahead. An exception reaches `take` in its turn."""
+    """Runs an iterator in a thread, a few elements ahead. An exception reaches `take` in order."""
 
     def __init__(self, elements: Iterator[tuple[Batch, State]], workers: ThreadPoolExecutor):
         self._elements, self._workers = elements, workers
@@ -265,8 +349,7 @@ class _Producer:
         raise self._end
 
     def take(self) -> tuple[Batch, State]:
-        if not self.has_next():
-            raise StopIteration
+        """The next element, once `has_next` has found one."""
         assert self._next is not None
         element, self._next = self._next, None
         return element

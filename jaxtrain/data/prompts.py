@@ -1,17 +1,17 @@
 """Prompts in the order of their mixture: what reinforcement learning asks the model."""
 
-from __future__ import annotations
-
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from jaxtrain.config import DataSection, SourceSection
+from jaxtrain.data.encoder import RowEncoder
 from jaxtrain.data.fingerprints import check_unchanged, fingerprints
 from jaxtrain.data.mixing import Mixture
-from jaxtrain.data.sources import DataError, Row, Source
+from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
 
 T = TypeVar("T")
 
@@ -30,14 +30,32 @@ class PromptStream(Generic[T]):
         self._fingerprints = fingerprints(self._sources)
         self._mixture = Mixture(self._sources, seed=seed, shuffle=data.shuffle, shard=0, num_shards=1)
         self._reader = _RowReader(make, skip_bad=data.on_bad_row == "skip")
-        self._counts, self._number, self._exhausted = self._mixture.start, 0, False
+        self._counts, self._number = self._mixture.start, 0
         for source in self._sources if not self._reader.skip_bad else []:
             self._reader.read(source, 0, 0)
 
     @property
-    def exhausted(self) -> bool:
-        """A call of `draw` found every source at the end of its `epochs`."""
-        return self._exhausted
+    def finite(self) -> bool:
+        """Whether the prompts end."""
+        return self._mixture.finite
+
+    def end_after(self, epochs: float) -> None:
+        """End after so many epochs of the mixture, instead of where the sources' own `epochs` end."""
+        self._mixture.end_after(epochs)
+
+    def count(self) -> int:
+        """The prompts of a finite stream from its beginning. Every row is made, once, if bad ones are skipped."""
+        if not self._reader.skip_bad:
+            return self._mixture.rows
+        good = [[self._reader.is_good(source, row) for row in range(len(source))] for source in self._sources]
+        prompts, counts = 0, self._mixture.start
+        while (draw := self._mixture.draw(counts)) is not None:
+            prompts, counts = prompts + good[draw.source][draw.row], draw.counts
+        return prompts
+
+    def epoch(self, state: Mapping[str, Any]) -> float:
+        """Epochs of the mixture that were drawn up to a state."""
+        return sum(state["prompts"]["counts"]) / self._mixture.epoch_rows
 
     @property
     def drawn(self) -> int:
@@ -51,19 +69,21 @@ class PromptStream(Generic[T]):
         while len(prompts) < count:
             draw = self._mixture.draw(self._counts)
             if draw is None:
-                self._exhausted = True
+                if not self._number:
+                    raise self._reader.nothing_found()
                 break
             self._counts = draw.counts
-            prompt = self._reader.read(self._sources[draw.source], draw.row, self._number)
+            try:
+                prompt = self._reader.read(self._sources[draw.source], draw.row, self._number)
+            except StreamEndError:
+                continue
             if prompt is None:
                 bad_in_a_row += 1
                 if bad_in_a_row > self._mixture.total_rows:
-                    raise DataError(f"no row gives a prompt ({self._reader.bad_rows} bad rows): {self._reader.example}")
+                    raise self._reader.nothing_found()
                 continue
             bad_in_a_row, self._number = 0, self._number + 1
             prompts.append(prompt)
-        if self._exhausted and self._number == 0:
-            raise DataError(f"no row gives a prompt ({self._reader.bad_rows} bad rows): {self._reader.example}")
         return prompts
 
     def get_state(self) -> dict[str, Any]:
@@ -83,24 +103,47 @@ class PromptStream(Generic[T]):
             check_unchanged(saved["sources"], self._fingerprints)
         self._counts, self._number = tuple(saved["counts"]), saved["number"]
         self._reader.bad_rows = saved["bad_rows"]
+        for source, count in zip(self._sources, self._counts, strict=True):
+            if source.stream is not None:
+                source.stream.expect({0: count}, 1, ())
+
+
+def question_within(encode: RowEncoder, limit: int, row: Row) -> tuple[np.ndarray, Row]:
+    """`encode.question` of a row. Raises ValueError for one of more than `limit` tokens too."""
+    ids, columns = encode.question(row)
+    if not 0 < len(ids) <= limit:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens; data.max_length - rl.max_completion_length leaves room for {limit}"
+        )
+    return ids, columns
 
 
 def held_out_prompts(
-    sources: Sequence[SourceSection], data: DataSection, make: Callable[[int, Row], T], *, count: int
+    sources: Sequence[SourceSection],
+    data: DataSection,
+    make: Callable[[int, Row], T],
+    *,
+    count: int,
+    keep_columns: bool = True,
 ) -> list[T]:
-    """The first `count` prompts of `sources`, in order; `data.on_bad_row` applies. Raises DataError as `draw` does."""
-    reader = _RowReader(make, skip_bad=data.on_bad_row == "skip")
-    return list(itertools.islice(_in_order(sources, reader), count))
+    """The first `count` prompts of `sources`, in order; `data.on_bad_row` applies, and `keep_columns` is `Source`'s.
 
-
-def _in_order(sources: Sequence[SourceSection], reader: _RowReader[T]) -> Iterator[T]:
-    number = 0
-    for source in [Source(section, keep_columns=True) for section in sources]:
-        for row in range(len(source)):
-            prompt = reader.read(source, row, number)
+    Raises DataError for a bad row, and where no row gives a prompt.
+    """
+    reader, prompts = _RowReader(make, skip_bad=data.on_bad_row == "skip"), []
+    for source in [Source(section, keep_columns=keep_columns) for section in sources]:
+        for row in source.indices():
+            if len(prompts) == count:
+                return prompts
+            try:
+                prompt = reader.read(source, row, len(prompts))
+            except StreamEndError:
+                break
             if prompt is not None:
-                number += 1
-                yield prompt
+                prompts.append(prompt)
+    if not prompts:
+        raise reader.nothing_found()
+    return prompts
 
 
 class _RowReader(Generic[T]):
@@ -110,6 +153,14 @@ class _RowReader(Generic[T]):
         self._make, self.skip_bad = make, skip_bad
         self.bad_rows = 0
         self.example = "the sources are empty"  # what is wrong with the first bad row
+
+    def is_good(self, source: Source, row: int) -> bool:
+        """Whether a prompt can be made of a row; counted nowhere."""
+        try:
+            source.make(row, partial(self._make, 0))
+        except DataError:
+            return False
+        return True
 
     def read(self, source: Source, row: int, number: int) -> T | None:
         """None for a bad row that is skipped."""
@@ -123,3 +174,6 @@ class _RowReader(Generic[T]):
                 warnings.warn(f"skipped a bad row, more are only counted: {error}", stacklevel=4)
             self.bad_rows += 1
             return None
+
+    def nothing_found(self) -> DataError:
+        return DataError(f"no row gives a prompt ({self.bad_rows} bad rows): {self.example}")

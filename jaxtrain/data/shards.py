@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jaxtrain.config import DataSection
+from jaxtrain.data.encode_pool import EncodePool, encode_rows
+from jaxtrain.data.encoder import RowEncoder
 from jaxtrain.data.mixing import Draw, Mixture
-from jaxtrain.data.packing import BestFit, Pieces, SignalTypes, as_bundle, check_signals, fit, make_row, signal_types
-from jaxtrain.data.sources import DataError, Row, Source
+from jaxtrain.data.packing import (
+    BestFit,
+    RowExamples,
+    SignalTypes,
+    as_bundle,
+    check_signals,
+    fit,
+    make_row,
+    signal_types,
+)
+from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
 from jaxtrain.types import Batch, Bundle, Example
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[Row], Example | Bundle]
+Encode = Callable[[Row], Example | Bundle | RowExamples]
 State = dict[str, Any]
 
-COUNTERS = ("truncated", "dropped", "split", "bad_rows")  # rows of the files, counted when they are read
+# Rows of the files, counted when they are read.
+COUNTERS = ("truncated", "dropped", "split", "prompt_truncated", "bad_rows", "thoughts_left_out", "equal_pairs")
 
 _CHUNK = 16  # rows that a worker thread takes at a time
-_CHUNKS_AHEAD = 2
+_CHUNKS_AHEAD = 2  # that a shard asks for
 _ROWS_TRIED = 1000  # of a source, for one that makes an example
 _SCAN_ROWS = 1024  # that are under way together when a source is searched
 
@@ -36,11 +49,7 @@ class _Key(NamedTuple):
     piece: int
 
 
-class _Read(NamedTuple):
-    """The result of reading one row."""
-
-    pieces: list[Bundle]
-    event: str | None  # the counter it adds to
+_PAST_END = RowExamples([])  # there is no row: the stream has ended before it
 
 
 class Reader:
@@ -56,77 +65,125 @@ class Reader:
             raise ValueError("data.overlong=split would cut examples apart that are read together: truncate or drop")
         self.sources, self.bundle_size = sources, bundle_size
         self._data, self._encode = data, encode
+        self.pool: EncodePool | None = None  # where rows are encoded by `submit`; None: in its threads
+        self.chunks_ahead = _CHUNKS_AHEAD
+        self._has_more = isinstance(encode, RowEncoder) and type(encode).more_columns is not RowEncoder.more_columns
         self._warned = False
-        self._usable: set[int] = set()  # sources of which some row is known to give an example
+        self.usable: set[int] = set()  # sources of which some row is known to give an example
         self.signals: SignalTypes | None = None  # while no row has been seen
         for source in sources if data.on_bad_row == "error" else []:
-            source.make(0, self._fitted)
+            self._make(source, 0)
         if self.signals is None:
             self.signals = self._find_signals()
 
-    def submit(self, executor: Executor, rows: list[tuple[int, int]]) -> Future[list[_Read | DataError]]:
-        """`rows` are (source, row). An error is a result: it is raised in its turn, when the rows before it are out."""
-        return executor.submit(lambda: [self._read(*row) for row in rows])
+    def submit(self, executor: Executor, rows: list[tuple[int, int]]) -> Future[list[RowExamples | DataError]]:
+        """`rows` are (source, row). An error is a result: it is raised in order, when the rows before it are out."""
+        return executor.submit(self._read, rows)
 
     def check_usable(self, source: int, executor: Executor) -> None:
         """Read a source from its beginning up to the first row that gives an example, once.
 
-        Raises DataError with counts where no row does: such a source would be searched for ever.
+        Raises DataError with counts where no row does: such a source would be searched endlessly.
         """
-        if source in self._usable:
+        if source in self.usable:
             return
-        where, rows = self.sources[source].section.path, len(self.sources[source])
-        log.warning("%s: many rows in a row give no example to train on; looking through all %d of them", where, rows)
+        where = self.sources[source].section.path
+        log.warning("%s: many rows in a row give no example to train on; looking through all of them", where)
         events: Counter[str] = Counter()
-        for start in range(0, rows, _SCAN_ROWS):
-            stop = min(start + _SCAN_ROWS, rows)
-            chunks = [range(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+        indices = self.sources[source].indices()
+        while scanned := list(itertools.islice(indices, _SCAN_ROWS)):
+            chunks = [scanned[at : at + _CHUNK] for at in range(0, len(scanned), _CHUNK)]
             for future in [self.submit(executor, [(source, row) for row in chunk]) for chunk in chunks]:
                 for read in future.result():
                     if isinstance(read, DataError):
                         raise read
-                    if read.pieces:
-                        self._usable.add(source)
+                    if read.items:
+                        self.usable.add(source)
                         return
-                    events[read.event or "dropped"] += 1
+                    if read is not _PAST_END:
+                        events.update(read.events or ("dropped",))
+        self.raise_useless(source, events)
+
+    def raise_useless(self, source: int, events: Counter[str]) -> NoReturn:
+        """Raise DataError for a source of which no row gives an example. `events` are the counters of all its rows."""
         counts = ", ".join(f"{name} {events[name]}" for name in COUNTERS)
         raise DataError(
-            f"{where}: no row gives an example to train on: of {rows} rows, {counts}. Look at "
+            f"{self.sources[source].section.path}: no row gives an example to train on: of {len(self.sources[source])} "
+            f"rows, {counts}. Look at "
             f"data.max_length={self._data.max_length}, data.overlong={self._data.overlong}, "
             f"data.on_bad_row={self._data.on_bad_row} and data.loss_on={self._data.loss_on}"
         )
 
-    def found(self, source: int) -> None:
-        """Note that a row of a source gave an example."""
-        self._usable.add(source)
+    def _read(self, places: list[tuple[int, int]]) -> list[RowExamples | DataError]:
+        found = []
+        for source, row in places:
+            try:
+                columns = self.sources[source][row]
+                found.append((columns, self._with_more(columns, source, row) if self._has_more else columns))
+            except (DataError, StreamEndError) as error:
+                found.append(({}, error))
+        rows = [whole for _, whole in found if isinstance(whole, dict)]
+        made = iter(encode_rows(self._encode, rows) if self.pool is None else self.pool(rows))
+        return [
+            self._result(columns, next(made) if isinstance(whole, dict) else whole, self.sources[source], row)
+            for (source, row), (columns, whole) in zip(places, found, strict=True)
+        ]
 
-    def _read(self, source: int, row: int) -> _Read | DataError:
+    def _with_more(self, columns: Row, number: int, row: int) -> Row:
+        """A row's columns with further ones, which may stand in other rows. Raises DataError."""
+        assert isinstance(self._encode, RowEncoder)
+        source = self.sources[number]
         try:
-            return _Read(*self.sources[source].make(row, self._fitted))
-        except DataError as error:
-            if self._data.on_bad_row == "error":
-                return error
-            self._warn(error)
-            return _Read([], "bad_rows")
+            return columns | self._encode.more_columns(source, row)
+        except ValueError as error:
+            raise error if isinstance(error, DataError) else DataError(f"{source.place(row)}: {error}") from error
 
-    def _fitted(self, row: Row) -> Pieces:
-        item = self._encode(row)
-        if len(as_bundle(item)) != self.bundle_size:
-            raise ValueError(f"it makes {len(as_bundle(item))} examples where {self.bundle_size} are read together")
-        types = signal_types(item)
-        if self.signals is None:
-            self.signals = types
-        check_signals(types, self.signals)
-        pieces = fit(item, self._data.max_length, self._data.overlong)
-        return pieces._replace(items=[as_bundle(piece) for piece in pieces.items])
+    def _result(self, columns: Row, made: Any, source: Source, row: int) -> RowExamples | DataError:
+        if isinstance(made, StreamEndError):
+            return _PAST_END
+        try:
+            if isinstance(made, ValueError):
+                raise made
+            return self._fitted(columns, made, source)
+        except ValueError as error:
+            named = error if isinstance(error, DataError) else DataError(f"{source.place(row)}: {error}")
+            if self._data.on_bad_row == "error":
+                return named
+            self._warn(named)
+            return RowExamples([], ("bad_rows",))
+
+    def _make(self, source: Source, row: int) -> RowExamples:
+        def encoded(columns: Row) -> RowExamples:
+            more = self._encode.more_columns(source, row) if isinstance(self._encode, RowEncoder) else {}
+            return self._fitted(columns, self._encode(columns | more), source)
+
+        return source.make(row, encoded)
+
+    def _fitted(self, columns: Row, made: Example | Bundle | RowExamples, source: Source) -> RowExamples:
+        if isinstance(self._encode, RowEncoder):  # a custom function may read any column
+            self._encode.note_ignored(columns, source)
+        items, counted = made if isinstance(made, RowExamples) else ([made], ())
+        pieces, events = [], set(counted)
+        for item in items:
+            if len(as_bundle(item)) != self.bundle_size:
+                raise ValueError(f"it makes {len(as_bundle(item))} examples where {self.bundle_size} are read together")
+            types = signal_types(item)
+            if self.signals is None:
+                self.signals = types
+            check_signals(types, self.signals)
+            fitted = fit(item, self._data.max_length, self._data.overlong)
+            pieces += [as_bundle(piece) for piece in fitted.items]
+            if fitted.event is not None:
+                events.add(fitted.event)
+        return RowExamples(pieces, tuple(sorted(events)))
 
     def _find_signals(self) -> SignalTypes:
         """The signals of the first row that makes an example: rows of padding have them too."""
         for source in self.sources:
-            for row in range(min(len(source), _ROWS_TRIED)):
+            for row in itertools.islice(source.indices(), _ROWS_TRIED):
                 try:
-                    source.make(row, self._fitted)
-                except DataError:  # named or counted in its turn
+                    self._make(source, row)
+                except (DataError, StreamEndError):  # named or counted when it is read
                     continue
                 assert self.signals is not None
                 return self.signals
@@ -143,7 +200,7 @@ class Shard:
 
     def __init__(self, mixture: Mixture, reader: Reader, data: DataSection):
         self._mixture, self._reader = mixture, reader
-        self._length = data.max_length * reader.bundle_size
+        self._length = data.tokens_per_row(reader.bundle_size)
         self._most_open = data.packing_bins if data.packing else 0
         start = {"counts": list(mixture.start), "piece": 0} | dict.fromkeys(COUNTERS, 0)
         self._restored: State = {"next": start, "open": []}
@@ -168,9 +225,15 @@ class Shard:
                 "resume with the sources it was saved with"
             )
 
+    def to_read(self, source: int) -> tuple[int, list[int]]:
+        """How many rows of a source were drawn before those that are read next, and the rows that are read again."""
+        state = self._restored
+        return state["next"]["counts"][source], [row for keys in state["open"] for of, row, _ in keys if of == source]
+
     def restore(self, state: State) -> None:
         """Go on from a state that was checked."""
-        self._restored, self._examples = state, None
+        counted = dict.fromkeys(COUNTERS, 0) | state["next"]  # one that an earlier version did not know is 0
+        self._restored, self._examples = state | {"next": counted}, None
 
     def rows(self, executor: Executor) -> Iterator[Batch]:
         """The rows from here on; examples are read and encoded in `executor`."""
@@ -193,18 +256,18 @@ class Shard:
     def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Bundle], int]]]:
         """The open rows of the state, read again."""
         rows = [[_Key(*key) for key in row] for row in self._restored["open"]]
-        futures = [self._reader.submit(executor, [key[:2] for key in row]) for row in rows]
+        futures = [self._reader.submit(executor, [(key.source, key.row) for key in row]) for row in rows]
         return [
             [_reread(*pair) for pair in zip(row, f.result(), strict=True)] for row, f in zip(rows, futures, strict=True)
         ]
 
 
-def _reread(key: _Key, read: _Read | DataError) -> tuple[tuple[_Key, Bundle], int]:
+def _reread(key: _Key, read: RowExamples | DataError) -> tuple[tuple[_Key, Bundle], int]:
     if isinstance(read, DataError):
         raise read
-    if key.piece >= len(read.pieces):
+    if key.piece >= len(read.items):
         raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
-    bundle = read.pieces[key.piece]
+    bundle = read.items[key.piece]
     return (key, bundle), _tokens(bundle)
 
 
@@ -217,24 +280,21 @@ class _Examples:
 
     def __init__(self, mixture: Mixture, reader: Reader, executor: Executor, state: State):
         self._mixture, self._reader, self._executor = mixture, reader, executor
-        self.state = state  # after the last example; replaced and never changed, since batches under way hold it
-        self._drawn = tuple(state["counts"])
-        self._ahead: deque[tuple[list[Draw], Future[list[_Read | DataError]]]] = deque()
+        self.state: State = state  # after the last example; replaced and never changed, since batches under way hold it
 
     def __iter__(self) -> Iterator[tuple[_Key, Bundle]]:
         first_piece = self.state["piece"]
         fruitless = [0] * len(self._reader.sources)  # rows of each source since the last that gave an example
         for draw, read in self._reads():
             after = self.state | {"counts": list(draw.counts), "piece": 0}
-            if read.event is not None:
-                after[read.event] += 1
-            for piece in range(first_piece, len(read.pieces)):
-                self.state = self.state | {"piece": piece + 1} if piece + 1 < len(read.pieces) else after
-                yield _Key(draw.source, draw.row, piece), read.pieces[piece]
-            if read.pieces:
-                self._reader.found(draw.source)
+            after |= {event: after[event] + 1 for event in read.events}
+            for piece in range(first_piece, len(read.items)):
+                self.state = self.state | {"piece": piece + 1} if piece + 1 < len(read.items) else after
+                yield _Key(draw.source, draw.row, piece), read.items[piece]
+            if read.items:
+                self._reader.usable.add(draw.source)
                 fruitless = [0 if source == draw.source else count for source, count in enumerate(fruitless)]
-            else:
+            elif read is not _PAST_END:
                 fruitless[draw.source] += 1
                 if fruitless[draw.source] == self._mixture.share(draw.source):
                     self._reader.check_usable(draw.source, self._executor)
@@ -242,26 +302,23 @@ class _Examples:
                     raise DataError(_nothing_left(after))
             self.state, first_piece = after, 0
 
-    def _reads(self) -> Iterator[tuple[Draw, _Read]]:
-        while self._read_ahead():
-            draws, future = self._ahead.popleft()
-            for draw, read in zip(draws, future.result(), strict=True):
+    def _reads(self) -> Iterator[tuple[Draw, RowExamples]]:
+        counts = tuple(self.state["counts"])
+        ahead: deque[tuple[list[Draw], Future[list[RowExamples | DataError]]]] = deque()
+        while True:
+            while len(ahead) < self._reader.chunks_ahead:
+                chunk: list[Draw] = []
+                while len(chunk) < _CHUNK and (draw := self._mixture.draw(counts)) is not None:
+                    counts = draw.counts
+                    chunk.append(draw)
+                ahead.append((chunk, self._reader.submit(self._executor, [(draw.source, draw.row) for draw in chunk])))
+            chunk, future = ahead.popleft()
+            if not chunk:
+                return
+            for draw, read in zip(chunk, future.result(), strict=True):
                 if isinstance(read, DataError):
                     raise read
                 yield draw, read
-
-    def _read_ahead(self) -> bool:
-        """Keep the threads busy. False when nothing is left."""
-        while len(self._ahead) < _CHUNKS_AHEAD and (draws := self._draw()):
-            self._ahead.append((draws, self._reader.submit(self._executor, [draw[:2] for draw in draws])))
-        return bool(self._ahead)
-
-    def _draw(self) -> list[Draw]:
-        draws: list[Draw] = []
-        while len(draws) < _CHUNK and (draw := self._mixture.draw(self._drawn)) is not None:
-            self._drawn = draw.counts
-            draws.append(draw)
-        return draws
 
 
 def _nothing_left(state: State) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxtrain.data.columns import Row
+from jaxtrain.data.columns import LARGEST_WEIGHT, Row
 from jaxtrain.data.packing import Example
 
 IGNORED_LABEL = -100
@@ -16,14 +16,16 @@ _LARGEST = np.iinfo(np.int32).max
 def from_token_ids(row: Row) -> Example:
     """The example of a row with `input_ids`.
 
-    A token is trained where `labels` is not -100 and every mask that is given is 1. Tokens that `attention_mask` marks
-    as padding, at either end, are left out. Raises ValueError for values that are no token ids, for columns of
-    different lengths, and for padding between tokens.
+    A token is trained where `labels` is not -100 and every mask that is given is 1, with its weight of `loss_weights`
+    (default: 1). Tokens that `attention_mask` marks as padding, at either end, are left out.
+
+    Raises ValueError for values that are not token ids, for columns of different lengths, for padding between tokens,
+    and for a weight on a token that another column excludes.
     """
     ids = _integers(row, "input_ids")
     wrong = np.flatnonzero((ids < 0) | (ids > _LARGEST))
     if len(wrong):
-        raise ValueError(f"input_ids[{wrong[0]}]: {ids[wrong[0]]} is no token id")
+        raise ValueError(f"input_ids[{wrong[0]}]: {ids[wrong[0]]} is not a token id")
     trained = np.ones(len(ids), bool)
     if row.get("labels") is not None:
         labels = _integers(row, "labels", len(ids))
@@ -37,13 +39,36 @@ def from_token_ids(row: Row) -> Example:
     for column in _MASKS:
         if row.get(column) is not None:
             trained &= _mask(row, column, len(ids))
-    real = slice(None)
+    real, attended = slice(None), np.ones(len(ids), bool)
     if row.get("attention_mask") is not None:
-        attended = np.flatnonzero(_mask(row, "attention_mask", len(ids)))
-        real = slice(int(attended[0]), int(attended[-1]) + 1) if len(attended) else slice(0, 0)
-        if len(attended) != len(ids[real]):
+        attended = _mask(row, "attention_mask", len(ids))
+        places = np.flatnonzero(attended)
+        real = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+        if len(places) != len(ids[real]):
             raise ValueError("attention_mask marks padding between tokens: only padding at the ends can be left out")
-    return Example(ids[real].astype(np.int32), trained[real].astype(np.float32))
+    weights = trained.astype(np.float32)
+    if row.get("loss_weights") is not None:
+        weights = _weights(row["loss_weights"], len(ids))
+        wrong = np.flatnonzero((weights > 0) & ~(trained & attended))
+        if len(wrong):
+            raise ValueError(
+                f"loss_weights[{wrong[0]}] is {weights[wrong[0]]:g}, and another column (labels, a mask or the "
+                "attention mask) excludes this token: make it 0, or leave the other column out"
+            )
+    return Example(ids[real].astype(np.int32), weights[real])
+
+
+def _weights(given: object, length: int) -> np.ndarray:
+    """`loss_weights` [length] float32."""
+    values = np.array(given if isinstance(given, list | np.ndarray) else None)
+    if values.ndim != 1 or values.dtype.kind not in "iubf":
+        raise ValueError("loss_weights must be a list of numbers")
+    if len(values) != length:
+        raise ValueError(f"loss_weights: {len(values)} of them for {length} input_ids")
+    wrong = np.flatnonzero(~((values >= 0) & (values < LARGEST_WEIGHT)))
+    if len(wrong):
+        raise ValueError(f"loss_weights[{wrong[0]}] is {values[wrong[0]]}: a weight is a number that is not negative")
+    return values.astype(np.float32)
 
 
 def _mask(row: Row, column: str, length: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxtrain.data.tracing import Span
+from jaxtrain.data.tracing import TextSpan
 
 
 def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -33,16 +34,32 @@ def encode(backend: Any, text: str, *, add_special_tokens: bool) -> Any:
         ) from error
 
 
-def token_weights(offsets: list[Span], spans: Sequence[tuple[int, int, int, float]], outside: float) -> np.ndarray:
-    """Weights [n] float32 of tokens at `offsets`.
+def token_weights(
+    text: str, offsets: list[TextSpan], spans: Sequence[tuple[int, int, float]], outside: float
+) -> np.ndarray:
+    """Weights [n] float32 of the tokens of `text` at `offsets`.
 
-    A token has the weight of the span (.., start, end, weight) that holds its first character, else `outside`.
-
-    A token that straddles the beginning of a span is not in it: the model never gets to choose that token, because the
-    prompt before the span is tokenised on its own when the model is asked.
+    A token has the weight of the span (start, end, weight) that holds its first character, else `outside`. One that
+    begins before a span and holds words of it (" Paris" where the prompt ends with a space) has the span's weight, so
+    that no word is lost. One that holds only white space of it has not: the prompt ends with a separate token there.
     """
-    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    starts = [start for start, _ in offsets]  # ascending
     weights = np.full(len(starts), outside, np.float32)
-    for _, start, end, weight in spans:
-        weights[(starts >= start) & (starts < end) & (ends > start)] = weight
+    for start, end, weight in spans:
+        first = before = bisect_left(starts, start)
+        while first < len(starts) and offsets[first][1] <= start:  # of no characters
+            first += 1
+        weights[first : max(bisect_left(starts, end), first)] = weight
+        while before and offsets[before - 1][1] > start:
+            before -= 1
+            if text[start : offsets[before][1]].strip():
+                weights[before] = weight
     return weights
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerFast, backend: Any, text: str) -> tuple[list[int], list[TextSpan]]:
+    """The ids of plain text and their offsets, with the special tokens that the tokenizer adds. A beginning-of-sequence
+    token that the text itself begins with is not added once more."""
+    encoding = encode(backend, text, add_special_tokens=True)
+    doubled = encoding.ids[:2] == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token))
+    return encoding.ids[doubled:], encoding.offsets[doubled:]

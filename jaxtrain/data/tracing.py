@@ -6,7 +6,9 @@ calls write nothing and note how many characters have been written.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 Message = dict[str, Any]
-Span = tuple[int, int]  # [start, end) in the characters of the rendered text
+TextSpan = tuple[int, int]  # [start, end) in the characters of the rendered text
 
 _TRACE = "_jaxtrain_trace"
 
@@ -27,39 +29,40 @@ class Event(NamedTuple):
     at: int  # characters written so far
 
 
-class Trace(NamedTuple):
+@dataclass(frozen=True)
+class Trace:
     text: str
     events: list[Event]
     turns: list[int | None]  # of each event: the number of the message whose turn it is
 
     @property
-    def generated(self) -> list[tuple[int | None, Span]]:
+    def generated(self) -> list[tuple[int | None, TextSpan]]:
         """The spans in `{% generation %}` marks and the numbers of their messages; None outside of a loop over them."""
         marks = self._at("open", "close")
         pairs = zip(marks[::2], marks[1::2], strict=True)
         return [(turn, (start, end)) for (start, turn), (end, _) in pairs if start < end]
 
-    def blocks(self) -> dict[int, Span]:
+    @cached_property
+    def blocks(self) -> dict[int, TextSpan]:
         """What the template's loops wrote for each message; without messages for which that is not one run of text."""
-        found: dict[int, list[Span]] = {}
-        for (start, turn), (end, _) in pairwise([*_changes(self._at("turn", "end")), (len(self.text), None)]):
-            if turn is not None and self.text[start:end].strip():
-                found.setdefault(turn, []).append((start, end))
-        return {turn: spans[0] for turn, spans in found.items() if len(spans) == 1}
+        runs: list[tuple[int | None, TextSpan]] = []
+        for (start, turn), (end, _) in pairwise([*self._at("turn", "end"), (len(self.text), None)]):
+            if runs and runs[-1][0] == turn:
+                runs[-1] = turn, (runs[-1][1][0], end)
+            elif start < end:
+                runs.append((turn, (start, end)))
+        found = [(turn, span) for turn, span in runs if turn is not None and self.text[slice(*span)].strip()]
+        count = Counter(turn for turn, _ in found)
+        return {turn: span for turn, span in found if count[turn] == 1}
+
+    def after_messages(self) -> str:
+        """What the template writes after its last loop over the messages: a prompt for the assistant, where it asks."""
+        ends = [at for at, turn in self._at("end") if turn is None]
+        return self.text[ends[-1] :] if ends else ""
 
     def _at(self, *kinds: str) -> list[tuple[int, int | None]]:
         noted = zip(self.events, self.turns, strict=True)
         return [(event.at, turn) for event, turn in noted if event.kind in kinds]
-
-
-def _changes(bounds: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
-    """Without the bounds of inner loops, at which the turn stays the same."""
-    changed, last = [], None
-    for at, turn in bounds:
-        if turn != last:
-            changed.append((at, turn))
-        last = turn
-    return changed
 
 
 def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> Trace:
@@ -68,18 +71,17 @@ def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> 
     Raises ValueError where the template refuses the conversation.
     """
     written, pieces, events, turns = 0, [], [], []
-    messages = [dict(message) for message in messages]  # told apart by identity, so each must be an object of its own
+    messages = [dict(message) for message in messages]  # told apart by identity, so each must be a separate object
     numbers = {id(message): number for number, message in enumerate(messages)}
-    speaking: tuple[int, int] | None = None  # the loop and the message whose turn it is
+    speaking: dict[int, int] = {}  # loops over messages, the innermost last -> the message that each has come to
 
     def note(kind: str, loop: int, value: Any = None) -> str:
-        nonlocal speaking
         if kind == "turn" and id(value) in numbers:
-            speaking = (loop, numbers[id(value)])
-        elif kind == "end" and speaking is not None and speaking[0] == loop:
-            speaking = None
+            speaking[loop] = numbers[id(value)]
+        elif kind == "end":
+            speaking.pop(loop, None)
         events.append(Event(kind, loop, value, written))
-        turns.append(speaking and speaking[1])
+        turns.append(next(reversed(speaking.values()), None))
         return ""
 
     context = {"documents": None, "add_generation_prompt": False, **variables, "messages": messages, _TRACE: note}
@@ -95,16 +97,6 @@ def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> 
 def refusal(error: Exception) -> ValueError:
     """A failure inside a template as a fault of the row that it renders."""
     return ValueError(f"the chat template refuses the conversation: {str(error) or type(error).__name__}")
-
-
-@lru_cache(maxsize=16)
-def names_read(source: str) -> frozenset[str]:
-    """The names that a template mentions: of variables, attributes and keys."""
-    tree = _compile_jinja_template(source).environment.parse(source)
-    mentioned = [node.name for node in tree.find_all(nodes.Name)]
-    mentioned += [node.attr for node in tree.find_all(nodes.Getattr)]
-    mentioned += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
-    return frozenset(mentioned)
 
 
 @lru_cache(maxsize=16)

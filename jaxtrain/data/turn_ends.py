@@ -1,21 +1,19 @@
 """The tokens that end a turn of the assistant under a chat template."""
 
-from __future__ import annotations
-
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.chat import ChatTokenizer, EncodedChat
+from jaxtrain.data.packing import trained_spans
+from jaxtrain.data.rendering import probe_call
 
 _USER = {"role": "user", "content": "What is it?"}
 _ANSWER = {"role": "assistant", "content": "It is this."}
-_CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "it"}}}
 _PROBES: tuple[list[dict[str, Any]], ...] = (
     [_USER, _ANSWER],
     [_USER, _ANSWER, _USER, _ANSWER],
-    [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}],
+    [_USER, {"role": "assistant", "content": "", "tool_calls": [probe_call()]}],
     [_USER, {**_ANSWER, "reasoning_content": "It may be this."}],
 )
 
@@ -34,7 +32,7 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     within: set[int] = set()
     for probe in _PROBES:
         try:
-            encoded = chat(probe)
+            encoded = chat(probe, thoughts="accept")
         except ValueError:  # the template has no tools, or cannot say where its turns are
             continue
         for turn in _turns(encoded):
@@ -46,5 +44,4 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 def _turns(encoded: EncodedChat) -> list[list[int]]:
     """The ids of each run of tokens that are trained."""
-    edges = np.flatnonzero(np.diff((encoded.loss_weights > 0).astype(np.int8), prepend=0, append=0))
-    return [encoded.input_ids[start:stop].tolist() for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return [encoded.input_ids[start:stop].tolist() for start, stop in trained_spans(encoded.loss_weights)]

@@ -1,6 +1,4 @@
-"""`ModelConfig`: what a decoder is, without saying whose it is."""
-
-from __future__ import annotations
+"""`ModelConfig`: the architecture of a decoder, in terms that all model families share."""
 
 import math
 from dataclasses import dataclass
@@ -31,26 +29,26 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (`yarn`, https://arxiv.org/abs/2309.00071): slow channels are interpolated, fast ones kept, with a ramp
-    between those that turn `beta_slow` and `beta_fast` times over the original positions."""
+    """YaRN (`yarn`, https://arxiv.org/abs/2309.00071): low frequencies are interpolated and high ones kept, with a
+    linear ramp between the channels that rotate `beta_slow` and `beta_fast` times over the original positions."""
 
     factor: float
     original_max_positions: int
     beta_fast: float
     beta_slow: float
     attention_factor: float  # multiplies cosines and sines
-    truncate: bool  # the ramp starts and ends at whole channels
+    truncate: bool  # the ends of the ramp are rounded to channel indices
 
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """LongRoPE (`longrope`, https://arxiv.org/abs/2402.13753): each channel is divided by a factor of its own, `long`
-    for sequences of more than `original_max_positions` tokens, `short` for others."""
+    """LongRoPE (`longrope`, https://arxiv.org/abs/2402.13753): each frequency is divided by its factor in
+    `long` for sequences of more than `original_max_positions` tokens, in `short` for others."""
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_max_positions: int
-    attention_factor: float  # multiplies cosines and sines, of short sequences too
+    attention_factor: float  # multiplies cosines and sines, also of short sequences
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class ProportionalScaling:
-    """A partial rope with the frequencies of a whole one (`proportional`): the channels beyond the part do not turn."""
+    """A partial rope with the frequencies of a full one (`proportional`): the other channels are not rotated."""
 
     factor: float
 
@@ -77,20 +75,21 @@ Scaling = LinearScaling | DynamicScaling | YarnScaling | LongRopeScaling | Llama
 class Rope:
     theta: float
     scaling: Scaling | None = None
-    partial: float = 1.0  # the share of a head's channels that turn
+    partial: float = 1.0  # the share of a head's channels that are rotated
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ between layers whose parameters are stacked together."""
+    """Attributes that may differ between layers whose parameters are stacked."""
 
-    window: int | None  # a token attends to itself and the `window - 1` tokens before it; None: to all before
-    rope: Rope | None  # None: the layer does not know positions
+    window: int | None  # a token attends to itself and the `window - 1` tokens before it; None: to all tokens before it
+    rope: Rope | None  # None: no position embedding
 
 
 @dataclass(frozen=True)
 class ClampedSwiGLU:
-    """GPT-OSS's gate: `(up + 1) * gate * sigmoid(alpha * gate)`, gate at most `limit`, up within plus and minus it."""
+    """GPT-OSS's gate: `(up + 1) * gate * sigmoid(alpha * gate)`, with `gate` clipped to at most `limit` and `up` to
+    [-limit, limit]."""
 
     alpha: float
     limit: float
@@ -98,14 +97,14 @@ class ClampedSwiGLU:
 
 @dataclass(frozen=True)
 class MoE:
-    """Experts in place of one feed-forward layer: a router gives each token to a few of them."""
+    """A mixture of experts in place of the feed-forward layer: a router selects a few experts for each token."""
 
     num_experts: int  # E
     experts_per_token: int
     intermediate_size: int  # F of one expert
-    renormalise: bool  # the weights of a token's experts sum to 1: a softmax over them alone, not over all experts
-    bias: bool = False  # of the router and of the experts' matrices
-    swiglu: ClampedSwiGLU | None = None  # None: the model's activation gates
+    renormalise: bool  # softmax over the logits of the selected experts, so that their weights sum to 1; else over all
+    bias: bool = False  # biases of the router and of the experts' matrices
+    swiglu: ClampedSwiGLU | None = None  # None: a gated MLP with the model's activation
 
     def __post_init__(self) -> None:
         if not 0 < self.experts_per_token <= self.num_experts:
@@ -118,15 +117,15 @@ class Modules:
 
     attention: str | None = None
     mlp: str | None = None
-    norm: str | None = None  # the final norm and the norms of queries and keys as well
+    norm: str | None = None  # also of the final norm and the norms of queries and keys
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder. Sizes have no default; a switch is off unless a family turns it on."""
+    """Sizes and features of a decoder. Sizes have no default; features are off by default."""
 
-    family: str  # names the file under converters/families that reads and writes it
-    vocab_size: int  # V as the tokenizer and the checkpoint know it
+    family: str  # the file under converters/families that reads and writes its checkpoints
+    vocab_size: int  # V of the checkpoint, without padding
     hidden_size: int  # D
     intermediate_size: int  # F
     num_layers: int  # L
@@ -142,26 +141,26 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     pre_norms: bool = True  # a norm before attention and one before the feed-forward layer
-    post_norms: bool = False  # a norm after each, before it joins the residual stream
+    post_norms: bool = False  # a norm of the output of each, before it is added to the residual stream
     norm_offset: bool = False  # norms multiply by 1 + scale
-    norm_in_float32: bool = False  # norms multiply by the scale before they round to the compute dtype, not after
+    norm_in_float32: bool = False  # norms multiply by the scale before rounding to the compute dtype; else after
     qk_norm: QKNorm | None = None  # RMS norm of q and k before rope: over each "head", or over "all" heads together
     attention_scale: float | None = None  # of q . k; None: 1 / sqrt(H)
-    attention_softcap: float | None = None  # scores are bent as cap * tanh(score / cap)
-    logit_softcap: float | None = None  # and so are logits
-    sinks: bool = False  # every head has a learned score of a key without value, which all its queries see
-    embedding_scale: float = 1.0  # rounded to the compute dtype before it multiplies
-    residual_scale: float = 1.0  # of what attention and feed-forward layers add to the residual stream
-    logit_scale: float = 1.0  # of the logits, before their softcap
+    attention_softcap: float | None = None  # attention scores are cap * tanh(score / cap)
+    logit_softcap: float | None = None  # logits are cap * tanh(logit / cap)
+    sinks: bool = False  # every head has a learned attention score of a key without a value (attention sink)
+    embedding_scale: float = 1.0  # factor of the embeddings, rounded to the compute dtype
+    residual_scale: float = 1.0  # factor of what attention and feed-forward layers add to the residual stream
+    logit_scale: float = 1.0  # factor of the logits, before their softcap
     moe: MoE | None = None  # in every layer
-    vocab_multiple: int = 64  # the stored vocabulary is rounded up to this; the rest is inert
-    modules: Modules = Modules()  # classes of the user's
+    vocab_multiple: int = 64  # the stored vocabulary is padded to a multiple of this
+    modules: Modules = Modules()  # user-defined classes
 
     def __post_init__(self) -> None:
         assert len(self.pattern) == self.num_layers, (len(self.pattern), self.num_layers)
-        assert self.pre_norms or self.post_norms, "a residual stream without norms"
+        assert self.pre_norms or self.post_norms, "pre_norms and post_norms are both off"
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
     @property
     def padded_vocab(self) -> int:
@@ -171,7 +170,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """Weights of the losses of a mixture's routers, beside the task's: see `objectives.router`."""
+    """Weights of the auxiliary losses of a mixture's routers: see `objectives.router`."""
 
     balance: float = 0.0
     z: float = 0.0
@@ -185,8 +184,9 @@ class Lora:
     alpha: float
     dropout: float
     targets: tuple[str, ...]  # see `names_linear`
-    rslora: bool = False  # scale by alpha / sqrt(rank), so that high ranks learn too (https://arxiv.org/abs/2312.03732)
-    dtype: np.dtype = FLOAT32  # of the adapters; the base has the model's
+    rslora: bool = False  # scale by alpha / sqrt(rank): https://arxiv.org/abs/2312.03732
+    dtype: np.dtype = FLOAT32  # of the adapters and of the parameters that are trained in full
+    full_paths: tuple[str, ...] = ()  # dotted paths of parameters that are trained in full beside the adapters
 
     @property
     def scale(self) -> float:
@@ -199,7 +199,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """Tokens whose rows of embedding and head are parameters of their own, trained while the table is frozen."""
+    """New tokens: their rows of embedding and head are separate parameters, trained while the tables are frozen."""
 
     first: int  # id of the first one
     count: int

@@ -1,33 +1,35 @@
 """`Decoder`: one transformer for all families. Parameters are stacked over layers.
 
-Training scans the layers (one compiled body, rematerialised by policy); decoding walks them with one cache buffer each.
+Training scans the layers: one compiled body, rematerialised by policy. Decoding unrolls them, with a cache buffer for
+each layer.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Integer
 
 from jaxtrain.nn.attention import Attention, AttentionInputs
 from jaxtrain.nn.cache import KVCache, LayerCache
 from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig, NewTokens
-from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, put_new
+from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, with_new_tokens
 from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
-from jaxtrain.nn.rope import rope_tables, segment_lengths
+from jaxtrain.nn.rope import rope_tables, token_segment_lengths
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.blockwise import RESIDUALS
 from jaxtrain.ops.project import project_on_table
 from jaxtrain.parallel.sharding import constrain_rows
 from jaxtrain.types import Array, Params, Routing
 
-# What the backward pass finds saved; it computes the rest again.
+# The values that the forward pass saves; the backward pass recomputes the others.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -39,24 +41,26 @@ REMAT_POLICIES = {
 
 @dataclass(frozen=True)
 class Execution:
-    """How a forward pass runs, as opposed to what it computes."""
+    """Settings of a forward pass that do not change its result, except for rounding and `context`."""
 
     dtype: np.dtype = FLOAT32
     remat: str = "none"
     attention: Impl = "auto"
     mesh: jax.sharding.Mesh | None = None
     _: KW_ONLY
-    context: int | None = None  # the length that ropes which depend on it go by; None: each sequence's own
-    # Layers one after the other in one long program instead of a loop. On a CPU the loop's copies of what the backward
-    # pass needs into stacked arrays, and out of them, cost a tenth of the step. Only without remat: see `hidden`.
+    context: int | None = None  # the length that length-dependent ropes use; None: that of each sequence
+    # Unroll the loop over layers. On a CPU a tenth of the step is spent on copying saved values into stacked arrays and
+    # out of them. Only without remat: see `hidden`.
     unroll: bool = False
 
 
 class Block(nnx.Module):
+    """A layer: attention and a feed-forward layer, dense or a mixture of experts, on the residual stream."""
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
         norm_class = module_class(config, "norm", RMSNorm)
 
-        def norm(used: bool) -> RMSNorm | None:
+        def norm(used: bool) -> Any:
             return norm_class(config, (config.hidden_size,), ("norm",), dtype=dtype) if used else nnx.data(None)
 
         self.input_norm = norm(config.pre_norms)
@@ -71,17 +75,19 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
+        x: Float[Array, "B T D"],
         inputs: AttentionInputs,
         kinds: tuple[LayerKind, ...],
         kind: Array | int,
         run: Execution,
         cache: LayerCache | None = None,
         dropout_key: Array | None = None,
-    ) -> tuple[Array, LayerCache, Routing | None]:
-        """x [B, T, D] -> [B, T, D]; the layer's cache, or without one the keys and values of these tokens; and what its
-        router did, if it has one."""
-        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+    ) -> tuple[Float[Array, "B T D"], LayerCache, Routing | None]:
+        """The output; the layer's cache, or without one the keys and values of these tokens; and the statistics of its
+        router, if it has one."""
+        keys: list[Array | None] = [None] * 7
+        if dropout_key is not None:
+            keys = list(jax.random.split(dropout_key, 7))
         out = _normed(self.input_norm, x)
         out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
         x += _scaled(_normed(self.attn_post_norm, out), self.residual_scale)
@@ -94,16 +100,18 @@ class Block(nnx.Module):
         return constrain_rows(x, run.mesh), cache, routing
 
 
-def _normed(norm: RMSNorm | None, x: Array) -> Array:
+def _normed(norm: Callable[[Array], Array] | None, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 
 def _scaled(x: Array, scale: float) -> Array:
-    """The product is rounded to x's dtype, the factor is not."""
+    """x * scale in x's dtype, without rounding the factor first."""
     return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
+    """The token embedding, with separate rows for new tokens."""
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, new: NewTokens | None = None):
         weight = nnx.initializers.normal(config.init_std)(rngs.params(), (config.padded_vocab, config.hidden_size))
         real = jnp.arange(config.padded_vocab)[:, None] < config.vocab_size
@@ -115,8 +123,8 @@ class Embedding(nnx.Module):
             rows = jnp.zeros((new.count, config.hidden_size), jnp.float32)
             self.new_rows = nnx.Param(rows, out_sharding=(None, "embed"))
 
-    def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:
-        # Looked up before it is cast, so that the gradient of a frequent token is summed in the weight's own dtype.
+    def __call__(self, tokens: Integer[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        # Cast after the lookup, so that the gradient of a frequent token is summed in the dtype of the weights.
         looked_up = self.weight[...][tokens]
         if self.new_rows is not None and self.new is not None:
             row = tokens - self.new.first
@@ -125,13 +133,15 @@ class Embedding(nnx.Module):
             looked_up = jnp.where(is_new[..., None], of_new, looked_up)
         return looked_up.astype(dtype) * jnp.asarray(self.scale, dtype)
 
-    def table(self) -> Array:
-        """[Vp, D], those of new tokens among the others."""
+    def table(self) -> Float[Array, "Vp D"]:
+        """The embedding with the rows of new tokens at their ids."""
         weight = self.weight[...]
-        return weight if self.new_rows is None else put_new(weight, self.new_rows[...], self.new, 0)
+        return weight if self.new_rows is None else with_new_tokens(weight, self.new_rows[...], self.new, 0)
 
 
 class Decoder(nnx.Module):
+    """Embedding, layers, final norm and head."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -160,16 +170,20 @@ class Decoder(nnx.Module):
             self.custom_head = custom_head(output, config, rngs=rngs, dtype=dtype)
         elif not config.tied:
             self.lm_head = LanguageHead(config, rngs=rngs, dtype=dtype, new=new)
-        # Layers that differ only in kind stay stacked: `kind_of` [L] is scanned along with their parameters.
+        # Layers of all kinds are stacked: `kind_of` [L] is scanned together with their parameters.
         self.kinds = tuple(dict.fromkeys(config.pattern))
         self.kind_of = tuple(self.kinds.index(kind) for kind in config.pattern)
 
     def hidden(
-        self, tokens: Array, positions: Array, segment_ids: Array, run: Execution, dropout_key: Array | None = None
-    ) -> tuple[Array, Routing | None]:
-        """Final hidden states [B, T, D] of packed tokens [B, T], as the head takes them (after the last norm), and what
-        the routers of a mixture of experts did."""
-        inputs = self._inputs(positions, segment_ids, segment_lengths(positions, segment_ids), run)
+        self,
+        tokens: Integer[Array, "B T"],
+        positions: Integer[Array, "B T"],
+        segment_ids: Integer[Array, "B T"],
+        run: Execution,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """Final hidden states of packed tokens, after the last norm, and the statistics of a mixture's routers."""
+        inputs = self._inputs(positions, segment_ids, token_segment_lengths(positions, segment_ids), run)
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -180,7 +194,7 @@ class Decoder(nnx.Module):
             return x, routing
 
         if run.remat != "none":
-            # Inside a loop nothing can be merged away across iterations, so the barrier against it is not needed.
+            # XLA merges nothing across the iterations of a loop, so no barrier is needed to prevent it.
             assert not run.unroll, run.remat
             body = jax.checkpoint(body, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
         layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
@@ -188,31 +202,36 @@ class Decoder(nnx.Module):
         return self._features(x), routing
 
     def prefill(
-        self, layers: tuple[Params, ...], tokens: Array, positions: Array, segment_ids: Array, run: Execution
+        self,
+        layers: tuple[Params, ...],
+        tokens: Integer[Array, "B T"],
+        positions: Integer[Array, "B T"],
+        segment_ids: Integer[Array, "B T"],
+        run: Execution,
     ) -> tuple[LayerCache, ...]:
-        """Keys and values of every layer for packed rows [B, T]; `layers` are those of `unstack`."""
+        """Keys and values of every layer for packed rows; `layers` as `unstack` returns them."""
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
-        inputs = self._inputs(positions, segment_ids, segment_lengths(positions, segment_ids), run)
-        return self._walk(layers, x, inputs, run, (None,) * len(layers))[1]
+        inputs = self._inputs(positions, segment_ids, token_segment_lengths(positions, segment_ids), run)
+        return self._apply_layers(layers, x, inputs, run, (None,) * len(layers))[1]
 
     def extend(
         self,
         layers: tuple[Params, ...],
-        tokens: Array,
-        positions: Array,
-        segment_ids: Array,
+        tokens: Integer[Array, "B T"],
+        positions: Integer[Array, "B T"],
+        segment_ids: Integer[Array, "B T"],
         cache: KVCache,
         run: Execution,
-    ) -> tuple[Array, KVCache]:
-        """Hidden states [B, T, D] of tokens that continue what `cache` holds, and the cache with them in it.
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of tokens that continue the rows of `cache`, and the cache with these tokens in it.
 
-        A row's tokens stand in order; segment 1, and 0 for padding, which is not written.
+        The tokens of a row are in order. Their segment is 1; that of padding, which is not written, is 0.
         """
         ends = jnp.where(segment_ids != 0, positions + 1, 0).max(1)
         length = jnp.maximum(cache.length, ends)
         inputs = self._inputs(positions, segment_ids, length[:, None], run)
         inputs = inputs._replace(cached=cache.length, length=length)
-        x, written = self._walk(layers, self.embed(tokens, run.dtype), inputs, run, cache.layers)
+        x, written = self._apply_layers(layers, self.embed(tokens, run.dtype), inputs, run, cache.layers)
         return self._features(x), KVCache(written, length)
 
     def _inputs(self, positions: Array, segment_ids: Array, lengths: Array, run: Execution) -> AttentionInputs:
@@ -221,7 +240,7 @@ class Decoder(nnx.Module):
             positions, segment_ids, rope_tables(self.kinds, self.config.head_dim, positions, lengths)
         )
 
-    def _walk(
+    def _apply_layers(
         self,
         layers: tuple[Params, ...],
         x: Array,
@@ -229,7 +248,7 @@ class Decoder(nnx.Module):
         run: Execution,
         caches: tuple[LayerCache | None, ...],
     ) -> tuple[Array, tuple[LayerCache, ...]]:
-        """The layers one by one, each with its own cache."""
+        """Apply the layers one by one, each with its own cache."""
         graphdef = nnx.graphdef(self.layers)
         written = []
         for params, kind, cache in zip(layers, self.kind_of, caches, strict=True):
@@ -238,19 +257,19 @@ class Decoder(nnx.Module):
         return x, tuple(written)
 
     def _features(self, x: Array) -> Array:
-        # The scale of the logits goes into the hidden states: whoever multiplies by the head need not know of it.
+        # The logit scale is applied to the hidden states, so that every use of the head has it.
         x = _scaled(self.norm(x), self.config.logit_scale)
         return x if self.custom_head is None else self.custom_head.features(x)
 
-    def head(self) -> Array:
+    def head(self) -> Float[Array, "rows columns"]:
         """The head's kernel: [Vp, D] (the embedding) if tied, else [D, Vp]."""
         assert self.value_head is None, "a scalar head has no vocabulary"
         if self.custom_head is not None:
             return self.custom_head.kernel[...]
         return self.embed.table() if self.lm_head is None else self.lm_head.table()
 
-    def logits(self, hidden: Array) -> Array:
-        """float32 logits [..., V] of hidden states [..., D]: for decoding and tests, where few tokens are asked for."""
+    def logits(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
+        """Logits in float32, for decoding and tests, where the tokens are few."""
         kernel = self.head().astype(hidden.dtype)
         if self.lm_head is self.custom_head is None:
             logits = project_on_table(hidden, kernel)
@@ -260,7 +279,7 @@ class Decoder(nnx.Module):
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits[..., : self.config.vocab_size]
 
-    def values(self, hidden: Array) -> Array:
-        """float32 [...]: what the scalar head says of hidden states [..., D]."""
+    def values(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens"]:
+        """The outputs of the scalar head, float32."""
         assert self.value_head is not None, "this model has no scalar head"
         return self.value_head(hidden)

@@ -1,17 +1,16 @@
-"""What stands on top of a decoder, by name: the language-model head, a scalar head, or a user's own projection.
+"""The heads of a decoder, by name: the language-model head, a scalar head, or a user-defined projection.
 
-lm                  the vocabulary: `lm_head.kernel` [D, Vp], or the embedding where the two are tied
-scalar              one number a token, for rewards and values: `value_head.kernel` [D, 1]
+lm                  logits over the vocabulary: `lm_head.kernel` [D, Vp], or the embedding if the two are tied
+scalar              one number per token, for rewards and values: `value_head.kernel` [D, 1]
 package.module:fn   `fn(config, rngs=, dtype=)` returns a `CustomHead`: `custom_head.*`
 """
-
-from __future__ import annotations
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from jaxtrain.named import load_named
 from jaxtrain.nn.config import ModelConfig, NewTokens
@@ -21,21 +20,21 @@ LANGUAGE, SCALAR = "lm", "scalar"
 
 
 class CustomHead(nnx.Module):
-    """A projection of a user's own: logits of a token are `features(hidden) @ kernel`.
+    """A user-defined projection: the logits of a token are `features(hidden) @ kernel`.
 
-    In two parts, so that the chunked head can still walk the second one. Parameters carry logical axes
-    (`out_sharding`) as all others do.
+    The two parts are separate so that `token_scores` can process the projection in chunks. Parameters carry logical
+    axes (`out_sharding`), as all parameters do.
     """
 
     kernel: Any  # nnx.Param [E, Vp]: a width E that divides over the mesh, every column of the padded vocabulary
 
-    def features(self, hidden: Array) -> Array:
-        """[..., D] -> [..., E], in hidden's dtype."""
+    def features(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens E"]:
+        """The inputs of the projection, in hidden's dtype."""
         return hidden
 
 
 class LanguageHead(nnx.Module):
-    """The projection onto the vocabulary. It is never applied here: `token_scores` walks it in chunks."""
+    """The projection onto the vocabulary, which `token_scores` applies in chunks."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, new: NewTokens | None = None):
         kernel = nnx.initializers.normal(config.init_std)(rngs.params(), (config.hidden_size, config.padded_vocab))
@@ -47,27 +46,29 @@ class LanguageHead(nnx.Module):
             columns = jnp.zeros((config.hidden_size, new.count), jnp.float32)
             self.new_columns = nnx.Param(columns, out_sharding=("embed", None))
 
-    def table(self) -> Array:
-        """[D, Vp], those of new tokens among the others."""
+    def table(self) -> Float[Array, "D Vp"]:
+        """The kernel with the columns of new tokens at their ids."""
         kernel = self.kernel[...]
-        return kernel if self.new_columns is None else put_new(kernel, self.new_columns[...], self.new, 1)
+        return kernel if self.new_columns is None else with_new_tokens(kernel, self.new_columns[...], self.new, 1)
 
 
-def put_new(table: Array, rows: Array, new: NewTokens | None, axis: int) -> Array:
+def with_new_tokens(
+    table: Float[Array, "rows columns"], rows: Float[Array, "_ _"], new: NewTokens | None, axis: int
+) -> Float[Array, "rows columns"]:
     """`table` with the rows of new tokens at their ids along `axis`, in the table's dtype."""
     assert new is not None
     return jax.lax.dynamic_update_slice_in_dim(table, rows.astype(table.dtype), new.first, axis)
 
 
 class ScalarHead(nnx.Module):
-    """A number for every token: what a reward model or a critic says."""
+    """The head of a reward model or a critic: one number per token."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         kernel = nnx.initializers.normal(config.init_std)(rngs.params(), (config.hidden_size, 1), dtype)
         self.kernel = nnx.Param(kernel, out_sharding=("embed", None))
 
-    def __call__(self, hidden: Array) -> Array:
-        """[..., D] -> float32 [...]."""
+    def __call__(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens"]:
+        """One float32 number per token."""
         kernel = self.kernel[...][:, 0].astype(hidden.dtype)
         return jax.lax.dot_general(
             hidden, kernel, (((hidden.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
@@ -75,7 +76,10 @@ class ScalarHead(nnx.Module):
 
 
 def custom_head(path: str, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> CustomHead:
-    """The head that the function at `path` makes. Raises ValueError where it is none, or none that fits the model."""
+    """The head that the function at `path` returns.
+
+    Raises ValueError if it is not a `CustomHead` or its kernel has the wrong shape.
+    """
     head = load_named(path, "model.head")(config, rngs=rngs, dtype=dtype)
     if not isinstance(head, CustomHead):
         raise ValueError(f"model.head={path} must return a jaxtrain.nn.heads.CustomHead, not {type(head).__name__}")

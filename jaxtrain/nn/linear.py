@@ -1,12 +1,12 @@
-"""`Linear`: a matrix over one or several axes, with its bias and its low-rank adapter."""
-
-from __future__ import annotations
+"""`Linear`: a matrix product over one or several axes, with an optional bias and low-rank adapter."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from jaxtrain.nn.config import Lora
 from jaxtrain.ops.project import project
@@ -14,18 +14,23 @@ from jaxtrain.ops.quantize import Quantized, project_quantized
 from jaxtrain.types import Array
 
 
+class Axes(NamedTuple):
+    """Sizes and logical names of the axes on one side of a kernel."""
+
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+
+
 class Linear(nnx.Module):
     """`y[..., *out] = x[..., *in] @ kernel[*in, *out] + bias[*out] + scale * (x @ lora_a) @ lora_b`.
 
-    Axes carry logical names, so that a rule table and nothing else decides how a parameter lies on a mesh.
+    Axes carry logical names; a table of rules maps these to mesh axes (`parallel.sharding`).
     """
 
     def __init__(
         self,
-        in_shape: tuple[int, ...],
-        out_shape: tuple[int, ...],
-        in_axes: tuple[str, ...],
-        out_axes: tuple[str, ...],
+        inside: Axes,
+        outside: Axes,
         *,
         rngs: nnx.Rngs,
         dtype: jnp.dtype,
@@ -33,25 +38,24 @@ class Linear(nnx.Module):
         bias: bool = False,
         lora: Lora | None = None,
     ):
-        self.in_rank = len(in_shape)
-        normal = nnx.initializers.normal(std)
-        self.kernel = nnx.Param(
-            normal(rngs.params(), (*in_shape, *out_shape), dtype), out_sharding=(*in_axes, *out_axes)
-        )
-        # A bias along the residual stream is replicated like a norm: it is too small to be worth a gather.
-        bias_axes = tuple("norm" if axis == "embed" else axis for axis in out_axes)
-        self.bias = nnx.Param(jnp.zeros(out_shape, dtype), out_sharding=bias_axes) if bias else nnx.data(None)
+        self.in_rank = len(inside.sizes)
+        kernel = nnx.initializers.normal(std)(rngs.params(), (*inside.sizes, *outside.sizes), dtype)
+        self.kernel = nnx.Param(kernel, out_sharding=(*inside.names, *outside.names))
+        # A bias along the residual stream is replicated, like norms: gathering it would cost more than it saves.
+        bias_axes = tuple("norm" if axis == "embed" else axis for axis in outside.names)
+        self.bias = nnx.Param(jnp.zeros(outside.sizes, dtype), out_sharding=bias_axes) if bias else nnx.data(None)
         self.lora_a = self.lora_b = nnx.data(None)
         self.lora = lora
         if lora:
-            # PEFT's initialisation: a uniform within 1/sqrt(fan in), b zero, so that step 0 is the base model.
-            bound = 1 / math.sqrt(math.prod(in_shape))
-            a = jax.random.uniform(rngs.params(), (*in_shape, lora.rank), lora.dtype, -bound, bound)
-            self.lora_a = nnx.Param(a, out_sharding=(*in_axes, "rank"))
-            self.lora_b = nnx.Param(jnp.zeros((lora.rank, *out_shape), lora.dtype), out_sharding=("rank", *out_axes))
+            # As in PEFT: a is uniform within 1/sqrt(fan in) and b is zero, so that the initial model is the base.
+            bound = 1 / math.sqrt(math.prod(inside.sizes))
+            a = jax.random.uniform(rngs.params(), (*inside.sizes, lora.rank), lora.dtype, -bound, bound)
+            self.lora_a = nnx.Param(a, out_sharding=(*inside.names, "rank"))
+            b = jnp.zeros((lora.rank, *outside.sizes), lora.dtype)
+            self.lora_b = nnx.Param(b, out_sharding=("rank", *outside.names))
 
-    def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
-        """x [..., *in] -> [..., *out] in x's dtype. `dropout_key` switches the adapter's dropout on."""
+    def __call__(self, x: Float[Array, "..."], dropout_key: Array | None = None) -> Float[Array, "..."]:
+        """x [..., *in] -> [..., *out] in x's dtype. `dropout_key` turns on the dropout of the adapter."""
         y = self._contract(x, self.kernel, self.in_rank)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)

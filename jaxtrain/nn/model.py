@@ -1,7 +1,7 @@
 """`Model`: the decoder as pure functions of a nested dict of arrays.
 
-NNX modules build parameters and hold the forward maths; they are split once, here. Everything else (steps, converters,
-checkpoints, adapters) sees plain trees.
+NNX modules create parameters and define the forward pass; they are split once, here. All other code (steps, converters,
+checkpoints, adapters) uses plain trees.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Integer
 
-from jaxtrain.lora import merge_adapters, merge_tokens
+from jaxtrain.lora import merge_adapters, merge_tokens, split_adapters
 from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache, order_on
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
-from jaxtrain.nn.watch import See, watched
+from jaxtrain.nn.watch import Observer, watched
+from jaxtrain.ops.head_chunks import Head
 from jaxtrain.types import Array, Batch, Params, Routing
 
 
 @dataclass(frozen=True)
 class Model:
+    """A decoder as pure functions of its parameters. Hashable, so jitted functions take it as a static argument."""
+
     config: ModelConfig
     lora: Lora | None = None
     run: Execution = field(default_factory=Execution)
     param_dtype: np.dtype = FLOAT32
-    output: str = LANGUAGE  # the head, by name: see `nn.heads`
-    router_loss: RouterLoss = field(
-        default_factory=RouterLoss
-    )  # what training asks of the routers of a mixture of experts
-    new_tokens: NewTokens | None = None  # those that have parameters of their own
+    output: str = LANGUAGE  # the name of the head: see `nn.heads`
+    router_loss: RouterLoss = field(default_factory=RouterLoss)  # weights of the losses of a mixture's routers
+    new_tokens: NewTokens | None = None  # tokens whose rows are separate parameters
 
     @cached_property
     def _split(self) -> tuple[Any, nnx.State]:
@@ -42,7 +44,7 @@ class Model:
         with nnx.use_eager_sharding(False):
             return nnx.split(nnx.eval_shape(self._build(jax.random.key(0))))
 
-    def _build(self, key: Array) -> Callable[[], Decoder]:
+    def _build(self, key: jax.Array) -> Callable[[], Decoder]:
         return lambda: Decoder(
             self.config,
             rngs=nnx.Rngs(key),
@@ -54,25 +56,41 @@ class Model:
 
     @property
     def base_frozen(self) -> bool:
-        """Whether only adapters, new rows and new heads are trained: `lora.split_adapters` tells them apart."""
+        """Whether only a part of the parameters is trained, which `split` separates."""
         return self.lora is not None or self.new_tokens is not None
 
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """(trained, frozen) under adapters or new rows: adapters, new rows, new heads and what is trained in full."""
+        return split_adapters(params, self.lora.full_paths if self.lora else ())
+
     def merged(self, params: Params) -> tuple[Model, Params]:
-        """The same function with adapters in the kernels and new rows in the table. Jit it, or it is slow."""
+        """The same model with adapters merged into the kernels and new rows into the table. Best jitted."""
         if self.lora is not None:
             params = merge_adapters(params, self.lora)
         if self.new_tokens is not None:
             params = merge_tokens(params, self.new_tokens)
         return replace(self, lora=None, new_tokens=None), params
 
-    def init(self, key: Array) -> Params:
-        """Random parameters. Jit it with `out_shardings` so that no device ever holds more than its part."""
+    def init(self, key: jax.Array) -> Params:
+        """Random parameters. Jit it with `out_shardings`, so that no device holds more than its shard."""
         with nnx.use_eager_sharding(False):
-            return nnx.to_pure_dict(nnx.state(self._build(key)()))
+            return self._in_dtypes(nnx.to_pure_dict(nnx.state(self._build(key)())))
 
     def abstract(self) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s."""
-        return nnx.to_pure_dict(self._split[1])
+        return jax.eval_shape(self._in_dtypes, nnx.to_pure_dict(self._split[1]))
+
+    def _in_dtypes(self, params: Params) -> Params:
+        """The tree with the parameters that are trained in full in the dtype of the adapters."""
+        lora = self.lora
+        if lora is None or not lora.full_paths:
+            return params
+
+        def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+            dotted = jax.tree_util.keystr(path, simple=True, separator=".")
+            return leaf.astype(lora.dtype) if dotted in lora.full_paths else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, params)
 
     def axes(self) -> Params:
         """The parameter tree with each leaf's tuple of logical axis names."""
@@ -83,65 +101,82 @@ class Model:
         )
         return nnx.to_pure_dict(names)
 
-    def hidden(self, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
-        """Final hidden states [B, T, D] of packed rows."""
+    def hidden(self, params: Params, batch: Batch, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
+        """Final hidden states of packed rows."""
         return self.forward(params, batch, dropout_key)[0]
 
-    def forward(self, params: Params, batch: Batch, dropout_key: Array | None = None) -> tuple[Array, Routing | None]:
-        """`hidden`, and what the routers did with the batch where the model is a mixture of experts."""
+    def forward(
+        self, params: Params, batch: Batch, dropout_key: Array | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """`hidden`, and the statistics of the routers of a mixture of experts."""
         return self._merge(params).hidden(batch.tokens, batch.positions, batch.segment_ids, self.run, dropout_key)
 
-    def prefill(self, params: Params, tokens: Array, positions: Array, segment_ids: Array) -> tuple[LayerCache, ...]:
-        """Keys and values of every layer for packed rows [B, T]; `params` best as of `unstack`."""
+    def prefill(
+        self,
+        params: Params,
+        tokens: Integer[Array, "B T"],
+        positions: Integer[Array, "B T"],
+        segment_ids: Integer[Array, "B T"],
+    ) -> tuple[LayerCache, ...]:
+        """Keys and values of every layer for packed rows. `unstack(params)` once, to save copies at every call."""
         params = unstack(params)
         return self._merge(params).prefill(params["layers"], tokens, positions, segment_ids, self.run)
 
     def extend(
-        self, params: Params, tokens: Array, positions: Array, segment_ids: Array, cache: KVCache
-    ) -> tuple[Array, KVCache]:
-        """Hidden states [B, T, D] of tokens that continue `cache`, and the cache with them in it.
+        self,
+        params: Params,
+        tokens: Integer[Array, "B T"],
+        positions: Integer[Array, "B T"],
+        segment_ids: Integer[Array, "B T"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Hidden states of tokens that continue the rows of `cache`, and the cache with these tokens in it.
 
-        Segment 1 for a row's tokens, 0 for padding after them. `params` best as of `unstack`.
+        The segment of tokens is 1, that of the padding after them 0. `unstack(params)` once, to save copies at every
+        call.
         """
         params = unstack(params)
         return self._merge(params).extend(params["layers"], tokens, positions, segment_ids, cache, self.run)
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
+        """A cache for `rows` sequences of up to `length` tokens."""
         return empty_cache(self.config, rows, length, self.run.dtype, order_on(self.run.mesh))
 
-    def head(self, params: Params) -> Array:
-        """The head's kernel: [Vp, D] if `tied`, else [D, Vp]."""
-        return self._merge(params).head()
+    def head(self, params: Params) -> Head:
+        """The projection onto the vocabulary: the embedding if `tied`."""
+        return Head(self._merge(params).head(), self.config.vocab_size, self.tied, self.config.logit_softcap)
 
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
         return self.config.tied and self.output == LANGUAGE
 
-    def logits(self, params: Params, hidden: Array) -> Array:
-        """float32 logits [..., V]; the chunked head is `ops.token_scores`."""
+    def logits(self, params: Params, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
+        """Logits in float32. `ops.token_scores` computes scores without them."""
         return self._merge(params).logits(hidden)
 
-    def values(self, params: Params, hidden: Array) -> Array:
-        """float32 [B, T]: what a scalar head says of hidden states [B, T, D]."""
+    def values(self, params: Params, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens"]:
+        """The outputs of a scalar head, float32."""
         return self._merge(params).values(hidden)
 
-    def watch(self, params: Params, batch: Batch, see: See) -> Array:
-        """`hidden`, one operation at a time, telling `see` what every sub-module is given and gives."""
+    def watch(self, params: Params, batch: Batch, observer: Observer) -> Float[Array, "B T D"]:
+        """`hidden`, one operation at a time, with `observer` called on the inputs and outputs of all submodules."""
         decoder = self._merge(params)
-        with watched(decoder, see), jax.disable_jit():
+        with watched(decoder, observer), jax.disable_jit():
             return decoder.hidden(batch.tokens, batch.positions, batch.segment_ids, self.run)[0]
 
     def _merge(self, params: Params) -> Any:
         layers = params["layers"]
-        # Unstacked, the decoder's own layers are only the shape of one.
-        return nnx.merge(self._split[0], {**params, "layers": layers[0]} if isinstance(layers, tuple) else params)
+        # The graph has one module for all layers; it is merged with the parameters of any one of them.
+        one: Params = {**params, "layers": layers[0]} if isinstance(layers, tuple) else params
+        return nnx.merge(self._split[0], one)
 
 
 def unstack(params: Params) -> Params:
-    """The tree with `layers` as a tuple of trees, one per layer. Done once, a decode step need not slice them."""
+    """The tree with `layers` as a tuple of trees, one per layer, so that decode steps do not slice them."""
     stacked = params["layers"]
     if isinstance(stacked, tuple):
         return params
     count = len(jax.tree.leaves(stacked)[0])
-    return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))}
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+    return {**params, "layers": layers}

@@ -15,8 +15,6 @@ created once under `vmap` for all layers, so the parameters of a layer have the 
 for example with another kernel. Only then is the exported Hugging Face folder the trained model.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 from flax import nnx
@@ -24,13 +22,13 @@ from flax import nnx
 from jaxtrain.named import load_named
 from jaxtrain.nn.config import ModelConfig
 
-Role = Literal["attention", "mlp", "norm"]
+ModuleName = Literal["attention", "mlp", "norm"]
 
 
-def module_class(config: ModelConfig, role: Role, default: type[nnx.Module]) -> Any:
+def module_class(config: ModelConfig, role: ModuleName, default: type[nnx.Module]) -> Any:
     """The class that `config.modules` names for `role`, or `default`.
 
-    Raises ValueError, naming the key, where the path names no subclass of `flax.nnx.Module`.
+    Raises ValueError, naming the key, if the path does not name a subclass of `flax.nnx.Module`.
     """
     path = getattr(config.modules, role)
     if path is None:
@@ -42,8 +40,8 @@ def module_class(config: ModelConfig, role: Role, default: type[nnx.Module]) -> 
 
 
 def check_exportable(config: ModelConfig) -> None:
-    """Raise ValueError where a replaced module may compute something else than transformers does with its weights."""
-    for role in get_args(Role):
+    """Raise ValueError if a replaced module may compute another function of its weights than transformers does."""
+    for role in get_args(ModuleName):
         path = getattr(config.modules, role)
         if path is not None and not getattr(load_named(path, f"model.modules.{role}"), "matches_default", False):
             raise ValueError(

@@ -1,14 +1,12 @@
-"""Mixture of experts: a router picks a few feed-forward layers for every token (https://arxiv.org/abs/1701.06538).
+"""Mixture of experts: a router selects a few feed-forward layers for every token (https://arxiv.org/abs/1701.06538).
 
-No token is ever dropped and nothing is padded to a capacity: the pairs of a token and an expert it chose are sorted by
-expert, and every expert multiplies its own run of rows (`ops.ragged`).
+No token is dropped and nothing is padded to a capacity: the pairs of a token and one of its experts are sorted by
+expert, and each expert multiplies its group of rows (`ops.ragged`).
 
-On a mesh each device sorts its own tokens and holds its own share of the experts (axis "expert") and of their hidden
-width ("tensor"); what "fsdp" splits it gathers first. The tokens of an "expert" group are gathered too and walked
-device by device: so every buffer has the size of one device's pairs, even if all of them choose the same expert.
+On a mesh each device sorts its own tokens and holds a shard of the experts (axis "expert") and of their hidden width
+("tensor"); parameters that "fsdp" shards are gathered first. The tokens of an "expert" group are gathered too and
+processed device by device, so every buffer has the size of one device's pairs even if all choose the same expert.
 """
-
-from __future__ import annotations
 
 import math
 from functools import partial
@@ -19,15 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Bool, Float, Integer
 
 from jaxtrain.nn.config import Lora, ModelConfig
-from jaxtrain.nn.linear import Linear
+from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.mlp import ACTIVATIONS
 from jaxtrain.ops.ragged import grouped_matmul, sort_pairs, unsort_pairs
 from jaxtrain.parallel.sharding import ROWS
-from jaxtrain.types import Array, Params, Routing
+from jaxtrain.types import Array, Params, Routing, get_leaf
 
-# Where the experts' logical axes lie under every preset: a mesh axis that a preset does not use has size 1.
+# The mesh axes of the experts' logical axes under all presets: a mesh axis that a preset does not use has size 1.
 _MESH_AXES = {"expert": "expert", "embed": "fsdp", "mlp": "tensor"}
 
 
@@ -38,7 +37,8 @@ class SparseMLP(nnx.Module):
         assert config.moe is not None
         self.moe = config.moe
         self.router = Linear(
-            *((config.hidden_size,), (self.moe.num_experts,), ("embed",), ("router",)),
+            Axes((config.hidden_size,), ("embed",)),
+            Axes((self.moe.num_experts,), ("router",)),
             rngs=rngs,
             dtype=dtype,
             std=config.init_std,
@@ -48,11 +48,15 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(config, rngs=rngs, dtype=dtype, lora=lora)
 
     def __call__(
-        self, x: Array, segment_ids: Array, mesh: Mesh | None, key: Array | None = None
-    ) -> tuple[Array, Routing]:
-        """x [B, T, D] -> [B, T, D], and what the router did with the tokens that are no padding (segment 0).
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Integer[Array, "B T"],
+        mesh: Mesh | None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The output, and the statistics of the router over the tokens that are not padding (segment 0).
 
-        `key` switches the dropout of the router's adapter on; the experts' have none.
+        `key` turns on the dropout of the router's adapter; adapters of experts have none.
         """
         logits = self.router(x, key).astype(jnp.float32)
         scores, chosen = lax.top_k(logits, self.moe.experts_per_token)
@@ -61,8 +65,8 @@ class SparseMLP(nnx.Module):
         return mix(x, chosen, weights), routing_of(logits, logits >= scores[..., -1:], segment_ids > 0)
 
 
-def routing_of(logits: Array, chosen: Array, real: Array) -> Routing:
-    """One layer's, of router logits [B, T, E], where `chosen` [B, T, E], over the tokens that are `real` [B, T]."""
+def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real: Bool[Array, "B T"]) -> Routing:
+    """The statistics of one layer: of router logits and the experts chosen, over the tokens that are `real`."""
 
     def total(x: Array) -> Array:
         return jnp.sum(jnp.where(real[..., None], x, 0), (0, 1), dtype=jnp.float32)
@@ -72,14 +76,14 @@ def routing_of(logits: Array, chosen: Array, real: Array) -> Routing:
 
 
 class Pairs(NamedTuple):
-    """Which rows of a sorted [M, ...] belong to which expert."""
+    """The expert of each row of a sorted array [M, ...]."""
 
     sizes: Array  # [E] rows of each expert
-    expert: Array  # [M] the expert of each row; E for rows at the end that are none's
+    expert: Array  # [M] the expert of each row; E for rows at the end that belong to no expert
 
 
 class Experts(nnx.Module):
-    """The feed-forward layers of all experts, or of the share that a device holds."""
+    """The feed-forward layers of all experts, or of the shard that a device holds."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
         assert config.moe is not None
@@ -90,8 +94,8 @@ class Experts(nnx.Module):
         self.up_proj = linear("up_proj", stream, hidden)
         self.down_proj = linear("down_proj", hidden, stream)
 
-    def __call__(self, x: Array, pairs: Pairs) -> Array:
-        """x [M, D], sorted by expert -> [M, D]."""
+    def __call__(self, x: Float[Array, "M D"], pairs: Pairs) -> Float[Array, "M D"]:
+        """Apply the experts to rows that are sorted by expert."""
         gate, up = self.gate_proj(x, pairs), self.up_proj(x, pairs)
         if self.swiglu is None:
             return self.down_proj(ACTIVATIONS[self.activation](gate) * up, pairs)
@@ -100,6 +104,7 @@ class Experts(nnx.Module):
 
     @property
     def count(self) -> int:
+        """The number of experts, of a shard those of the shard."""
         return self.gate_proj.kernel.shape[0]
 
 
@@ -139,8 +144,8 @@ class ExpertLinear(nnx.Module):
             b = jnp.zeros((experts, self.lora.rank, o), self.lora.dtype)
             self.lora_b = nnx.Param(b, out_sharding=("expert", "rank", out_axis))
 
-    def __call__(self, x: Array, pairs: Pairs) -> Array:
-        """x [M, I], sorted by expert -> [M, O]."""
+    def __call__(self, x: Float[Array, "M I"], pairs: Pairs) -> Float[Array, "M O"]:
+        """Multiply rows that are sorted by expert."""
 
         def product(x: Array, kernels: nnx.Param) -> Array:
             return grouped_matmul(x, kernels[...].astype(x.dtype), pairs.sizes)
@@ -155,36 +160,37 @@ class ExpertLinear(nnx.Module):
 
 
 def _mix(experts: Experts, x: Array, chosen: Array, weights: Array) -> Array:
-    """x [..., D], chosen and weights [..., k] -> [..., D]. An expert that is not one of `experts` adds nothing."""
+    """x [..., D], chosen and weights [..., k] -> [..., D]. Experts that are not in `experts` contribute 0."""
     k, tokens, chosen = chosen.shape[-1], x.reshape(-1, x.shape[-1]), chosen.reshape(-1)
-    mine = (chosen >= 0) & (chosen < experts.count)
-    expert = jnp.where(mine, chosen, experts.count)
+    local = (chosen >= 0) & (chosen < experts.count)
+    expert = jnp.where(local, chosen, experts.count)
     order = jnp.argsort(expert, stable=True)
     inverse = jnp.argsort(order)
     starts = jnp.searchsorted(expert[order], jnp.arange(experts.count + 1))
     pairs = Pairs(jnp.diff(starts).astype(jnp.int32), expert[order])
     out = unsort_pairs(experts(sort_pairs(tokens, order, inverse, k), pairs), order, inverse)
-    weights = jnp.where(mine, weights.reshape(-1), 0).astype(x.dtype).reshape(-1, k)
+    weights = jnp.where(local, weights.reshape(-1), 0).astype(x.dtype).reshape(-1, k)
     out = jnp.einsum("nkd,nk->nd", out.reshape(-1, k, x.shape[-1]), weights)
     return out.reshape(x.shape)
 
 
 def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights: Array) -> Array:
-    """The same of x [B, T, D] whose rows are split over `ROWS`, with experts that lie as every preset lays them."""
+    """`_mix` for x [B, T, D] with its rows sharded over `ROWS` and experts sharded by `_MESH_AXES`."""
     graphdef, params = nnx.split(experts)
     specs = nnx.to_pure_dict(jax.tree.map(_spec, params, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 
     def on_device(params: Params, *tokens: Array) -> Array:
-        params = jax.tree.map(partial(_whole, x.dtype), params, specs)
-        if "bias" in params["down_proj"]:
-            # Every part of the hidden width adds to a token's output, the bias once.
-            params["down_proj"]["bias"] *= lax.axis_index("tensor") == 0
-        mine: Experts = nnx.merge(graphdef, params)
-        first = lax.axis_index("expert") * mine.count
+        params = jax.tree.map(partial(_gathered, x.dtype), params, specs)
+        down_proj = params["down_proj"]
+        if isinstance(down_proj, dict) and "bias" in down_proj:
+            # The outputs of all shards of the hidden width are summed: one shard adds the bias.
+            down_proj["bias"] = get_leaf(down_proj, "bias") * (lax.axis_index("tensor") == 0)
+        local: Experts = nnx.merge(graphdef, params)
+        first = lax.axis_index("expert") * local.count
 
         def mix(tokens: tuple[Array, ...]) -> Array:
             x, chosen, weights = tokens
-            return _mix(mine, x, chosen - first, weights)
+            return _mix(local, x, chosen - first, weights)
 
         tokens = tuple(map(_varying, tokens))
         if mesh.shape["expert"] == 1:
@@ -199,12 +205,12 @@ def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights:
 
 
 def _spec(param: nnx.Param) -> PartitionSpec:
-    names = param.get_metadata()["out_sharding"][-param.ndim :]  # without "layers", along which it was cut
+    names = param.get_metadata()["out_sharding"][-param.ndim :]  # without "layers": of one layer
     return PartitionSpec(*map(_MESH_AXES.get, names))
 
 
-def _whole(dtype: jnp.dtype, leaf: Array, spec: PartitionSpec) -> Array:
-    """A parameter in the compute dtype, its "fsdp" parts joined."""
+def _gathered(dtype: jnp.dtype, leaf: Array, spec: PartitionSpec) -> Array:
+    """A parameter in the compute dtype, gathered over "fsdp"."""
     leaf, axes = leaf.astype(dtype), tuple(spec)
     return _varying(lax.all_gather(leaf, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else leaf)
 

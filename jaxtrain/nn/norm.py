@@ -1,10 +1,9 @@
 """RMS norm."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.types import Array
@@ -13,14 +12,14 @@ from jaxtrain.types import Array
 class RMSNorm(nnx.Module):
     """Root mean square norm over the last axes, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...], *, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...], *, dtype: jnp.dtype):
         self.eps, self.offset, self.wide = config.norm_eps, config.norm_offset, config.norm_in_float32
         self.over = tuple(range(-len(shape), 0))
-        # With an offset the scale is what differs from 1.
+        # With an offset the parameter is the difference of the scale from 1.
         self.scale = nnx.Param((jnp.zeros if self.offset else jnp.ones)(shape, dtype), out_sharding=axes)
 
-    def __call__(self, x: Array) -> Array:
-        """x [..., *shape] -> [..., *shape] in x's dtype."""
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """x [..., *shape], normalised over its last axes, in its dtype."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, self.over, keepdims=True) + self.eps)
         normed = normed.astype(jnp.float32 if self.wide else x.dtype)

@@ -1,15 +1,13 @@
 """Rotary position embedding (https://arxiv.org/abs/2104.09864), in the half-split layout of Hugging Face.
 
 All rope types of transformers' `modeling_rope_utils`, with its formulas. Two of them, dynamic and longrope, depend on
-the length of the sequence. transformers takes the longest of the batch; here every segment of a packed row has its own,
-so that a document gets the same log-probabilities whatever it is packed with, and those that transformers gives it
-alone. Keys in a cache were rotated when they were written, so while a sequence grows its length must be taken to be one
-and the same: a sampler sets `Execution.context` to the longest that it may become (so does vLLM; transformers goes by
-the tokens so far, and mixes frequencies in one cache). It then agrees with a trainer for sequences that stay within the
-original length if the context does too, and for all where the trainer sets the same context.
+the length of the sequence. transformers uses the longest sequence of the batch. Here each segment of a packed row has
+its own length, so the log-probabilities of a document do not depend on the documents it is packed with, and equal those
+of transformers for this document alone. Keys in a cache are rotated when they are written, so the length must stay the
+same while a sequence grows: a sampler sets `Execution.context` to the maximum length, as vLLM does. (transformers uses
+the number of tokens so far, and mixes frequencies in one cache.) Sampler and trainer then agree for sequences within
+the original length if the context is within it too, and for all sequences if the trainer has the same context.
 """
-
-from __future__ import annotations
 
 import math
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Integer
 
 from jaxtrain.nn.config import (
     DynamicScaling,
@@ -32,32 +31,36 @@ from jaxtrain.types import Array
 
 
 class RopeTable(NamedTuple):
-    """Of the R channels that turn, R = H unless the rope is partial."""
+    """Cosines and sines for the R channels that are rotated; R = H unless the rope is partial."""
 
     cos: Array  # [B, T, 1, R/2] float32
     sin: Array  # [B, T, 1, R/2] float32
 
 
 def rope_tables(
-    kinds: tuple[LayerKind, ...], head_dim: int, positions: Array, lengths: Array
+    kinds: tuple[LayerKind, ...], head_dim: int, positions: Integer[Array, "B T"], lengths: Integer[Array, "..."]
 ) -> tuple[RopeTable | None, ...]:
     """The table of each kind of layer, for positions [B, T] in sequences of `lengths`, which broadcast to them.
 
-    Made once per forward pass and shared by all layers of a kind, and by kinds with the same rope.
+    Computed once per forward pass and shared by all layers of a kind and by kinds with the same rope.
     """
     tables = {rope: rope_table(rope, head_dim, positions, lengths) for rope in {kind.rope for kind in kinds} if rope}
     return tuple(tables[kind.rope] if kind.rope else None for kind in kinds)
 
 
-def rope_table(rope: Rope, head_dim: int, positions: Array, lengths: Array) -> RopeTable:
+def rope_table(
+    rope: Rope, head_dim: int, positions: Integer[Array, "B T"], lengths: Integer[Array, "..."]
+) -> RopeTable:
     """Cosines and sines of positions [B, T]."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim, lengths)
     factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling | LongRopeScaling) else 1.0
     return RopeTable(factor * jnp.cos(angles)[..., None, :], factor * jnp.sin(angles)[..., None, :])
 
 
-def segment_lengths(positions: Array, segment_ids: Array) -> Array:
-    """How many tokens the segment of each token has: [B, T] of packed rows [B, T]."""
+def token_segment_lengths(
+    positions: Integer[Array, "B T"], segment_ids: Integer[Array, "B T"]
+) -> Integer[Array, "B T"]:
+    """The length of the segment of each token of packed rows."""
 
     def row(positions: Array, segment_ids: Array) -> Array:
         last = jax.ops.segment_max(positions, segment_ids, num_segments=len(positions) + 1)
@@ -66,7 +69,7 @@ def segment_lengths(positions: Array, segment_ids: Array) -> Array:
     return jax.vmap(row)(positions, segment_ids)
 
 
-def frequencies(rope: Rope, head_dim: int, lengths: Array) -> np.ndarray | Array:
+def frequencies(rope: Rope, head_dim: int, lengths: Integer[Array, "..."]) -> Float[Array, "..."]:
     """Radians per position of each pair of channels, float32: [R/2], or [*lengths, R/2] where they depend on it."""
     width = int(head_dim * rope.partial)
     exponents = np.arange(0, width, 2, dtype=np.float32) / width
@@ -78,13 +81,13 @@ def frequencies(rope: Rope, head_dim: int, lengths: Array) -> np.ndarray | Array
         case LinearScaling(factor):
             return plain / np.float32(factor)
         case ProportionalScaling(factor):
-            turning = int(rope.partial * head_dim // 2)
-            whole = 1 / _power(rope.theta, np.arange(0, 2 * turning, 2, dtype=np.float32) / head_dim)
-            return np.pad(whole, (0, head_dim // 2 - turning)) / np.float32(factor)
+            rotated = int(rope.partial * head_dim // 2)
+            inverse = 1 / _power(rope.theta, np.arange(0, 2 * rotated, 2, dtype=np.float32) / head_dim)
+            return np.pad(inverse, (0, head_dim // 2 - rotated)) / np.float32(factor)
         case Llama3Scaling(factor, low_freq_factor, high_freq_factor, original):
-            turn = 2 * math.pi / plain
-            # 0 where a full turn is longer than the trained context allows (scale it), 1 where it is short (keep it).
-            smooth = (original / turn - low_freq_factor) / (high_freq_factor - low_freq_factor)
+            wavelength = 2 * math.pi / plain  # in positions
+            # From 0, for long wavelengths, which are scaled, to 1, for short ones, which are kept.
+            smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
             smooth = np.clip(smooth, 0, 1)
             return ((1 - smooth) * plain / factor + smooth * plain).astype(np.float32)
         case YarnScaling() as yarn:
@@ -100,16 +103,16 @@ def frequencies(rope: Rope, head_dim: int, lengths: Array) -> np.ndarray | Array
 
 
 def _power(theta: float, exponents: np.ndarray) -> np.ndarray:
-    """In float64, then rounded: numpy's own float32 power is off by one bit on some CPUs, 4e-5 radians at token 600."""
+    """In float64, then rounded: numpy's float32 power is wrong by one bit on some CPUs, 4e-5 radians at token 600."""
     return (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _yarn_ramp(yarn: YarnScaling, theta: float, width: int) -> np.ndarray:
     """From 0, for channels that are kept, to 1, for those that are interpolated: [R/2]."""
 
-    def channel(turns: float) -> float:
-        """Which channel turns so often over the original positions."""
-        return width * math.log(yarn.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def channel(rotations: float) -> float:
+        """The channel with this many rotations over the original positions."""
+        return width * math.log(yarn.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
     if yarn.truncate:
@@ -118,8 +121,8 @@ def _yarn_ramp(yarn: YarnScaling, theta: float, width: int) -> np.ndarray:
     return np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
 
 
-def apply_rope(x: Array, table: RopeTable | None) -> Array:
-    """Rotate the first R channels of x [B, T, heads, H] by its positions, in float32; returns x's dtype."""
+def apply_rope(x: Float[Array, "B T heads H"], table: RopeTable | None) -> Float[Array, "B T heads H"]:
+    """Rotate the first R channels by the positions of `table`, in float32; the result has x's dtype."""
     if table is None:
         return x
     width = 2 * table.cos.shape[-1]

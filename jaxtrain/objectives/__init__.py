@@ -5,22 +5,37 @@ from typing import TYPE_CHECKING
 from jaxtrain.lazy import lazy
 
 if TYPE_CHECKING:
-    from jaxtrain.objectives.objective import Correct as Correct
-    from jaxtrain.objectives.objective import Entropy as Entropy
-    from jaxtrain.objectives.objective import Logp as Logp
-    from jaxtrain.objectives.objective import Objective as Objective
-    from jaxtrain.objectives.objective import Value as Value
-    from jaxtrain.objectives.policies import CISPO as CISPO
-    from jaxtrain.objectives.policies import DAPO as DAPO
-    from jaxtrain.objectives.policies import GRPO as GRPO
-    from jaxtrain.objectives.policies import GSPO as GSPO
-    from jaxtrain.objectives.policies import PPO as PPO
-    from jaxtrain.objectives.policies import RLOO as RLOO
-    from jaxtrain.objectives.policies import DrGRPO as DrGRPO
-    from jaxtrain.objectives.policies import ReinforcePlusPlus as ReinforcePlusPlus
-    from jaxtrain.objectives.policy import PolicyObjective as PolicyObjective
-    from jaxtrain.objectives.sft import SFT as SFT
-    from jaxtrain.objectives.value import ClippedValue as ClippedValue
+    from jaxtrain.objectives.distill import Distill
+    from jaxtrain.objectives.kto import KTO
+    from jaxtrain.objectives.objective import (
+        Correct,
+        Divergence,
+        Entropy,
+        Logp,
+        Objective,
+        Reward,
+        TopLogps,
+        Value,
+    )
+    from jaxtrain.objectives.policies import (
+        CISPO,
+        DAPO,
+        GRPO,
+        GSPO,
+        PPO,
+        RLOO,
+        SAPO,
+        VESPO,
+        ClippedPolicy,
+        DrGRPO,
+        ReinforcePlusPlus,
+    )
+    from jaxtrain.objectives.policy import PolicyObjective
+    from jaxtrain.objectives.preference import CPO, DPO, ORPO, PreferenceObjective, SimPO
+    from jaxtrain.objectives.reward import BradleyTerry, PointwiseReward
+    from jaxtrain.objectives.sft import SFT
+    from jaxtrain.objectives.uld import ULD
+    from jaxtrain.objectives.value import ClippedValue
 
 _WHERE = {
     "Objective": "jaxtrain.objectives.objective:Objective",
@@ -28,13 +43,29 @@ _WHERE = {
     "Entropy": "jaxtrain.objectives.objective:Entropy",
     "Correct": "jaxtrain.objectives.objective:Correct",
     "Value": "jaxtrain.objectives.objective:Value",
+    "Divergence": "jaxtrain.objectives.objective:Divergence",
+    "Distill": "jaxtrain.objectives.distill:Distill",
+    "TopLogps": "jaxtrain.objectives.objective:TopLogps",
+    "ULD": "jaxtrain.objectives.uld:ULD",
+    "Reward": "jaxtrain.objectives.objective:Reward",
+    "PreferenceObjective": "jaxtrain.objectives.preference:PreferenceObjective",
+    "DPO": "jaxtrain.objectives.preference:DPO",
+    "SimPO": "jaxtrain.objectives.preference:SimPO",
+    "CPO": "jaxtrain.objectives.preference:CPO",
+    "ORPO": "jaxtrain.objectives.preference:ORPO",
+    "KTO": "jaxtrain.objectives.kto:KTO",
+    "BradleyTerry": "jaxtrain.objectives.reward:BradleyTerry",
+    "PointwiseReward": "jaxtrain.objectives.reward:PointwiseReward",
     "SFT": "jaxtrain.objectives.sft:SFT",
+    "ClippedPolicy": "jaxtrain.objectives.policies:ClippedPolicy",
     "CISPO": "jaxtrain.objectives.policies:CISPO",
     "DAPO": "jaxtrain.objectives.policies:DAPO",
     "GRPO": "jaxtrain.objectives.policies:GRPO",
     "GSPO": "jaxtrain.objectives.policies:GSPO",
     "PPO": "jaxtrain.objectives.policies:PPO",
     "RLOO": "jaxtrain.objectives.policies:RLOO",
+    "SAPO": "jaxtrain.objectives.policies:SAPO",
+    "VESPO": "jaxtrain.objectives.policies:VESPO",
     "DrGRPO": "jaxtrain.objectives.policies:DrGRPO",
     "ReinforcePlusPlus": "jaxtrain.objectives.policies:ReinforcePlusPlus",
     "PolicyObjective": "jaxtrain.objectives.policy:PolicyObjective",
@@ -43,20 +74,36 @@ _WHERE = {
 
 __all__ = [
     "CISPO",
+    "CPO",
     "DAPO",
+    "DPO",
     "GRPO",
     "GSPO",
+    "KTO",
+    "ORPO",
     "PPO",
     "RLOO",
+    "SAPO",
     "SFT",
+    "ULD",
+    "VESPO",
+    "BradleyTerry",
+    "ClippedPolicy",
     "ClippedValue",
     "Correct",
+    "Distill",
+    "Divergence",
     "DrGRPO",
     "Entropy",
     "Logp",
     "Objective",
+    "PointwiseReward",
     "PolicyObjective",
+    "PreferenceObjective",
     "ReinforcePlusPlus",
+    "Reward",
+    "SimPO",
+    "TopLogps",
     "Value",
 ]
 

@@ -1,17 +1,16 @@
 """The KL divergence between the policy and its reference, estimated from the tokens sampled."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxtrain.types import Array
 
 Estimate = Literal["k1", "k2", "k3"]
 
 
-def divergence(kind: Estimate, logp: Array, ref: Array) -> Array:
+def divergence(kind: Estimate, logp: Float[Array, "*tokens"], ref: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
     """Estimates of KL(policy || reference) from samples of the policy: Schulman 2020, "Approximating KL Divergence".
 
     k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r, with r = p_ref / p. Also for numpy arrays.
@@ -39,9 +38,11 @@ def check_kl_in_loss(kind: Estimate, bias_correction: bool) -> None:
     """
     if kind == "k1" and not bias_correction:
         raise ValueError(
-            "kl=k1 in the loss has an expected gradient of 0: use k2 or k3, kl_bias_correction=true, or kl_in=reward"
+            "kl=k1 in the loss has an expected gradient of 0 with kl_bias_correction=false: use true (the default), or "
+            "kl_in=reward"
         )
     if kind == "k2" and bias_correction:
         raise ValueError(
-            "kl_bias_correction=true is for k1 and k3: k2 has the gradient of KL(policy || reference) without it"
+            "kl=k2 needs kl_bias_correction=false, since it has the gradient of KL(policy || reference) without it; "
+            "true is for k1 and k3"
         )

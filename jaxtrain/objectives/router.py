@@ -1,22 +1,20 @@
-"""What is asked of the routers of a mixture of experts beside the task, and how evenly they share the work."""
-
-from __future__ import annotations
+"""Auxiliary losses and metrics of the routers of a mixture of experts."""
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxtrain.nn.config import MoE, RouterLoss
 from jaxtrain.types import Array, Mean, Routing
 
 
-def router_loss(routing: Routing, moe: MoE, weights: RouterLoss) -> tuple[Array, dict[str, Mean]]:
-    """The weighted sum of both losses of a (micro)batch, and metrics that its real tokens weigh.
+def router_loss(routing: Routing, moe: MoE, weights: RouterLoss) -> tuple[Float[Array, ""], dict[str, Mean]]:
+    """The weighted sum of both losses of a (micro)batch, and metrics, weighted by its tokens that are not padding.
 
     `aux_loss` is the load-balancing loss of Switch Transformer (https://arxiv.org/abs/2101.03961, equations 4 to 6)
     over all layers together, as transformers' `load_balancing_loss_func` has it: E times the dot product of the
     experts' shares of the tokens and their mean probabilities; the number of experts per token where balanced.
     `router_z_loss` keeps router logits small (https://arxiv.org/abs/2202.08906, equation 5).
-    `expert_load_max` is the most that any expert of a layer has to do over what each would have in balance, its mean
-    over layers.
+    `expert_load_max` is the largest load of an expert over the load of each expert in balance, averaged over layers.
     """
     tokens = routing.tokens[0]
     rows = jnp.maximum(jnp.sum(routing.tokens), 1)

@@ -1,12 +1,11 @@
 """Supervised fine-tuning: the negative log-likelihood of the weighted tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jaxtrain.objectives.objective import Correct, Entropy, Logp, Request
+from jaxtrain.objectives.objective import Correct, Entropy, Logp, ScoreRequest
 from jaxtrain.types import Array, Batch, Mean, Norm, Scores
 
 
@@ -15,7 +14,7 @@ class SFT:
     """Mean of -logp over the weighted tokens of the global batch, and TRL's metrics of them."""
 
     @property
-    def needs(self) -> tuple[Request, ...]:
+    def needs(self) -> tuple[ScoreRequest, ...]:
         return Logp(), Entropy(), Correct()
 
     @property
@@ -26,7 +25,7 @@ class SFT:
     def separable(self) -> bool:
         return True
 
-    def __call__(self, scores: Scores, batch: Batch, norm: Norm) -> tuple[Array, dict[str, Mean]]:
+    def __call__(self, scores: Scores, batch: Batch, norm: Norm) -> tuple[Float[Array, ""], dict[str, Mean]]:
         weights = batch.loss_weights
         count = jnp.sum(weights)
         nll = -jnp.sum(scores.logp * weights)
@@ -35,4 +34,4 @@ class SFT:
             "mean_token_accuracy": Mean(jnp.sum(scores.correct * weights), count),
             "entropy": Mean(jnp.sum(scores.entropy * weights), count),
         }
-        return nll / jnp.maximum(norm.tokens, 1), metrics
+        return nll / (norm.tokens + (norm.tokens == 0)), metrics

@@ -1,17 +1,18 @@
 """The critic's objective."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jaxtyping import Float
+from pydantic import PositiveFloat
 
-from jaxtrain.objectives.objective import Request, Value
+from jaxtrain.objectives.checked import Checked
+from jaxtrain.objectives.objective import ScoreRequest, Value
 from jaxtrain.types import Array, Batch, Mean, Metric, Norm, Scores
 
 
 @dataclass(frozen=True)
-class ClippedValue:
+class ClippedValue(Checked):
     """Half the larger squared error of a value and of the value within `epsilon` of the old one, mean over tokens.
 
     The clipped value loss of OpenAI's PPO (Schulman et al. 2017, arXiv:1707.06347; as analysed in Huang et al. 2022,
@@ -19,10 +20,10 @@ class ClippedValue:
     update, and `returns`.
     """
 
-    epsilon: float = 0.2
+    epsilon: PositiveFloat  # rl.critic.epsilon has the default
 
     @property
-    def needs(self) -> tuple[Request, ...]:
+    def needs(self) -> tuple[ScoreRequest, ...]:
         return (Value(),)
 
     @property
@@ -33,7 +34,7 @@ class ClippedValue:
     def separable(self) -> bool:
         return True
 
-    def __call__(self, scores: Scores, batch: Batch, norm: Norm) -> tuple[Array, dict[str, Metric]]:
+    def __call__(self, scores: Scores, batch: Batch, norm: Norm) -> tuple[Float[Array, ""], dict[str, Metric]]:
         weights, old, returns = batch.loss_weights, batch.signals["values"], batch.signals["returns"]
         near = jnp.clip(scores.value, old - self.epsilon, old + self.epsilon)
         error, error_near = (scores.value - returns) ** 2, (near - returns) ** 2

@@ -1,6 +1,4 @@
-"""Metrics of a run on disk: `metrics.jsonl`, one object per line, and TensorBoard."""
-
-from __future__ import annotations
+"""Metrics of a run on disk: `metrics.jsonl`, one JSON object per line, and TensorBoard."""
 
 import json
 import math
@@ -10,15 +8,14 @@ from pathlib import Path
 from typing import Self
 
 import jax
-from tensorboardX import SummaryWriter
 
 
 class MetricLog:
-    """Writes metrics.jsonl (and tensorboard/) into `run_dir`, on process 0 only.
+    """Writes metrics.jsonl (and tensorboard/) to `run_dir`, on process 0 only.
 
-    `resumed_from` is the step of the checkpoint that the run goes on from, None for a run from the start. Whatever a
-    killed run logged after that step will be logged again, so it is dropped: every line of the file belongs to the
-    one sequence of steps that led to the final parameters. For this to hold, log a step before its checkpoint is saved.
+    `resumed_from` is the step of the checkpoint that the run resumes from, None for a new run. Lines of later steps are
+    removed, since these steps will be logged again: the file has the steps that led to the final parameters, each once.
+    This requires that a step is logged before its checkpoint is saved.
     """
 
     def __init__(self, run_dir: str | Path, tensorboard: bool, resumed_from: int | None = None) -> None:
@@ -31,6 +28,8 @@ class MetricLog:
         _drop_after(path, last)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
+            from tensorboardX import SummaryWriter  # imports torch, if that is installed: seconds
+
             self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=last + 1)
 
     def __enter__(self) -> Self:
@@ -39,19 +38,21 @@ class MetricLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def log(self, step: int, metrics: Mapping[str, float], prefix: str = "") -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write and flush one line, `step` first. JSON knows finite numbers only: any other is written as null."""
         if self._file is None:
             return
-        named = {prefix + name: float(value) for name, value in metrics.items()}
+        named = {name: float(value) for name, value in metrics.items()}
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in named.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in named.items():
                 self._board.add_scalar(name, value, step)
+            self._board.flush()  # so that a killed run has the steps before its newest checkpoint
 
     def close(self) -> None:
+        """Close the files."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -59,7 +60,7 @@ class MetricLog:
 
 
 def _drop_after(path: Path, last: int) -> None:
-    """Keep the lines up to step `last`, atomically; a line that was cut off by a kill goes too."""
+    """Keep the lines up to step `last`, atomically. An incomplete last line is removed."""
     if not path.exists():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= last]

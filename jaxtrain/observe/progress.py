@@ -1,6 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log file."""
-
-from __future__ import annotations
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-_SHOWN = {  # metric name -> what is shown of it, in this order
+_FORMATS = {  # metric name -> its format, in the order of display
     "reward": "reward {:.3f}",
     "loss": "loss {:.4f}",
     "grad_norm": "grad_norm {:.3g}",
@@ -24,9 +22,9 @@ _SHOWN = {  # metric name -> what is shown of it, in this order
 
 
 class Progress:
-    """A context manager around the training loop, silent on all processes but 0.
+    """Context manager of the training loop; prints on process 0 only.
 
-    rich decides what a terminal is, and honours NO_COLOR (https://no-color.org).
+    rich detects terminals, and respects NO_COLOR (https://no-color.org).
     """
 
     def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
@@ -50,9 +48,9 @@ class Progress:
         self._bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Say that `step` steps are done. With `metrics`, show them: a line of their own where there is no terminal."""
+        """Report that `step` steps are done, with `metrics` to display. Prints a line if there is no terminal."""
         now = time.monotonic()
-        # The first step compiles: time is counted from its end.
+        # The first step compiles, so time is measured from its end.
         self._first = self._first or (step, now)
         self._step = step
         if metrics is None:
@@ -61,18 +59,15 @@ class Progress:
         shown = "  ".join(part for part in (_format(metrics), self._eta(now)) if part)
         self._bar.update(self._task, completed=step, shown=shown)
         if not self._console.is_terminal:
-            self._line(f"step {step}/{self._steps}  {shown}")
+            self.print(f"step {step}/{self._steps}  {shown}")
 
     def print(self, text: str) -> None:
-        """A line above the bar: an evaluation, a saved checkpoint, a warning."""
-        self._line(text)
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, table: Table) -> None:
-        """A table above the bar."""
+        """Print a table above the bar."""
         self._console.print(table)
-
-    def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
 
     def _eta(self, now: float) -> str:
         assert self._first is not None
@@ -84,4 +79,4 @@ class Progress:
 
 
 def _format(metrics: Mapping[str, float]) -> str:
-    return "  ".join(form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics)
+    return "  ".join(form.format(metrics[name]) for name, form in _FORMATS.items() if name in metrics)

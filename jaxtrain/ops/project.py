@@ -1,6 +1,4 @@
-"""Linear maps that are fast matrix products on every platform."""
-
-from __future__ import annotations
+"""Matrix products with forms that are fast on each platform."""
 
 import functools
 
@@ -8,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float
 
 from jaxtrain.ops.cpu import matmul as cpu
 from jaxtrain.types import Array
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def project(x: Array, kernel: Array, rank: int) -> Array:
+def project(x: Float[Array, "..."], kernel: Float[Array, "..."], rank: int) -> Float[Array, "..."]:
     """x [..., *in] @ kernel [*in, *out] over the last `rank` axes of x -> [..., *out].
 
     Differentiable in forward and reverse mode, any number of times. The value is a plain tensordot; only the form of
@@ -44,7 +43,7 @@ def _kernel_tangent(x: Array, d_kernel: Array, rank: int) -> Array:
     `jax.checkpoint` makes x itself what reverse mode saves: without it the CPU form would save a transposed copy of x
     for every projection of it.
     """
-    # Resolved when the program is lowered, so a CPU host compiles for other platforms what they would run.
+    # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
     return lax.platform_dependent(
         x,
         d_kernel,
@@ -53,8 +52,8 @@ def _kernel_tangent(x: Array, d_kernel: Array, rank: int) -> Array:
     )
 
 
-def project_on_table(x: Array, table: Array) -> Array:
-    """x [..., D] . table [V, D] -> float32 [..., V]: logits of a head that is the embedding."""
+def project_on_table(x: Float[Array, "*tokens D"], table: Float[Array, "V D"]) -> Float[Array, "*tokens V"]:
+    """`x @ table.T` in float32: the logits of a tied head."""
     rows = x.reshape(-1, x.shape[-1])
     logits = lax.platform_dependent(rows, table, cpu=cpu.project_on_table, default=_project_on_table)
     return logits.reshape(*x.shape[:-1], len(table))

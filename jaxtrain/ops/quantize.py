@@ -1,10 +1,9 @@
 """Frozen kernels in 8 or 4 bits (QLoRA, https://arxiv.org/abs/2305.14314): blocks of up to 64 weights share a scale.
 
-A kernel is dequantised where it is used, in the forward and again in the backward pass, so it is never saved between.
-Two 4-bit codes are packed into a byte here: jax's 4-bit arrays take a byte each on CPU outside of compiled programs.
+A kernel is dequantised in the forward pass and again in the backward pass, so the dequantised kernel is never saved.
+Two 4-bit codes are packed into a byte here, because the 4-bit arrays of JAX take a byte per element on CPU outside of
+compiled programs.
 """
-
-from __future__ import annotations
 
 import functools
 import math
@@ -14,13 +13,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jaxtrain.types import Array, Params
 
-Kind = Literal["int8", "nf4"]
+QuantizedFormat = Literal["int8", "nf4"]
 BLOCK = 64
-_BLOCK_AXES = ("head_dim", "mlp")  # these are whole, or split into far more than a block, on any mesh
-_KEPT = ("experts", "router")  # not a `Linear`, and a choice that rounding would change
+_BLOCK_AXES = ("head_dim", "mlp")  # on any mesh these are unsharded, or their shards are much larger than a block
+_NOT_QUANTIZED = ("experts", "router")  # experts are no `Linear`; rounding would change the choices of a router
 
 # Quantiles of a normal distribution, and 0: appendix E of the paper.
 _NEGATIVE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
@@ -33,12 +33,13 @@ _NF4 = np.array([*_NEGATIVE, *_NEAR_ZERO, *_POSITIVE, *_LARGE], np.float32)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Quantized:
-    """A kernel in few bits. A pytree: it is stacked, scanned and sharded like the kernel that it stands for."""
+    """A quantised kernel. A pytree, stacked, scanned and sharded like the kernel that it represents."""
 
-    codes: Array  # int8, or uint8 with two codes each: those of the first and of the second half of a block
-    scales: Array  # float32, one a block
-    kind: Kind = field(metadata={"static": True})
-    axis: int = field(metadata={"static": True})  # along which the blocks lie, counted from the end
+    # Arrays; in trees of the same structure other leaves, such as shardings.
+    codes: Any  # int8; or uint8 with two codes: one of the first and one of the second half of a block
+    scales: Any  # float32, one per block
+    kind: QuantizedFormat = field(metadata={"static": True})
+    axis: int = field(metadata={"static": True})  # the axis of the blocks, counted from the end
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,41 +53,50 @@ class Quantized:
 
     @property
     def dtype(self) -> Any:
-        """That of the kernel once it is dequantised to be merged."""
+        """The dtype of the dequantised kernel that adapters are merged into."""
         return self.scales.dtype
 
 
-def quantize_kernels(base: Params, axes: Params, kind: Kind) -> Params:
-    """The tree with every linear's kernel quantised, as it lies on the mesh. Embedding, head and norms stay.
+def quantize_kernels(base: Any, axes: Params, kind: QuantizedFormat) -> Any:
+    """The tree with the kernels of all linears quantised, with their shardings. Embedding, head and norms stay.
 
-    Leaves are arrays, or `jax.ShapeDtypeStruct`s with shardings, which become structs again. `axes`: logical axes.
+    Leaves are arrays, or `jax.ShapeDtypeStruct`s with shardings, which give structs. `axes`: logical axes.
     """
-    done = dict(base)
+    quantized = dict(base)
     for name, node in base.items():
-        if name in _KEPT or not isinstance(node, dict):
+        if name in _NOT_QUANTIZED or not isinstance(node, dict):
             continue
-        done[name] = quantize_kernels(node, axes[name], kind)
-        if "kernel" in node and axes[name]["kernel"][0] == "layers":
-            done[name]["kernel"] = quantize(node["kernel"], axes[name]["kernel"], kind)
-    return done
+        inner = axes[name]
+        assert isinstance(inner, dict)
+        quantized[name] = quantize_kernels(node, inner, kind)
+        kernel_axes = inner.get("kernel")
+        if isinstance(kernel_axes, tuple) and kernel_axes[0] == "layers":
+            quantized[name]["kernel"] = quantize(node["kernel"], kernel_axes, kind)
+    return quantized
 
 
-def quantize(kernel: Any, axes: tuple[str, ...], kind: Kind) -> Quantized:
-    """A kernel [L, ...] as blocks with scales, which lie on the mesh as the kernel does.
+def is_quantized(path: str, axes: tuple[str | None, ...]) -> bool:
+    """Whether `quantize_kernels` quantises the parameter at this dotted path, which has these logical axes."""
+    *parents, last = path.split(".")
+    return last == "kernel" and axes[0] == "layers" and not set(parents) & set(_NOT_QUANTIZED)
 
-    Raises ValueError where the mesh would cut through the blocks, or an odd size leaves none for 4 bits.
+
+def quantize(kernel: Any, axes: tuple[str | None, ...], kind: QuantizedFormat) -> Quantized:
+    """A kernel [L, ...] as blocks with scales, sharded like the kernel.
+
+    Raises ValueError where a shard would hold a part of a block, or the size of the axis is odd.
     """
     axis = next(i for i in reversed(range(len(axes))) if axes[i] in _BLOCK_AXES)
-    block = math.gcd(kernel.shape[axis], BLOCK)  # of the whole axis, so that it is the same on any mesh
+    block = math.gcd(kernel.shape[axis], BLOCK)  # from the unsharded size, so that it is the same on any mesh
     sharding = kernel.sharding
-    part = sharding.shard_shape(kernel.shape)[axis]
-    if part % block:
+    shard = sharding.shard_shape(kernel.shape)[axis]
+    if shard % block:
         raise ValueError(
-            f"model.quantize={kind}: a kernel {kernel.shape} of axes {axes} is cut into parts of {part} along "
-            f"{axes[axis]!r}, which are no whole blocks of {block}; use fewer devices on that mesh axis"
+            f"model.quantize={kind}: a kernel {kernel.shape} of axes {axes} is split into shards of {shard} along "
+            f"{axes[axis]!r}, not a multiple of the block size {block}; use fewer devices on that mesh axis"
         )
     if block % 2:
-        raise ValueError(f"model.quantize={kind}: axis {axes[axis]!r} of a kernel {kernel.shape} is of an odd size")
+        raise ValueError(f"model.quantize={kind}: axis {axes[axis]!r} of a kernel {kernel.shape} has an odd size")
     run = functools.partial(_quantize, kind=kind, axis=axis - len(axes), block=block)
     if isinstance(kernel, jax.ShapeDtypeStruct):
         shapes = jax.eval_shape(run, kernel)
@@ -94,8 +104,8 @@ def quantize(kernel: Any, axes: tuple[str, ...], kind: Kind) -> Quantized:
     return jax.jit(run, out_shardings=sharding)(kernel)
 
 
-def dense(kernel: Array | Quantized, dtype: Any) -> Array:
-    """A kernel as an array, whether it is quantised or not."""
+def dense(kernel: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
+    """The kernel as an array in `dtype`, dequantised if it is quantised."""
     if not isinstance(kernel, Quantized):
         return kernel.astype(dtype)
     axis = kernel.ndim + kernel.axis
@@ -108,7 +118,7 @@ def dense(kernel: Array | Quantized, dtype: Any) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def project_quantized(x: Array, kernel: Quantized, rank: int) -> Array:
+def project_quantized(x: Float[Array, "..."], kernel: Quantized, rank: int) -> Float[Array, "..."]:
     """`ops.project.project` for a quantised kernel, which is a constant: only `x` has a derivative."""
     return jnp.tensordot(x, dense(kernel, x.dtype), rank)
 
@@ -127,17 +137,17 @@ def _tangent(d_x: Array, kernel: Quantized, rank: int) -> Array:
     return jnp.tensordot(d_x, dense(kernel, d_x.dtype), rank)
 
 
-def _quantize(kernel: Array, *, kind: Kind, axis: int, block: int) -> Quantized:
+def _quantize(kernel: Array, *, kind: QuantizedFormat, axis: int, block: int) -> Quantized:
     at = kernel.ndim + axis
     blocks = _blocks(kernel.astype(jnp.float32), at, block)
     scales = jnp.abs(blocks).max(at + 1)
-    unit = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales), at + 1)
+    normalised = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales), at + 1)
     if kind == "nf4":
-        nearest = jnp.searchsorted(jnp.asarray((_NF4[1:] + _NF4[:-1]) / 2), unit).astype(jnp.uint8)
+        nearest = jnp.searchsorted(jnp.asarray((_NF4[1:] + _NF4[:-1]) / 2), normalised).astype(jnp.uint8)
         first, second = jnp.split(nearest, 2, at + 1)
         codes = first | (second << 4)
     else:
-        codes = jnp.round(unit * 127).astype(jnp.int8)
+        codes = jnp.round(normalised * 127).astype(jnp.int8)
     shape = (*kernel.shape[:at], -1, *kernel.shape[at + 1 :])
     return Quantized(codes.reshape(shape), scales, kind, axis)
 

@@ -1,24 +1,24 @@
-"""Matrix products of groups of rows, each group with a matrix of its own, whatever the sizes of the groups."""
-
-from __future__ import annotations
+"""Grouped matrix products: each group of rows is multiplied by its own matrix."""
 
 import functools
 
 import jax
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float, Integer
 
 from jaxtrain.ops.cpu import ragged as cpu
-from jaxtrain.types import Array
 
 
 @jax.custom_vjp
-def grouped_matmul(x: Array, kernels: Array, sizes: Array) -> Array:
-    """Rows times the matrix of their group. Differentiable once by `x` and `kernels`.
+def grouped_matmul(
+    x: Float[Array, "M I"], kernels: Float[Array, "G I O"], sizes: Integer[Array, " G"]
+) -> Float[Array, "M O"]:
+    """Each row times the matrix of its group. Differentiable once, in reverse mode, by `x` and `kernels`.
 
-    x [M, I], sorted by group; kernels [G, I, O] in x's dtype; sizes [G] int32, the rows of each group, which may be
-    none and may leave rows at the end to nobody -> [M, O], 0 in the rows that are nobody's.
+    `x` is sorted by group and has the dtype of `kernels`; `sizes` are the rows of each group, possibly 0. Rows at the
+    end may belong to no group: they give 0.
     """
-    # Resolved when the program is lowered, so a CPU host compiles for other platforms what they would run.
+    # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
     return lax.platform_dependent(x, kernels, sizes, cpu=cpu.grouped_matmul, default=lax.ragged_dot)
 
 
@@ -44,8 +44,10 @@ def _ragged_outer(x: Array, g: Array, sizes: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def sort_pairs(x: Array, order: Array, inverse: Array, k: int) -> Array:
-    """x [n, D] -> [n k, D]: the row of its token for every pair in `order`, where pair p is token p // k's.
+def sort_pairs(
+    x: Float[Array, "n D"], order: Integer[Array, " pairs"], inverse: Integer[Array, " pairs"], k: int
+) -> Float[Array, "pairs D"]:
+    """The row of its token for every pair in `order`, where pair p belongs to token p // k.
 
     `inverse` undoes the permutation `order` [n k], so that the gradient gathers where autodiff would scatter.
     """
@@ -64,8 +66,10 @@ sort_pairs.defvjp(_sort_fwd, _sort_bwd)
 
 
 @jax.custom_vjp
-def unsort_pairs(y: Array, order: Array, inverse: Array) -> Array:
-    """y [n k, D], sorted by `order` -> [n k, D] in the pairs' own order, with a gradient that gathers."""
+def unsort_pairs(
+    y: Float[Array, "pairs D"], order: Integer[Array, " pairs"], inverse: Integer[Array, " pairs"]
+) -> Float[Array, "pairs D"]:
+    """The inverse of the permutation `order`, with a gradient that gathers."""
     return y[inverse]
 
 

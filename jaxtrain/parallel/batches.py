@@ -1,26 +1,47 @@
-"""The rows of the global batch that a host provides, and their placement onto the mesh."""
+"""The rows of the global batch that each host provides, and their transfer to the devices."""
 
-from __future__ import annotations
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrain.parallel.sharding import ROWS, batch_sharding, row_shares
-from jaxtrain.types import Batch
+from jaxtrain.types import Array, Batch
+
+T = TypeVar("T", bound=Any)
 
 
 def local_rows(mesh: Mesh, rows: int) -> range:
-    """The rows of a global batch of `rows` that this host's devices hold. Raises ValueError if not adjacent."""
+    """The rows of a global batch of `rows` that this host's devices hold.
+
+    Raises ValueError if they are not adjacent.
+    """
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,))
     held = {row for index in indices.values() if index is not None for row in range(*index[0].indices(rows))}
     span = range(min(held), max(held) + 1)
     if len(span) != len(held):
         raise ValueError(
             f"process {jax.process_index()} holds rows {sorted(held)} of the batch, which are not adjacent: "
-            "choose mesh.data, mesh.fsdp and mesh.expert so that a host's devices are neighbours"
+            "choose mesh.data, mesh.fsdp and mesh.expert so that the devices of a host hold adjacent rows"
         )
     return span
+
+
+def local_row_shares(mesh: Mesh | None) -> int:
+    """The number of parts that this host's rows of a batch are split into; 1 without a mesh.
+
+    Raises ValueError if several hosts hold the same rows.
+    """
+    if mesh is None:
+        return 1
+    shares, processes = row_shares(mesh), jax.process_count()
+    if shares % processes:
+        raise ValueError(
+            f"mesh.tensor={mesh.shape['tensor']} splits a row over several processes: choose a divisor of the "
+            f"{mesh.size // processes} devices of a process"
+        )
+    return len(local_rows(mesh, shares))
 
 
 def local_shards(mesh: Mesh, rows: int, shards: int) -> range:
@@ -28,37 +49,46 @@ def local_shards(mesh: Mesh, rows: int, shards: int) -> range:
     held, size = local_rows(mesh, rows), rows // shards
     if held.start % size or held.stop % size:
         raise ValueError(
-            f"data.virtual_shards={shards} cuts a batch of {rows} rows into pieces of {size}, but process "
-            f"{jax.process_index()} holds rows {held.start} to {held.stop - 1}: choose a multiple of the hosts' number"
+            f"data.virtual_shards={shards} splits a batch of {rows} rows into parts of {size}, but process "
+            f"{jax.process_index()} holds rows {held.start} to {held.stop - 1}: choose a multiple of the number of "
+            "hosts"
         )
     return range(held.start // size, held.stop // size)
 
 
-def place_batch(batch: Batch, mesh: Mesh, held: range, rows: int) -> Batch:
-    """Put this host's rows onto its devices; the result is the global batch.
+def place_batch(batch: Batch, mesh: Mesh, rows: int | None = None) -> Batch:
+    """Put this host's rows onto its devices; the result is the global batch of `rows` (default: of all hosts' rows).
 
-    The arrays of `batch` are [len(held), ...], rows `held` of a global batch of `rows`; the result's are [rows, ...].
+    `batch` holds the rows of `local_rows`, or all of them where `rows` says so.
     """
     sharding = batch_sharding(mesh)
+    if rows is None:
+        return jax.make_array_from_process_local_data(sharding, batch)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (rows, *leaf.shape[1:])), batch
+    )
 
-    def place(leaf: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            span = range(*index[0].indices(rows))
-            return leaf[span.start - held.start : span.stop - held.start]
 
-        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, part)
+def host_rows(array: Array) -> np.ndarray:
+    """This host's rows of a placed array [B, ...], the inverse of `place_batch`. Waits for the device."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    held = {shard.index[0].indices(len(array))[0]: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(held[start]) for start in sorted(held)])
 
-    return jax.tree.map(place, batch)
+
+def move_batch(batch: T, mesh: Mesh) -> T:
+    """A placed batch, or an array of it, on the devices of `mesh`. Copies nothing that is there already."""
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def check_batch_size(rows: int, microbatches: int, mesh: Mesh) -> None:
-    """Raise ValueError where the rows of a microbatch cannot be dealt to the devices."""
+    """Raise ValueError if the rows of a microbatch do not divide evenly over the devices."""
     shares = row_shares(mesh)
     if rows % (shares * microbatches):
         axes = " x ".join(f"mesh.{axis}" for axis in ROWS)
         nearest = max(round(rows / (shares * microbatches)), 1) * shares * microbatches
         raise ValueError(
-            f"train.batch_size={rows} rows cannot be dealt to {axes} = {shares} devices in "
-            f"train.microbatches={microbatches}; the nearest batch_size that can is {nearest}"
+            f"train.batch_size={rows} rows do not divide over {axes} = {shares} devices in "
+            f"train.microbatches={microbatches}; the nearest batch_size that does is {nearest}"
         )

@@ -1,6 +1,4 @@
-"""From the logical axes of a parameter to its place on the mesh, with errors instead of silent replication."""
-
-from __future__ import annotations
+"""Shardings of parameters by their logical axes, and of batches. Axes that do not divide are errors."""
 
 import difflib
 import math
@@ -10,11 +8,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.types import Array
+
 MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 
 ROWS = ("data", "fsdp", "expert")
-"""The mesh axes that the rows of a batch are split over; "tensor" sees every row."""
+"""The mesh axes that the rows of a batch are sharded over; they are replicated over "tensor"."""
 
 _REPLICATED = {
     "layers": None,
@@ -41,17 +41,17 @@ RULES: dict[str, Rules] = {
     },
     "fsdp_expert": {**_REPLICATED, "embed": "fsdp", "expert": "expert"},
 }
-"""Preset -> logical axis -> the mesh axis (or axes) that split it; None: every device holds all of it."""
+"""Preset -> logical axis -> the mesh axis (or axes) that it is sharded over; None: replicated."""
 
 
 def param_specs(axes: Any, shapes: Any, rules: Rules, mesh: Mesh) -> Any:
     """The sharding of every parameter.
 
-    `axes` is a tree of tuples of logical axis names (or None); `shapes` is the same tree of anything with a `.shape`.
-    Returns the same tree of NamedSharding.
+    `axes` is a tree of tuples of logical axis names (or None), `shapes` a tree of the same structure with leaves that
+    have a `.shape`, such as `jax.ShapeDtypeStruct`. Returns a tree of NamedSharding.
 
-    Raises ValueError, naming the parameter's path, the logical axis with its size and the mesh axis with its size,
-    where a logical axis has no rule, a size does not divide, or one mesh axis would split two axes of a parameter.
+    Raises ValueError, naming the parameter's path and the axes with their sizes, if a logical axis has no rule, a size
+    does not divide, or one mesh axis would shard two axes of a parameter.
     """
 
     def place(path, shape, names):
@@ -60,31 +60,40 @@ def param_specs(axes: Any, shapes: Any, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct`s like `shapes`, with the shardings of a tree of the same structure."""
+
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)
+
+
 def splits(rules: Rules, mesh_axis: str) -> bool:
-    """Whether any parameter is split over `mesh_axis`."""
+    """Whether the rules shard a parameter over `mesh_axis`."""
     return any(mesh_axis in ((axes,) if isinstance(axes, str) else axes or ()) for axes in rules.values())
 
 
-def row_shares(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are split into."""
-    return _parts(ROWS, mesh)
+def row_shares(mesh: Mesh | None) -> int:
+    """The number of parts that the rows of a batch are split into; 1 without a mesh."""
+    return 1 if mesh is None else _parts(ROWS, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lies: rows (the first axis) over `ROWS`, all else whole."""
+    """The sharding of a batch: its rows (the first axis) over `ROWS`."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Where a scalar lies: all of it on every device."""
+    """The sharding of an array that every device holds entirely, such as a scalar."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain_rows(x: jax.Array, mesh: Mesh | None, *tail: MeshAxes) -> jax.Array:
-    """Pin `x` [B, ...] to the layout of the batch: rows split, the other axes as `tail` says (default: whole).
+def constrain_rows(x: Array, mesh: Mesh | None, *tail: MeshAxes) -> Array:
+    """Constrain the sharding of `x` [B, ...]: rows over `ROWS`, the other axes over `tail` (default: unsharded).
 
-    The compiler is left alone with everything else. The residual stream needs the pin, or it may choose to split D
-    and gather rows; without a mesh nothing happens.
+    The residual stream needs the constraint, because the compiler may otherwise shard D and gather the rows. Without a
+    mesh, `x` is returned unchanged.
     """
     if mesh is None:
         return x
@@ -96,16 +105,16 @@ def _spec(
 ) -> PartitionSpec:
     assert len(shape) == len(logical), (name, shape, logical)
     spec: list[MeshAxes] = []
-    splits: dict[str, str] = {}  # mesh axis -> the logical axis it already splits
+    used: dict[str, str] = {}  # mesh axis -> the logical axis that is sharded over it
     for axis, size in zip(logical, shape, strict=True):
         mesh_axes = _rule(name, axis, rules)
         spec.append(mesh_axes)
         for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
-            if mesh_axis in splits:
+            if mesh_axis in used:
                 raise ValueError(
-                    f"{name} {shape}: mesh axis {mesh_axis!r} would split both {splits[mesh_axis]!r} and {axis!r}"
+                    f"{name} {shape}: mesh axis {mesh_axis!r} would shard both {used[mesh_axis]!r} and {axis!r}"
                 )
-            splits[mesh_axis] = str(axis)
+            used[mesh_axis] = str(axis)
         parts = _parts(mesh_axes, mesh)
         if size % parts:
             raise ValueError(

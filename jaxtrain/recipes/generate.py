@@ -1,6 +1,4 @@
-"""Generating with a Hugging Face folder: for a file of prompts, or in a conversation on the terminal."""
-
-from __future__ import annotations
+"""Generation with a Hugging Face folder: for a file of prompts, or in a conversation on the terminal."""
 
 import json
 import time
@@ -15,23 +13,16 @@ from jaxtrain.config import SourceSection
 from jaxtrain.data.sources import read_rows
 from jaxtrain.observe.progress import Progress
 from jaxtrain.sample.requests import Completion, Request, SamplingParams
-from jaxtrain.serve.load import Served
+from jaxtrain.serve.served import Served
 
 
-def generate_file(served: Served, prompts: Path, out: Path, params: SamplingParams, plain: bool = False) -> int:
-    """Continue every row of `prompts` and write the rows, with `completions`, to `out`. Returns the tokens generated.
+def generate_file(served: Served, prompts: str | Path, out: Path, params: SamplingParams, plain: bool = False) -> int:
+    """Complete every row of `prompts` and write the rows, with `completions`, to `out`.
 
-    Raises ValueError, naming the row, for one that is no prompt or can never fit.
+    Returns the number of generated tokens. Raises ValueError for a row that is not a valid prompt or does not fit.
     """
     rows = list(read_rows(SourceSection(path=str(prompts))))
-    params = replace(params, stop_ids=[*params.stop_ids, *served.stop_ids])
-    requests = []
-    for number, row in enumerate(rows, 1):
-        try:
-            requests.append(Request(served.prompt_ids(row, plain), params))
-            served.engine.check(requests[-1:])
-        except ValueError as error:
-            raise ValueError(f"{prompts}, row {number}: {str(error).removeprefix('request 0: ')}") from error
+    requests = served.requests(rows, params, f"{prompts}, row", plain)
     waiting: dict[int, list[Completion | None]] = {index: [None] * params.n for index in range(len(rows))}
     done = tokens = written = 0
     start = time.perf_counter()
@@ -45,7 +36,7 @@ def generate_file(served: Served, prompts: Path, out: Path, params: SamplingPara
             done += 1
             shown = done % max(len(requests) * params.n // 20, 1) == 0
             progress.update(done, {"tokens_per_second": tokens / (time.perf_counter() - start)} if shown else None)
-            # In the order of the prompts: a row waits for those before it.
+            # Rows are written in the order of the prompts.
             while written < len(rows) and all(waiting[written]):
                 completions = [_as_json(each) for each in waiting.pop(written) if each is not None]
                 file.write(json.dumps({**rows[written], "completions": completions}, default=_plain) + "\n")
@@ -54,12 +45,12 @@ def generate_file(served: Served, prompts: Path, out: Path, params: SamplingPara
 
 
 def chat(served: Served, params: SamplingParams, ask: Callable[[], str], say: Callable[[str], None]) -> None:
-    """A conversation: `ask` for the user's turn until it raises EOFError, `say` the answer as it comes.
+    """Run a conversation: `ask` returns the user's message, or raises EOFError; `say` is called with parts of answers.
 
-    Answers end where the engine's `max_length` does. Raises ValueError once the conversation leaves no room for one.
+    Answers are limited by the engine's `max_length`. Raises ValueError when the conversation leaves no room for one.
     """
     messages: list[dict[str, str]] = []
-    params = replace(params, stop_ids=[*params.stop_ids, *served.stop_ids])
+    params = served.ending(params)
     while True:
         try:
             messages.append({"role": "user", "content": ask()})
@@ -69,8 +60,8 @@ def chat(served: Served, params: SamplingParams, ask: Callable[[], str], say: Ca
         room = served.engine.max_length - len(prompt)
         if room < 1:
             raise ValueError(
-                f"the conversation has {len(prompt)} tokens by now, and max_length={served.engine.max_length} leaves "
-                "no room for an answer: begin another, or give a larger --max-length"
+                f"the conversation has {len(prompt)} tokens, and max_length={served.engine.max_length} leaves no room "
+                "for an answer: start a new conversation, or use a larger --max-length"
             )
         request = Request(prompt, replace(params, max_tokens=min(params.max_tokens or room, room)))
         for chunk in served.engine.stream([request]):
@@ -91,7 +82,7 @@ def _as_json(completion: Completion) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON lacks of a Parquet row's values."""
+    """Convert the values of a Parquet row that json does not support."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"a row's value of type {type(value).__name__} cannot be written as JSON")

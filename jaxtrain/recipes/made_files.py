@@ -1,11 +1,9 @@
-"""Which files the quickstart made, so that it replaces those and no others.
+"""Tracks the files that the quickstart made, so that it replaces only those.
 
-Each folder in which it makes something holds `.made-by-quickstart`: the names of what it made there, with a hash of
-each file, so that a file changed since counts as the user's. In a run's folder it holds the process that made the run
-and, once that has ended, every file below the folder; whoever else trains there removes it.
+Each folder with such files has a `.made-by-quickstart`, which lists their names with a hash of each file: a file that
+has changed belongs to the user. In a run's folder it holds the process that made the run and, once that has ended, all
+files below the folder; any other run there removes it.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -23,8 +21,8 @@ from jaxtrain.session.record import RUN_FILES, write_atomically
 EXPORT = "export"  # in a run's folder
 
 
-def in_the_way(folder: Path, names: Sequence[str] | None = None) -> list[str]:
-    """What exists in a folder (of `names`, or at all) and is not the quickstart's own, each with the reason."""
+def find_conflicts(folder: Path, names: Sequence[str] | None = None) -> list[str]:
+    """The files in a folder (those of `names`, or all) that the quickstart did not make, each with the reason."""
     if not folder.is_dir():
         return [f"{folder}: not a folder"] if _exists(folder) else []
     if names is None and not (folder / MARK).is_file():
@@ -42,23 +40,23 @@ def in_the_way(folder: Path, names: Sequence[str] | None = None) -> list[str]:
 
 
 @contextmanager
-def making(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the files `names` of a folder are made. Those of an earlier quickstart are replaced."""
+def replacing_files(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """A context in which the files `names` of a folder are made. Those of an earlier quickstart are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     made = _made(folder)
-    # Without a hash first: should this process be killed, half a file is still known as the quickstart's.
+    # First without hashes: if this process is killed, an incomplete file still counts as the quickstart's.
     _record(folder, made | dict.fromkeys(names))
     yield
     others = {name: hash for name, hash in made.items() if name not in names}
     _record(folder, others | {name: _hash(folder / name) for name in names if (folder / name).exists()})
 
 
-def in_the_way_of_run(folder: Path) -> list[str]:
-    """What exists in a run's folder and is not of an earlier run of the quickstart, each with the reason."""
+def find_run_conflicts(folder: Path) -> list[str]:
+    """The files in a run's folder that no earlier run of the quickstart made, each with the reason."""
     if not (folder / MARK).is_file():
-        return in_the_way(folder)
+        return find_conflicts(folder)
     made = json.loads((folder / MARK).read_text()).get("files")
-    if made is None:  # the quickstart was killed: what a run writes is its own
+    if made is None:  # the quickstart was killed: all files of a run are its own
         own = {MARK, LOCK, EXPORT, *RUN_FILES}
         return [f"{path}: not made by the quickstart" for path in sorted(folder.iterdir()) if path.name not in own]
     found = []
@@ -71,8 +69,8 @@ def in_the_way_of_run(folder: Path) -> list[str]:
 
 
 @contextmanager
-def making_run(folder: Path) -> Iterator[None]:
-    """Inside, a run is made in its folder. An earlier one of the quickstart is removed."""
+def replacing_run(folder: Path) -> Iterator[None]:
+    """A context in which a run is made in its folder. An earlier run of the quickstart is removed."""
     with FolderLock(folder) as lock:
         lock.keep()
         for name in (EXPORT, *RUN_FILES):
@@ -91,7 +89,7 @@ def making_run(folder: Path) -> Iterator[None]:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Files and links, by their paths below `folder`; not the mark and the lock."""
+    """Relative paths of all files and links below `folder`, without the mark and the lock."""
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path.relative_to(folder).as_posix() for path in paths if path not in (folder / MARK, folder / LOCK)]
 

@@ -1,37 +1,35 @@
-"""Training once more from the samples that a run of reinforcement learning recorded."""
-
-from __future__ import annotations
+"""Repeats the training of a reinforcement learning run from its recorded samples."""
 
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtrain.config import RunConfig, config_tree, parse_config
-from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.config import config_tree, parse_config
+from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.recipes import rl
 from jaxtrain.session.record import read_metrics, read_saved_run, recorded_changes
 
 
-class Compared(NamedTuple):
-    steps: int  # that both runs logged
-    difference: float  # the largest between their losses
+class ReplayResult(NamedTuple):
+    steps: int  # number of steps that both runs logged
+    difference: float  # maximum difference of their losses
 
 
-def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None) -> Compared:
-    """Train as the run in `run` did, from its recorded samples, into `out`. Nothing is sampled.
+def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None) -> ReplayResult:
+    """Train like the run in `run`, from its recorded samples, into `out`. Nothing is sampled.
 
-    The config is that in the run's newest checkpoint. With the same devices and no `overrides` the losses are the same,
-    unless the config was changed in the middle of the run (`--allow-change`), which a warning says.
+    The config is that of the run's newest checkpoint. With the same devices and no `overrides` the losses are the same,
+    unless the config was changed during the run (`--allow-change`), which causes a warning.
 
-    Raises ValueError for a folder without a run of reinforcement learning or its samples.
+    Raises ValueError for a folder without a reinforcement learning run or without samples.
     """
     run, out = Path(run), Path(out)
     if out.resolve() == run.resolve():
-        raise ValueError(f"{out}: a replay needs a folder of its own")
+        raise ValueError(f"{out}: a replay must not write to the folder of the run that it replays")
     tree = config_tree(read_saved_run(run).config)
     config = parse_config(tree, f"the config of {run}", [f"run.dir={out}", *(overrides or [])])
     if config.rl is None:
-        raise ValueError(f"{run} is a run of the recipe {config.recipe}, which records no samples")
+        raise ValueError(f"{run} is a run of recipe {config.recipe}, which records no samples")
     for change in recorded_changes(run):
         warnings.warn(
             f"{run}: {', '.join(change['changes'])} changed after step {change['step']}; all steps are replayed with "
@@ -39,17 +37,11 @@ def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None)
             RuntimeWarning,
             stacklevel=2,
         )
-    config = _update(config)
-    rl.run(config, resume=False, replay=run)
+    section = config.rl.model_copy(update={"placement": PlacementSection()})
+    rl.run(config.model_copy(update={"rl": section}), resume=False, replay=run)
     before, after = _losses(run), _losses(out)
     shared = before.keys() & after.keys()
-    return Compared(len(shared), max((abs(before[step] - after[step]) for step in shared), default=0.0))
-
-
-def _update(config: RunConfig) -> RunConfig:
-    assert config.rl is not None
-    section = config.rl.model_copy(update={"placement": PlacementSection()})
-    return config.model_copy(update={"rl": section})
+    return ReplayResult(len(shared), max((abs(before[step] - after[step]) for step in shared), default=0.0))
 
 
 def _losses(run: Path) -> dict[int, float]:

@@ -1,20 +1,15 @@
-"""Reinforcement learning: what users write themselves (environments, tools, algorithms)."""
+"""Reinforcement learning: the interfaces of custom environments, tools and algorithms."""
 
 from typing import TYPE_CHECKING
 
 from jaxtrain.lazy import lazy
 
 if TYPE_CHECKING:
-    from jaxtrain.rl.advantages import Advantages as Advantages
-    from jaxtrain.rl.advantages import Outcomes as Outcomes
-    from jaxtrain.rl.algorithms import ALGORITHMS as ALGORITHMS
-    from jaxtrain.rl.algorithms import Algorithm as Algorithm
-    from jaxtrain.rl.environments import Environment as Environment
-    from jaxtrain.rl.environments import Opening as Opening
-    from jaxtrain.rl.environments import Reply as Reply
-    from jaxtrain.rl.rollouts import Prompt as Prompt
-    from jaxtrain.rl.rollouts import Trajectory as Trajectory
-    from jaxtrain.rl.tools import Tools as Tools
+    from jaxtrain.rl.advantages import Advantages, Outcomes
+    from jaxtrain.rl.algorithms import ALGORITHMS, Algorithm
+    from jaxtrain.rl.environments import Environment, Opening, Reply
+    from jaxtrain.rl.rollouts import Prompt, Trajectory
+    from jaxtrain.rl.tools import Tools
 
 _WHERE = {
     "Environment": "jaxtrain.rl.environments:Environment",

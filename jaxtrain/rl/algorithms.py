@@ -4,17 +4,28 @@ A row of your own is an `Algorithm` in a file of yours, named in the config as `
 estimator and its objective are yours or the ready ones of `rl.advantages` and `objectives.policies`.
 """
 
-from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Literal
 
-import difflib
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from pydantic import NonNegativeFloat
 
-from jaxtrain.config import ConfigError
-from jaxtrain.config.rl import CriticSection, RLSection
-from jaxtrain.named import load_named
-from jaxtrain.objectives.policies import CISPO, DAPO, GRPO, GSPO, PPO, RLOO, DrGRPO, ReinforcePlusPlus
-from jaxtrain.objectives.policy import Correction, PolicyObjective
+from jaxtrain.config.sections import Fraction, NonNegativeInt
+from jaxtrain.objectives.checked import Checked
+from jaxtrain.objectives.distill import Distill
+from jaxtrain.objectives.policies import (
+    CISPO,
+    DAPO,
+    GRPO,
+    GSPO,
+    PPO,
+    RLOO,
+    SAPO,
+    VESPO,
+    ClippedPolicy,
+    DrGRPO,
+    ReinforcePlusPlus,
+)
+from jaxtrain.objectives.policy import PolicyObjective
 from jaxtrain.rl.advantages import (
     Estimator,
     Settings,
@@ -23,34 +34,84 @@ from jaxtrain.rl.advantages import (
     group_centred,
     group_normalised,
     leave_one_out,
+    separately_normalised,
 )
+
+# Which of the ready estimators read a number. One of the user's own may read all of them.
+_READERS: dict[str, tuple[Estimator, ...]] = {
+    "gamma": (gae, globally_normalised),
+    "lam": (gae,),
+    "bootstrap": (gae,),
+    "scale": (group_normalised,),
+}
+_OF_ADVANTAGES = (*_READERS, "overlong_cache", "teacher_coefficient", "teacher_discount")
+_ESTIMATORS = (gae, globally_normalised, group_centred, group_normalised, leave_one_out, separately_normalised)
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    """What distinguishes one algorithm from another. The config's `rl:` section may change any of the numbers."""
+class Algorithm(Checked):
+    """What distinguishes one algorithm from another. A config may change the numbers, in `rl.algorithm`, and those of
+    the objective, in `objective`."""
 
-    advantages: Estimator
-    objective: PolicyObjective = field(default_factory=GRPO)
-    max_refills: int = 0  # dynamic sampling: how often groups that are all alike are replaced by others
+    advantages: Estimator | None  # None: the objective is a divergence from a teacher, which needs none
+    objective: PolicyObjective | Distill = field(default_factory=GRPO)
+    max_refills: NonNegativeInt = 0  # dynamic sampling: how often groups that are all alike are replaced by others
     overlong_filter: bool = False  # samples that were cut off carry no loss
-    overlong_cache: float = 0.0  # soft punishment over this last share of max_completion_length; 0: none
+    overlong_cache: Fraction = 0.0  # soft punishment over this last share of max_completion_length; 0: none
     critic: bool = False
-    gamma: float = 1.0  # of the estimator, as lam
-    lam: float = 0.95
+    gamma: Fraction = 1.0  # discount of the advantage estimator
+    lam: Fraction = 0.95
+    bootstrap: bool = False  # a sample that was cut off goes on: the critic's value of the state after it is added
+    scale: Literal["group", "batch"] = "group"  # of which rewards the std is that divides an advantage
+    # of the teacher's term log q - log p, which is added to every token's advantage; 0: there is no teacher
+    teacher_coefficient: NonNegativeFloat = 0.0
+    teacher_discount: Fraction = 0.0  # of the terms of later tokens in that of a token; 0: its own alone
+    name: str = ""  # that it has in a config
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.advantages is None) != isinstance(self.objective, Distill):
+            raise ValueError("an objective of the class Distill has no advantages, and every other one needs them")
+        if self.critic and self.needs_teacher:
+            raise ValueError("critic: its returns do not include the teacher's terms: name an algorithm without one")
+        if isinstance(self.objective, Distill) and self.objective.ce_weight:
+            raise ValueError(
+                f"objective.ce_weight={self.objective.ce_weight} must be 0: the cross-entropy of the student's own "
+                "samples has an expected gradient of 0"
+            )
+        if self.kl_in_reward and self.advantages is separately_normalised:
+            raise ValueError("kl_in=reward: GDPO normalises each reward, which the KL is none of: use kl_in=loss")
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """The numbers that change nothing -> why."""
+        if self.advantages is None:
+            return dict.fromkeys(_OF_ADVANTAGES, "the objective is a divergence, which has no advantages")
+        without = {} if self.teacher_coefficient else {"teacher_discount": "teacher_coefficient is 0"}
+        if self.advantages not in _ESTIMATORS:
+            return without
+        return without | {
+            number: f"only {' and '.join(reader.__name__ for reader in readers)} read{'s' * (len(readers) == 1)} it"
+            for number, readers in _READERS.items()
+            if self.advantages not in readers
+        }
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.advantages is None or self.teacher_coefficient != 0
 
     @property
     def needs_reference(self) -> bool:
-        return self.objective.beta != 0
+        return isinstance(self.objective, PolicyObjective) and self.objective.beta != 0
 
     @property
     def kl_in_reward(self) -> bool:
         """Whether a KL penalty is part of the reward."""
-        return self.needs_reference and self.objective.kl_in == "reward"
+        return isinstance(self.objective, PolicyObjective) and self.needs_reference and self.objective.kl_in == "reward"
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.gamma, self.lam)
+        return Settings(self.gamma, self.lam, self.scale)
 
 
 ALGORITHMS = {
@@ -62,60 +123,12 @@ ALGORITHMS = {
     "rloo": Algorithm(leave_one_out, RLOO()),
     "reinforce++": Algorithm(globally_normalised, ReinforcePlusPlus()),
     "cispo": Algorithm(group_normalised, CISPO()),
+    "sapo": Algorithm(group_normalised, SAPO()),
+    "vespo": Algorithm(group_normalised, VESPO()),
+    "gdpo": Algorithm(separately_normalised, GRPO()),
     "ppo": Algorithm(gae, PPO(), critic=True),
+    # "On-Policy Distillation", Thinking Machines 2025; the advantages of rewards, if any are given, are Dr. GRPO's
+    "on_policy_distillation": Algorithm(group_centred, ClippedPolicy(), teacher_coefficient=1.0),
+    # Generalised Knowledge Distillation on the student's samples alone, Agarwal et al. 2023 (arXiv:2306.13649)
+    "gkd": Algorithm(None, Distill(kind="jsd")),
 }
-
-_OBJECTIVE_NUMBERS = (
-    *("aggregation", "beta", "dual_clip", "entropy_coefficient", "entropy_target", "epsilon_high", "epsilon_low"),
-    *("kl", "kl_bias_correction", "kl_in"),
-)
-_OTHER_NUMBERS = ("gamma", "lam", "max_refills", "overlong_cache", "overlong_filter")
-
-_READERS: dict[str, tuple[Estimator, ...]] = {"gamma": (gae,), "lam": (gae,)}
-"""The ready estimators that read a number. An objective reads the numbers that are its fields."""
-
-_ESTIMATORS: tuple[Estimator, ...] = (gae, globally_normalised, group_centred, group_normalised, leave_one_out)
-"""The ready ones. One of the user's own may read all numbers."""
-
-
-def find_algorithm(section: RLSection) -> Algorithm:
-    """The row that `rl.algorithm` names, with the section's own numbers in it. Raises ConfigError."""
-    name = section.algorithm
-    if name not in ALGORITHMS and ":" not in name:
-        near = difflib.get_close_matches(name, ALGORITHMS, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(ALGORITHMS)}"
-        raise ConfigError(f"rl.algorithm: there is no {name!r}{hint}; one of your own is named file.py:NAME")
-    row: Any = ALGORITHMS.get(name) or load_named(name, "rl.algorithm")
-    if not isinstance(row, Algorithm):
-        raise ConfigError(f"rl.algorithm: {name!r} is no Algorithm (jaxtrain.rl.algorithms) but {type(row).__name__}")
-    if not row.critic and section.critic != CriticSection():
-        raise ConfigError(f"rl.critic: {name} has no critic; among ours ppo has one")
-    given = {key: value for key in _OBJECTIVE_NUMBERS + _OTHER_NUMBERS if (value := getattr(section, key)) is not None}
-    for key, value in given.items():
-        if reason := _unread(key, given, row):
-            raise ConfigError(f"rl.{key}={value} has no effect with rl.algorithm={name}: {reason}; leave it out")
-    run = {
-        "correction": section.correction and Correction(**section.correction.model_dump()),
-        "max_completion_length": section.max_completion_length,
-        "temperature": section.sampling.temperature,
-    }
-    numbers = {key: value for key, value in given.items() if key in _OBJECTIVE_NUMBERS}
-    try:
-        objective = replace(row.objective, **numbers, **run)
-    except ValueError as error:
-        raise ConfigError(f"rl.algorithm={name}: {error}") from None
-    return replace(row, objective=objective, **{key: given[key] for key in _OTHER_NUMBERS if key in given})
-
-
-def _unread(key: str, given: dict[str, Any], row: Algorithm) -> str | None:
-    """Why a number of this name changes nothing; None where it is read."""
-    if key in _OBJECTIVE_NUMBERS and key not in {each.name for each in fields(row.objective)}:
-        return f"{type(row.objective).__name__} does not read it"
-    if key in ("kl", "kl_in", "kl_bias_correction") and not given.get("beta", row.objective.beta):
-        return "rl.beta is 0, so there is no KL"
-    if key == "kl_bias_correction" and given.get("kl_in", row.objective.kl_in) == "reward":
-        return "the KL belongs to the reward (rl.kl_in=reward)"
-    readers = _READERS.get(key)
-    if readers is None or row.advantages in readers or row.advantages not in _ESTIMATORS:
-        return None
-    return f"only {' and '.join(each.__name__ for each in readers)} reads it"

@@ -1,7 +1,7 @@
-"""Many conversations between the model and environments at once, advancing together turn by turn.
+"""Runs many conversations between the model and environments in parallel, turn by turn.
 
-Token in, token out: what the model wrote stays the ids that were sampled, and each further turn of the engine continues
-exactly these. Of what the environment says only the new part is rendered and tokenised, and it carries no loss.
+Token in, token out: the sampled ids of the model's turns are kept, and the next turn continues exactly these. Only the
+new messages of the environment are rendered and tokenised; they carry no loss.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ Generate = Callable[[Sequence[Request]], list[list[Completion]]]
 
 @dataclass(frozen=True)
 class Conversations:
-    """The settings of conversations, and the loop that runs them."""
+    """The settings of conversations, and the loop over their turns."""
 
     factory: Factory
     chat: ChatTokenizer
     params: SamplingParams  # of every turn
-    max_turns: int  # of the model
-    max_length: int  # tokens, opening included
-    seconds: float  # the limit of a reset or a step
-    interrupted: threading.Event = field(default_factory=threading.Event)  # set: stop waiting, as `call_all` does
+    max_turns: int  # turns of the model
+    max_length: int  # tokens, including the opening
+    seconds: float  # time limit of a reset or a step
+    interrupted: threading.Event = field(default_factory=threading.Event)  # when set, `run` raises Interrupted
 
     def run(
         self, generate: Generate, prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
     ) -> list[list[Trajectory]]:
-        """`samples` conversations on every prompt. `seed(prompt number, sample)` seeds what the model samples.
+        """Run `samples` conversations for every prompt. `seed(prompt number, sample)` is the model's sampling seed.
 
-        An environment that raises, takes too long or returns something of the wrong shape costs its sample: the
-        trajectory ends there with the finish reason "error" and the error in `info`.
+        If an environment raises, exceeds its time limit or returns an invalid value, its trajectory ends with the
+        finish reason "error" and the error in `info`.
 
-        Raises ValueError where the chat template cannot render what an environment says, or never writes its tools.
+        Raises ValueError if the chat template cannot render an environment's messages or ignores its tools.
         """
         groups = [[_Conversation(prompt, sample) for sample in range(samples)] for prompt in prompts]
         conversations = [conversation for group in groups for conversation in group]
@@ -93,7 +93,7 @@ class Conversations:
         if self._room(conversation) < 1:
             count = len(conversation.opening)
             conversation.finish("error", f"the opening of {count} tokens leaves no room for an answer")
-            conversation.opening = []  # it does not fit into a packed row
+            conversation.opening = []  # the opening does not fit into a packed row
 
     def _render_reply(self, conversation: _Conversation, reply: Reply) -> None:
         conversation.add_reward(reply)
@@ -103,8 +103,7 @@ class Conversations:
             conversation.finish("turns")
         else:
             ids, closing = self.chat.reply(list(reply.messages), _template_kwargs(conversation.prompt))
-            # The model has usually sampled the end of its turn itself; where it stopped otherwise, the template's is
-            # added.
+            # The model has usually sampled the end of its turn; if not, the template's end of turn is added.
             sampled = closing if conversation.ids[-closing:] == ids[:closing] else 0
             if self._room(conversation) <= len(ids) - sampled:
                 conversation.finish("length")
@@ -114,14 +113,14 @@ class Conversations:
 
 @dataclass
 class _Conversation:
-    """A conversation in progress. All lists but `opening` and `messages` have an entry per token of the completion."""
+    """A running conversation. All lists except `opening` and `messages` have an entry per completion token."""
 
     prompt: Prompt
     sample: int
     environment: Environment | None = None
     opening: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)  # by the model, not written by the environment
+    sampled: list[bool] = field(default_factory=list)  # True for tokens of the model, False for the environment's
     logps: list[float] = field(default_factory=list)
     raw_logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -132,7 +131,7 @@ class _Conversation:
     calls: int = 0
     failures: int = 0
     seconds: float = 0.0
-    finish_reason: str = ""  # empty while it is in progress
+    finish_reason: str = ""  # empty while it is running
     error: str = ""
     timed_out: bool = False
 
@@ -144,12 +143,12 @@ class _Conversation:
         self.finish_reason, self.error = reason, error
 
     def fail(self, error: BaseException) -> None:
-        """The environment failed, which ends this conversation and no other."""
+        """End this conversation because its environment failed."""
         self.finish("error", f"{type(error).__name__}: {_printable(error)}")
         self.timed_out = isinstance(error, TimeoutError)
 
     def add_turn(self, completion: Completion) -> None:
-        """Append a turn of the model; one that was cut off ends the conversation."""
+        """Append a turn of the model. A truncated turn ends the conversation."""
         count = len(completion.ids)
         self.turns += 1
         self.ids += completion.ids.tolist()
@@ -165,7 +164,7 @@ class _Conversation:
             self.finish(completion.finish_reason, completion.error or "")
 
     def add_messages(self, ids: list[int], messages: Sequence[Message]) -> None:
-        """Append what the environment says."""
+        """Append messages of the environment."""
         count = len(ids)
         self.ids += ids
         self.sampled += [False] * count
@@ -203,7 +202,7 @@ class _Conversation:
 
 
 def _printable(error: BaseException) -> str:
-    """The message of a foreign exception; one whose `__str__` raises must not end the run."""
+    """The message of a user's exception, even if its `__str__` raises."""
     try:
         return str(error).encode(errors="backslashreplace").decode()
     except Exception as inner:  # the boundary to user code, which may raise anything
@@ -221,13 +220,13 @@ def _step(environment: Environment | None, text: str) -> Reply:
 
 
 def _template_kwargs(prompt: Prompt) -> dict[str, Any]:
-    """The row's options of the chat template: a mapping or its JSON, which was checked when the prompt was made."""
+    """The row's options for the chat template: a mapping or its JSON, which was checked when the prompt was made."""
     kwargs = prompt.columns.get("chat_template_kwargs") or {}
     return json.loads(kwargs) if isinstance(kwargs, str) else kwargs
 
 
 def _stacked(supports: list[np.ndarray | None]) -> np.ndarray | None:
-    """[C, k], rows of NO_ID for tokens without a support; None where no token has one."""
+    """[C, k], rows of NO_ID for tokens without a support; None if no token has one."""
     widths = {len(support) for support in supports if support is not None}
     if not widths:
         return None

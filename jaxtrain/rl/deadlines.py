@@ -1,6 +1,4 @@
-"""Concurrent calls to user code with a time limit, and the event loop on which its coroutines run."""
-
-from __future__ import annotations
+"""Concurrent calls of user code with a time limit, and the event loop for its coroutines."""
 
 import asyncio
 import inspect
@@ -16,21 +14,21 @@ from jaxtrain.train.preemption import Interrupted
 T = TypeVar("T")
 
 _CONCURRENT_CALLS = 16
-_MAX_TIMEOUTS = 8 * _CONCURRENT_CALLS  # after so many, the calls that have not started are given up
-_LOOP_SECONDS = 1.0  # an event loop that does not respond for so long is blocked by a coroutine
-_POLL_SECONDS = 0.2  # how often a wait checks whether it is interrupted
+_MAX_TIMEOUTS = 8 * _CONCURRENT_CALLS  # after this many, the remaining calls are not started
+_LOOP_SECONDS = 1.0  # an event loop that does not respond for this long is blocked by a coroutine
+_POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
 
 
 def call_all(
     calls: Sequence[Callable[[], T]], seconds: float, interrupted: threading.Event | None = None
 ) -> list[T | BaseException]:
-    """What each call returns, or the exception it raised; a TimeoutError for one that takes longer than `seconds`.
+    """Run the calls; return their results or exceptions, a TimeoutError for a call that exceeds `seconds`.
 
-    A call runs in a thread of its own. A call that exceeds the limit is abandoned: its thread, which cannot be ended,
-    is a daemon and does not keep the process alive. However many calls hang, all together take at most about ten times
-    `seconds` longer than those that return, because after `_MAX_TIMEOUTS` timeouts the rest is not started.
+    Each call runs in a separate daemon thread. A call that exceeds the limit is abandoned, since a thread cannot be
+    stopped. However many calls hang, they delay the others by at most about ten times `seconds`, because after
+    `_MAX_TIMEOUTS` timeouts the remaining calls are not started.
 
-    Raises Interrupted soon after `interrupted` is set.
+    Raises Interrupted shortly after `interrupted` is set.
     """
     results: dict[int, T | BaseException] = {}
     finished: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
@@ -48,7 +46,7 @@ def call_all(
         while waiting and len(deadlines) < _CONCURRENT_CALLS:
             index = waiting.popleft()
             if timeouts > _MAX_TIMEOUTS:
-                results[index] = TimeoutError("not tried: too many other calls exceeded the limit")
+                results[index] = TimeoutError("not started: too many other calls exceeded the limit")
                 continue
             deadlines[index] = time.monotonic() + seconds
             threading.Thread(target=run, args=(index,), daemon=True).start()
@@ -66,10 +64,10 @@ def call_all(
 
 
 def awaited(value: Any) -> Any:
-    """`value`, or its result where it is awaitable.
+    """`value`, or its result if it is awaitable.
 
-    All awaitables run on one event loop in a thread of its own, so that a client that was opened in one call can be
-    used in the next. Must not be called from that loop.
+    All awaitables run on one event loop in a separate thread, so that a client that was opened in one call can be used
+    in the next. Must not be called from that loop.
     """
     if not inspect.isawaitable(value):
         return value
@@ -81,7 +79,7 @@ async def _await(value: Awaitable[T]) -> T:
 
 
 class _EventLoop:
-    """A running loop, replaced where a coroutine blocks it (one that calls `time.sleep`, say)."""
+    """A running event loop, replaced when a coroutine blocks it (by calling `time.sleep`, for example)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,11 +1,9 @@
-"""The interface of an environment, the checks of what one returns, and two small environments.
+"""The interface of environments, checks of their return values, and two small environments.
 
 An environment reads and writes text, never tokens: `conversations` keeps the token ids that the model sampled and
-renders only what the environment adds. One object is made for every sample of every prompt. `reset`, `step` and the
-factory may be `async`.
+renders only the environment's messages. Every sample of every prompt has a separate environment object. `reset`, `step`
+and the factory may be `async`.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -16,28 +14,34 @@ import numpy as np
 from jaxtrain.data.chat import Message
 
 REWARD_PART = "environment"  # the name of its reward among the parts of a sample's reward
-MAX_REWARD = float(np.finfo(np.float32).max)  # advantages are float32: a larger reward would be infinite there
+MAX_REWARD = float(np.finfo(np.float32).max)  # advantages are float32
 
 
 class Opening(NamedTuple):
+    """The start of a conversation."""
+
     messages: Sequence[Message]  # the conversation up to the model's first turn
     tools: Sequence[dict[str, Any]] = ()  # JSON schemas, for the chat template
 
 
 class Reply(NamedTuple):
-    messages: Sequence[Message] = ()  # what the model reads next; an empty sequence ends the conversation
-    reward: float = 0.0  # for the turn that this answers
-    calls: int = 0  # tool calls in that turn ...
-    failures: int = 0  # ... and how many of them failed
+    """An environment's response to a turn of the model."""
+
+    messages: Sequence[Message] = ()  # the next input of the model; an empty sequence ends the conversation
+    reward: float = 0.0  # of the model's turn
+    calls: int = 0  # tool calls in the model's turn
+    failures: int = 0  # failed tool calls
 
 
 class Environment(Protocol):
+    """What the model interacts with over several turns."""
+
     def reset(self, row: Mapping[str, Any]) -> Opening | Awaitable[Opening]:
         """Start an episode from a row of the prompt data."""
         ...
 
     def step(self, text: str) -> Reply | Awaitable[Reply]:
-        """Answer a turn of the model. Not called for a turn that was cut off by a limit."""
+        """Respond to a turn of the model. Not called for a truncated turn."""
         ...
 
 
@@ -45,12 +49,12 @@ Factory = Callable[[], Environment | Awaitable[Environment]]
 
 
 def checked_opening(opening: Any) -> Opening:
-    """`opening` as `reset` returned it. Raises ValueError that says what is wrong with it."""
+    """Validate the return value of `reset`. Raises ValueError."""
     if not isinstance(opening, Opening):
         raise ValueError(f"reset must return an Opening, not {type(opening).__name__}")
     opening = opening._replace(messages=_checked_messages(opening.messages, "Opening"))
     if not opening.messages:
-        raise ValueError("Opening.messages is empty: the model has nothing to answer")
+        raise ValueError("Opening.messages must not be empty")
     if isinstance(opening.tools, str | Mapping) or not all(isinstance(tool, Mapping) for tool in opening.tools):
         raise ValueError("Opening.tools must be a list of JSON schemas (mappings)")
     for number, tool in enumerate(opening.tools):
@@ -59,7 +63,7 @@ def checked_opening(opening: Any) -> Opening:
 
 
 def checked_reply(reply: Any) -> Reply:
-    """`reply` as `step` returned it, its reward as a float. Raises ValueError that says what is wrong with it."""
+    """Validate the return value of `step`; its reward becomes a float. Raises ValueError."""
     if not isinstance(reply, Reply):
         raise ValueError(f"step must return a Reply, not {type(reply).__name__}")
     reply = reply._replace(messages=_checked_messages(reply.messages, "Reply"))
@@ -75,7 +79,7 @@ def checked_reply(reply: Any) -> Reply:
 
 
 def _checked_messages(messages: Any, what: str) -> list[Message]:
-    """The messages, text parts joined to one string."""
+    """Validate messages; text parts are joined to one string."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f"{what}.messages must be a list of messages, not {type(messages).__name__}")
     checked = []
@@ -102,7 +106,7 @@ def _text_of_part(part: Any, where: str) -> str:
 
 
 def _check_text(value: Any, where: str) -> None:
-    """Every string must have a UTF-8 form, or the tokenizer fails on it."""
+    """Raise ValueError for a string that cannot be encoded as UTF-8, which tokenizers need."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -118,7 +122,7 @@ def _check_text(value: Any, where: str) -> None:
 
 
 class NumberReversal:
-    """Write the digits of the column `number` backwards. Every try earns its share of right digits; three tries."""
+    """Write the digits of the column `number` backwards, in three tries. The reward is the share of correct digits."""
 
     tries = 3
 
@@ -138,7 +142,7 @@ class NumberReversal:
 
 
 class GuessingGame:
-    """Find the integer of the column `secret`. The first guess is worth 1, and each further one half as much."""
+    """Guess the integer of the column `secret`. A correct guess is rewarded by 1, halved after every wrong one."""
 
     def __init__(self, largest: int = 20):
         self._largest = largest
@@ -156,6 +160,6 @@ class GuessingGame:
         if guess == str(self._secret):
             return Reply(reward=self._value)
         self._value /= 2
-        # Compared as strings of digits: the model may write more digits than int() accepts.
+        # Compare digits as strings: the model may write more digits than int() accepts.
         higher = (len(guess), guess) < (len(str(self._secret)), str(self._secret))
         return Reply([{"role": "user", "content": "Higher." if higher else "Lower."}])

@@ -1,53 +1,88 @@
-"""Held-out evaluation of a policy: the rewards of its greedy answers, or of its conversations with an environment."""
+"""Held-out evaluation by rewards: of answers to prompts, or of conversations with an environment."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxtrain.data.prompts import held_out_prompts
+from jaxtrain.data.encoder import RowEncoder
+from jaxtrain.data.prompts import question_within
 from jaxtrain.data.sources import Row
+from jaxtrain.rl.dealing import Deal
+from jaxtrain.rl.pass_rates import pass_rates
+from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.rollouts import Prompt, Sampler, Scorer, Trajectory
 from jaxtrain.rl.sampler import trajectory_of
+from jaxtrain.rl.scoring import RewardScorer
 from jaxtrain.roles.role import TrainedRole
-from jaxtrain.session.evaluators import greedy_completions
-from jaxtrain.session.session import Metrics, Session
+from jaxtrain.session.evaluators import answer_prompts, eval_prompts
+from jaxtrain.session.session import MetricValues, Session
 
-_FIRST = 1 << 31  # numbers of held-out prompts, above those of all training prompts
+_FIRST = 1 << 31  # the number of the first held-out prompt, above those of all training prompts
 
 
-def rewards_of_answers(
-    session: Session, policy: TrainedRole, sampler: Sampler, scorer: Scorer
-) -> Callable[[], Metrics] | None:
-    """An evaluator: `eval_reward` and `eval_rewards/<name>` over the first `eval.generate` prompts of `data.eval`.
+def held_out_questions(session: Session, encode: RowEncoder, limit: int | None = None) -> list[Prompt]:
+    """The first `eval.generate` prompts, with their columns; none without `eval.generate`.
 
-    None where there are none.
+    Raises ValueError for unusable data, to which prompts of more than `limit` tokens belong.
     """
-    config, encode = session.config, session.encoder(policy)
-    if config.data.eval is None or config.eval.generate == 0:
-        return None
 
     def make(number: int, row: Row) -> Prompt:
-        ids, columns = encode.question(row)
+        ids, columns = encode.question(row) if limit is None else question_within(encode, limit, row)
         return Prompt(_FIRST + number, ids, columns)
 
-    prompts = held_out_prompts(config.data.eval_sources, config.data, make, count=config.eval.generate)
-    stops, limit = session.stop_ids(policy), config.eval.max_new_tokens
+    return eval_prompts(session, make, keep_columns=True)
 
-    def answers() -> list[Trajectory]:
-        if config.rl is not None and config.rl.environment is not None:
-            sampler.set_params(*policy.snapshot())
-            return [group[0] for group in sampler.sample(prompts, 1)]
-        completions = greedy_completions(session, policy, [prompt.ids for prompt in prompts], stops, limit)
-        return [trajectory_of(prompt, 0, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
-    def evaluate() -> Metrics:
-        scored = scorer(answers())
-        names = sorted({name for t in scored for name in t.rewards})
-        parts = {f"eval_rewards/{name}": [t.rewards.get(name, math.nan) for t in scored] for name in names}
-        columns = {"eval_reward": [t.reward for t in scored], **parts}
-        return {name: float(np.nanmean(values)) for name, values in columns.items() if not np.isnan(values).all()}
+def eval_rewards(
+    session: Session,
+    role: TrainedRole,
+    encode: RowEncoder,
+    scorer: Scorer | None = None,
+    metrics: Callable[[], Mapping[str, float]] = dict,
+    sampler: Sampler | None = None,
+) -> Callable[[], MetricValues] | None:
+    """An evaluator of `eval_reward` and `eval_rewards/<name>` over the answers to the first `eval.generate` prompts,
+    with `pass_rates` if there are several to a prompt.
+
+    `eval.rewards` judge them, or else `scorer`, of which `metrics` returns those since the last call; they are reported
+    with the prefix `eval_`. `sampler` has the conversations with an environment. None without `eval.generate`.
+    """
+    config = session.config
+    prompts = held_out_questions(session, encode)
+    if not prompts:
+        return None
+    if config.eval.rewards or scorer is None:
+        pool = session.enter(RewardPool(config.eval.rewards, workers=1))
+        session.preemption.on_request(pool.interrupt)
+        scorer = RewardScorer(config.eval.rewards, pool)
+        metrics = scorer.metrics
+
+    deal = Deal.of_run(1 if config.rl is None else config.rl.placement.processes_per_engine)
+
+    def own_answers() -> list[Trajectory]:
+        if sampler is not None and config.rl is not None and config.rl.environment is not None:
+            sampler.set_params(*role.snapshot())
+            return deal.sample(sampler, prompts, config.eval.samples)
+        groups = answer_prompts(session, role, [prompt.ids for prompt in prompts])
+        return [
+            trajectory_of(prompt, sample, completion)
+            for prompt, group in zip(prompts, groups, strict=True)
+            if deal.owns(prompt.number)
+            for sample, completion in enumerate(group)
+        ]
+
+    def evaluate() -> MetricValues:
+        own = scorer(own_answers())
+        scored = deal.share(own)
+        texts = np.array(deal.merge(scored, [t.text for t in own]), object).reshape(len(prompts), -1)
+        parts = {f"eval_rewards/{name}": name for name in sorted({name for t in scored for name in t.rewards})}
+        columns = {"eval_reward": [t.reward for t in scored]}
+        columns |= {key: [t.rewards.get(name, np.nan) for t in scored] for key, name in parts.items()}
+        found = {f"eval_{name}": value for name, value in metrics().items()}
+        for key, values in columns.items():
+            found |= pass_rates(key, np.array(values).reshape(texts.shape), texts)
+        return found
 
     return evaluate

@@ -1,6 +1,4 @@
-"""What a run says of samples that lose their reward: a line for each kind of failure, and an end to a hopeless run."""
-
-from __future__ import annotations
+"""Samples without a reward: logs each kind of failure once, and ends a run whose rewards fail repeatedly."""
 
 import logging
 import threading
@@ -13,14 +11,14 @@ from jaxtrain.rl.rollouts import LOST_REWARD, Trajectory
 
 log = logging.getLogger(__name__)
 
-MAX_LOST_STEPS = 3  # rollouts in a row without any reward to learn from, after which a run ends
+MAX_LOST_STEPS = 3  # consecutive rollouts without a usable reward, after which a run ends
 _REASONS_SHOWN = 3
 
 
 class FailureLog:
-    """Logs a kind of failure when it first occurs, with the number of samples it cost; metrics count the others.
+    """Logs a kind of failure when it first occurs, with the number of affected samples; metrics count the others.
 
-    A reason is "what: ExceptionType: message" and its kind everything up to the message. Safe to call from threads.
+    A reason is "what: ExceptionType: message"; its kind is the part before the message. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -49,31 +47,31 @@ class FailureLog:
 
 
 class LostRewardGuard:
-    """Raises ValueError after `MAX_LOST_STEPS` rollouts in a row in which lost rewards left nothing to learn from."""
+    """Raises ValueError after `MAX_LOST_STEPS` consecutive rollouts without a usable reward."""
 
     def __init__(self, samples_needed: int):
-        """`samples_needed`: rewards that a group needs for an advantage, 2 where it is relative to the group."""
+        """`samples_needed`: rewards that a group needs for an advantage, 2 if it is relative to the group."""
         self._samples_needed = samples_needed
         self._lost_in_a_row = 0
 
     def check(self, trajectories: Sequence[Trajectory]) -> bool:
-        """Whether this rollout has nothing to learn from because its rewards were lost."""
+        """Whether no group of this rollout has enough rewards because some were lost."""
         known = Counter(t.prompt.number for t in trajectories if np.isfinite(t.reward))
         if any(count >= self._samples_needed for count in known.values()):
             self._lost_in_a_row = 0
             return False
         reasons = Counter(str(t.info.get(LOST_REWARD, "unknown")) for t in trajectories if not np.isfinite(t.reward))
         if not reasons:
-            return False  # every group is smaller than what its advantages need, and nothing was lost
+            return False  # no reward was lost: the groups themselves are too small
         self._lost_in_a_row += 1
         shown = "; ".join(f"{reason} ({count} samples)" for reason, count in reasons.most_common(_REASONS_SHOWN))
         if self._lost_in_a_row >= MAX_LOST_STEPS:
             raise ValueError(
-                f"{self._lost_in_a_row} rollouts in a row have no reward to learn from: {shown}; fix the rewards "
+                f"{self._lost_in_a_row} consecutive rollouts have no usable reward: {shown}; fix the rewards "
                 "(rl.rewards, rl.environment) or the columns of data.train that they read"
             )
         log.warning(
-            "a rollout has no reward to learn from, its step changes nothing (%d of %d in a row end the run): %s",
+            "a rollout has no usable reward, so its step changes nothing (%d of the %d in a row that end the run): %s",
             self._lost_in_a_row,
             MAX_LOST_STEPS,
             shown,

@@ -1,6 +1,4 @@
-"""The final number of a text, in the spellings that people and models use."""
-
-from __future__ import annotations
+"""Extracts the final number of a text, in the notations that people and models use."""
 
 import math
 import re
@@ -22,14 +20,14 @@ _GROUPED_BY_DOTS = re.compile(r"\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?")  # 1.234.567,8
 
 
 def final_number(text: str) -> float | None:
-    r"""The number that a text ends with; None where there is none.
+    r"""The final number of a text, or None.
 
-    That is the first number after the last `####` (GSM8K's mark), else the last one inside the last `\boxed{}`, else
+    It is the first number after the last `####` (GSM8K's marker), else the last one inside the last `\boxed{}`, else
     the last one of the text.
 
-    Read as one number: thousands separators (1,234 and 1.234.567), fractions without spaces (1/2, \frac{1}{2}, 3 1/2),
-    exponents (1e3, 1.5 x 10^3), a Unicode minus. `$` and `%` are ignored as units, as is a period at the end. Two
-    numbers with a comma between them that do not form groups of thousands are two numbers: "3,4" ends with 4.
+    Numbers may have thousands separators (1,234 and 1.234.567), be fractions (1/2, \frac{1}{2}, 3 1/2), and have
+    exponents (1e3, 1.5 x 10^3) or a Unicode minus. The units `$` and `%` and a final period are ignored. Digits with a
+    comma that does not separate thousands are two numbers: "3,4" ends with 4.
     """
     text = _THOUSANDS.sub(",", text.translate(_MINUS))
     text = _FRAC.sub(
@@ -50,7 +48,7 @@ def _follows_digit(match: re.Match[str]) -> bool:
 
 
 def _last_boxed(text: str) -> str:
-    r"""What stands in the last `\boxed{...}`, braces nested; an empty string where there is none."""
+    r"""The content of the last `\boxed{...}`, which may have nested braces; an empty string if there is none."""
     _, mark, rest = text.rpartition("\\boxed{")
     depth = 1
     for position, character in enumerate(rest if mark else ""):
@@ -79,7 +77,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _divide(values: list[float], numerator: str | None, divisor: str) -> None:
-    """Make a fraction of the last value, or add one to it where it is the integer of a mixed number (3 1/2)."""
+    """Divide the last value by the divisor, or add a fraction to it if it is the integer of a mixed number (3 1/2)."""
     denominator = _values(divisor)[0]
     if numerator is None:
         values[-1] = values[-1] / denominator if denominator else math.nan
@@ -92,7 +90,7 @@ def _divide(values: list[float], numerator: str | None, divisor: str) -> None:
 
 
 def _values(digits: str) -> list[float]:
-    """One value where the digits are one number, else the values of the numbers that they are a list of."""
+    """The value of the digits if they are one number, else those of the numbers in the list."""
     if _PLAIN.fullmatch(digits):
         return [float(digits)]
     if _GROUPED.fullmatch(digits):
@@ -103,5 +101,5 @@ def _values(digits: str) -> list[float]:
 
 
 def _power(exponent: str) -> float:
-    """10 to the exponent; infinite where that is beyond a float."""
+    """10 to the exponent; infinite if it exceeds a float."""
     return float(f"1e{exponent}")

@@ -1,16 +1,16 @@
 """Where sampling happens: on the trainer's devices, on others of this process, or in other processes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jaxtrain.config import MeshSection
-from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.config.rl import RLSection
+from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.rl.ray_sampler import RaySampler
@@ -18,8 +18,8 @@ from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import WeightSync, rollout_model
 from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.roles.role import Snapshot, TrainedRole
-from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.session.session import Session
+from jaxtrain.train.lockstep import Agreement
 
 
 def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
@@ -43,56 +43,100 @@ def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
     return devices[:-count]
 
 
-def sampling_mesh(placement: PlacementSection, section: MeshSection, trainer: Mesh) -> Mesh | None:
-    """The mesh of this process that samples; None: sampling is in other processes.
+def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: Mesh) -> tuple[Mesh, ...]:
+    """The meshes of the engines of all processes; none: sampling is in other processes.
 
-    Under `disjoint` the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them.
+    Under `disjoint` the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them. With several
+    processes each has an engine on its devices, or `processes_per_engine` have one together.
+
+    Raises ValueError where the processes cannot be grouped so.
     """
+    processes, each = jax.process_count(), placement.processes_per_engine
+    if processes % each:
+        raise ValueError(
+            f"rl.placement.processes_per_engine={each} does not divide the {processes} processes of the run"
+        )
     if placement.kind == "ray":
-        return None
-    if placement.kind == "colocated":
-        return trainer
-    count = placement.rollout_devices
-    assert count is not None
-    tensor = section.tensor if count % section.tensor == 0 else 1
-    sampling = section.model_copy(update={"data": 1, "fsdp": -1, "tensor": tensor})
-    return make_mesh(sampling, jax.devices()[-count:])
+        return ()
+    if placement.kind == "disjoint":
+        count = placement.rollout_devices
+        assert count is not None
+        return (_engine_mesh(section, jax.devices()[-count:]),)
+    if processes == each:
+        return (trainer,)
+    devices = sorted(trainer.devices.flat, key=lambda device: (device.process_index, device.id))
+    size = len(devices) // processes * each
+    return tuple(_engine_mesh(section, devices[at : at + size]) for at in range(0, len(devices), size))
+
+
+def _engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
+    """Split over "tensor" and "expert" as the trainer is, as far as the number of devices permits."""
+    sizes, remaining = {}, len(devices)
+    for axis in ("tensor", "expert"):
+        wanted = getattr(section, axis)
+        sizes[axis] = wanted if remaining % wanted == 0 else 1
+        remaining //= sizes[axis]
+    return make_mesh(section.model_copy(update={"data": 1, "fsdp": -1, **sizes}), devices)
 
 
 def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySampler:
-    """A sampler with the policy's parameters. It is closed with the run, and interrupted when the run shall stop."""
-    section = session.config.rl
+    """A sampler with the policy's parameters. It is closed with the run, and interrupted when the run shall stop.
+
+    Raises ValueError for a placement that several processes do not have, or whose engines the processes cannot form.
+    """
+    config, section = session.config, session.config.rl
     assert section is not None
-    mesh = sampling_mesh(section.placement, session.config.mesh, session.mesh)
+    placement = section.placement
+    _check_processes(section)
+    meshes = sampling_meshes(placement, config.mesh, session.mesh)
+    mesh = meshes[jax.process_index() // placement.processes_per_engine % len(meshes)] if meshes else None
     spec = WorkerSpec(
         rollout_model(policy.model, mesh),
-        SamplingParams(
-            max_tokens=section.max_completion_length,
-            temperature=section.sampling.temperature,
-            top_k=section.sampling.top_k,
-            top_p=section.sampling.top_p,
-            min_p=section.sampling.min_p,
-            stop_ids=session.stop_ids(policy),
-        ),
-        session.config.run.seed,
-        section.sampling.slots,
-        session.config.data.max_length,
+        replace(config.sampling, max_tokens=section.max_completion_length, stop_ids=session.stop_ids(policy)),
+        config.run.seed,
+        section.slots,
+        config.data.max_length,
         session.tokenizer,
-        support=section.sampling.support if section.sampling.filtered else 0,
+        support=section.support if config.sampling.filtered else 0,
         environment=section.environment,
+        template_kwargs=session.config.data.chat_template_kwargs,
+        date=session.config.data.date,
     )
-    sampler = build_sampler(section.placement, spec, policy.model, policy.snapshot())
+    engines = meshes if len(meshes) > 1 else ()
+    sampler = build_sampler(placement, spec, policy.model, policy.snapshot(), engines)
+    if placement.processes_per_engine > 1:
+        assert isinstance(sampler, EngineSampler) and mesh is not None
+        sampler.agree_on_interrupts(Agreement(session.preemption, mesh).check)
     session.enter(closing(sampler))
     session.preemption.on_request(sampler.interrupt)
     return sampler
 
 
+def _check_processes(section: RLSection) -> None:
+    placement, processes = section.placement, jax.process_count()
+    if processes == 1:
+        return
+    if placement.kind != "colocated":
+        raise ValueError(
+            f"rl.placement.kind={placement.kind} supports a single process, and the run has {processes}: use "
+            "kind=colocated, in which every process samples on its own devices"
+        )
+    if placement.processes_per_engine > 1 and section.environment is not None:
+        raise ValueError(
+            "rl.environment with rl.placement.processes_per_engine > 1: an environment would answer each process of an "
+            "engine separately: use processes_per_engine=1"
+        )
+
+
 def build_sampler(
-    placement: PlacementSection, spec: WorkerSpec, trainer: Model, snapshot: Snapshot
+    placement: PlacementSection, spec: WorkerSpec, trainer: Model, snapshot: Snapshot, engines: tuple[Mesh, ...] = ()
 ) -> EngineSampler | RaySampler:
-    """A sampler with the weights of `snapshot`, which are those of the model `trainer`."""
+    """A sampler with the weights of `snapshot`, which are those of the model `trainer`.
+
+    `engines`: the meshes of all engines, if there are several.
+    """
     if placement.kind != "ray":
-        sync = WeightSync(trainer, spec.model)
+        sync = WeightSync(trainer, spec.model, engines)
         return spec.build(sync(snapshot.params).params, snapshot.version, sync)
     sampler = RaySampler(
         spec, trainer, workers=placement.workers, seconds=placement.worker_seconds, resources=placement.resources

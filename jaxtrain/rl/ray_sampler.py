@@ -1,10 +1,8 @@
-"""`RaySampler`: the same trajectories from engines in other processes, each with its own JAX runtime.
+"""`RaySampler`: a sampler with engines in other processes, each with its own JAX runtime.
 
-What a sample says depends on the seed, the prompt and the weights, never on the worker, so the prompts of a worker that
-is lost or too slow are simply given to another.
+A sample depends only on the seed, the prompt and the weights, not on the worker, so the prompts of a worker that is
+lost or too slow are sent to another one.
 """
-
-from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -29,13 +27,13 @@ from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
 
-_MOST_TRIES = 3  # of a share of the prompts, each by another worker
-_LOOK_SECONDS = 0.2  # how often a wait looks whether it is interrupted
-_START_SECONDS = 300.0  # of a process: imports, JAX, the first weights
+_MAX_ATTEMPTS = 3  # for a share of the prompts, each by another worker
+_POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
+_START_SECONDS = 300.0  # time limit for the start of a process: imports, JAX, the first weights
 
 
 class RayWorker:
-    """What runs in a worker's process. Two calls at a time: new weights arrive while samples are under way."""
+    """The actor in a worker's process. It runs two calls at a time, so that weights can arrive during sampling."""
 
     def __init__(self, spec: WorkerSpec):
         self._spec = spec
@@ -44,7 +42,7 @@ class RayWorker:
         self._version = -1
 
     def set_params(self, weights: Params, version: int) -> None:
-        """`weights` as `to_host` sends them. Calls may come in any order: older weights than it has are ignored."""
+        """Set `weights`, in the form of `to_host`. Calls may arrive out of order: older weights are ignored."""
         with self._receiving:
             if version <= self._version:
                 return
@@ -66,7 +64,7 @@ class RayWorker:
 
 
 class RaySampler:
-    """A `Sampler` over `workers` actors. Starts Ray in this machine, or joins the cluster at RAY_ADDRESS."""
+    """A `Sampler` with `workers` actors. Starts Ray on this machine, or joins the cluster at RAY_ADDRESS."""
 
     def __init__(
         self,
@@ -79,7 +77,7 @@ class RaySampler:
     ):
         """`seconds`: a worker that takes longer for its share of the prompts is replaced.
 
-        Raises ValueError where Ray is not installed, or the cluster lacks the `resources` of a worker.
+        Raises ValueError if Ray is not installed.
         """
         if importlib.util.find_spec("ray") is None:
             raise ValueError("placement kind=ray needs Ray: pip install 'jaxtrain[ray]'")
@@ -92,17 +90,17 @@ class RaySampler:
         options = {"num_cpus": resources.pop("CPU", 1), "num_gpus": resources.pop("GPU", 0), "resources": resources}
         self._actor = self._ray.remote(**options, max_concurrency=2)(RayWorker)
         self._handles = [self._actor.remote(spec) for _ in range(workers)]
-        self._weights: tuple[Any, int] | None = None  # a reference to the newest, and their version
+        self._weights: tuple[Any, int] | None = None  # a Ray reference to the newest weights, and their version
         self._events: Counter[str] = Counter()
         self._sync: dict[str, float] = {}
         self._interrupted = threading.Event()
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """Raises what a worker raises; RuntimeError where a share of the prompts was lost with several workers."""
+        """Raises exceptions of workers, and RuntimeError if a share of the prompts failed with several workers."""
         bounds = np.linspace(0, len(prompts), min(len(self._handles), len(prompts)) + 1).astype(int).tolist()
         waiting = deque(_Share(a, b, 0) for a, b in itertools.pairwise(bounds))
         idle = deque(range(len(self._handles)))
-        busy: dict[Any, tuple[_Share | None, int, float]] = {}  # call -> its share (None: it starts), worker, deadline
+        busy: dict[Any, tuple[_Share | None, int, float]] = {}  # call -> share (None: starting), worker, deadline
         answers: list[list[Trajectory]] = [[] for _ in prompts]
         while waiting or any(share for share, _, _ in busy.values()):
             while waiting and idle:
@@ -111,8 +109,9 @@ class RaySampler:
                 busy[call] = share, worker, time.monotonic() + self._seconds
             if self._interrupted.is_set():
                 raise Interrupted
-            soonest = min(deadline for _, _, deadline in busy.values())
-            ready, _ = self._ray.wait(list(busy), timeout=min(max(soonest - time.monotonic(), 0.0), _LOOK_SECONDS))
+            next_deadline = min(deadline for _, _, deadline in busy.values())
+            timeout = min(max(next_deadline - time.monotonic(), 0.0), _POLL_SECONDS)
+            ready, _ = self._ray.wait(list(busy), timeout=timeout)
             overdue = [call for call, (_, _, end) in busy.items() if call not in ready and time.monotonic() >= end]
             for call in [*ready, *overdue]:
                 share, worker, _ = busy.pop(call)
@@ -124,13 +123,13 @@ class RaySampler:
                 except self._lost as error:
                     busy[self._replace(worker, slow=call in overdue)] = None, worker, time.monotonic() + _START_SECONDS
                     if share:
-                        if share.tries + 1 == _MOST_TRIES:
-                            raise RuntimeError(f"{_MOST_TRIES} workers were lost over the same prompts") from error
-                        waiting.append(share._replace(tries=share.tries + 1))
+                        if share.attempts + 1 == _MAX_ATTEMPTS:
+                            raise RuntimeError(f"{_MAX_ATTEMPTS} workers were lost with the same prompts") from error
+                        waiting.append(share._replace(attempts=share.attempts + 1))
         return answers
 
     def set_params(self, params: Params, version: int) -> None:
-        """Returns once every worker has them, so that the next samples are drawn from them."""
+        """Returns when every worker has the weights."""
         start = time.perf_counter()
         synced = to_host(self._trainer, params)
         self._weights = self._ray.put(synced.params), version
@@ -144,7 +143,7 @@ class RaySampler:
         self._sync = {"sync/bytes": bytes_sent, "sync/seconds": time.perf_counter() - start}
 
     def metrics(self) -> dict[str, float]:
-        """Of the newest `set_params`, and the workers replaced since the last call."""
+        """Metrics of the newest `set_params`, and the number of workers replaced since the last call."""
         events, self._events = self._events, Counter()
         counted = {f"rollout/{name}_workers": float(events[name]) for name in ("lost", "slow")}
         return self._sync | counted
@@ -153,18 +152,18 @@ class RaySampler:
         return self._ray.get([handle.process_id.remote() for handle in self._handles])
 
     def interrupt(self) -> None:
-        """Give up the samples under way, and all to come: `sample` raises Interrupted soon. From any thread."""
+        """Abort sampling, also in the future: `sample` raises Interrupted shortly. Thread-safe."""
         self._interrupted.set()
 
     def close(self) -> None:
-        """End the workers. Ray itself goes on, since it may be the user's."""
+        """Stop the workers. Ray itself keeps running, since the user may have started it."""
         for handle in self._handles:
             self._ray.kill(handle)
 
     def _replace(self, worker: int, *, slow: bool) -> Any:
-        """Start a new process in place of a worker; the call that is done when it has its weights."""
+        """Replace a worker by a new process. Returns the call that completes when it has its weights."""
         self._events["slow" if slow else "lost"] += 1
-        log.warning("rollout worker %d is %s: a new one is started", worker, "too slow" if slow else "lost")
+        log.warning("rollout worker %d is %s: starting a new one", worker, "too slow" if slow else "lost")
         self._ray.kill(self._handles[worker])
         self._handles[worker] = self._actor.remote(self._spec)
         assert self._weights is not None
@@ -172,8 +171,8 @@ class RaySampler:
 
 
 class _Share(NamedTuple):
-    """prompts[start:stop], which so many workers were lost over."""
+    """The prompts [start:stop], and the number of failed attempts."""
 
     start: int
     stop: int
-    tries: int
+    attempts: int

@@ -1,7 +1,7 @@
-"""Reward functions with a time limit each, which cost a sample and never the run.
+"""Runs reward functions with time limits. A failing function loses the reward of a sample and never ends the run.
 
-A function that the config names runs in processes of the pool. One that a program gives as an object, which another
-process may be unable to import, runs in threads of this process.
+A function given by its import path runs in processes of the pool. A function given as an object, which another process
+may be unable to import, runs in threads of this process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -23,36 +23,40 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
-from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.config.rl_parts import RewardSection
 from jaxtrain.rl.deadlines import call_all
-from jaxtrain.rl.reward_worker import call_reward
+from jaxtrain.rl.reward_worker import RewardCall, call_reward
 from jaxtrain.train.preemption import Interrupted
 
 Failure = Literal["timeout", "died", "error", "wrong_length", "not_finite"]
 
-_START_SECONDS = 120.0  # to import a user's modules
-_LOOK_SECONDS = 0.2  # how often a wait looks whether it is interrupted
+_START_SECONDS = 120.0  # time limit for importing a user's modules
+_POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
 
 
-class Scores(NamedTuple):
-    parts: dict[str, np.ndarray]  # name -> [n] float64, unweighted; NaN where it does not apply or failed
-    failures: Counter[tuple[str, Failure]]  # (reward's name, kind) -> samples lost to it
-    reasons: dict[int, str]  # of every sample that a function failed on: "<function>: <what it raised or did>"
+class RewardResults(NamedTuple):
+    parts: dict[str, np.ndarray]  # name -> [n] float64, unweighted; NaN if it does not apply or failed
+    failures: Counter[tuple[str, Failure]]  # (reward's name, kind) -> number of samples
+    reasons: dict[int, str]  # index of a sample that a function failed on -> "<function>: <error>"
+    # what the functions gave to `log_metric`: name -> sum, each call's value times its samples, and number of samples
+    metrics: Mapping[str, tuple[float, int]] = {}
+    extra: Mapping[str, list[Any]] = {}  # "<function>/<column>" -> n values given to `log_extra`, or None
 
 
 class RewardPool:
-    """`workers` processes that all know all functions. Make it before JAX starts, or at any time: nothing is forked.
+    """`workers` processes, each of which can call all functions. They are not forked, so JAX may be running.
 
-    A call that does not return is killed with its process, which is replaced. Samples of a call that failed as a whole
-    are tried one by one, so that only those that fail alone are lost.
+    A process whose call exceeds its limit is killed and replaced. The samples of a failed call are retried one by one,
+    so that only those that fail alone are lost.
     """
 
     def __init__(self, rewards: Sequence[RewardSection], workers: int = 2):
-        """Raises ValueError for a reward that cannot be imported."""
+        """Raises ValueError for a reward function that cannot be imported."""
         self._rewards = {reward.name: reward for reward in rewards}
         paths = [reward.function for reward in rewards if isinstance(reward.function, str)]
         self._scoring = threading.Lock()
         self._interrupted = threading.Event()
+        self._state: Mapping[str, Any] | None = None  # of the current `score`
         self._workers = [_Worker(paths, self._interrupted) for _ in range(workers if paths else 0)]
         try:
             for worker in self._workers:
@@ -68,7 +72,7 @@ class RewardPool:
         self.close()
 
     def interrupt(self) -> None:
-        """Give up the scoring under way, and all to come: it raises Interrupted soon. From any thread."""
+        """Abort scoring, also in the future: `score` raises Interrupted shortly. Thread-safe."""
         self._interrupted.set()
 
     def close(self) -> None:
@@ -81,55 +85,68 @@ class RewardPool:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, Sequence[Any]],
-    ) -> Scores:
-        """Every reward of every sample; all arguments are [n].
+        state: Mapping[str, Any] | None = None,
+    ) -> RewardResults:
+        """Compute every reward of every sample; the first four arguments have length n.
+
+        `state` has the attributes of `trainer_state`, which functions may take.
 
         Takes as long as the slowest function, at most about ten times its limit however many of its calls hang.
-        Raises Interrupted soon after `interrupt`.
+        Raises Interrupted shortly after `interrupt`.
         """
         samples = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         count = len(completions)
         parts = {name: np.full(count, np.nan) for name in self._rewards}
         failures: Counter[tuple[str, Failure]] = Counter()
         reasons: dict[int, str] = {}
+        metrics: dict[str, tuple[float, int]] = {}
+        extra: dict[str, list[Any]] = {}
         named = [name for name, reward in self._rewards.items() if isinstance(reward.function, str)]
-        tasks = [task for name in named for task in _cut(name, count, len(self._workers))]
-        given = [_Task(name, range(count)) for name in self._rewards if name not in named and count]
-        with self._scoring:  # an evaluation may come while a rollout ahead of time is scored
-            answers = [*self._run(tasks, samples), *self._run_given(given, samples)]
-        for task, values, failure, said in answers:
+        tasks = [task for name in named for task in _split(name, count, len(self._workers))]
+        in_process = [_Task(name, range(count)) for name in self._rewards if name not in named and count]
+        with self._scoring:  # an evaluation may run while a prefetched rollout is scored
+            self._state = state
+            answers = [*self._run(tasks, samples), *self._run_in_process(in_process, samples)]
+        for task, values, failure, message, logged, columns_logged in answers:
+            for name, value in logged:
+                total, number = metrics.get(name, (0.0, 0))
+                metrics[name] = total + value * len(task.samples), number + len(task.samples)
+            for column, given in columns_logged.items():
+                column = extra.setdefault(f"{task.name}/{column}", [None] * count)
+                for sample, value in zip(task.samples, given, strict=True):
+                    column[sample] = value
             for sample, value in zip(task.samples, values or [math.nan] * len(task.samples), strict=True):
                 if value is None:
                     continue
                 parts[task.name][sample] = value
                 if not math.isfinite(value):
                     failures[task.name, failure or "not_finite"] += 1
-                    reasons.setdefault(sample, f"{task.name}: {said or f'not finite: {value}'}")
+                    reasons.setdefault(sample, f"{task.name}: {message or f'not finite: {value}'}")
                     parts[task.name][sample] = np.nan
-        return Scores(parts, failures, reasons)
+        return RewardResults(parts, failures, reasons, metrics, extra)
 
     def _run(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]):
-        """Answers to all tasks; those of more than one sample that fail are cut up and tried again."""
+        """Yield the answers to all tasks; failed tasks of several samples are split and retried."""
         waiting, idle = deque(tasks), deque(self._workers)
         busy: dict[Connection, tuple[_Worker, _Task, float]] = {}
         hung: Counter[str] = Counter()
         while waiting or busy:
             while waiting and idle:
                 task, worker = waiting.popleft(), idle.popleft()
-                # A function that hangs on everything must not hold the step for the number of samples times its limit.
+                # A function that always hangs must not delay the step by its limit for every sample.
                 if hung[task.name] > 8 * len(self._workers):
                     idle.appendleft(worker)
                     yield from (
-                        _Answer(one, None, "timeout", "timeout: not tried: too many others hung")
+                        _Answer(one, None, "timeout", "timeout: not started: too many other calls hung")
                         for one in task.singles()
                     )
                     continue
-                worker.send(self._rewards[task.name], task, samples)
+                worker.send(self._rewards[task.name], task, samples, self._state)
                 busy[worker.connection] = worker, task, time.monotonic() + self._rewards[task.name].seconds
             if self._interrupted.is_set():
                 raise Interrupted
-            soonest = min((deadline for _, _, deadline in busy.values()), default=time.monotonic())
-            ready = wait(list(busy), min(max(soonest - time.monotonic(), 0), _LOOK_SECONDS))
+            next_deadline = min((deadline for _, _, deadline in busy.values()), default=time.monotonic())
+            ready = wait(list(busy), min(max(next_deadline - time.monotonic(), 0), _POLL_SECONDS))
             now = time.monotonic()
             for connection, (worker, task, deadline) in list(busy.items()):
                 if connection not in ready and now < deadline:
@@ -149,24 +166,24 @@ class RewardPool:
                 else:
                     yield answer
 
-    def _run_given(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> Iterator[_Answer]:
-        """The same for functions of this process. One that exceeds its limit is no longer waited for."""
+    def _run_in_process(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> Iterator[_Answer]:
+        """`_run` for functions in this process. A call that exceeds its limit is abandoned."""
         for task in tasks:
-            (answer,) = self._call_given([task], samples)
+            (answer,) = self._call_in_process([task], samples)
             if answer.failure is not None and len(task.samples) > 1:
-                yield from self._call_given(task.singles(), samples)
+                yield from self._call_in_process(task.singles(), samples)
             else:
                 yield answer
 
-    def _call_given(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> list[_Answer]:
+    def _call_in_process(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> list[_Answer]:
         reward = self._rewards[tasks[0].name]
         assert callable(reward.function)
-        calls = [partial(call_reward, reward.function, task.arguments(reward, samples)) for task in tasks]
+        calls = [partial(call_reward, reward.function, task.arguments(reward, samples), self._state) for task in tasks]
         results = call_all(calls, reward.seconds, self._interrupted)
         return [
             _Answer(task, None, "timeout", f"timeout: {result}")
             if isinstance(result, BaseException)
-            else task.answer(*result)
+            else task.answer(result)
             for task, result in zip(tasks, results, strict=True)
         ]
 
@@ -179,28 +196,30 @@ class _Task(NamedTuple):
         return [_Task(self.name, [sample]) for sample in self.samples]
 
     def arguments(self, reward: RewardSection, samples: dict[str, Sequence[Any]]) -> dict[str, Any]:
-        """Those of the task's call."""
+        """The keyword arguments of the task's call."""
         return {name: [values[i] for i in self.samples] for name, values in samples.items()} | reward.args
 
-    def answer(self, values: list[float | None] | None, said: str) -> _Answer:
-        """What the call returned, checked; `values` None: `said` is what it raised."""
-        if values is None:
-            return _Answer(self, None, "error", said)
-        if len(values) != len(self.samples):
-            said = f"wrong length: {len(values)} values for {len(self.samples)} samples"
-            return _Answer(self, None, "wrong_length", said)
-        return _Answer(self, values, None, "")
+    def answer(self, call: RewardCall) -> _Answer:
+        """Check the values that the call returned."""
+        if call.values is None:
+            return _Answer(self, None, "error", call.message)
+        if len(call.values) != len(self.samples):
+            message = f"wrong length: {len(call.values)} values for {len(self.samples)} samples"
+            return _Answer(self, None, "wrong_length", message)
+        return _Answer(self, call.values, None, "", call.metrics, call.extra)
 
 
 class _Answer(NamedTuple):
     task: _Task
     values: list[float | None] | None  # one per sample of the task, unless it failed
     failure: Failure | None
-    said: str
+    message: str
+    metrics: Sequence[tuple[str, float]] = ()
+    extra: Mapping[str, list[Any]] = {}
 
 
-def _cut(name: str, count: int, pieces: int) -> list[_Task]:
-    """Neighbours stay together: they are samples of one prompt."""
+def _split(name: str, count: int, pieces: int) -> list[_Task]:
+    """Split the samples into contiguous tasks, since neighbours are samples of the same prompt."""
     bounds = np.linspace(0, count, min(pieces, count) + 1).astype(int)
     return [_Task(name, range(a, b)) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)]
 
@@ -213,36 +232,36 @@ class _Worker:
     def _start(self) -> None:
         self.connection, theirs = Pipe()
         command = [sys.executable, "-m", "jaxtrain.rl.reward_worker", str(theirs.fileno())]
-        # A session of its own: Ctrl-C is for the trainer, which then ends its workers.
+        # A new session, so that Ctrl-C reaches only the trainer, which then stops its workers.
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True, env=environ)
         theirs.close()
         self.connection.send(self._paths)
 
     def wait_until_ready(self) -> None:
-        """Raises ValueError with what importing a function raised."""
+        """Raises ValueError if a function cannot be imported."""
         problem = "importing the functions took too long"
         deadline = time.monotonic() + _START_SECONDS
-        while not (ready := self.connection.poll(_LOOK_SECONDS)) and time.monotonic() < deadline:
+        while not (ready := self.connection.poll(_POLL_SECONDS)) and time.monotonic() < deadline:
             if self._interrupted.is_set():
                 raise Interrupted
         if ready:
             try:
                 problem = self.connection.recv()
             except EOFError:
-                problem = "importing the functions ended the process"
+                problem = "the process exited while importing them"
         if problem is not None:
             raise ValueError(f"the reward functions cannot be loaded: {problem}")
 
-    def send(self, reward: RewardSection, task: _Task, samples: dict[str, Sequence[Any]]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: reading the answer will say so
-            self.connection.send((reward.function, task.arguments(reward, samples)))
+    def send(self, reward: RewardSection, task: _Task, samples: dict[str, Sequence[Any]], state: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it exited while idle: reading the answer reports this
+            self.connection.send((reward.function, task.arguments(reward, samples), state))
 
     def answer(self, task: _Task) -> _Answer:
         try:
-            return task.answer(*self.connection.recv())
+            return task.answer(RewardCall(*self.connection.recv()))
         except (EOFError, ConnectionResetError):
-            return _Answer(task, None, "died", "died: it ended its process")
+            return _Answer(task, None, "died", "died: its process exited")
 
     def restart(self) -> None:
         self.kill()
@@ -251,6 +270,6 @@ class _Worker:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # with the processes that a function started
+            os.killpg(self._process.pid, signal.SIGKILL)  # including the processes that a function started
         self._process.wait()
         self.connection.close()

@@ -1,4 +1,4 @@
-"""Built-in reward functions, in TRL's signature, so that a function written for TRL runs here and the reverse.
+"""Built-in reward functions. They have TRL's signature, so functions can be shared with TRL.
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
@@ -7,8 +7,6 @@ a list with one assistant message where the prompt is a conversation), its token
 None means that the function does not apply to that sample. A function may be `async`. The config's `args` are
 passed as further keywords. `reward_pool` runs them in separate processes.
 """
-
-from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -27,9 +25,9 @@ def text_of(completion: Any) -> str:
 
 
 def exact_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
-    """1 where the final number is that of the column `answer`, else 0; None where `answer` holds no number.
+    """1 if the final number equals that of the column `answer`, else 0; None if `answer` has no number.
 
-    `numbers.final_number` says which number of a text that is and which spellings it reads.
+    `numbers.final_number` defines the final number and its notations.
     """
 
     def one(completion: Any, expected: str) -> float | None:
@@ -40,7 +38,7 @@ def exact_answer(completions: Sequence[Any], answer: Sequence[str], **_: Any) ->
 
 
 def format_match(completions: Sequence[Any], pattern: str, **_: Any) -> list[float]:
-    """1 where the entire completion matches the regular expression `pattern` (a dot matches line breaks too)."""
+    """1 if the entire completion matches the regular expression `pattern` (a dot also matches line breaks), else 0."""
     compiled = re.compile(pattern, re.DOTALL)
     return [float(compiled.fullmatch(text_of(completion)) is not None) for completion in completions]
 
@@ -51,7 +49,7 @@ def length_penalty(completion_ids: Sequence[Sequence[int]], max_tokens: int, **_
 
 
 def repetition_penalty(completion_ids: Sequence[Sequence[int]], ngram: int = 3, **_: Any) -> list[float]:
-    """Minus the share of repeated n-grams of tokens: 0 where all are different, close to -1 where all are equal.
+    """Minus the share of repeated n-grams of tokens: 0 if all are different, close to -1 if all are equal.
 
     After Yeo et al. 2025, "Demystifying Long Chain-of-Thought Reasoning" (arXiv:2502.03373), with tokens for words.
     """
@@ -64,9 +62,9 @@ def repetition_penalty(completion_ids: Sequence[Sequence[int]], ngram: int = 3, 
 
 
 def math_equal(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
-    """1 where the completion is mathematically equal to `answer`, by math-verify; None where `answer` cannot be parsed.
+    """1 if the completion is mathematically equal to `answer`, by math-verify; None if `answer` cannot be parsed.
 
-    The library's own time limits use signals, which need the main thread; the pool's limit replaces them.
+    The library's time limits use signals, which need the main thread; the pool's limit replaces them.
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ValueError("the reward math_equal needs math-verify: pip install 'jaxtrain[math]'")

@@ -1,41 +1,24 @@
-"""The roles of reinforcement learning beside the policy: the critic and the reference."""
+"""The critic of reinforcement learning."""
 
-from __future__ import annotations
+from fnmatch import fnmatchcase
 
-from dataclasses import replace
-
-from jaxtrain.lora import join
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.objectives.value import ClippedValue
-from jaxtrain.roles.initial import adapter_params, initial_params
-from jaxtrain.roles.role import Role, TrainedRole
+from jaxtrain.roles.role import TrainedRole
 from jaxtrain.session.session import Session
 
 
 def critic_role(session: Session) -> TrainedRole:
-    """PPO's value model: the policy's checkpoint with a scalar head, and a learning rate of its own."""
+    """PPO's value model: the policy's checkpoint with a scalar head and a separate learning rate."""
     config = session.config
     assert config.rl is not None
+    model = config.model.model_copy(update={"head": SCALAR})
+    if model.lora and model.lora.modules_to_save:  # the scalar head, which is trained too, is in place of lm_head
+        names = [name for name in model.lora.modules_to_save if not fnmatchcase("lm_head", name)]
+        model = model.model_copy(update={"lora": model.lora.model_copy(update={"modules_to_save": names})})
     return session.trained_role(
         "critic",
         ClippedValue(config.rl.critic.epsilon),
-        model=config.model.model_copy(update={"head": SCALAR}),
+        model=model,
         optimizer=config.optimizer.model_copy(update={"learning_rate": config.rl.critic.learning_rate}),
     )
-
-
-def reference_role(policy: TrainedRole) -> Role:
-    """The model that the run started from, which the KL is measured to; the same in a resumed run.
-
-    Under LoRA it shares the policy's frozen weights and has the adapters of `model.lora.path` beside them; new
-    adapters, which leave the base's function unchanged, are left out. Otherwise it has a copy of all parameters.
-    """
-    section, declared = policy.section, policy.declared
-    if not policy.model.base_frozen:
-        adapters, base = initial_params(section, declared, policy.seed)
-        return Role("reference", section, declared, policy.seed, join(adapters, base))
-    if section.lora is not None and section.lora.path is not None:
-        adapters = adapter_params(section, declared, policy.seed, policy.frozen)
-        return Role("reference", section, declared, policy.seed, join(adapters, policy.frozen))
-    bare = declared._replace(model=replace(policy.model, lora=None, new_tokens=None))
-    return Role("reference", section, bare, policy.seed, policy.frozen)

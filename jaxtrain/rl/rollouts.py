@@ -11,18 +11,20 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxtrain.data.packing import BestFit, make_row, signal_types, stack_rows
+from jaxtrain.data.packing import BestFit, make_row, stack_rows
+from jaxtrain.train.agree import gather_values
 from jaxtrain.types import Batch, Example, Params
 
-NO_ID = -1  # fills a token's support up to the width of the widest
-LOST_REWARD = "lost_reward"  # the key of `Trajectory.info` that says why a sample has no reward
-SUPPORTS = "supports"  # the signal of that name: [B, T, k] ids that could have been drawn, NO_ID where there are fewer
+NO_ID = -1  # pads the supports of tokens to the same width
+LOST_REWARD = "lost_reward"  # the key in `Trajectory.info` of the reason why a sample has no reward
+EXTRA = "extra"  # the key in `Trajectory.info` of what functions gave to `log_extra`: "<function>/<column>" -> value
+SUPPORTS = "supports"  # the name of a signal: [B, T, k] ids that could have been sampled, padded with NO_ID
 
 
 class Prompt(NamedTuple):
     """A row of the prompt data, rendered and tokenised."""
 
-    number: int  # in the order drawn, from 0, over all epochs: together with a sample's index it seeds that sample
+    number: int  # counted from 0 over all epochs; together with a sample's index it seeds that sample
     ids: np.ndarray  # [P] int32
     columns: Mapping[str, Any]  # the row, its prompt included: what rewards and environments receive
 
@@ -32,19 +34,20 @@ class Trajectory(NamedTuple):
 
     prompt: Prompt
     sample: int  # its index among the samples of the prompt
-    completion_ids: np.ndarray  # [C] int32, the stop token that ended it included; never tokenised again
-    loss_mask: np.ndarray  # [C] bool: the model sampled the token (it is not the environment's)
-    sampler_logps: np.ndarray  # [C] float32, under the distribution drawn from: temperature and filters applied
+    completion_ids: np.ndarray  # [C] int32, including the stop token; never tokenised again
+    loss_mask: np.ndarray  # [C] bool: True for tokens of the model, False for those of the environment
+    sampler_logps: np.ndarray  # [C] float32, under the sampling distribution, after temperature and filters
     raw_logps: np.ndarray  # [C] float32, under the model's plain softmax
-    versions: np.ndarray  # [C] int32, optimizer steps of the weights that sampled the token
+    versions: np.ndarray  # [C] int32, number of optimizer steps of the weights that sampled the token
     text: str  # of the completion, without special tokens
-    finish_reason: str  # "stop"; "length" where it was cut off; "turns" or "error" of a conversation
+    finish_reason: str  # "stop", "length" (cut off), or in a conversation "turns" or "error"
     supports: np.ndarray | None = None  # [C, k] int32, ids kept by top-k, top-p, min-p; None: the full vocabulary
-    rewards: Mapping[str, float] = {}  # by part, unweighted; NaN where a part does not apply or failed
-    reward: float = float("nan")  # weighted sum of the parts; NaN before scoring, and where it is lost
+    rewards: Mapping[str, float] = {}  # by part, unweighted; NaN if a part does not apply or failed
+    reward: float = float("nan")  # weighted sum of the parts; NaN before scoring, and if it is lost
     token_rewards: np.ndarray | None = None  # [C] float32, an environment's rewards at the turns' last tokens
     advantages: np.ndarray | None = None  # [C] float32
     timings: Mapping[str, float] = {}  # seconds by part, e.g. rollout, reward
+    left_out: bool = False  # it does not train and is in no row, but counts in the divisors of the loss
     info: Mapping[str, Any] = {}  # from the environment or the rewards: turns, tool calls, errors
 
     @property
@@ -53,32 +56,52 @@ class Trajectory(NamedTuple):
         return len(self.prompt.ids) + len(self.completion_ids)
 
     @property
+    def trained_mask(self) -> np.ndarray:
+        """[C] bool: the tokens that carry loss."""
+        return self.loss_mask & (not self.left_out)
+
+    @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+
+def outline(t: Trajectory) -> Trajectory:
+    """What other processes know of a sample: without its ids and texts, which metrics and advantages do not need."""
+    return t._replace(
+        prompt=Prompt(t.prompt.number, np.zeros(len(t.prompt.ids), np.int8), {}),
+        completion_ids=np.zeros(len(t.completion_ids), np.int8),
+        raw_logps=np.zeros(0, np.float32),
+        text="",
+        supports=None if t.supports is None else t.supports[:, -1:],
+        info={key: value for key, value in t.info.items() if key not in ("messages", EXTRA)},
+    )
 
 
 class Sampler(Protocol):
     """Completes prompts: an engine in this process, on other devices or in other processes."""
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """`samples` unscored trajectories of each prompt, in order. The same call gives the same result."""
+        """`samples` unscored trajectories of each prompt, in order. Deterministic."""
         ...
 
     def set_params(self, params: Params, version: int) -> None:
-        """Use these weights from now on; `version` is the number of optimizer steps they have taken."""
+        """Use these weights from now on; `version` is their number of optimizer steps."""
         ...
 
 
 class Scorer(Protocol):
-    """Fills in `rewards` and `reward` (and their timings), in order. A reward that fails affects its sample only."""
+    """Sets `rewards` and `reward` (and their timings), in order. A failing reward affects only its sample."""
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]: ...
+
+
+NOT_PACKED = -1  # the row of a trajectory that was left out
 
 
 class Span(NamedTuple):
     """The position of a trajectory's completion in the packed rows."""
 
-    row: int
+    row: int  # NOT_PACKED: in none, and from 0 to the completion's length
     start: int
     stop: int
 
@@ -90,101 +113,134 @@ class Packed(NamedTuple):
     spans: tuple[Span, ...]  # of the completions, in the order of the trajectories
 
     def spread(self, **values: Sequence[np.ndarray]) -> Packed:
-        """Add signals: one array [C] or [C, k] a trajectory becomes [B, T] or [B, T, k], 0 outside the completions."""
+        """Add signals: one array [C] or [C, k] per trajectory becomes [B, T] or [B, T, k]; 0 outside of completions.
+
+        Without trajectories a signal is float32.
+        """
         signals = dict(self.batch.signals)
         for name, pieces in values.items():
-            spread = np.zeros((*self.batch.tokens.shape, *pieces[0].shape[1:]), pieces[0].dtype)
+            first = pieces[0] if len(pieces) else np.zeros(0, np.float32)
+            spread = np.zeros((*self.batch.tokens.shape, *first.shape[1:]), first.dtype)
             for (row, start, stop), piece in zip(self.spans, pieces, strict=True):
-                spread[row, start:stop] = piece
+                if row != NOT_PACKED:
+                    spread[row, start:stop] = piece
             signals[name] = spread
         return self._replace(batch=self.batch._replace(signals=signals))
 
     def gather(self, values: np.ndarray) -> list[np.ndarray]:
-        """The inverse: [B, T, ...] -> the completion's part [C, ...] of each trajectory."""
-        return [values[row, start:stop] for row, start, stop in self.spans]
+        """The inverse: [B, T, ...] -> the completion's part [C, ...] of each trajectory; 0 for those left out."""
+        return [
+            np.zeros((stop, *values.shape[2:]), values.dtype) if row == NOT_PACKED else values[row, start:stop]
+            for row, start, stop in self.spans
+        ]
 
 
 def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None = None) -> Packed:
-    """Trajectories best-fit into rows of `max_length` tokens, with rows of padding up to `rows` rows.
+    """Pack trajectories (best fit) into rows of `max_length` tokens, padded to `rows` rows.
 
-    Signals: `sampler_logps`, `versions`, and `supports` where a sample has one. The sampler knows the limit, so a
+    Signals: `sampler_logps`, `versions`, and `supports` if a sample has them. Samplers respect the limit, so a
     trajectory is never longer than a row.
     """
-    return _packed(trajectories, _layout(trajectories, max_length), max_length, rows)
+    layout = _layout(trajectories, max_length)
+    return _packed(trajectories, layout, max_length, rows or len(layout), _support_width(trajectories))
 
 
 def pack_parts(parts: Sequence[Sequence[Trajectory]], max_length: int, multiple: int) -> list[Packed]:
-    """Each part of the trajectories packed by itself, all into the same number of rows, a multiple of `multiple`.
+    """Pack each part separately, all into the same number of rows, a multiple of `multiple`.
 
-    Each number of rows is a program of its own to compile, so it is rounded up to one of four sizes per octave: at most
-    a fifth of the rows is padding once there are many.
+    All processes call it together, each with its own samples, and get the same shapes.
     """
     layouts = [_layout(part, max_length) for part in parts]
-    pieces = -(-max(map(len, layouts)) // multiple)
+    width = max(gather_values(max(map(_support_width, parts))))
+    rows = common_rows(layouts, multiple)
+    return [_packed(part, layout, max_length, rows, width) for part, layout in zip(parts, layouts, strict=True)]
+
+
+def common_rows(layouts: Sequence[Sequence[Any]], multiple: int) -> int:
+    """The rows into which each of the layouts of all processes fits, a multiple of `multiple`.
+
+    Every number of rows needs another compiled program, so it is rounded up to one of four sizes per power of two: of
+    many rows, at most a fifth is padding.
+    """
+    pieces = max(-(-max(gather_values(max(map(len, layouts)))) // multiple), 1)
     grain = max(1 << (pieces.bit_length() - 3), 1) if pieces > 4 else 1
-    rows = -(-pieces // grain) * grain * multiple
-    return [_packed(part, layout, max_length, rows) for part, layout in zip(parts, layouts, strict=True)]
+    return -(-pieces // grain) * grain * multiple
 
 
-def _layout(trajectories: Sequence[Trajectory], max_length: int) -> list[list[int]]:
-    """The numbers of the trajectories in each row, by best-fit decreasing."""
-    too_long = max((t.length for t in trajectories), default=0)
-    assert too_long <= max_length, f"a trajectory of {too_long} tokens does not fit into a row of {max_length}"
-    packer: BestFit[int] = BestFit(max_length, most_open=len(trajectories))
+def best_fit_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """The indices in each row, by best-fit decreasing; a length of 0 is in none."""
+    packer: BestFit[int] = BestFit(max_length, most_open=len(lengths))
     layout: list[list[int]] = []
-    # Longest first; ties in order, so that the same trajectories always give the same rows.
-    for index in sorted(range(len(trajectories)), key=lambda i: -trajectories[i].length):
-        full = packer.add(index, trajectories[index].length)
+    # Longest first, ties in order: deterministic.
+    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        full = packer.add(index, lengths[index])
         layout += [full] if full else []
     while (row := packer.take()) is not None:
         layout.append(row)
     return layout
 
 
+def _layout(trajectories: Sequence[Trajectory], max_length: int) -> list[list[int]]:
+    """The indices of the trajectories in each row, without those that are left out."""
+    too_long = max((t.length for t in trajectories), default=0)
+    assert too_long <= max_length, f"a trajectory of {too_long} tokens does not fit into a row of {max_length}"
+    return best_fit_rows([0 if t.left_out else t.length for t in trajectories], max_length)
+
+
 def _packed(
-    trajectories: Sequence[Trajectory], layout: list[list[int]], max_length: int, rows: int | None = None
+    trajectories: Sequence[Trajectory], layout: list[list[int]], max_length: int, rows: int, width: int
 ) -> Packed:
-    assert rows is None or len(layout) <= rows, f"{len(layout)} rows of trajectories and room for {rows}"
-    width = max((t.supports.shape[1] for t in trajectories if t.supports is not None), default=None)
+    """`width`: of supports; 0: no sample has them."""
+    assert len(layout) <= rows, f"{len(layout)} rows of trajectories and room for {rows}"
     examples = [_example(t, width) for t in trajectories]
-    spans: dict[int, Span] = {}
+    spans = {i: Span(NOT_PACKED, 0, len(t.completion_ids)) for i, t in enumerate(trajectories)}
     for number, row in enumerate(layout):
         end = 0
         for index in row:
             start, end = end, end + trajectories[index].length
             spans[index] = Span(number, start + len(trajectories[index].prompt.ids), end)
-    types = signal_types(examples[0]) if examples else {}
-    padding = [[]] * ((rows or len(layout)) - len(layout))
+    # Not those of the examples: a process without samples has the same signals as the others.
+    types = {"sampler_logps": (np.dtype(np.float32), ()), "versions": (np.dtype(np.int32), ())}
+    if width:
+        types[SUPPORTS] = (np.dtype(np.int32), (width,))
+    padding = [[]] * (rows - len(layout))
     made = [make_row([examples[index] for index in row], max_length, types) for row in [*layout, *padding]]
-    return Packed(stack_rows(made), tuple(spans[index] for index in range(len(trajectories))))
+    left_out = np.zeros((len(made), 3), np.float32)
+    for t in trajectories:
+        left_out[:1] += t.left_out * np.array([t.loss_mask.sum(), 1, 1])
+    return Packed(stack_rows(made)._replace(left_out=left_out), tuple(spans[index] for index in range(len(spans))))
+
+
+def _support_width(trajectories: Sequence[Trajectory]) -> int:
+    return max((t.supports.shape[1] for t in trajectories if t.supports is not None), default=0)
 
 
 def support_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`sampling/support_full`: the share of tokens whose support is full, so that the filters may have kept more."""
+    """`sampling/support_full`: the share of tokens with a full support, where the filters may have kept more tokens."""
     own = [t.supports[t.loss_mask, -1] != NO_ID for t in trajectories if t.supports is not None]
     full = np.concatenate(own) if own else np.zeros(0)
     return {"sampling/support_full": float(full.mean())} if len(full) else {}
 
 
-def _example(trajectory: Trajectory, width: int | None) -> Example:
-    """Loss on the model's own tokens; signals are 0 on the prompt. `width` is that of the widest support, if any."""
+def _example(trajectory: Trajectory, width: int) -> Example:
+    """The example of a trajectory: loss on the model's tokens; signals are 0 on the prompt. `width`: of supports."""
     prompt = trajectory.prompt.ids
     signals = {"sampler_logps": trajectory.sampler_logps, "versions": trajectory.versions}
-    if width is not None:
+    if width:
         signals[SUPPORTS] = _support(trajectory, width)
 
-    def whole(values: np.ndarray) -> np.ndarray:
+    def with_prompt(values: np.ndarray) -> np.ndarray:
         return np.concatenate([np.zeros((len(prompt), *values.shape[1:]), values.dtype), values])
 
     return Example(
         np.concatenate([prompt, trajectory.completion_ids]).astype(np.int32),
-        whole(trajectory.loss_mask.astype(np.float32)),
-        {name: whole(values) for name, values in signals.items()},
+        with_prompt(trajectory.loss_mask.astype(np.float32)),
+        {name: with_prompt(values) for name, values in signals.items()},
     )
 
 
 def _support(trajectory: Trajectory, width: int) -> np.ndarray:
-    """[C, width]; rows of NO_ID, which stand for the full vocabulary, where a sample has no support."""
+    """[C, width]; all NO_ID, which means the full vocabulary, if a sample has no support."""
     support = np.full((len(trajectory.completion_ids), width), NO_ID, np.int32)
     if trajectory.supports is not None:
         support[:, : trajectory.supports.shape[1]] = trajectory.supports

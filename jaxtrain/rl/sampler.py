@@ -1,6 +1,4 @@
-"""`EngineSampler`: prompts in, unscored trajectories out, from an engine in this process."""
-
-from __future__ import annotations
+"""`EngineSampler`: a sampler with an engine in this process."""
 
 import threading
 from collections import deque
@@ -19,10 +17,10 @@ from jaxtrain.types import Params
 
 
 class EngineSampler:
-    """A `Sampler`. What is drawn depends on `seed`, the prompt's number, the sample's index and the weights alone.
+    """A `Sampler`. A sample depends only on `seed`, the prompt, its number, the sample's index and the weights.
 
-    `set_params` may be called from another thread while samples are under way: they go on with the new weights from the
-    engine's next call on, and every token is tagged with the version that drew it.
+    `set_params` may be called from another thread during sampling: the engine uses the new weights from its next device
+    call on. Every token is tagged with the version that sampled it.
     """
 
     def __init__(
@@ -33,61 +31,68 @@ class EngineSampler:
         sync: Callable[[Params], Synced],
         conversations: Conversations | None = None,
     ):
-        """`sync` makes the engine's parameters from those given to `set_params`. `conversations`: with environments."""
+        """`sync` converts the parameters of `set_params` to the engine's. `conversations`: for environments."""
         self._engine, self._params, self._seed, self._sync = engine, params, seed, sync
         self._conversations = conversations
         self._sampling = threading.Lock()
         self._pending: deque[tuple[Params, int]] = deque(maxlen=1)
         self._metrics: dict[str, float] = {}
         self._interrupted = threading.Event() if conversations is None else conversations.interrupted
+        self._check: Callable[[], None] | None = None
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
         if self._conversations is not None:
             return self._conversations.run(self._generate, prompts, samples, self._draw_seed)
-        requests = [self._request(prompt, samples) for prompt in prompts]
-        answers = self._generate(requests)
+        requests = []
+        for prompt in prompts:
+            room = self._engine.max_length - len(prompt.ids)
+            seed, limit = self._draw_seed(prompt.number), min(self._params.max_tokens or room, room)
+            requests.append(Request(prompt.ids.tolist(), replace(self._params, n=samples, max_tokens=limit, seed=seed)))
         return [
             [trajectory_of(prompt, sample, completion) for sample, completion in enumerate(group)]
-            for prompt, group in zip(prompts, answers, strict=True)
+            for prompt, group in zip(prompts, self._generate(requests), strict=True)
         ]
 
     def set_params(self, params: Params, version: int) -> None:
         synced = self._sync(params)
         self._metrics = {"sync/bytes": float(synced.bytes), "sync/seconds": synced.seconds}
         self._pending.append((synced.params, version))
-        if self._sampling.acquire(blocking=False):  # else the thread that samples takes them before its next call
+        if self._sampling.acquire(blocking=False):  # else the sampling thread takes them before its next device call
             try:
                 self._take_weights()
             finally:
                 self._sampling.release()
 
     def metrics(self) -> dict[str, float]:
-        """Of the newest `set_params`: bytes of the parameters, and the seconds they took to get where they sample."""
+        """Metrics of the newest `set_params`: bytes of the parameters, and seconds of their transfer."""
         return self._metrics
 
+    def agree_on_interrupts(self, check: Callable[[], None]) -> None:
+        """Call `check` before each device call instead of looking for interrupts of this process alone.
+
+        For an engine of several processes, whose device calls need all of them.
+        """
+        self._check = check
+
     def interrupt(self) -> None:
-        """Give up the samples under way, and all to come: `sample` raises Interrupted soon. From any thread."""
+        """Abort sampling, also in the future: `sample` raises Interrupted shortly. Thread-safe."""
         self._interrupted.set()
 
     def close(self) -> None:
-        """Nothing to give back: the engine goes with this object."""
-
-    def _request(self, prompt: Prompt, samples: int) -> Request:
-        room = self._engine.max_length - len(prompt.ids)
-        most = min(self._params.max_tokens or room, room)
-        seed = self._draw_seed(prompt.number)
-        return Request(prompt.ids.tolist(), replace(self._params, n=samples, max_tokens=most, seed=seed))
+        """Does nothing: the engine is freed with this object."""
 
     def _draw_seed(self, *parts: int) -> int:
         return int(np.random.SeedSequence([self._seed, *parts]).generate_state(1)[0])
 
     def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """`Engine.generate`, with new weights taken over between its device calls."""
+        """`Engine.generate`, with pending weights set between its device calls."""
         with self._sampling:
             return self._engine.generate(requests, self._between_calls)
 
     def _between_calls(self) -> None:
-        if self._interrupted.is_set():
+        if self._check is not None:
+            self._check()
+        elif self._interrupted.is_set():
             raise Interrupted
         self._take_weights()
 

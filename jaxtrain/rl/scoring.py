@@ -1,6 +1,4 @@
-"""The reward of a trajectory: the weighted sum of what reward functions, reward models and its environment give."""
-
-from __future__ import annotations
+"""The reward of a trajectory: the weighted sum of reward functions, reward models and its environment's rewards."""
 
 import math
 import time
@@ -10,20 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.config.rl_parts import RewardSection
 from jaxtrain.rl.environments import MAX_REWARD, REWARD_PART
 from jaxtrain.rl.failures import FailureLog
 from jaxtrain.rl.reward_models import RewardModel
-from jaxtrain.rl.reward_pool import RewardPool
-from jaxtrain.rl.rollouts import LOST_REWARD, Trajectory
+from jaxtrain.rl.reward_pool import Failure, RewardPool
+from jaxtrain.rl.rollouts import EXTRA, LOST_REWARD, Trajectory
+from jaxtrain.train.agree import gather_values, on_all
 
 
 class RewardScorer:
-    """A `Scorer`: reward functions in a pool, reward models, and the part that an environment has given.
+    """A `Scorer`: reward functions in a pool, reward models, and the rewards of environments.
 
-    A sample is lost, with the reward NaN and the reason in `info[LOST_REWARD]`, where a function, a model, its
-    environment or the sampler failed on it, where no part applies to it, and where the sum is not finite: it must not
-    train.
+    A reward is lost (NaN, with the reason in `info[LOST_REWARD]`) if a function, a model, the environment or the
+    sampler failed on the sample, if no part applies to it, or if the sum is not finite. They do not train.
+
+    All processes call it together, each with its own samples.
     """
 
     def __init__(
@@ -32,23 +32,30 @@ class RewardScorer:
         pool: RewardPool,
         environment_weight: float = 1.0,
         models: Sequence[RewardModel] = (),
+        max_steps: int | None = None,
     ):
-        self._weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {
+        """`max_steps`: optimizer steps of the run, which functions may read in `trainer_state`."""
+        self.weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {
             REWARD_PART: environment_weight
         }
         self._pool, self._models = pool, models
         self._counts: Counter[str] = Counter()
+        self._logged: dict[str, tuple[float, int]] = {}
+        self._max_steps = max_steps
         self._log = FailureLog()
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         start = time.perf_counter()
         columns = dict.fromkeys(name for t in trajectories for name in t.prompt.columns if name != "prompt")
-        scores = self._pool.score(
-            [t.prompt.columns.get("prompt") for t in trajectories],
-            [_completion(t) for t in trajectories],
-            [t.completion_ids[t.loss_mask].tolist() for t in trajectories],
-            {name: [t.prompt.columns.get(name) for t in trajectories] for name in columns},
-        )
+        prompts = [t.prompt.columns.get("prompt") for t in trajectories]
+        completions = [_completion(t) for t in trajectories]
+        ids = [t.completion_ids[t.loss_mask].tolist() for t in trajectories]
+        given: dict[str, Sequence[Any]] = {name: [t.prompt.columns.get(name) for t in trajectories] for name in columns}
+        state = {
+            "global_step": max((int(t.versions.max(initial=0)) for t in trajectories), default=0),
+            "max_steps": self._max_steps,
+        }
+        scores = on_all(lambda: self._pool.score(prompts, completions, ids, given, state))
         for model in self._models:
             scores.parts[model.name] = model(trajectories)
             for index in np.flatnonzero(~np.isfinite(scores.parts[model.name])).tolist():
@@ -56,22 +63,23 @@ class RewardScorer:
                 scores.reasons.setdefault(index, f"{model.name}: not finite: {scores.parts[model.name][index]}")
                 scores.parts[model.name][index] = np.nan
         seconds = time.perf_counter() - start
-        for (name, kind), count in (+scores.failures).items():
-            self._counts[f"rewards/{name}/{kind}"] += count
         scored: list[Trajectory] = []
         all_reasons: list[str] = []
+        lost = 0
         for index, t in enumerate(trajectories):
             parts = dict(t.rewards) | {name: float(part[index]) for name, part in scores.parts.items()}
             reward, problem = self._total(parts)
-            # What happened first counts: of a conversation that broke off, the functions saw only a part.
+            # The first error counts: the functions saw only a part of a conversation that failed.
             reasons = [reason for reason in (_error(t), scores.reasons.get(index)) if reason]
             if problem and not reasons:
                 reasons.append(problem)
-            self._counts["rewards/lost"] += bool(reasons)
+            lost += bool(reasons)
             all_reasons += reasons
-            # Weighted as their sum is, so that the tokens' rewards stay a share of the sample's.
-            by_token = None if t.token_rewards is None else self._weights[REWARD_PART] * t.token_rewards
+            # Weighted like their sum, so that the rewards of tokens remain parts of the sample's reward.
+            by_token = None if t.token_rewards is None else self.weights[REWARD_PART] * t.token_rewards
             info = {**t.info, LOST_REWARD: reasons[0]} if reasons else t.info
+            if scores.extra:
+                info = {**info, EXTRA: {column: given[index] for column, given in scores.extra.items()}}
             scored.append(
                 t._replace(
                     rewards=parts,
@@ -82,11 +90,26 @@ class RewardScorer:
                 )
             )
         self._log.report(all_reasons, len(scored))
+        for metrics, failures, number in gather_values((dict(scores.metrics), dict(+scores.failures), lost)):
+            self._count(metrics, failures, number)
         return scored
+
+    def _count(
+        self, metrics: Mapping[str, tuple[float, int]], failures: Mapping[tuple[str, Failure], int], lost: int
+    ) -> None:
+        """Add what the samples of one process give to `metrics`."""
+        for name, (total, number) in metrics.items():
+            before, counted = self._logged.get(name, (0.0, 0))
+            self._logged[name] = before + total, counted + number
+        for (name, kind), count in failures.items():
+            self._counts[f"rewards/{name}/{kind}"] += count
+        self._counts["rewards/lost"] += lost
 
     def _total(self, parts: Mapping[str, float]) -> tuple[float, str]:
         """The weighted sum of the parts that apply, or why there is none."""
-        known = [self._weights[name] * part for name, part in parts.items() if not math.isnan(part)]
+        if not parts:
+            return 0.0, ""  # only a teacher judges the samples
+        known = [self.weights[name] * part for name, part in parts.items() if not math.isnan(part)]
         if not known:
             return math.nan, f"{', '.join(parts)}: None: no reward applies to the sample"
         total = float(sum(known))
@@ -95,20 +118,24 @@ class RewardScorer:
         return total, ""
 
     def metrics(self) -> dict[str, float]:
-        """Samples lost since the last call: `rewards/lost` in all, `rewards/<function>/<kind of failure>`."""
+        """Of the samples of all processes since the last call: the means of what functions gave to `log_metric`, under
+        its names; `rewards/lost` samples in total, and `rewards/<function>/<kind of failure>`.
+        """
         counts, self._counts = self._counts, Counter()
-        return {"rewards/lost": 0.0} | {name: float(count) for name, count in counts.items()}
+        logged, self._logged = self._logged, {}
+        means = {name: total / number for name, (total, number) in logged.items()}
+        return means | {"rewards/lost": 0.0} | {name: float(count) for name, count in counts.items()}
 
 
 def _error(trajectory: Trajectory) -> str:
-    """What the environment or the sampler failed on, if they did."""
+    """The error of the environment or the sampler, or an empty string."""
     if "error" not in trajectory.info:
         return ""
     return f"{REWARD_PART if 'turns' in trajectory.info else 'sampler'}: {trajectory.info['error']}"
 
 
 def _completion(trajectory: Trajectory) -> Any:
-    """In TRL's form: messages where the prompt is a conversation, else a string."""
+    """The completion in TRL's format: messages if the prompt is a conversation, else a string."""
     if "messages" in trajectory.info:
         return trajectory.info["messages"]
     if isinstance(trajectory.prompt.columns.get("prompt"), str):
@@ -117,7 +144,7 @@ def _completion(trajectory: Trajectory) -> Any:
 
 
 def conversation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Of conversations: turns and tool calls per trajectory, failures per call, and samples lost to an error."""
+    """Metrics of conversations: turns and tool calls per trajectory, failures per call, errors and timeouts."""
     infos = [t.info for t in trajectories if "turns" in t.info]
     if not infos:
         return {}

@@ -1,6 +1,4 @@
-"""From the trainer's parameters to those that sample: adapters merged, cast, moved to where the engine runs."""
-
-from __future__ import annotations
+"""Sends the trainer's parameters to the sampler: merges adapters, casts, and transfers to the engine's devices."""
 
 import time
 from dataclasses import dataclass, replace
@@ -11,43 +9,49 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxtrain.nn.model import Model
-from jaxtrain.sample.placement import cast_matrices, serving_shardings
+from jaxtrain.sample.capacity import cast_matrices, serving_shardings
 from jaxtrain.types import Params
 
 
 def rollout_model(model: Model, mesh: Mesh | None) -> Model:
-    """The trainer's `model` as it samples: without adapters, on `mesh`."""
+    """The sampler's version of the trainer's `model`: without adapters, on `mesh`."""
     return replace(model, lora=None, new_tokens=None, run=replace(model.run, mesh=mesh))
 
 
 class Synced(NamedTuple):
-    params: Params  # of the rollout model; shares no buffer with the trainer's, which the next step donates
+    params: Params  # of the rollout model; they share no buffer with the trainer's, which the next step donates
     bytes: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class WeightSync:
-    """`sync(params)` for one trainer and one rollout model. From device to device where both are in this process."""
+    """Callable: converts the trainer's parameters to those of a rollout model in this process, device to device.
+
+    With several processes all call it together, and every engine gets a copy.
+    """
 
     trainer: Model
     rollout: Model
+    engines: tuple[Mesh, ...] = ()  # the meshes of all engines on the trainer's devices, if there are several
 
     def __call__(self, params: Params) -> Synced:
         start = time.perf_counter()
         merged = _merged(self.trainer, params)
-        if self.rollout.run.mesh != self.trainer.run.mesh:
+        if self.engines:
+            merged = _to_engines(merged, self.rollout, self.engines)
+        elif self.rollout.run.mesh != self.trainer.run.mesh:
             merged = jax.device_put(merged, serving_shardings(self.rollout))
         return _synced(merged, start)
 
 
 def to_host(trainer: Model, params: Params) -> Synced:
-    """The same for another process: numpy arrays, of which those in bfloat16 are seen as uint16.
+    """`WeightSync` for a sampler in another process: numpy arrays; those in bfloat16 are viewed as uint16.
 
-    Shared memory knows numpy's own dtypes only; what is of another one would be pickled, and copied by every reader.
+    Ray's shared memory supports only numpy's dtypes; others would be pickled, and copied by every reader.
     """
     start = time.perf_counter()
     host = jax.device_get(_merged(trainer, params))
@@ -55,7 +59,7 @@ def to_host(trainer: Model, params: Params) -> Synced:
 
 
 def from_host(rollout: Model, tree: Params) -> Params:
-    """`to_host` undone, on this process's devices."""
+    """The inverse of `to_host`, on this process's devices."""
 
     def place(leaf: np.ndarray) -> jax.Array:
         return jnp.asarray(leaf.view(ml_dtypes.bfloat16) if leaf.dtype == np.uint16 else leaf)
@@ -64,10 +68,31 @@ def from_host(rollout: Model, tree: Params) -> Params:
     return params if rollout.run.mesh is None else jax.device_put(params, serving_shardings(rollout))
 
 
+def _to_engines(params: Params, rollout: Model, engines: tuple[Mesh, ...]) -> Params:
+    """The parameters on the mesh of this process's engine.
+
+    The trainer's devices are arranged as (engine, axes of its mesh), over which one program replicates the parameters
+    to every engine. An engine's arrays are then made of its shards without a copy.
+    """
+    arranged = Mesh(
+        np.stack([mesh.devices for mesh in engines]),
+        ("engine", *engines[0].axis_names),
+        axis_types=(AxisType.Auto,) * (1 + len(engines[0].axis_names)),
+    )
+    own = serving_shardings(rollout)
+    placed = jax.device_put(params, jax.tree.map(lambda leaf: NamedSharding(arranged, leaf.spec), own))
+
+    def of_engine(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return jax.tree.map(of_engine, placed, own)
+
+
 @partial(jax.jit, static_argnums=0)
 def _merged(model: Model, params: Params) -> Params:
     params = model.merged(params)[1]
-    # A copy even where nothing is cast: an output that is an input is the same buffer, which the trainer gives away.
+    # Copy even if nothing is cast: else an output may share its buffer with the input, which the trainer donates.
     return jax.tree.map(jnp.copy, cast_matrices(params, model.run.dtype))
 
 

@@ -4,12 +4,10 @@
     {"name": "calculator", "arguments": {"expression": "47 * 38"}}
     </tool_call>
 
-A turn may hold several calls; a turn without one ends the conversation. The results come back as messages of the role
-`tool`, which the chat template writes. A call that cannot be parsed, or whose function raises, is counted as a failure
-and answered with the error, so that the model can correct it.
+A turn may have several calls; a turn without a call ends the conversation. Results are messages of the role `tool`,
+which the chat template must support. A call that cannot be parsed, or whose function raises, counts as a failure; its
+result is the error, so that the model can correct it.
 """
-
-from __future__ import annotations
 
 import ast
 import inspect
@@ -34,21 +32,21 @@ class ToolCall(NamedTuple):
 
 
 def tool_calls(text: str) -> list[ToolCall | ValueError]:
-    """The calls of a turn in order; a ValueError that says what is wrong for one that cannot be parsed."""
+    """The calls of a turn in order; a ValueError in place of a call that cannot be parsed."""
     return [_parse(body, end) for body, end in _CALL.findall(text)]
 
 
 class Tools:
-    """An environment of functions. Each needs type hints and a docstring in Google's style, as in transformers.
+    """An environment of functions. Each must have type hints and a Google-style docstring, as in transformers.
 
     The functions may be `async`.
     """
 
     def __init__(self, *functions: Callable[..., Any]):
-        """Raises ValueError for two functions of one name."""
+        """Raises ValueError for two functions with the same name."""
         self._functions = {function.__name__: function for function in functions}
         if len(self._functions) < len(functions):
-            raise ValueError(f"two tools have one name: {', '.join(function.__name__ for function in functions)}")
+            raise ValueError(f"tools must have unique names: {', '.join(function.__name__ for function in functions)}")
         self._schemas = [get_json_schema(function) for function in functions]
 
     def reset(self, row: Mapping[str, Any]) -> Opening:
@@ -64,17 +62,18 @@ class Tools:
         if isinstance(call, ValueError):
             return "unknown", f"error: {call}", False
         if call.name not in self._functions:
-            return _text(call.name), f"error: there is no tool {call.name!r}, only {', '.join(self._functions)}", False
+            message = f"error: unknown tool {call.name!r}; available tools: {', '.join(self._functions)}"
+            return _text(call.name), message, False
         function = self._functions[call.name]
         try:
             inspect.signature(function).bind(**call.arguments)
             return call.name, str(awaited(function(**call.arguments))), True
-        except Exception as error:  # the boundary to a user's function: whatever it raises is an answer to the model
+        except Exception as error:  # the boundary to user code: the error is the result that the model sees
             return call.name, f"error: {str(error) or type(error).__name__}", False
 
 
 def _text(text: str) -> str:
-    """`text` with an escape in place of what has no UTF-8 form: a model may write one half of a surrogate pair."""
+    """`text` with escapes for characters without a UTF-8 encoding: a model may write half of a surrogate pair."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -92,7 +91,7 @@ def calculator(expression: str) -> float | int:
 
 
 def calculator_tools() -> Tools:
-    """An environment with one tool, `calculator`; the answer is rewarded by the run's reward functions."""
+    """An environment with one tool, `calculator`; the run's reward functions score the answer."""
     return Tools(calculator)
 
 

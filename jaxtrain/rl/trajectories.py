@@ -1,10 +1,8 @@
-"""Every sample of a run in Parquet, one file a step, and a source that plays them again.
+"""Records every sample of a run in Parquet, one file per rollout and process, and replays them.
 
-`pyarrow.parquet.read_table("runs/x/trajectories/")` (or pandas, or DuckDB) reads a whole run: a row per sample, with
-the ids, the text, the rewards by part and what the trainer made of them.
+`pyarrow.parquet.read_table("runs/x/trajectories/")` (or pandas, or DuckDB) reads a complete run: a row per sample, with
+its ids, text, rewards by part, and advantages.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -20,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtrain.rl.collect import Collected, rollout_metrics
-from jaxtrain.rl.rollouts import Prompt, Trajectory
+from jaxtrain.rl.dealing import Deal
+from jaxtrain.rl.rollouts import EXTRA, Prompt, Trajectory
 from jaxtrain.types import Params
 
 FOLDER = "trajectories"
@@ -47,6 +46,7 @@ _SCHEMA = pa.schema(
         ("reward", pa.float64()),
         ("rewards", _PARTS),
         ("timings", _PARTS),
+        ("left_out", pa.bool_()),
         *((name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in _TOKENS.items()),
         ("supports", pa.list_(pa.list_(pa.int32()))),
         ("info", pa.string()),  # JSON
@@ -54,31 +54,46 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_step(run_dir: str | Path, step: int, trajectories: Sequence[Trajectory]) -> Path:
-    """Write the samples of a step, atomically; a step that is taken again after a resume replaces its file."""
-    path = _path(Path(run_dir) / FOLDER, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_step(
+    run_dir: str | Path,
+    step: int,
+    trajectories: Sequence[Trajectory],
+    deal: Deal = Deal(),  # noqa: B008 - immutable
+) -> Path:
+    """Write this process's samples of a step atomically. A step that is repeated after a resume replaces its files."""
+    folder = Path(run_dir) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    part = "" if deal.processes == 1 else f".{deal.process}-of-{deal.processes}"
+    path = folder / f"step_{step:08d}{part}.parquet"
     table = pa.Table.from_pylist([_row(step, t) for t in trajectories], _SCHEMA)
     temporary = path.with_suffix(".tmp")
     pq.write_table(table, temporary, compression="zstd")
     os.replace(temporary, path)
+    if deal.process == 0:
+        for other in _paths(folder, step):
+            if _processes(other) != deal.processes:  # of before a resume
+                other.unlink()
     return path
 
 
 def read_step(run_dir: str | Path, step: int) -> list[Trajectory]:
-    """The samples of a step as they were written. Raises ValueError where there is no such file."""
-    path = _path(Path(run_dir) / FOLDER, step)
-    if not path.is_file():
-        raise ValueError(f"{run_dir}: no trajectories of step {step} are recorded in it")
-    return [_trajectory(row) for row in pq.read_table(path, schema=_SCHEMA).to_pylist()]
+    """Read the samples of a step, of all processes. Raises ValueError if there is no such file."""
+    paths = _paths(Path(run_dir) / FOLDER, step)
+    if not paths:
+        raise ValueError(f"{run_dir} has no recorded trajectories of step {step}")
+    rows = [row for path in paths for row in pq.read_table(path, schema=_SCHEMA).to_pylist()]
+    if len(paths) > 1:
+        rows.sort(key=lambda row: (row["prompt"], row["sample"]))
+    return [_trajectory(row) for row in rows]
 
 
 def recorded_steps(run_dir: str | Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step_")) for path in (Path(run_dir) / FOLDER).glob("step_*.parquet"))
+    names = [path.name.partition(".")[0] for path in (Path(run_dir) / FOLDER).glob("step_*.parquet")]
+    return sorted({int(name.removeprefix("step_")) for name in names})
 
 
 class Replay:
-    """A `SampleSource` of what a run recorded, step by step, whatever the weights are."""
+    """A `SampleSource` of the recorded samples of a run, which ignores the weights."""
 
     def __init__(self, run_dir: str | Path):
         """Raises ValueError for a folder without recorded samples."""
@@ -86,7 +101,7 @@ class Replay:
         self._steps = deque(recorded_steps(run_dir))
         if not self._steps:
             raise ValueError(
-                f"{run_dir}: no samples are recorded in {Path(run_dir) / FOLDER}: there is nothing to replay"
+                f"{run_dir} has no recorded samples to replay: {Path(run_dir) / FOLDER} is missing or empty"
             )
 
     def __call__(self, params: Params, number: int) -> Collected | None:
@@ -97,26 +112,27 @@ class Replay:
         return Collected(trajectories, rollout_metrics(trajectories), prompts)
 
     def state(self) -> None:
-        """No prompts are drawn."""
+        """None, since no prompts are drawn."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 def sample_table(step: int, trajectories: Sequence[Trajectory], rows: int = 4, width: int = 300) -> Table:
-    """The first samples for a person to read, the end of long texts left out."""
+    """A table of the first samples, with long texts truncated."""
     table = Table(title=f"samples of step {step}", show_lines=True, title_justify="left")
     table.add_column("prompt", ratio=1, overflow="fold")
     table.add_column("completion", ratio=2, overflow="fold")
-    table.add_column("worth", justify="right", overflow="fold", max_width=30)
+    table.add_column("reward", justify="right", overflow="fold", max_width=30)
     for t in trajectories[:rows]:
-        worth = [f"reward {t.reward:.2f}", *(f"{name} {value:.2f}" for name, value in t.rewards.items())]
-        if t.advantages is not None and t.loss_mask.any():
-            worth.append(f"advantage {t.advantages[t.loss_mask].mean():.2f}")
-        worth.append(f"{len(t.completion_ids)} tokens, {t.finish_reason}")
+        numbers = [f"reward {t.reward:.2f}", *(f"{name} {value:.2f}" for name, value in t.rewards.items())]
+        if t.advantages is not None and t.trained_mask.any():
+            numbers.append(f"advantage {t.advantages[t.trained_mask].mean():.2f}")
+        numbers += [f"{column} {_truncated(str(given), 100)}" for column, given in t.info.get(EXTRA, {}).items()]
+        numbers.append(f"{len(t.completion_ids)} tokens, {t.finish_reason}")
         texts = (_question(t.prompt.columns.get("prompt", "")), t.text)
-        # As `Text`: brackets in what a model writes are no markup.
-        table.add_row(*(Text(_cut(text, width)) for text in texts), Text("\n".join(worth)))
+        # As `Text`, so that brackets in a model's text are not interpreted as markup.
+        table.add_row(*(Text(_truncated(text, width)) for text in texts), Text("\n".join(numbers)))
     return table
 
 
@@ -133,6 +149,7 @@ def _row(step: int, t: Trajectory) -> dict[str, Any]:
         "reward": t.reward,
         "rewards": list(t.rewards.items()),
         "timings": list(t.timings.items()),
+        "left_out": t.left_out,
         **tokens,
         "supports": None if t.supports is None else t.supports.tolist(),
         "info": json.dumps(dict(t.info), default=str),
@@ -154,19 +171,27 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         reward=row["reward"],
         rewards=dict(row["rewards"]),
         timings=dict(row["timings"]),
+        left_out=bool(row["left_out"]),  # null in the records of older versions, which have an empty `loss_mask`
         supports=supports,
         info=json.loads(row["info"]),
         **tokens,
     )
 
 
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}.parquet"
+def _paths(folder: Path, step: int) -> list[Path]:
+    """The files of a step: one, or one of each process."""
+    return sorted(folder.glob(f"step_{step:08d}.*parquet"))
+
+
+def _processes(path: Path) -> int:
+    """The number of processes that wrote the files of the step of `path`."""
+    _, _, count = path.name.removesuffix(".parquet").partition("-of-")
+    return int(count or 1)
 
 
 def _question(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(message.get("content")) for message in prompt or [])
 
 
-def _cut(text: str, width: int) -> str:
+def _truncated(text: str, width: int) -> str:
     return text if len(text) <= width else text[:width] + " …"

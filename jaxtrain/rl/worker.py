@@ -1,13 +1,11 @@
-"""How a sampler is made from things that can be sent to another process."""
-
-from __future__ import annotations
+"""`WorkerSpec`: a picklable description from which a sampler is built, also in another process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxtrain.config.rollouts import EnvironmentSection
+from jaxtrain.config.rl_parts import EnvironmentSection
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.named import load_named
 from jaxtrain.nn.model import Model
@@ -15,27 +13,29 @@ from jaxtrain.rl.conversations import Conversations
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import Synced
 from jaxtrain.sample.engine import Engine
-from jaxtrain.sample.requests import SamplingParams
+from jaxtrain.sample.requests import EngineLimits, SamplingParams
 from jaxtrain.types import Params
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """A sampler before it has weights. Can be pickled where `model` is on no mesh."""
+    """A sampler without weights. It can be pickled if `model` has no mesh."""
 
-    model: Model  # that samples: see `sync.rollout_model`
+    model: Model  # see `sync.rollout_model`
     params: SamplingParams
     seed: int
     slots: int
-    max_length: int  # tokens of prompt and completion, all turns
+    max_length: int  # maximum tokens of prompt and completion, in all turns
     tokenizer: Any = None  # for texts; environments need one with a chat template
-    support: int = 0  # with filters: tokens kept at most, which the trainer scores a sample under
+    support: int = 0  # maximum number of tokens that filters keep, among which the trainer scores a sample
     environment: EnvironmentSection | None = None
+    template_kwargs: dict[str, Any] | None = None  # of every conversation with an environment
+    date: str | None = None  # today for chat templates that write it
 
     def build(self, weights: Params, version: int, sync: Callable[[Params], Synced]) -> EngineSampler:
-        """`weights` are the engine's first; `sync` makes those given to `set_params` like them.
+        """Build the sampler. `weights` are the engine's initial ones; `sync` converts later ones to the same form.
 
-        Raises ValueError for an environment that cannot be found.
+        Raises ValueError for an environment that cannot be imported.
         """
         engine = Engine(
             self.model,
@@ -43,7 +43,7 @@ class WorkerSpec:
             slots=self.slots,
             max_length=self.max_length,
             tokenizer=self.tokenizer,
-            support=self.support,
+            limits=EngineLimits(support=self.support),
             version=version,
         )
         return EngineSampler(engine, self.params, self.seed, sync, self._conversations())
@@ -55,7 +55,7 @@ class WorkerSpec:
         factory = load_named(section.factory, "rl.environment.factory", "jaxtrain.rl.environments")
         return Conversations(
             factory=partial(factory, **section.args),
-            chat=ChatTokenizer(self.tokenizer),
+            chat=ChatTokenizer(self.tokenizer, template_kwargs=self.template_kwargs, date=self.date),
             params=self.params,
             max_turns=section.max_turns,
             max_length=section.max_length(self.max_length),

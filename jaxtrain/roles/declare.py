@@ -1,9 +1,7 @@
-"""Declaring a role's model: which parameters it has, and the shape, dtype and sharding of each.
+"""Declares a role's model: its parameters with their shapes, dtypes and shardings.
 
-Nothing is read or computed here: a declaration is what a checkpoint is restored into, and what a compiler is given.
+No weights are read or computed here: a declaration is the target of a restore, and the abstract input of a compiler.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import replace
@@ -16,13 +14,14 @@ from converters.adapters import read_lora
 from converters.import_hf import read_config
 from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection
-from jaxtrain.lora import check_targets, split_adapters
+from jaxtrain.lora import check_targets
 from jaxtrain.nn.config import Lora, ModelConfig, Modules, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
-from jaxtrain.ops.quantize import Kind, quantize_kernels
+from jaxtrain.ops.quantize import QuantizedFormat, quantize_kernels
 from jaxtrain.parallel.mesh import platform_of
-from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.parallel.sharding import RULES, param_specs, with_shardings
+from jaxtrain.roles.full_modules import with_full_modules
 from jaxtrain.roles.tokenizer import tokenizer_folder
 from jaxtrain.roles.torch_model import open_torch_model
 from jaxtrain.types import Params
@@ -30,17 +29,17 @@ from jaxtrain.types import Params
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _MAX_UNROLLED_LAYERS = 8
-"""On a CPU, a model of at most this many layers is compiled without a loop; more layers take long to compile."""
+"""On a CPU, a model of at most this many layers is compiled without a loop; more layers would compile slowly."""
 
 
 class Declaration(NamedTuple):
-    """A model, and where each of its parameters is placed."""
+    """A model, and the shape, dtype and sharding of each of its parameters."""
 
     model: Model
-    hf: dict[str, Any]  # config.json as it was read
-    target: Params  # shape, dtype and sharding of every parameter, adapters included, none quantised
-    quantize: Kind | None = None  # how the frozen kernels are stored
-    added: NewTokens | None = None  # tokens that the checkpoint lacks, whether or not they have their own parameters
+    hf: dict[str, Any]  # the content of config.json
+    target: Params  # shape, dtype and sharding of every parameter, including adapters, before quantisation
+    quantize: QuantizedFormat | None = None  # the format of the frozen kernels
+    added: NewTokens | None = None  # tokens that the checkpoint lacks, whether or not they have separate parameters
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -51,32 +50,32 @@ class Declaration(NamedTuple):
     @property
     def trained(self) -> Params:
         """The part of `target` that the optimizer updates."""
-        return split_adapters(self.target)[0] if self.model.base_frozen else self.target
+        return self.model.split(self.target)[0] if self.model.base_frozen else self.target
 
     @property
     def frozen(self) -> Params:
-        """The part of `target` that no step changes, quantised where the section says so."""
+        """The part of `target` that is not trained, quantised if the section says so."""
         if not self.model.base_frozen:
             return {}
-        base = split_adapters(self.target)[1]
+        base = self.model.split(self.target)[1]
         return quantize_kernels(base, self.model.axes(), self.quantize) if self.quantize else base
 
     @property
     def trained_axes(self) -> Params:
         """Logical axes of the trained parameters."""
-        return split_adapters(self.model.axes())[0] if self.model.base_frozen else self.model.axes()
+        return self.model.split(self.model.axes())[0] if self.model.base_frozen else self.model.axes()
 
 
 def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Declaration:
-    """The model that `section` describes, on `mesh` by the rules of `mesh.preset`.
+    """Declare the model that `section` describes, sharded over `mesh` by the rules of `mesh.preset`.
 
-    Raises ValueError, naming the key, where the section does not fit the checkpoint or the mesh.
+    Raises ValueError, which names the key, if the section does not fit the checkpoint or the mesh.
     """
     if section.backend == "torchax":
         run = Execution(jnp.dtype(section.compute_dtype), mesh=mesh)
         torch_model = open_torch_model(section, run)
         shardings = param_specs(torch_model.axes(), torch_model.abstract(), RULES[preset], mesh)
-        target = jax.tree.map(_with_sharding, torch_model.abstract(), shardings)
+        target = with_shardings(torch_model.abstract(), shardings)
         return Declaration(torch_model, torch_model.module.config.to_dict(), target)
     origin = section.config if section.path is None else section.path
     assert origin is not None
@@ -97,19 +96,20 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
         router_loss=_router_loss(section, config),
         new_tokens=added if section.add_tokens and (lora or section.add_tokens.alone) else None,
     )
-    shapes = model.abstract()
     if model.lora:
-        check_targets(model.lora.targets, shapes)
+        check_targets(model.lora.targets, model.abstract())
+        model = with_full_modules(section, model)
+    shapes = model.abstract()
     shardings = param_specs(model.axes(), shapes, RULES[preset], mesh)
-    return Declaration(model, hf, jax.tree.map(_with_sharding, shapes, shardings), section.quantize, added)
+    return Declaration(model, hf, with_shardings(shapes, shardings), section.quantize, added)
 
 
 def _router_loss(section: ModelSection, config: ModelConfig) -> RouterLoss:
     weights = RouterLoss(section.router_aux_loss_coef, section.router_z_loss_coef)
     if config.moe is None and weights != RouterLoss():
         raise ValueError(
-            "model.router_aux_loss_coef and model.router_z_loss_coef are for mixtures of experts; "
-            f"{config.family} has no router here"
+            "model.router_aux_loss_coef and model.router_z_loss_coef need a mixture of experts; this model of family "
+            f"{config.family} has no router"
         )
     return weights
 
@@ -121,7 +121,7 @@ def _added_tokens(section: ModelSection) -> NewTokens | None:
         return None
     ids = add_tokens(load_tokenizer(folder), requested.tokens, requested.special)
     if not ids and requested.alone:
-        raise ValueError(f"model.add_tokens.alone: the tokenizer in {folder} has all of these tokens already")
+        raise ValueError(f"model.add_tokens.alone: the tokenizer in {folder} already has all of these tokens")
     return NewTokens(ids[0], len(ids)) if ids else None
 
 
@@ -154,7 +154,3 @@ def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:
             f"{', '.join(found.targets)}; leave it out"
         )
     return named
-
-
-def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

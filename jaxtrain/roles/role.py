@@ -1,43 +1,49 @@
-"""Roles: models with parameters on a mesh. A `Role` is fixed; a `TrainedRole` is changed by `update`.
+"""Roles: models with parameters on a mesh. A `Role` is frozen; a `TrainedRole` is trained by `update`.
 
-Roles belong to the main thread. Whoever samples or serves gets a `Snapshot`.
+Roles are used only on the main thread. Samplers and servers get a `Snapshot`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from jaxtrain.config import ModelSection, TrainSection
 from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
-from jaxtrain.objectives.objective import Objective
+from jaxtrain.objectives.objective import Logp, Objective, TopLogps
+from jaxtrain.objectives.uld import group_probs, to_student
+from jaxtrain.ops.head_chunks import Head, TopK
+from jaxtrain.ops.token_scores import Scoring, Targets, token_scores
 from jaxtrain.optim import Schedule
-from jaxtrain.parallel.batches import local_rows, place_batch
+from jaxtrain.parallel.batches import move_batch, place_batch
 from jaxtrain.parallel.mesh import compiler_options
+from jaxtrain.parallel.sharding import with_shardings
 from jaxtrain.roles.declare import Declaration
 from jaxtrain.roles.initial import initial_params
 from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.train.state import new_state, state_shardings
-from jaxtrain.train.step import StepReport, jit_step, make_step, score, token_values
-from jaxtrain.types import Batch, Params, TrainState
+from jaxtrain.train.step import StepReport, jit_step, make_step, score, scores_of, token_values
+from jaxtrain.types import TEACHER_PLACE, TEACHER_TOKENS, Array, Batch, Params, TrainState
 
 
 class Snapshot(NamedTuple):
-    """Parameters of a role at one moment, for another thread, device set or process."""
+    """The current parameters of a role, for another thread, device set or process."""
 
-    params: Params  # adapters included; valid until the role's next update, so a receiver copies them
-    version: int  # optimizer steps behind them
+    params: Params  # including adapters; valid until the role's next update, so the receiver must copy them
+    version: int  # number of optimizer steps
 
 
 class Role:
-    """A model whose parameters no step changes: a reference, a teacher, a reward model.
+    """A model that is not trained: a reference, a teacher, a reward model.
 
-    It is declared first; `load` reads its parameters, unless it is given those of another role.
+    It is declared first; `load` reads its parameters, unless `params` are given, such as those of another role.
     """
 
     def __init__(
@@ -57,7 +63,7 @@ class Role:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """None where the model has none."""
+        """The tokenizer, or None if the model has none."""
         return make_tokenizer(self.section)
 
     @property
@@ -67,44 +73,87 @@ class Role:
         return self._params
 
     def load(self) -> None:
-        """Read, or draw, the parameters that the role begins with."""
+        """Read or initialize the parameters."""
         adapters, base = initial_params(self.section, self.declared, self.seed)
         self._params = join(adapters, base)
 
-    def logps(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
-        """Log-probability of every weighted token: float32 [B, T] on the host, 0 elsewhere. `batch` is this host's."""
+    def logps(self, batch: Batch, temperature: float = 1.0) -> Float[jax.Array, "B T"]:
+        """Log-probability of every weighted token: float32, 0 elsewhere, on the devices of the role's mesh.
+
+        `batch`: this host's rows, or a placed batch.
+        """
         model = self.model
         return self._score(("logps", temperature), batch, lambda p, b: score(model, p, b, temperature=temperature).logp)
 
-    def values(self, batch: Batch) -> np.ndarray:
-        """What a scalar head says of the state before every weighted token: float32 [B, T]; 0 elsewhere."""
+    def values(self, batch: Batch) -> Float[jax.Array, "B T"]:
+        """The outputs of a scalar head for the state before every weighted token: float32, 0 elsewhere."""
         return self._score("values", batch, lambda p, b: token_values(self.model, p, b))
 
-    def rewards(self, batch: Batch) -> np.ndarray:
-        """What a scalar head says of the state at every token: float32 [B, T]."""
+    def rewards(self, batch: Batch) -> Float[jax.Array, "B T"]:
+        """The outputs of a scalar head for the state at every token: float32."""
         return self._score("rewards", batch, lambda p, b: self.model.values(p, self.model.hidden(p, b)))
 
-    def place(self, batch: Batch) -> Batch:
-        """This host's rows of a global batch, on the devices of the role's mesh, if it is on one."""
-        if self.model.run.mesh is None:
-            return batch
-        rows = len(batch.tokens) * jax.process_count()
-        return place_batch(batch, self.mesh, local_rows(self.mesh, rows), rows)
+    def hidden(self, batch: Batch) -> Float[jax.Array, "B T D"]:
+        """The hidden states after the final norm, on the devices of the role's mesh."""
+        return self._score("hidden", batch, lambda p, b: self.model.hidden(p, b))
 
-    def _score(self, key: Any, batch: Batch, function: Any) -> np.ndarray:
+    def top_logps(self, batch: Batch, k: int, *, temperature: float, vocab_size: int) -> TopK:
+        """The k most probable of the first `vocab_size` ids at every weighted token, with their log-probabilities:
+        [B, T, k], 0 elsewhere."""
+
+        def top(params: Params, batch: Batch) -> TopK:
+            head = replace(self.model.head(params), vocab_size=vocab_size)
+            targets, scoring = Targets(batch.tokens, batch.loss_weights), Scoring(temperature, top_k=k)
+            scores = token_scores(self.model.hidden(params, batch), head, targets, scoring, mesh=self.model.run.mesh)
+            return TopK(scores.top_ids, scores.top_logps)
+
+        return self._score(("top", k, temperature, vocab_size), batch, top)
+
+    def group_probs(self, batch: Batch, k: int) -> Float[jax.Array, "B T K"]:
+        """The signal `teacher_probs` of a batch with `teacher_tokens`: `objectives.uld.group_probs` of this model, at
+        the student's tokens.
+        """
+
+        def probs(params: Params, batch: Batch) -> Float[Array, "B T K"]:
+            places = batch.signals[TEACHER_PLACE]
+            mine = batch._replace(
+                tokens=batch.signals[TEACHER_TOKENS], loss_weights=(places > 0).astype(jnp.float32), signals={}
+            )
+            scores = scores_of(self.model, params, self.model.hidden(params, mine), mine, (Logp(), TopLogps(k)))
+            return to_student(group_probs(scores, places), batch)
+
+        return self._score(("groups", k), batch, probs)
+
+    def head(self) -> Head:
+        """The projection onto the vocabulary."""
+        return self.model.head(self.params)
+
+    def place(self, batch: Batch) -> Batch:
+        """This host's rows of a global batch, on the devices of the role's mesh, if it is on one.
+
+        A batch that is placed on the devices of another mesh is copied to these.
+        """
+        mesh = self.declared.model.run.mesh
+        if mesh is None:
+            return batch
+        if not isinstance(batch.tokens, jax.Array):
+            return place_batch(batch, mesh)
+        return move_batch(batch, mesh)
+
+    def _score(self, key: Any, batch: Batch, function: Any) -> Any:
         if key not in self._compiled:
             mesh = self.model.run.mesh
             options = None if mesh is None else compiler_options(mesh)
             self._compiled[key] = jax.jit(function, compiler_options=options)
-        return np.asarray(jax.device_get(self._compiled[key](self.params, self.place(batch))))
+        return self._compiled[key](self.params, self.place(batch))
 
 
 class TrainedRole(Role):
-    """A role that an optimizer updates.
+    """A role that is trained.
 
-    `frozen` are the weights that it does not touch, the base under LoRA. They are an argument of their own of the
-    compiled step and are never donated, so that a reference or an engine may share them. The state is donated by every
-    update.
+    `frozen` are the weights that are not trained, such as the base under LoRA. They are a separate argument of the
+    compiled step and are never donated, so that a reference or an engine may share them. Every update donates the
+    state.
     """
 
     def __init__(self, name: str, section: ModelSection, declared: Declaration, seed: int, update: Update):
@@ -112,6 +161,7 @@ class TrainedRole(Role):
         self._update = update
         self._state: TrainState | None = None
         self.frozen: Params = {}
+        self.teacher_head: Head | None = None  # of an objective that requests a divergence
         self._step: Any = None
 
     @property
@@ -120,25 +170,26 @@ class TrainedRole(Role):
         return self._state
 
     @property
+    def restored(self) -> bool:
+        """Whether it has parameters."""
+        return self._state is not None
+
+    @property
     def params(self) -> Params:
         return join(self.state.params, self.frozen)
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken, skipped ones included. Reading it waits for the device."""
+        """Number of optimizer steps, including skipped ones. Reading it waits for the device."""
         return int(self.state.step)
 
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every leaf of the state; uses no memory."""
         shapes = jax.eval_shape(self._new_state, self.declared.trained)._replace(params=self.declared.trained)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            state_shardings(shapes, self.mesh),
-        )
+        return with_shardings(shapes, state_shardings(shapes, self.mesh))
 
     def load(self, state: TrainState | None = None) -> None:
-        """Take `state` from a checkpoint, or begin at step 0; frozen weights are read, or drawn, in both cases."""
+        """Use `state` from a checkpoint, or start at step 0. Frozen weights are read or initialized in both cases."""
         if state is not None and not self.model.base_frozen:
             self._state = state
         else:
@@ -148,21 +199,23 @@ class TrainedRole(Role):
         self._step = jit_step(self._make_step(), self.state, self.mesh)
 
     def update(self, batch: Batch) -> StepReport:
-        """Take one optimizer step on a placed batch. The report stays on the device until somebody reads it."""
-        state, self._state = self.state, None  # donated: after an exception its buffers are gone
-        self._state, report = self._step(state, self.frozen, batch)
+        """Take one optimizer step on a placed batch. The report stays on the device until it is read."""
+        state, self._state = self.state, None  # donated: its buffers are invalid even after an exception
+        self._state, report = self._step(state, self.frozen, batch, self.teacher_head)
         return report
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
-        """The step for placed batches of this shape, without taking it: `.compile()` gives its use of memory, and the
-        updates that follow do not compile it again."""
-        return self._step.lower(self.state, self.frozen, batch)
+        """Lower the step for placed batches of this shape without running it.
+
+        `.compile()` gives its memory usage, and later updates do not compile it again.
+        """
+        return self._step.lower(self.state, self.frozen, batch, self.teacher_head)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.params, self.step)
 
     def compilations(self) -> int:
-        """How many programs the step was compiled to; more than one means that shapes changed."""
+        """How often the step was compiled; more than once means that shapes changed."""
         return self._step._cache_size()
 
     def _new_state(self, params: Params) -> TrainState:
@@ -185,7 +238,7 @@ class TrainedRole(Role):
 
 
 class Update(NamedTuple):
-    """How a role is trained."""
+    """The objective and optimizer of a trained role."""
 
     objective: Objective
     optimizer: optax.GradientTransformation

@@ -1,6 +1,4 @@
-"""What a request forbids or favours: penalties, biases, allowed ids, a trie of allowed sequences."""
-
-from __future__ import annotations
+"""Constraints on the logits of a request: penalties, biases, allowed ids, a trie of allowed sequences."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,59 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtrain.sample.filters import Knobs
+from jaxtrain.sample.filters import SlotSettings
+from jaxtrain.sample.trie import Trie
 from jaxtrain.types import Array
 
-# A mark, uint16, of two bits and a count: the token is in the prompt; it may never be generated; it was generated, so
-# many times.
+# The mark of a token in a slot, uint16. Bit 0: it is in the prompt. Bit 1: it must not be generated. The other bits
+# count how often it was generated.
 IN_PROMPT, FORBIDDEN, GENERATED = 1, 2, 4
 
 
-class Trie:
-    """The sequences of ids a sample may be, such as the semantic ids of a catalogue; it ends where a sequence does.
-
-        trie = Trie([[11, 2, 5], [11, 2, 7], [12, 1]])
-        Request(prompt, SamplingParams(trie=trie))
-
-    Raises ValueError for no sequence, an empty one, and one that begins another, since such a sample would not know
-    whether to end (add an end token to each then).
-    """
-
-    def __init__(self, sequences: Sequence[Sequence[int]]):
-        children: list[dict[int, int]] = [{}]
-        ends: set[int] = set()
-        for number, sequence in enumerate(sequences):
-            node = 0
-            for token in sequence:
-                if node in ends:
-                    raise ValueError(f"trie: a shorter sequence begins sequence {number}, {list(sequence)}")
-                if token not in children[node]:
-                    children[node][int(token)] = len(children)
-                    children.append({})
-                node = children[node][int(token)]
-            if not len(sequence) or children[node]:
-                raise ValueError(f"trie: sequence {number}, {list(sequence)}, is empty or begins a longer one")
-            ends.add(node)
-        if not ends:
-            raise ValueError("trie: there is no sequence in it")
-        self.first = np.cumsum([0, *map(len, children)]).astype(np.int32)  # [nodes + 1], where a node's edges begin
-        self.tokens = np.array([token for edges in children for token in edges], np.int32)  # [edges]
-        self.targets = np.array([target for edges in children for target in edges.values()], np.int32)  # [edges]
-        self.fanout = max(map(len, children))
-        self.depth = max(map(len, sequences))
-
-
 class Tries(NamedTuple):
-    """Several tries end to end. Node 0 is nobody's: a slot there is free."""
+    """Several tries, concatenated. Node 0 is reserved for slots without a trie."""
 
     first: Array  # [nodes + 1] int32
     tokens: Array  # [edges] int32
     targets: Array  # [edges] int32
-    reach: Array  # [fanout] int32, 0 .. fanout - 1; its length is the most edges of a node
+    reach: Array  # [fanout] int32, 0 .. fanout - 1; fanout is the maximum number of edges of a node
 
 
 def join_tries(tries: Sequence[Trie]) -> tuple[Tries, list[int]]:
-    """The tries end to end, filled up to powers of two so that another one seldom changes a shape, and their roots."""
+    """The concatenated tries and their roots. Padded to powers of two, so that adding a trie rarely changes a shape."""
     first, tokens, targets, roots = [0], [], [], []
     fanout = 1
     for trie in tries:
@@ -78,50 +43,60 @@ def join_tries(tries: Sequence[Trie]) -> tuple[Tries, list[int]]:
     return Tries(ends, edges[0], edges[1], np.arange(_power(fanout), dtype=np.int32)), roots
 
 
-def constrain(logits: Array, knobs: Knobs, marks: Array, tries: Tries, node: Array, live: Array) -> Array:
+def constrain(logits: Array, settings: SlotSettings, marks: Array, tries: Tries, node: Array, live: Array) -> Array:
     """Logits [B, V] after penalties, biases and masks, in this order; masked ones are -inf.
 
-    `marks` [B, V] uint16 are as above, `node` [B] int32 is where in `tries` a slot stands. The repetition penalty is
-    transformers' (a positive logit is divided, a negative one multiplied; prompt and new tokens), presence and
-    frequency penalties are OpenAI's (subtracted, once and as often as the token came; new tokens only).
+    `marks` [B, V] uint16 are as above, `node` [B] int32 is each slot's current node in `tries`. The repetition penalty
+    is that of transformers (positive logits are divided, negative ones multiplied; prompt and new tokens). Presence and
+    frequency penalties are those of OpenAI (subtracted once, or once per occurrence; new tokens only).
     """
-    marked = live & knobs.marked
+    marked = live & settings.marked
 
-    def of_marks(logits: Array) -> Array:
+    def apply_marks(logits: Array) -> Array:
         count = marks // GENERATED
         seen = ((marks & IN_PROMPT) != 0) | (count > 0)
-        repetition = jnp.where(marked, knobs.repetition, 1)[:, None]
+        repetition = jnp.where(marked, settings.repetition, 1)[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
-        logits -= jnp.where(marked, knobs.presence, 0)[:, None] * (count > 0)
-        logits -= jnp.where(marked, knobs.frequency, 0)[:, None] * count
+        logits -= jnp.where(marked, settings.presence, 0)[:, None] * (count > 0)
+        logits -= jnp.where(marked, settings.frequency, 0)[:, None] * count
         return jnp.where(((marks & FORBIDDEN) != 0) & marked[:, None], -jnp.inf, logits)
 
-    def biased(logits: Array) -> Array:
-        columns = jnp.where(knobs.bias_ids < 0, logits.shape[1], knobs.bias_ids)
-        return logits.at[jnp.arange(len(logits))[:, None], columns].add(knobs.bias, mode="drop")
+    def apply_bias(logits: Array) -> Array:
+        columns = jnp.where(settings.bias_ids < 0, logits.shape[1], settings.bias_ids)
+        return jnp.asarray(logits).at[jnp.arange(len(logits))[:, None], columns].add(settings.bias, mode="drop")
 
-    def of_tries(logits: Array) -> Array:
+    def apply_tries(logits: Array) -> Array:
         children, _ = _edges(tries, node)
         columns = jnp.where(children < 0, logits.shape[1], children)
         free = jnp.zeros(logits.shape, bool).at[jnp.arange(len(logits))[:, None], columns].set(True, mode="drop")
         return jnp.where(free | (node == 0)[:, None], logits, -jnp.inf)
 
     for wanted, change in (
-        (marked, of_marks),
-        (live[:, None] & (knobs.bias_ids >= 0), biased),
-        (live & (node > 0), of_tries),
+        (marked, apply_marks),
+        (live[:, None] & (settings.bias_ids >= 0), apply_bias),
+        (live & (node > 0), apply_tries),
     ):
         logits = lax.cond(jnp.any(wanted), change, lambda same: same, logits)
     return logits
 
 
-def once_more(marks: Array) -> Array:
-    """The marks of tokens that were generated once more. A count that fits no longer stays."""
+def forbid_stops(logits: Array, settings: SlotSettings, early: Array) -> Array:
+    """Logits [B, V] with -inf at the stop ids of slots that are `early` [B]: they have fewer than `min_tokens`."""
+
+    def forbid(logits: Array) -> Array:
+        columns = jnp.where((settings.stop_ids < 0) | ~early[:, None], logits.shape[1], settings.stop_ids)
+        return jnp.asarray(logits).at[jnp.arange(len(logits))[:, None], columns].set(-jnp.inf, mode="drop")
+
+    return lax.cond(jnp.any(early), forbid, lambda same: same, logits)
+
+
+def increment_counts(marks: Array) -> Array:
+    """The marks with their counts incremented; counts saturate."""
     return jnp.where(marks < 2**16 - GENERATED, marks + GENERATED, marks)
 
 
 def advance(tries: Tries, node: Array, token: Array) -> tuple[Array, Array]:
-    """The node [B] after `token` [B], and whether a sequence ends there [B]. A free slot stays free."""
+    """The node [B] after `token` [B], and whether a sequence ends there [B]. Slots without a trie stay at node 0."""
     children, targets = _edges(tries, node)
     after = jnp.where(children == token[:, None], targets, 0).max(-1)
     after = jnp.where(node > 0, after, 0)
@@ -129,7 +104,7 @@ def advance(tries: Tries, node: Array, token: Array) -> tuple[Array, Array]:
 
 
 def _edges(tries: Tries, node: Array) -> tuple[Array, Array]:
-    """Tokens and targets [B, fanout] of each node's edges, filled up with -1."""
+    """Tokens and targets [B, fanout] of each node's edges, padded with -1."""
     index = tries.first[node][:, None] + tries.reach
     there = index < tries.first[node + 1][:, None]
     index = jnp.where(there, index, 0)

@@ -1,59 +1,64 @@
-"""The engine's device programs: prefill, insert, fork, decode, resize and what marks need. Each compiles once per
+"""The engine's device programs: prefill, insert, fork, decode, resize and the updates of marks. Each compiles once per
 shape.
 
-The cache holds the keys and values of all but a row's last token; that one is fed to the first decode step. So a
-prefill needs neither head nor sampling, and every token is drawn in one place.
+The cache holds the keys and values of all but a row's last token, which is the input of the first decode step. So a
+prefill needs neither head nor sampling, and every token is sampled in one place.
 """
-
-from __future__ import annotations
 
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
+from jaxtyping import Integer
 
 from jaxtrain.nn.cache import KVCache, LayerCache, cache_spec, order_on
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import ROWS, constrain_rows, replicated
-from jaxtrain.sample.constraints import Tries, advance, constrain, once_more
-from jaxtrain.sample.filters import Knobs, draw
+from jaxtrain.sample.constraints import Tries, advance, constrain, forbid_stops, increment_counts
+from jaxtrain.sample.filters import SlotSettings, TokenValues, draw
+from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.types import Array, Params
 
 Layers = tuple[LayerCache, ...]
 
-RUNNING, STOPPED, ENDED, FULL, BROKEN = range(5)  # why a slot is (no longer) live; ENDED: its trie has no more
+# The status of a slot. STOPPED: a stop id; ENDED: the end of a sequence of its trie; FULL: no tokens remaining.
+RUNNING, STOPPED, ENDED, FULL, NON_FINITE = range(5)
 
 
-class Slots(NamedTuple):
-    """Where each of the B slots stands."""
+Memory = tuple[Layers, Array]
+"""What the B slots hold on the device between calls: the cache, and the marks [B, V] uint16 of `constraints`."""
 
-    token: Array  # [B] int32, the last token, which the cache does not hold yet
-    position: Array  # [B] int32, where that token stands; as many tokens are in the cache
-    left: Array  # [B] int32, tokens that it may still generate
+
+class SlotState(NamedTuple):
+    """The state of each of the B slots."""
+
+    token: Array  # [B] int32, the last token, which is not in the cache yet
+    position: Array  # [B] int32, its position, which is also the number of tokens in the cache
+    remaining: Array  # [B] int32, tokens that it may still generate
     live: Array  # [B] bool
-    node: Array  # [B] int32, in the tries; 0: free
+    node: Array  # [B] int32, in the tries; 0: no trie
 
 
 class Generated(NamedTuple):
-    """What up to k steps made. A slot's values are its first `count` columns."""
+    """The result of up to k steps."""
 
-    tokens: Array  # [B, k] int32
-    logps: Array  # [B, k] float32
-    raw_logps: Array  # [B, k] float32
-    supports: Array  # [B, k, c] int32
-    best: Array  # [B, k, a] int32
-    best_logps: Array  # [B, k, a] float32
-    count: Array  # [B] int32
-    state: Array  # [B] int32, RUNNING or why no longer
-    node: Array  # [B] int32, where in the tries the slot stands now
+    values: TokenValues  # [B, k], of which a slot's are its first `counts` columns
+    counts: Array  # [B] int32
+    status: Array  # [B] int32, RUNNING or the reason for the end
+    node: Array  # [B] int32, the slot's new node in the tries
+
+    def values_of(self, slot: int) -> TokenValues:
+        """A copy of the values [counts[slot]] of one slot, on the host."""
+        return jax.tree.map(lambda column: np.array(column[slot, : self.counts[slot]]), self.values)
 
 
 @partial(jax.jit, static_argnums=0)
-def prefill(model: Model, params: Params, tokens: Array, lengths: Array) -> Layers:
-    """Keys and values of every layer for right-padded prompts [R, P] of `lengths` [R] tokens."""
+def prefill(model: Model, params: Params, tokens: Integer[Array, "R P"], lengths: Integer[Array, " R"]) -> Layers:
+    """Keys and values of every layer for right-padded prompts of `lengths` tokens."""
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (columns < lengths[:, None]).astype(jnp.int32)
     return _placed(model, model.prefill(params, tokens, columns, segments))
@@ -61,7 +66,13 @@ def prefill(model: Model, params: Params, tokens: Array, lengths: Array) -> Laye
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def insert(
-    model: Model, cache: Layers, fresh: Layers, rows: Array, slots: Array, lengths: Array, count: Array
+    model: Model,
+    cache: Layers,
+    fresh: Layers,
+    rows: Integer[Array, " n"],
+    slots: Integer[Array, " n"],
+    lengths: Integer[Array, " n"],
+    count: Integer[Array, ""],
 ) -> Layers:
     """For each i < `count` put row `rows[i]` of a prefill, `lengths[i]` tokens long, into slot `slots[i]`."""
 
@@ -69,7 +80,7 @@ def insert(
         filled = []
         for layer, new in zip(cache, fresh, strict=True):
             one = _row(new, rows[i])
-            if layer.columns < new.columns:  # a ring, or a buffer shorter than the padding
+            if layer.columns < new.columns:  # a ring buffer, or one shorter than the padding
                 one = one.take(jnp.maximum(layer.positions(lengths[i][None]), 0)[0])
             filled.append(_put_row(layer, one, slots[i]))
         return tuple(filled)
@@ -78,7 +89,9 @@ def insert(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def fork(model: Model, cache: Layers, sources: Array, slots: Array, count: Array) -> Layers:
+def fork(
+    model: Model, cache: Layers, sources: Integer[Array, " n"], slots: Integer[Array, " n"], count: Integer[Array, ""]
+) -> Layers:
     """For each i < `count` copy slot `sources[i]` to slot `slots[i]`."""
 
     def put(i: Array, cache: Layers) -> Layers:
@@ -89,19 +102,21 @@ def fork(model: Model, cache: Layers, sources: Array, slots: Array, count: Array
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
 def resize(model: Model, layer: LayerCache, rows: int, columns: int) -> LayerCache:
-    """The layer's buffer with so many rows and columns; those beyond are cut or zero."""
+    """The layer's buffer with `rows` rows and `columns` columns: cut off, or padded with zeros."""
     return _placed(model, (layer.resized(rows, columns),))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def resize_marks(model: Model, marks: Array, rows: int) -> Array:
-    """`marks` [B, V] of so many rows."""
+def resize_marks(model: Model, marks: Integer[Array, "B V"], rows: int) -> Integer[Array, "{rows} V"]:
+    """`marks` with this many rows: cut off, or padded with zeros."""
     grown = jnp.pad(marks, ((0, max(rows - len(marks), 0)), (0, 0)))
     return constrain_rows(grown[:rows], model.run.mesh)
 
 
 @partial(jax.jit, donate_argnums=0)
-def move_marks(marks: Array, sources: Array, slots: Array, count: Array) -> Array:
+def move_marks(
+    marks: Integer[Array, "B V"], sources: Integer[Array, " n"], slots: Integer[Array, " n"], count: Integer[Array, ""]
+) -> Integer[Array, "B V"]:
     """For each i < `count` copy the marks of slot `sources[i]` to slot `slots[i]`."""
 
     def put(i: Array, marks: Array) -> Array:
@@ -111,91 +126,95 @@ def move_marks(marks: Array, sources: Array, slots: Array, count: Array) -> Arra
 
 
 @partial(jax.jit, donate_argnums=0)
-def mark(marks: Array, row: Array, slot: Array) -> Array:
-    """`marks` [B, V] with `row` [V] for `slot`."""
+def mark(marks: Integer[Array, "B V"], row: Integer[Array, " V"], slot: Integer[Array, ""]) -> Integer[Array, "B V"]:
+    """`marks` with `row` for `slot`."""
     return lax.dynamic_update_slice_in_dim(marks, row[None], slot, 0)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
     model: Model,
-    most: int,
-    support: int,
-    alternatives: int,
+    limits: EngineLimits,
     params: Params,
-    cache: Layers,
-    marks: Array,
-    knobs: Knobs,
+    memory: Memory,
+    settings: SlotSettings,
     tries: Tries,
-    slots: Slots,
-    steps: Array,
-    quorum: Array,
-) -> tuple[Layers, Array, Generated]:
-    """Up to `steps` <= `most` tokens for every live slot; ends earlier where fewer than `quorum` slots are live.
+    slots: SlotState,
+    ends: tuple[Integer[Array, ""], Integer[Array, ""]],
+) -> tuple[Memory, Generated]:
+    """Up to `limits.steps` tokens for every live slot. `memory` is donated.
 
-    `marks` [B, V] uint16 are those of `constraints`.
+    `ends` are (steps, quorum): the call ends after `steps` tokens, or when fewer than `quorum` slots are live.
     """
+    steps, quorum = ends
     rows = jnp.arange(len(slots.token))
 
     def unfinished(carry: tuple) -> Array:
-        step, _, _, slots, _ = carry
+        step, _, slots, _ = carry
         return (step < steps) & (slots.live.sum() >= quorum)
 
     def body(carry: tuple) -> tuple:
-        step, cache, marks, slots, made = carry
+        step, (cache, marks), slots, generated = carry
         segments = slots.live[:, None].astype(jnp.int32)
         hidden, extended = model.extend(
             params, slots.token[:, None], slots.position[:, None], segments, KVCache(cache, slots.position)
         )
         raw = constrain_rows(model.logits(params, hidden[:, 0]), model.run.mesh)
-        logits = constrain(raw, knobs, marks, tries, slots.node, slots.live)
-        constrained = knobs.marked | (slots.node > 0)
-        drawn = draw(raw, logits, knobs, slots.position + 1, slots.live, constrained, support, alternatives)
+        logits = constrain(raw, settings, marks, tries, slots.node, slots.live)
+        early = slots.live & (slots.position + 1 < settings.first_stop)
+        logits = forbid_stops(logits, settings, early)
+        constrained = settings.marked | (slots.node > 0)
+        drawn, non_finite = draw(
+            raw, logits, settings, slots.position + 1, slots.live, constrained, limits.support, limits.alternatives
+        )
 
-        good = slots.live & ~drawn.broken
-        node, ended = advance(tries, slots.node, drawn.token)
-        left = slots.left - good
-        state = jnp.where(left == 0, FULL, RUNNING)
-        state = jnp.where(ended, ENDED, state)
-        state = jnp.where((drawn.token[:, None] == knobs.stop_ids).any(-1), STOPPED, state)
-        state = jnp.where(drawn.broken, BROKEN, state)
-        state = jnp.where(slots.live, state, made.state)
-        values = (drawn.token, drawn.logp, drawn.raw_logp, drawn.support, drawn.best, drawn.best_logps)
-        made = Generated(
-            *(
-                lax.dynamic_update_slice_in_dim(old, new[:, None], step, 1)
-                for old, new in zip(made, values, strict=False)
+        valid = slots.live & ~non_finite
+        node, ended = advance(tries, slots.node, drawn.tokens)
+        remaining = slots.remaining - valid
+        status = jnp.where(remaining == 0, FULL, RUNNING)
+        status = jnp.where(ended, ENDED, status)
+        status = jnp.where((drawn.tokens[:, None] == settings.stop_ids).any(-1), STOPPED, status)
+        status = jnp.where(non_finite, NON_FINITE, status)
+        status = jnp.where(slots.live, status, generated.status)
+        generated = Generated(
+            values=jax.tree.map(
+                lambda old, new: lax.dynamic_update_slice_in_dim(old, new[:, None], step, 1),
+                generated.values,
+                drawn,
             ),
-            count=made.count + good,
-            state=state,
+            counts=generated.counts + valid,
+            status=status,
             node=node,
         )
-        told = jnp.where(good & knobs.marked, drawn.token, marks.shape[1])
-        marks = marks.at[rows, told].set(once_more(marks[rows, drawn.token]), mode="drop")
-        live = slots.live & (state == RUNNING)
-        slots = Slots(jnp.where(good, drawn.token, slots.token), slots.position + good, left, live, node)
-        return step + 1, _placed(model, extended.layers), marks, slots, made
+        counted = jnp.where(valid & settings.marked, drawn.tokens, marks.shape[1])
+        marks = marks.at[rows, counted].set(increment_counts(marks[rows, drawn.tokens]), mode="drop")
+        live = slots.live & (status == RUNNING)
+        slots = SlotState(jnp.where(valid, drawn.tokens, slots.token), slots.position + valid, remaining, live, node)
+        return step + 1, (_placed(model, extended.layers), marks), slots, generated
 
-    made = Generated(
-        tokens=jnp.zeros((len(rows), most), jnp.int32),
-        logps=jnp.zeros((len(rows), most), jnp.float32),
-        raw_logps=jnp.zeros((len(rows), most), jnp.float32),
-        supports=jnp.zeros((len(rows), most, support), jnp.int32),
-        best=jnp.zeros((len(rows), most, alternatives), jnp.int32),
-        best_logps=jnp.zeros((len(rows), most, alternatives), jnp.float32),
-        count=jnp.zeros(len(rows), jnp.int32),
-        state=jnp.full(len(rows), RUNNING, jnp.int32),
+    places = (len(rows), limits.steps)
+    generated = Generated(
+        values=TokenValues(
+            tokens=jnp.zeros(places, jnp.int32),
+            logps=jnp.zeros(places, jnp.float32),
+            raw_logps=jnp.zeros(places, jnp.float32),
+            supports=jnp.zeros((*places, limits.support), jnp.int32),
+            best=jnp.zeros((*places, limits.alternatives), jnp.int32),
+            best_logps=jnp.zeros((*places, limits.alternatives), jnp.float32),
+        ),
+        counts=jnp.zeros(len(rows), jnp.int32),
+        status=jnp.full(len(rows), RUNNING, jnp.int32),
         node=slots.node,
     )
-    start = (jnp.zeros((), jnp.int32), cache, marks, slots, made)
-    _, cache, marks, _, made = lax.while_loop(unfinished, body, start)
+    start = (jnp.zeros((), jnp.int32), memory, slots, generated)
+    _, memory, _, generated = lax.while_loop(unfinished, body, start)
     mesh = model.run.mesh
-    # Every host reads all of it.
-    return cache, marks, made if mesh is None else lax.with_sharding_constraint(made, replicated(mesh))
+    # Replicated, since every host reads all of it.
+    return memory, generated if mesh is None else lax.with_sharding_constraint(generated, replicated(mesh))
 
 
 def cache_sharding(model: Model) -> LayerCache | None:
-    """Where a layer's buffers lie: slots over "data" and "fsdp", heads over "tensor" if they divide, else on all."""
+    """The sharding of a layer's buffers: slots over "data" and "fsdp", heads over "tensor" if they are divisible."""
     mesh = model.run.mesh
     if mesh is None:
         return None

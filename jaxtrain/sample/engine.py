@@ -1,47 +1,47 @@
 """The engine: fixed slots, continuous batching, a few compiled programs. See `Engine`."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtrain.nn.model import Model
+from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.buffers import Buffers
+from jaxtrain.sample.buffers import Buffers, bucket_for
+from jaxtrain.sample.capacity import MARK, place_params
 from jaxtrain.sample.constraints import Trie, join_tries
-from jaxtrain.sample.decode import BROKEN, ENDED, FULL, STOPPED, Generated, Slots
-from jaxtrain.sample.filters import Knobs
-from jaxtrain.sample.placement import MARK, place_params, row_shares, slots_within
-from jaxtrain.sample.requests import Chunk, Completion, FinishReason, Request, check_request
-from jaxtrain.sample.samples import Sample, SlotValues, no_knobs
+from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, SlotState
+from jaxtrain.sample.filters import SlotSettings
+from jaxtrain.sample.requests import Chunk, Completion, EngineLimits, FinishReason, Request, check_request
+from jaxtrain.sample.samples import Sample, default_settings
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
 
-_PREFILL_TOKENS = 2048  # of the widest prefill, so that short prompts share a call
+_PREFILL_TOKENS = 2048  # rows x length of the largest prefill: short prompts share a call
 
-_REASONS: dict[int, FinishReason] = {STOPPED: "stop", ENDED: "stop", FULL: "length", BROKEN: "failed"}
+_REASONS: dict[int, FinishReason] = {STOPPED: "stop", ENDED: "stop", FULL: "length", NON_FINITE: "failed"}
 
 
 class Engine:
-    """Generates for many requests at once, with the trainer's own forward pass.
+    """Generates for many requests at once, with the trainer's forward pass.
 
         engine = Engine(model, params, slots=32, max_length=1024, tokenizer=tokenizer)
         [[completion, ...], ...] = engine.generate([Request(ids, SamplingParams(max_tokens=64, n=8)), ...])
 
-    `slots` samples are generated together; a finished one's slot goes to the next that waits. Nothing a request asks
-    for compiles anything: a program is compiled once per bucket of prompt and cache lengths (`warm_up` compiles them
-    all beforehand). What a seed yields does not depend on what else is going on, nor on the slot.
+    `slots` samples are generated together; the slot of a finished sample is given to the next waiting one. Sampling
+    parameters never cause a compilation: a program is compiled once per bucket of prompt and cache lengths (`warm_up`
+    compiles all of them in advance). The result of a seed depends neither on other requests nor on the slot.
 
-    `set_params(params, version)` swaps the weights between calls, also while samples are under way.
+    `set_params(params, version)` replaces the weights between calls, also while requests are in flight.
     """
 
     def __init__(
@@ -50,49 +50,40 @@ class Engine:
         params: Params,
         *,
         max_length: int,
-        slots: int | None = None,
-        cache_bytes: int | None = None,
+        slots: int,
         tokenizer: Any = None,
-        support: int = 0,
-        alternatives: int = 0,
-        steps: int = 32,
+        limits: EngineLimits = EngineLimits(),  # noqa: B008 - immutable
         version: int = 0,
         seed: int = 0,
     ):
         """
         Args:
-            model: its compute dtype is the cache's; on its mesh slots lie over data x fsdp and heads over tensor.
-            params: the trainer's tree (stacked layers). The engine keeps its own copy, in the compute dtype.
-            max_length: prompt and new tokens of a sample.
-            slots: samples in flight; a multiple of the parts that the mesh deals rows to.
-            cache_bytes: instead of `slots`, what the cache may take on each device: as many slots as fit (`.slots`).
-            tokenizer: for `Completion.text`; without one it is None.
-            support: where filters (top-k, top-p, min-p) are on, return the ids they keep as `Completion.supports`, and
-                keep at most so many, the most probable; a larger `top_k` is refused. 0: no bound and no supports.
-            alternatives: the most that a request may ask for as `SamplingParams.alternatives`.
-            steps: tokens a slot gets per device call at most; what streams, and what `set_params` waits for.
-            version: of `params`; every token is tagged with it.
-            seed: of the seeds given to requests that bring none.
+            model: Its compute dtype is the cache's. On its mesh, slots are split over data x fsdp, heads over tensor.
+            params: The trainer's tree (stacked layers). The engine keeps a copy in the compute dtype.
+            max_length: Maximum number of prompt and new tokens of a sample.
+            slots: Number of samples generated together; a multiple of mesh.data x mesh.fsdp.
+            tokenizer: Decodes `Completion.text`, which is None without a tokenizer.
+            limits: With `limits.support` and filters (top-k, top-p, min-p), the ids that they keep are returned as
+                `Completion.supports`, at most this many, the most probable ones; a larger `top_k` is refused.
+            version: Version of `params`; every token is tagged with the version that sampled it.
+            seed: Seeds the requests that have no seed.
         """
-        shares = row_shares(model)
-        if (slots is None) == (cache_bytes is None):
-            raise ValueError("give either slots or cache_bytes, not both and not neither")
-        if slots is None:
-            slots = slots_within(model, max_length, cache_bytes or 0)
+        shares = row_shares(model.run.mesh)
         if slots < 1 or slots % shares:
             raise ValueError(f"slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares}")
         if max_length < 2:
-            raise ValueError(f"max_length={max_length}: a sample is a prompt and a new token, so at least 2")
+            raise ValueError(f"max_length={max_length} must be at least 2: one prompt token and one new token")
         self.model = replace(model, run=replace(model.run, context=max_length))
         self.slots, self.max_length = slots, max_length
-        self.tokenizer, self.support, self.steps = tokenizer, min(support, model.config.vocab_size), steps
-        self.alternatives = min(alternatives, model.config.vocab_size)
+        self.tokenizer, vocab_size = tokenizer, model.config.vocab_size
+        support, alternatives = min(limits.support, vocab_size), min(limits.alternatives, vocab_size)
+        self.limits = EngineLimits(limits.steps, support, alternatives)
         self._shares = shares
         self._windowed = any(kind.window is not None for kind in model.config.pattern)
         self._seeds = np.random.default_rng(seed)
-        self._knobs = no_knobs(slots)
-        self._device_knobs: Knobs | None = None
-        self._state = Slots(*(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
+        self._settings = default_settings(slots)
+        self._device_settings: SlotSettings | None = None
+        self._state = SlotState(*np.zeros((5, slots), np.int32))._replace(live=np.zeros(slots, np.bool_))
         self._roots: dict[Trie, int] = {}
         self.add_tries(())
         self._running: list[Sample | None] = [None] * slots
@@ -102,12 +93,12 @@ class Engine:
         self._buffers = Buffers(self.model, self._params, slots, max_length)
 
     def set_params(self, params: Params, version: int) -> None:
-        """Sample with other weights from the next call on. Samples under way go on with the keys they have."""
+        """Use these weights from the next device call on. Requests in flight keep their cached keys and values."""
         self._params, self.version = place_params(self.model, params), version
-        self._buffers.held = [None] * self.slots
+        self._buffers.cached_prompts = [None] * self.slots
 
     def add_tries(self, tries: Sequence[Trie]) -> None:
-        """Make tries known, as a request's is when it comes. Compiles again where they outgrow a power of two."""
+        """Register tries before the requests that use them. Recompiles when their size exceeds a power of two."""
         known = [*self._roots, *(trie for trie in tries if trie not in self._roots)]
         joined, roots = join_tries(known)
         self._roots = dict(zip(known, roots, strict=True))
@@ -116,8 +107,7 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], between: Callable[[], None] | None = None
     ) -> list[list[Completion]]:
-        """The samples of every request, in the order of the requests; `between` as in `stream`. Raises ValueError for
-        a request that cannot be served."""
+        """The samples of each request; `between` is that of `stream`. Raises ValueError for an invalid request."""
         done: list[list[Completion | None]] = [[None] * request.params.n for request in requests]
         for chunk in self.stream(requests, between):
             if chunk.completion is not None:
@@ -125,17 +115,17 @@ class Engine:
         return [[each for each in samples if each is not None] for samples in done]
 
     def stream(self, requests: Sequence[Request], between: Callable[[], None] | None = None) -> Iterator[Chunk]:
-        """What `generate` returns, piece by piece, as it comes. All requests are checked before the first piece.
+        """Yield the chunks of all requests as they are generated. All requests are checked first.
 
-        `between` is called before every device call, and may set other parameters. To leave early, as with `break`,
-        cancels what is not done.
+        `between` is called before every device call and may call `set_params`. Leaving the loop early cancels the
+        unfinished requests.
         """
         self.check(requests)
         numbers: dict[int, int] = {}
 
         def source(idle: bool) -> bool:
             if not numbers:
-                numbers.update((self.submit(request), index) for index, request in enumerate(requests))
+                numbers.update((self._queue(request), index) for index, request in enumerate(requests))
             if between is not None and self.busy:
                 between()
             return False
@@ -145,11 +135,11 @@ class Engine:
                 yield chunk._replace(request=numbers[chunk.request])
 
     def run(self, source: Callable[[bool], bool]) -> Generator[Chunk]:
-        """The loop that drives the engine, whoever uses it: ask `source`, run a device call, yield its chunks.
+        """The loop behind all uses of the engine: call `source`, run a device call, yield its chunks.
 
-        `source(idle)` is called before every device call. It may `submit` and `cancel` requests and `set_params`, and
-        returns whether more may come; without that, the loop ends once the engine is `idle`. An idle engine may be
-        kept waiting. Nobody else may use the engine meanwhile. To leave early cancels all that is under way.
+        `source(idle)` is called before every device call. It may call `submit`, `cancel` and `set_params`, and may
+        block if the engine is idle. It returns whether more requests may come; if not, the loop ends once the engine
+        is idle. The engine must not be used otherwise meanwhile. Leaving the loop early cancels all requests.
         """
         try:
             while source(not self.busy) or self.busy:
@@ -159,21 +149,23 @@ class Engine:
             self.cancel({sample.number for sample in self._running if sample is not None})
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise ValueError for one that can never be served."""
+        """Raise ValueError for a request that this engine cannot serve."""
         for index, request in enumerate(requests):
             check_request(
                 request,
                 vocab_size=self.model.config.vocab_size,
                 max_length=self.max_length,
-                support=self.support,
-                alternatives=self.alternatives,
+                limits=self.limits,
                 has_tokenizer=self.tokenizer is not None,
                 name=f"request {index}",
             )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its chunks come out of `step` under the number returned."""
+        """Queue a request and return its number, which is that of its chunks. Raises ValueError for an invalid one."""
         self.check([request])
+        return self._queue(request)
+
+    def _queue(self, request: Request) -> int:  # one that was checked
         number, self._submitted = self._submitted, self._submitted + 1
         params = request.params
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
@@ -187,7 +179,7 @@ class Engine:
         return number
 
     def cancel(self, numbers: Collection[int]) -> None:
-        """Forget requests, by the numbers of `submit`: their slots are free, and nothing more comes of them."""
+        """Cancel requests, given by the numbers of `submit`: their slots become free and they yield no more chunks."""
         self._waiting = deque(sample for sample in self._waiting if sample.number not in numbers)
         for slot, sample in enumerate(self._running):
             if sample is not None and sample.number in numbers:
@@ -196,35 +188,35 @@ class Engine:
 
     @property
     def rows(self) -> int:
-        """Slots that a device call decodes: all, or a part where few samples are left and none waits."""
+        """Number of slots that a device call decodes: fewer than all when few are live and no sample is waiting."""
         return self._buffers.rows
 
     @property
     def busy(self) -> bool:
-        """Whether anything is under way or waits."""
+        """Whether any sample is running or waiting."""
         return bool(self._waiting) or any(self._running)
 
     def step(self) -> list[Chunk]:
-        """Fill free slots, run one device call, and return what it made.
+        """Fill free slots, run one device call, and return its chunks.
 
-        An exception in the host's work for one sample (its knobs, its text) makes that sample a failed completion.
-        What the device raises, and memory that runs out, concern everybody and are raised.
+        An exception in the host's work for one sample (its settings, its text) makes that sample a failed completion.
+        Exceptions of the device and MemoryError affect all samples and are raised.
         """
         admitted, failed = self._admit()
         live = self._state.live
         if not live.any():
             return failed
-        steps = min(self.steps, int(self._state.left[live].max()))
-        # Those that are left when nothing waits are most often the long ones. After an admission there may be another.
-        if not admitted and not self._waiting and live.sum() <= self._buffers.few < self._buffers.rows:
-            self._gather()
+        steps = min(self.limits.steps, int(self._state.remaining[live].max()))
+        # The last running samples are usually long ones. After an admission there may be another.
+        if not admitted and not self._waiting and live.sum() <= self._buffers.small_rows < self._buffers.rows:
+            self._compact()
         self._buffers.fit(int(self._state.position[live].max()) + steps)
-        # With samples waiting, a call ends once a share of the slots is free; else it goes on to its end.
+        # With samples waiting, a call ends early once an eighth of the slots has become free.
         quorum = max(1, int(live.sum()) - self.slots // 8) if self._waiting else 1
         return failed + self._collect(jax.device_get(self._decode(steps, quorum)))
 
     def warm_up(self) -> None:
-        """Compile every program for every bucket now. Requires that nothing is under way."""
+        """Compile every program for every bucket now. The engine must be idle."""
         assert not self.busy
         buffers = self._buffers
         buffers.fit(0, self.slots)
@@ -235,55 +227,51 @@ class Engine:
                 for rows in self._prefill_rows(length):
                     self._prefill([], length, rows)
             self._decode(0, 1)
-            if buffers.few < self.slots:
-                buffers.fit(columns, buffers.few)
+            if buffers.small_rows < self.slots:
+                buffers.fit(columns, buffers.small_rows)
                 self._decode(0, 1)
                 buffers.fit(columns, self.slots)
-        for rows in (buffers.few, self.slots):
+        for rows in (buffers.small_rows, self.slots):
             for length in (self.max_length, 0, self.max_length):
                 buffers.fit(length, rows)
         buffers.fit(0)
         buffers.mark(np.zeros(self.model.config.vocab_size, MARK), 0)
 
     def _decode(self, steps: int, quorum: int) -> Generated:
-        buffers = self._buffers
-        if self._device_knobs is None or len(self._device_knobs.seed) != buffers.rows:
-            self._device_knobs = jax.device_put(jax.tree.map(lambda knob: knob[: buffers.rows], self._knobs))
-        buffers.cache, buffers.marks, made = programs.decode(
+        buffers, first_rows = self._buffers, itemgetter(slice(self._buffers.rows))
+        if self._device_settings is None or len(self._device_settings.seed) != buffers.rows:
+            self._device_settings = jax.device_put(jax.tree.map(first_rows, self._settings))
+        (buffers.cache, buffers.marks), generated = programs.decode(
             self.model,
-            self.steps,
-            self.support,
-            self.alternatives,
+            self.limits,
             self._params,
-            buffers.cache,
-            buffers.marks,
-            self._device_knobs,
+            (buffers.cache, buffers.marks),
+            self._device_settings,
             self._tries,
-            jax.tree.map(lambda each: each[: buffers.rows], self._state),
-            np.int32(steps),
-            np.int32(quorum),
+            jax.tree.map(first_rows, self._state),
+            (np.int32(steps), np.int32(quorum)),
         )
-        return made
+        return generated
 
     def _admit(self) -> tuple[bool, list[Chunk]]:
-        """Give free slots to waiting samples, each with the keys and values of its prompt but for the last token.
+        """Give free slots to waiting samples, with the keys and values of their prompts except the last token.
 
-        Returns whether there were any, and the chunks of those that cannot be admitted.
+        Returns whether any sample was admitted, and the chunks of those that failed.
         """
         free = [slot for slot, sample in enumerate(self._running) if sample is None]
-        # Slots that hold a prompt which is asked for again are used up last.
-        admitted: list[tuple[int, Sample, SlotValues]] = []
+        admitted: list[tuple[int, Sample, np.ndarray | None]] = []
         failed: list[Chunk] = []
         while self._waiting and len(admitted) < len(free):
-            sample = self._waiting.popleft()
+            sample, slot = self._waiting.popleft(), free[len(admitted)]
             try:
-                values = sample.slot_values(self.model.config.vocab_size)
+                sample.write_settings(self._settings, slot)
+                marks = sample.marks(self.model.config.vocab_size) if sample.marked else None
             except MemoryError:
                 raise
-            except Exception as error:  # whatever it is, it came of this sample alone
+            except Exception as error:  # caused by this sample's parameters, so it fails alone
                 failed.append(self._failed(sample, error))
             else:
-                admitted.append((free[len(admitted)], sample, values))
+                admitted.append((slot, sample, marks))
         if not admitted:
             return False, failed
         buffers = self._buffers
@@ -292,57 +280,57 @@ class Engine:
         buffers.fit(max(longest, int(self._state.position[live].max(initial=0)) + 1), self.slots)
 
         taken = {slot for slot, _, _ in admitted}
-        holders = {held: slot for slot, held in enumerate(buffers.held) if held is not None and slot not in taken}
+        holders = {p: slot for slot, p in enumerate(buffers.cached_prompts) if p is not None and slot not in taken}
         forks: list[tuple[int, int]] = []
         fresh: dict[tuple[int, ...], list[int]] = {}
-        for slot, sample, values in admitted:
+        for slot, sample, marks in admitted:
             cached = sample.prompt[:-1]
             if cached in holders:
                 forks.append((holders[cached], slot))
             elif cached:
                 fresh.setdefault(cached, []).append(slot)
-            self._occupy(slot, sample, values)
-            buffers.held[slot] = cached or None
+            self._occupy(slot, sample, marks)
+            buffers.cached_prompts[slot] = cached or None
         if forks:
             buffers.fork(*zip(*forks, strict=True))
         self._prefill_all(fresh)
         return True, failed
 
-    def _gather(self) -> None:
-        """Bring the few samples under way together in the first rows, and let go of the others."""
-        few = self._buffers.few
+    def _compact(self) -> None:
+        """Move the few running samples to the first rows, and shrink the buffers to these."""
+        few = self._buffers.small_rows
         free = [slot for slot in range(few) if self._running[slot] is None]
         moves = [(slot, free.pop(0)) for slot in range(few, self.slots) if self._running[slot] is not None]
         if moves:
             self._buffers.move(*zip(*moves, strict=True))
         for source, slot in moves:
             self._running[slot], self._running[source] = self._running[source], None
-            for column in (*self._state, *self._knobs):
+            for column in (*self._state, *self._settings):
                 column[slot] = column[source]
             self._state.live[source] = False
-        self._device_knobs = None
+        self._device_settings = None
         self._buffers.fit(self._buffers.columns, few)
 
     def _prefill_all(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
         by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
         for prompt, slots in fresh.items():
-            by_length.setdefault(self._buffers.prompt_length_for(len(prompt)), []).append((prompt, slots))
+            by_length.setdefault(bucket_for(self._buffers.prompt_lengths, len(prompt)), []).append((prompt, slots))
         for length, group in by_length.items():
             sizes = self._prefill_rows(length)
             while group:
-                # The largest of which more than half is made use of.
+                # The largest size that is more than half full.
                 rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
                 self._prefill(group[:rows], length, rows)
                 group = group[rows:]
 
     def _prefill_rows(self, length: int) -> tuple[int, ...]:
-        """The sizes of a prefill of prompts of this length: each four times the one before."""
-        most = max(min(self.slots, _PREFILL_TOKENS // length) // self._shares, 1)
-        few = [4**power for power in range(most.bit_length()) if 4**power < most]
-        return tuple(size * self._shares for size in (*few, most))
+        """The row counts of a prefill of prompts of this length: powers of four, and the maximum."""
+        maximum = max(min(self.slots, _PREFILL_TOKENS // length) // self._shares, 1)
+        smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
+        return tuple(size * self._shares for size in (*smaller, maximum))
 
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
-        """Compute prompts once and put each into its slots."""
+        """Compute the keys and values of each prompt once and copy them to its slots."""
         tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
         places: list[tuple[int, int, int]] = []
         for row, (prompt, slots) in enumerate(prompts):
@@ -352,42 +340,38 @@ class Engine:
         fresh = programs.prefill(self.model, self._params, tokens, lengths)
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
-    def _occupy(self, slot: int, sample: Sample, values: SlotValues) -> None:
+    def _occupy(self, slot: int, sample: Sample, marks: np.ndarray | None) -> None:
         params, self._running[slot] = sample.request.params, sample
         self._state.token[slot] = sample.prompt[-1]
         self._state.position[slot] = len(sample.prompt) - 1
-        room = self.max_length - len(sample.prompt)
-        self._state.left[slot] = room if params.max_tokens is None else params.max_tokens
+        self._state.remaining[slot] = params.max_tokens or self.max_length - len(sample.prompt)
         self._state.live[slot] = True
         self._state.node[slot] = 0 if params.trie is None else self._roots[params.trie]
-        for knob, value in zip(self._knobs, values.knobs, strict=True):
-            knob[slot] = value[0]
-        if values.marks is not None:
-            self._buffers.mark(values.marks, slot)
-        self._device_knobs = None
+        if marks is not None:
+            self._buffers.mark(marks, slot)
+        self._device_settings = None
         sample.admitted = time.perf_counter()
 
-    def _collect(self, made: Generated) -> list[Chunk]:
-        """Hand the tokens of a call to their samples; take finished ones from their slots."""
+    def _collect(self, generated: Generated) -> list[Chunk]:
+        """Append the tokens of a call to their samples, and free the slots of finished ones."""
         chunks = []
         now = time.perf_counter()
         for slot, sample in enumerate(self._running):
             if sample is None:
                 continue
-            count, state = int(made.count[slot]), int(made.state[slot])
-            if count:
-                self._state.token[slot] = made.tokens[slot, count - 1]
+            values, status = generated.values_of(slot), int(generated.status[slot])
+            if count := len(values.tokens):
+                self._state.token[slot] = values.tokens[-1]
             self._state.position[slot] += count
-            self._state.left[slot] -= count
-            self._state.node[slot] = made.node[slot]
+            self._state.remaining[slot] -= count
+            self._state.node[slot] = generated.node[slot]
             if self._windowed:
-                self._buffers.held[slot] = None  # a ring forgets the beginning of what it holds
-            values = tuple(column[slot, :count].copy() for column in made[:6])
+                self._buffers.cached_prompts[slot] = None  # a ring buffer overwrites the beginning of the prompt
             try:
-                chunk = sample.advance(values, _REASONS.get(state), state == STOPPED, self.version, now)
+                chunk = sample.advance(values, _REASONS.get(status), status == STOPPED, self.version, now)
             except MemoryError:
                 raise
-            except Exception as error:  # of the tokenizer, most likely: it costs the sample whose text it is
+            except Exception as error:  # most likely of the tokenizer: only this sample fails
                 chunk = self._failed(sample, error)
             chunks.append(chunk)
             self._state.live[slot] = chunk.completion is None

@@ -1,12 +1,10 @@
-"""From logits to a token: the distribution that a request asks for, and one draw from it.
+"""From logits to a token: temperature and filters, then one sample.
 
-Every knob is a traced value, one a slot, so that no request ever compiles anything. What no slot asks for is skipped
-at run time (`lax.cond`). What top-k, top-p and min-p keep is defined once, in `_truncate`: the first few tokens in one
-order, whose last is read off the most probable ones where these hold all that is kept, else found by bisection over the
-order of floats. The vocabulary is never sorted.
+All settings are traced arrays with a value per slot, so that no request causes a compilation. What no slot asks for is
+skipped at run time (`lax.cond`). `_truncate` defines what top-k, top-p and min-p keep: a prefix of the tokens in
+descending order of probability. The end of the prefix is looked up among the most probable tokens if they contain it,
+else found by bisection over the bit patterns of floats. The vocabulary is never sorted.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,15 +12,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float, Integer
 
 from jaxtrain.types import Array
 
-_CANDIDATES = 64  # most probable tokens among which the last one kept is looked for first
-_BLOCK = 128  # of the vocabulary: a draw picks a block, then a token in it
+_CANDIDATES = 64  # most probable tokens among which the end of the prefix is looked up first
+_BLOCK = 128  # tokens of a vocabulary block: sampling picks a block, then a token in it
 
 
-class Knobs(NamedTuple):
-    """What the requests in the slots ask for. `B` slots."""
+class SlotSettings(NamedTuple):
+    """The sampling parameters of the `B` slots."""
 
     seed: Array  # [B] uint32
     sample: Array  # [B] int32, which of the request's samples
@@ -30,77 +29,87 @@ class Knobs(NamedTuple):
     top_k: Array  # [B] int32; 0 keeps all
     top_p: Array  # [B] float32; 1 keeps all
     min_p: Array  # [B] float32; 0 keeps all
-    stop_ids: Array  # [B, n] int32, filled up with -1
+    stop_ids: Array  # [B, n] int32, padded with -1
+    first_stop: Array  # [B] int32, the position from which on a stop id may be drawn
     want_logps: Array  # [B] bool
-    want_best: Array  # [B] bool, whether alternatives are asked for
+    want_alternatives: Array  # [B] bool
     repetition: Array  # [B] float32; 1 is none
     presence: Array  # [B] float32; 0 is none
     frequency: Array  # [B] float32; 0 is none
-    bias_ids: Array  # [B, m] int32, filled up with -1
+    bias_ids: Array  # [B, m] int32, padded with -1
     bias: Array  # [B, m] float32
-    marked: Array  # [B] bool, whether the slot's row of marks means anything
+    marked: Array  # [B] bool, whether the slot's row of marks is used
 
 
-class Drawn(NamedTuple):
-    token: Array  # [B] int32
-    logp: Array  # [B] float32, under the distribution drawn from; 0 where greedy or not wanted
-    raw_logp: Array  # [B] float32, under the plain softmax of the logits; 0 where not wanted
-    broken: Array  # [B] bool, the logits hold a NaN or no finite maximum
-    support: Array  # [B, c] int32, the tokens kept, filled up with -1; c = 0 where not asked for
-    best: Array  # [B, a] int32, the most probable tokens under the plain softmax, most probable first; 0 if not wanted
-    best_logps: Array  # [B, a] float32, under it
+class TokenValues(NamedTuple):
+    """Tokens and what is known of each: of a step [B], of a device call [B, k], or of one sample [n]."""
+
+    tokens: Array  # [...] int32
+    logps: Array  # [...] float32, under the distribution drawn from; 0 where greedy or not wanted
+    raw_logps: Array  # [...] float32, under the plain softmax of the logits; 0 where not wanted
+    supports: Array  # [..., c] int32, the tokens kept, padded with -1; c = 0 if not requested
+    best: Array  # [..., a] int32, the most probable tokens under the plain softmax, in descending order; 0: not wanted
+    best_logps: Array  # [..., a] float32, under the plain softmax
 
 
 def draw(
-    raw: Array,
-    logits: Array,
-    knobs: Knobs,
-    positions: Array,
-    live: Array,
-    constrained: Array,
+    raw: Float[Array, "B V"],
+    logits: Float[Array, "B V"],
+    settings: SlotSettings,
+    positions: Integer[Array, " B"],
+    live: Bool[Array, " B"],
+    constrained: Bool[Array, " B"],
     support: int = 0,
     alternatives: int = 0,
-) -> Drawn:
-    """One token per slot from logits [B, V] float32, for the places `positions` [B] in their sequences.
+) -> tuple[TokenValues, Bool[Array, " B"]]:
+    """Sample one token per slot from float32 logits; the tokens get these `positions` in their sequences.
 
-    `raw` are the model's own logits, `logits` those after penalties, biases and masks; a masked one is -inf, in rows
-    that are `constrained` [B]. Order: temperature, top-k, top-p of what is left, min-p.
+    Returns the values of the tokens [B], and whether a slot's logits hold a NaN or no finite maximum.
 
-    The randomness is a function of (seed, sample, position) alone. With `support` > 0 a filtered or constrained row
-    keeps at most that many tokens, the most probable of what its filters keep, and returns their ids (another row keeps
-    all, and its support is -1 throughout); `top_k` must not exceed it. `alternatives` is how many of the most probable
-    tokens are returned as `best`.
+    `raw` are the model's logits, `logits` those after penalties, biases and masks. Masked logits are -inf and occur
+    only in rows that are `constrained` [B], and at stop ids that may not be drawn yet. Order: temperature, top-k, top-p
+    of the rest, min-p.
+
+    The randomness depends only on (seed, sample, position). With `support` > 0 a filtered or constrained row keeps at
+    most that many of the tokens that its filters keep, the most probable ones, and returns their ids (another row keeps
+    all, and its support is all -1); `top_k` must not exceed it. `alternatives` is the number of most probable tokens
+    returned as `best`.
     """
     best = _argmax(logits)
     top = jnp.take_along_axis(logits, best[:, None], -1)[:, 0]
-    broken = ~jnp.isfinite(top)
-    greedy = knobs.temperature <= 0
-    nothing = jnp.zeros(len(best), jnp.float32)
+    non_finite = ~jnp.isfinite(top)
+    greedy = settings.temperature <= 0
+    zeros = jnp.zeros(len(best), jnp.float32)
     no_support = jnp.full((len(best), support), -1, jnp.int32)
 
     def sampled() -> tuple[Array, Array, Array]:
-        token, logp, kept = _sample(logits, top, knobs, positions, live & ~greedy, constrained, support)
+        token, logp, kept = _sample(logits, top, settings, positions, live & ~greedy, constrained, support)
         return jnp.where(greedy, best, token), jnp.where(greedy, 0, logp), kept
 
-    token, logp, kept = lax.cond(jnp.any(live & ~greedy), sampled, lambda: (best, nothing, no_support))
+    token, logp, kept = lax.cond(jnp.any(live & ~greedy), sampled, lambda: (best, zeros, no_support))
 
     def scored() -> Array:
-        most = raw.max(-1)
-        total = jnp.exp(raw - most[:, None]).sum(-1)
-        return jnp.take_along_axis(raw, token[:, None], -1)[:, 0] - most - jnp.log(total)
+        maximum = raw.max(-1)
+        total = jnp.exp(raw - maximum[:, None]).sum(-1)
+        return jnp.take_along_axis(raw, token[:, None], -1)[:, 0] - maximum - jnp.log(total)
 
     def ranked() -> tuple[Array, Array]:
         values, ids = lax.top_k(raw, alternatives)
         return ids, values - jax.nn.logsumexp(raw, -1, keepdims=True)
 
     no_best = jnp.zeros((len(best), alternatives), jnp.int32), jnp.zeros((len(best), alternatives), jnp.float32)
-    ids_and_logps = lax.cond(jnp.any(live & knobs.want_best), ranked, lambda: no_best) if alternatives else no_best
-    raw_logp = lax.cond(jnp.any(live & knobs.want_logps), scored, lambda: nothing)
-    return Drawn(token, logp, raw_logp, broken, kept, *ids_and_logps)
+    best_ids, best_logps = (
+        lax.cond(jnp.any(live & settings.want_alternatives), ranked, lambda: no_best) if alternatives else no_best
+    )
+    raw_logp = lax.cond(jnp.any(live & settings.want_logps), scored, lambda: zeros)
+    values = TokenValues(
+        tokens=token, logps=logp, raw_logps=raw_logp, supports=kept, best=best_ids, best_logps=best_logps
+    )
+    return values, non_finite
 
 
 def _argmax(logits: Array) -> Array:
-    """The first of the largest logits [B]: in blocks, since XLA:CPU finds a maximum 15 times faster than its place."""
+    """The index [B] of the first maximum. By blocks, since XLA:CPU computes max 15 times faster than argmax."""
     blocks = _blocks(logits, -jnp.inf)
     block = jnp.argmax(blocks.max(-1), -1)
     inside = jnp.argmax(_block(blocks, block), -1)
@@ -108,53 +117,55 @@ def _argmax(logits: Array) -> Array:
 
 
 def _sample(
-    logits: Array, top: Array, knobs: Knobs, positions: Array, live: Array, constrained: Array, support: int
+    logits: Array, top: Array, settings: SlotSettings, positions: Array, live: Array, constrained: Array, support: int
 ) -> tuple[Array, Array, Array]:
     """Tokens [B], log-probabilities [B] and supports [B, support]."""
-    temperature = jnp.where(knobs.temperature > 0, knobs.temperature, 1)
+    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1)
     scores = (logits - top[:, None]) / temperature[:, None]  # the best has 0
-    filtered = live & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0) | (constrained & (support > 0)))
+    filtered = live & (
+        (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0) | (constrained & (support > 0))
+    )
     weights, kept = lax.cond(
         jnp.any(filtered),
-        lambda: _truncate(scores, knobs, filtered, support),
+        lambda: _truncate(scores, settings, filtered, support),
         lambda: (jnp.exp(scores), jnp.full((len(top), support), -1, jnp.int32)),
     )
-    token = _pick(weights, _uniforms(knobs, positions))
+    token = _pick(weights, _uniforms(settings, positions))
     chosen = jnp.take_along_axis(scores, token[:, None], -1)[:, 0]
     return token, chosen - jnp.log(weights.sum(-1)), kept
 
 
 class _Last(NamedTuple):
-    """The last token kept, in the order of descending scores, tokens of one score in the order of their ids."""
+    """The last token kept, in descending order of scores, ties in order of ids."""
 
     score: Array  # [B]
     id: Array  # [B] int32
 
 
 class _Candidates(NamedTuple):
-    """The c first tokens in that order."""
+    """The first c tokens in that order."""
 
     ids: Array  # [B, c] int32
     scores: Array  # [B, c]
-    kept: Array  # [B, c] bool, what the filters keep of them: the first few
-    complete: Array  # [B] bool, whether the filters keep no other token
+    kept: Array  # [B, c] bool, which of them the filters keep: a prefix
+    complete: Array  # [B] bool, whether the filters keep no other tokens
 
 
-def _truncate(scores: Array, knobs: Knobs, filtered: Array, support: int) -> tuple[Array, Array]:
-    """Weights [B, V] after the filters, for scores [B, V] whose best is 0, and the ids kept [B, support].
+def _truncate(scores: Array, settings: SlotSettings, filtered: Array, support: int) -> tuple[Array, Array]:
+    """Weights [B, V] after the filters, for scores [B, V] whose maximum is 0, and the ids kept [B, support].
 
-    Tokens stand in the order of descending scores, those of one score in the order of their ids. Each filter keeps the
-    first few: top-k exactly k tokens; top-p the fewest whose share of what top-k left reaches p; min-p those with at
-    least min_p times the probability of the first. The first token is always kept. A `support` then ends the list.
+    Tokens are in descending order of scores, ties in order of ids. Each filter keeps a prefix: top-k exactly k tokens;
+    top-p the smallest number whose share of what top-k kept reaches p; min-p those with at least min_p times the
+    probability of the first. The first token is always kept. A `support` then bounds the length of the prefix.
     """
     count = min(support or _CANDIDATES, scores.shape[1])
-    found = _candidates(scores, knobs, count)
+    found = _candidates(scores, settings, count)
     last = _last_candidate(found)
     if not support:
         unclear = filtered & ~found.complete
         last = lax.cond(
             jnp.any(unclear),
-            lambda: jax.tree.map(lambda a, b: jnp.where(unclear, a, b), _searched(scores, knobs), last),
+            lambda: jax.tree.map(lambda a, b: jnp.where(unclear, a, b), _searched(scores, settings), last),
             lambda: last,
         )
     weights = jnp.where(_up_to(scores, last) | ~filtered[:, None], jnp.exp(scores), 0)
@@ -162,20 +173,20 @@ def _truncate(scores: Array, knobs: Knobs, filtered: Array, support: int) -> tup
     return weights, ids[:, :support]
 
 
-def _candidates(scores: Array, knobs: Knobs, count: int) -> _Candidates:
-    """Of scores [B, V] whose best is 0; `lax.top_k` breaks ties by the lower id."""
+def _candidates(scores: Array, settings: SlotSettings, count: int) -> _Candidates:
+    """The candidates of scores [B, V] whose maximum is 0; `lax.top_k` breaks ties by the lower id."""
     values, ids = lax.top_k(scores, count)
     rank = jnp.arange(count)
     weights = jnp.exp(values)
-    ranked = rank < jnp.where(knobs.top_k > 0, knobs.top_k, count)[:, None]
-    few = (knobs.top_k > 0) & (knobs.top_k <= count)
-    # The mass that top-p is a share of: what top-k left.
+    ranked = rank < jnp.where(settings.top_k > 0, settings.top_k, count)[:, None]
+    few = (settings.top_k > 0) & (settings.top_k <= count)
+    # top-p is relative to the mass of what top-k kept.
     mass = jnp.where(few, jnp.where(ranked, weights, 0).sum(-1), jnp.exp(scores).sum(-1))
     before = jnp.cumsum(weights, -1) - weights
-    nucleus = (before < (knobs.top_p * mass)[:, None]) | (knobs.top_p >= 1)[:, None]
-    kept = ((ranked & nucleus & (weights >= knobs.min_p[:, None])) | (rank == 0)) & (weights > 0)
-    # A larger top-k has a mass of its own, which these candidates do not show.
-    known = (few | (knobs.top_k == 0)) & (count < scores.shape[1])
+    nucleus = (before < (settings.top_p * mass)[:, None]) | (settings.top_p >= 1)[:, None]
+    kept = ((ranked & nucleus & (weights >= settings.min_p[:, None])) | (rank == 0)) & (weights > 0)
+    # The mass of a top-k larger than `count` cannot be computed from the candidates.
+    known = (few | (settings.top_k == 0)) & (count < scores.shape[1])
     return _Candidates(ids, values, kept, (known & ~kept[:, -1]) | few | (count == scores.shape[1]))
 
 
@@ -185,49 +196,49 @@ def _last_candidate(found: _Candidates) -> _Last:
 
 
 def _up_to(scores: Array, last: _Last) -> Array:
-    """[B, V]: whether a token stands before `last` or is it."""
+    """[B, V]: whether a token is `last` or comes before it."""
     ties = (scores == last.score[:, None]) & (jnp.arange(scores.shape[1]) <= last.id[:, None])
     return (scores > last.score[:, None]) | ties
 
 
-def _searched(scores: Array, knobs: Knobs) -> _Last:
+def _searched(scores: Array, settings: SlotSettings) -> _Last:
     """The last token that top-k, then top-p, then min-p keep, by bisection over scores and then over ids."""
     vocab = scores.shape[1]
     ones = jnp.ones_like(scores)
-    whole = _Last(jnp.full(len(scores), -jnp.inf), jnp.full(len(scores), vocab - 1, jnp.int32))
+    everything = _Last(jnp.full(len(scores), -jnp.inf), jnp.full(len(scores), vocab - 1, jnp.int32))
 
     def reaching(values: Array, wanted: Array) -> _Last:
-        """The first token up to which values [B, V] >= 0 sum up to `wanted` [B]."""
+        """The first token at which the running sum of values [B, V] >= 0 reaches `wanted` [B]."""
         score = _largest(scores, lambda kept: jnp.where(kept, values, 0).sum(-1) >= wanted)
         above = jnp.where(scores > score[:, None], values, 0).sum(-1)
         ties = jnp.where(scores == score[:, None], values, 0)
         reached = above[:, None] + jnp.cumsum(ties, -1) >= wanted[:, None]
-        # Rounding may leave nothing reached: then all of that score.
+        # With rounding it may never be reached: then take all ties.
         return _Last(score, jnp.where(reached.any(-1), jnp.argmax(reached, -1), vocab - 1).astype(jnp.int32))
 
     def where(condition: Array, some: Callable[[], _Last], otherwise: _Last) -> _Last:
         found = lax.cond(jnp.any(condition), some, lambda: otherwise)
         return jax.tree.map(lambda a, b: jnp.where(condition, a, b), found, otherwise)
 
-    wanted = jnp.clip(knobs.top_k, 1, vocab).astype(jnp.float32)
-    last = where(knobs.top_k > 0, lambda: reaching(ones, wanted), whole)
+    wanted = jnp.clip(settings.top_k, 1, vocab).astype(jnp.float32)
+    last = where(settings.top_k > 0, lambda: reaching(ones, wanted), everything)
     weights = jnp.where(_up_to(scores, last), jnp.exp(scores), 0)
-    last = where(knobs.top_p < 1, lambda: reaching(weights, knobs.top_p * weights.sum(-1)), last)
-    # The last of what is left and is likely enough: of the least such score, the highest id.
-    likely = _up_to(scores, last) & (jnp.exp(scores) >= knobs.min_p[:, None])
-    least = jnp.where(likely, scores, jnp.inf).min(-1)
-    highest = vocab - 1 - jnp.argmax((likely & (scores == least[:, None]))[:, ::-1], -1)
-    return where(knobs.min_p > 0, lambda: _Last(least, highest.astype(jnp.int32)), last)
+    last = where(settings.top_p < 1, lambda: reaching(weights, settings.top_p * weights.sum(-1)), last)
+    # min-p: the last token that is kept and likely enough has the lowest such score and, among ties, the highest id.
+    likely = _up_to(scores, last) & (jnp.exp(scores) >= settings.min_p[:, None])
+    lowest = jnp.where(likely, scores, jnp.inf).min(-1)
+    highest = vocab - 1 - jnp.argmax((likely & (scores == lowest[:, None]))[:, ::-1], -1)
+    return where(settings.min_p > 0, lambda: _Last(lowest, highest.astype(jnp.int32)), last)
 
 
 def _largest(scores: Array, enough: Callable[[Array], Array]) -> Array:
     """The largest threshold t [B] for which `enough(scores >= t)`, for scores <= 0.
 
-    Bisection over the bit patterns of -t, which are ordered as the floats are.
+    Bisection over the bit patterns of -t, which have the order of the floats.
     """
     bits = lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)  # small where the score is large
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # high is enough; low - 1 is not
         middle = low + (high - low) // 2
         found = enough(bits <= middle[:, None])
@@ -238,20 +249,20 @@ def _largest(scores: Array, enough: Callable[[Array], Array]) -> Array:
     return -lax.bitcast_convert_type(bound, jnp.float32)
 
 
-def _uniforms(knobs: Knobs, positions: Array) -> Array:
-    """Two numbers in [0, 1) per row, [B, 2], that depend on (seed, sample, position) and on nothing else."""
+def _uniforms(settings: SlotSettings, positions: Array) -> Array:
+    """Two numbers in [0, 1) per row, [B, 2], that depend only on (seed, sample, position)."""
 
     def of_row(seed: Array, sample: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
         return jax.random.uniform(key, (2,))
 
-    return jax.vmap(of_row)(knobs.seed, knobs.sample, positions)
+    return jax.vmap(of_row)(settings.seed, settings.sample, positions)
 
 
 def _pick(weights: Array, uniforms: Array) -> Array:
-    """Token ids [B] drawn in proportion to weights [B, V]: a block by the first number, a token in it by the second.
+    """Token ids [B] sampled in proportion to weights [B, V]: a block by the first number, a token in it by the second.
 
-    One pass over the vocabulary and no noise per token. Two numbers, since one has too few bits for a rare token.
+    One pass over the vocabulary, without noise per token. Two numbers, since one has too few bits for a rare token.
     """
     blocks = _blocks(weights, 0)
     block = _invert(blocks.sum(-1), uniforms[:, 0])
@@ -260,7 +271,7 @@ def _pick(weights: Array, uniforms: Array) -> Array:
 
 
 def _blocks(x: Array, fill: float) -> Array:
-    """[B, V] -> [B, blocks, _BLOCK], filled up with `fill`."""
+    """[B, V] -> [B, blocks, _BLOCK], padded with `fill`."""
     short = -x.shape[1] % _BLOCK
     return jnp.pad(x, ((0, 0), (0, short)), constant_values=fill).reshape(len(x), -1, _BLOCK)
 
@@ -271,9 +282,9 @@ def _block(blocks: Array, index: Array) -> Array:
 
 
 def _invert(weights: Array, uniform: Array) -> Array:
-    """The first index at which the running sum of weights [B, n] passes uniform [B] times their total."""
+    """The first index at which the running sum of weights [B, n] exceeds uniform [B] times their total."""
     running = jnp.cumsum(weights, -1)
     passed = running > uniform[:, None] * running[:, -1:]
-    # Rounding may leave nothing passed: then the last that can be drawn at all.
+    # With rounding it may never be exceeded: then take the last index with a positive weight.
     last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, -1)
     return jnp.where(passed.any(-1), jnp.argmax(passed, -1), last)

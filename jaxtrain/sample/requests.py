@@ -1,15 +1,15 @@
 """What is asked of the engine, and what it answers."""
 
-from __future__ import annotations
-
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Le
+from typing_extensions import Doc
 
-from jaxtrain.sample.constraints import Trie
+from jaxtrain.sample.trie import Trie
 
 STOP_SLOTS, BIAS_SLOTS = 8, 64  # how many of each a request may bring
 INT32_MAX = 2**31 - 1
@@ -25,12 +25,17 @@ class FieldError(ValueError):
         self.field, self.problem = field, problem
 
 
-class Bounds(NamedTuple):
-    """The numbers that a field may hold, both ends included."""
+@dataclass(frozen=True)
+class Bounds(GroupedMetadata):
+    """The numbers that a field may hold, both ends included. In a field's `Annotated`, where pydantic reads it too."""
 
     kind: type[int] | type[float]
     least: float
     most: float
+
+    def __iter__(self) -> Iterator[BaseMetadata]:
+        yield Ge(self.least)
+        yield Le(self.most)
 
     def problem(self, name: str, value: Any) -> str | None:
         """What is wrong with a value, if anything is. A boolean is not a number here."""
@@ -44,20 +49,6 @@ class Bounds(NamedTuple):
         return None
 
 
-# Every number of a request. They are computed with in int32, uint32 and float32, so what overflows there is out.
-BOUNDS: Mapping[str, Bounds] = {
-    "max_tokens": Bounds(int, 1, INT32_MAX),
-    "temperature": Bounds(float, 0, 1e6),
-    "top_k": Bounds(int, 0, INT32_MAX),
-    "top_p": Bounds(float, 1e-6, 1),
-    "min_p": Bounds(float, 0, 1),
-    "repetition_penalty": Bounds(float, 1e-6, 1e6),
-    "presence_penalty": Bounds(float, -1e6, 1e6),
-    "frequency_penalty": Bounds(float, -1e6, 1e6),
-    "seed": Bounds(int, 0, 2**32 - 1),
-    "n": Bounds(int, 1, INT32_MAX),
-    "alternatives": Bounds(int, 0, INT32_MAX),
-}
 LEAST_TEMPERATURE = 1e-6  # above 0, which is greedy: a smaller one overflows the scaled logits
 BIAS = Bounds(float, -1e6, 1e6)  # of logit_bias
 TOKEN_ID = Bounds(int, 0, INT32_MAX)  # a vocabulary is smaller, which `check_request` knows
@@ -73,22 +64,41 @@ class SamplingParams:
     type: the command line, the server and reinforcement learning all rely on this check.
     """
 
-    max_tokens: int | None = None  # None: as many as the engine's max_length leaves
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0  # keeps tokens at least this share as probable as the most probable one
-    stop: Sequence[str] = ()  # text that ends the sample, and is no part of its text
+    max_tokens: Annotated[
+        int | None, Bounds(int, 1, INT32_MAX), Doc("new tokens; default: as many as max_length leaves")
+    ] = None
+    temperature: Annotated[float, Bounds(float, 0, 1e6), Doc("0 is greedy")] = 1.0
+    top_k: Annotated[int, Bounds(int, 0, INT32_MAX), Doc("keep the k most probable tokens; 0 keeps all")] = 0
+    top_p: Annotated[
+        float, Bounds(float, 1e-6, 1), Doc("keep the most probable tokens up to this share; 1 keeps all")
+    ] = 1.0
+    min_p: Annotated[
+        float, Bounds(float, 0, 1), Doc("keep tokens at least this share as probable as the first; 0 keeps all")
+    ] = 0.0
+    stop: Annotated[Sequence[str], Doc("text that ends a sample, and is no part of it; as often as needed")] = ()
+    min_tokens: Annotated[
+        int, Bounds(int, 0, INT32_MAX), Doc("new tokens before which no end token or stop string ends a sample")
+    ] = 0
     stop_ids: Sequence[int] | np.ndarray = ()  # a token of these ends the sample and is its last id
-    repetition_penalty: float = 1.0  # above 1: makes tokens of the prompt and of the sample less probable
-    presence_penalty: float = 0.0  # above 0: makes tokens of the sample less probable
-    frequency_penalty: float = 0.0  # above 0: the same, by as much for every time that a token came
+    repetition_penalty: Annotated[
+        float, Bounds(float, 1e-6, 1e6), Doc("above 1 makes tokens of prompt and sample less probable")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Bounds(float, -1e6, 1e6), Doc("above 0 makes tokens of the sample less probable")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        Bounds(float, -1e6, 1e6),
+        Doc("above 0 makes them less probable proportionally to how often they occurred"),
+    ] = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> what is added to its logit
     allowed_ids: Sequence[int] | np.ndarray | None = None  # nothing else is generated; None: all
     trie: Trie | None = None  # the sample is one of the trie's sequences, and ends with it
-    seed: int | None = None  # decides the samples, whatever else the engine is doing; None: the engine draws one
-    n: int = 1  # samples; the prompt is prefilled once for all of them
-    alternatives: int = 0  # of the most probable tokens at each place, ids and log-probabilities; see `Engine`
+    # None: the engine draws one. What else the engine is doing makes no difference.
+    seed: Annotated[int | None, Bounds(int, 0, 2**32 - 1), Doc("decides what is sampled")] = None
+    n: Annotated[int, Bounds(int, 1, INT32_MAX), Doc("samples of each prompt")] = 1  # the prompt is prefilled once
+    # of the most probable tokens at each place, ids and log-probabilities; see `Engine`
+    alternatives: Annotated[int, Bounds(int, 0, INT32_MAX)] = 0
     logprobs: bool = True  # False spares their computation where no request in a slot wants them
 
     def __post_init__(self) -> None:
@@ -111,6 +121,9 @@ class SamplingParams:
         self._refuse("logit_bias", ids_problem("logit_bias", list(self.logit_bias)))
         for token, bias in self.logit_bias.items():
             self._refuse("logit_bias", BIAS.problem(f"logit_bias of token {token}", bias))
+        if self.trie is not None and self.min_tokens:
+            self._refuse("min_tokens", "a trie says where a sample ends, so min_tokens must be 0")
+        object.__setattr__(self, "stop", tuple(self.stop))  # so that equal parameters compare equal
         if not isinstance(self.trie, Trie | None):
             self._refuse("trie", f"trie must be a Trie, not {shown(self.trie)}")
         if not isinstance(self.logprobs, bool):
@@ -119,6 +132,21 @@ class SamplingParams:
     def _refuse(self, name: str, problem: str | None) -> None:
         if problem is not None:
             raise FieldError("sampling", name, problem)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether less than the whole vocabulary can be drawn."""
+        drawn = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.temperature > 0 and (drawn or self.allowed_ids is not None or self.trie is not None)
+
+
+# Every number of a request. They are computed with in int32, uint32 and float32, so what overflows there is out.
+BOUNDS: Mapping[str, Bounds] = {
+    name: mark
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items()
+    for mark in getattr(hint, "__metadata__", ())
+    if isinstance(mark, Bounds)
+}
 
 
 def shown(value: Any) -> str:
@@ -162,12 +190,13 @@ class Request:
     prompt_ids: Sequence[int] | np.ndarray  # [n] of the model's vocabulary, n >= 1
     params: SamplingParams = field(default_factory=SamplingParams)
 
-    @property
-    def filtered(self) -> bool:
-        """Whether less than the whole vocabulary can be drawn."""
-        each = self.params
-        drawn = each.top_k > 0 or each.top_p < 1 or each.min_p > 0
-        return each.temperature > 0 and (drawn or each.allowed_ids is not None or each.trie is not None)
+
+class EngineLimits(NamedTuple):
+    """Maxima that an engine is compiled for."""
+
+    steps: int = 32  # tokens per slot and device call, and so of a streamed chunk
+    support: int = 0  # ids that filters keep, see `Engine`; 0: no limit, and none are returned
+    alternatives: int = 0  # of `SamplingParams.alternatives`
 
 
 class Timings(NamedTuple):
@@ -217,8 +246,7 @@ def check_request(
     *,
     vocab_size: int,
     max_length: int,
-    support: int,
-    alternatives: int,
+    limits: EngineLimits,
     has_tokenizer: bool,
     name: str,
 ) -> None:
@@ -250,10 +278,10 @@ def check_request(
     ):
         if len(given) > most:
             refuse(field_name, f"{len(given)} {kind}, and the engine holds up to {most} a request")
-    if 0 < support < min(params.top_k, vocab_size):
-        refuse("top_k", f"top_k={params.top_k}, and the engine returns supports of up to {support} tokens")
-    if params.alternatives > alternatives:
-        refuse("alternatives", f"alternatives={params.alternatives}, and the engine tells up to {alternatives}")
+    if 0 < limits.support < min(params.top_k, vocab_size):
+        refuse("top_k", f"top_k={params.top_k}, and the engine returns supports of up to {limits.support} tokens")
+    if params.alternatives > limits.alternatives:
+        refuse("alternatives", f"alternatives={params.alternatives}, and the engine tells up to {limits.alternatives}")
     if params.stop and not has_tokenizer:
         refuse("stop", "stop strings need an engine with a tokenizer; use stop_ids")
     allowed = () if params.allowed_ids is None else params.allowed_ids

@@ -1,6 +1,4 @@
-"""An HTTP endpoint that speaks OpenAI's protocol: chat completions and completions, with logprobs and streaming."""
-
-from __future__ import annotations
+"""An HTTP server with OpenAI's API: chat completions and completions, with logprobs and streaming."""
 
 import asyncio
 import socket
@@ -11,66 +9,66 @@ from typing import Any, TypeVar
 
 from jaxtrain.sample.async_engine import AsyncEngine, StoppedError
 from jaxtrain.sample.requests import FieldError
-from jaxtrain.serve.load import Served
 from jaxtrain.serve.protocol import Limits, read_call
-from jaxtrain.serve.replies import FailedError, Reply, error_object
+from jaxtrain.serve.responses import FailedError, ResponseBuilder, error_object
+from jaxtrain.serve.served import Served
 
 _T = TypeVar("_T")
 
-_PLACES = "jaxtrain.places"  # of an ASGI scope
+_PERMITS = "jaxtrain.permits"  # key of the ASGI scope
 
 
 class _RefusedError(Exception):
-    """A call that is answered with an error of another status than 400."""
+    """A call that is answered with an error status other than 400."""
 
     def __init__(self, status: int, kind: str, message: str):
         super().__init__(message)
         self.status, self.kind = status, kind
 
 
-class _Queue:
-    """An ASGI application with a bounded number of samples under way and waiting.
+class _AdmissionControl:
+    """An ASGI application with a bounded number of running and waiting samples.
 
-    A call takes one place before its body is read, and one for every further sample once that is known. It holds them
-    until its response is over, however that ends.
+    A call acquires one permit before its body is read, and one for every further sample once their number is known.
+    It releases them when its response has ended, normally or not.
     """
 
-    def __init__(self, app: Any, most: int):
-        self._app, self._most, self._taken = app, most, 0
+    def __init__(self, app: Any, limit: int):
+        self._app, self._limit, self._acquired = app, limit, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        places = scope[_PLACES] = _Places(self)
+        permits = scope[_PERMITS] = _Permits(self)
         try:
             await self._app(scope, receive, send)
         finally:
-            self._taken -= places.held
+            self._acquired -= permits.acquired
 
-    def take(self, count: int) -> None:
-        if self._taken + count > self._most:
+    def acquire(self, count: int) -> None:
+        if self._acquired + count > self._limit:
             raise _RefusedError(
                 503,
                 "overloaded_error",
-                f"the server has no room for {count} more samples beside {self._taken}; up to "
-                f"{self._most} run and wait at a time: try again later",
+                f"the server cannot accept {count} more samples: {self._acquired} are running or waiting, and the "
+                f"maximum is {self._limit}; try again later",
             )
-        self._taken += count
+        self._acquired += count
 
 
-class _Places:
-    """The places of one call."""
+class _Permits:
+    """The permits of one call."""
 
-    def __init__(self, queue: _Queue):
-        self._queue, self.held = queue, 0
+    def __init__(self, control: _AdmissionControl):
+        self._control, self.acquired = control, 0
 
-    def take(self, count: int) -> None:
-        self._queue.take(count)
-        self.held += count
+    def acquire(self, count: int) -> None:
+        self._control.acquire(count)
+        self.acquired += count
 
 
 def make_app(
     served: Served, on_failure: Callable[[Exception], None] | None = None, limits: Limits | None = None
 ) -> Any:
-    """The ASGI application. `on_failure` is called with what ended the engine, if anything does."""
+    """The ASGI application. `on_failure` is called with the exception that stopped the engine, if there is one."""
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect
     from starlette.requests import Request as Http
@@ -87,10 +85,10 @@ def make_app(
     def answering(chat: bool):
         async def answer(http: Http) -> Response:
             try:
-                http.scope[_PLACES].take(1)
+                http.scope[_PERMITS].acquire(1)
                 body = await _body(http, limits.body)
                 call = await asyncio.to_thread(read_call, served, body, chat=chat, limits=limits)
-                http.scope[_PLACES].take(call.request.params.n - 1)
+                http.scope[_PERMITS].acquire(call.request.params.n - 1)
             except FieldError as error:
                 return refusal(400, "invalid_request_error", error.problem, error.field)
             except ValueError as error:
@@ -98,12 +96,12 @@ def make_app(
             except _RefusedError as error:
                 return refusal(error.status, error.kind, str(error))
             except ClientDisconnect:
-                return Response()  # nobody reads it
-            reply, chunks = Reply(served, call), engine.stream(call.request)
+                return Response()  # the client is gone
+            response, chunks = ResponseBuilder(served, call), engine.stream(call.request)
             if call.stream:
-                return StreamingResponse(reply.stream(chunks), media_type="text/event-stream")
+                return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
             try:
-                return JSONResponse(await _unless_left(http, reply.whole(chunks)))
+                return JSONResponse(await _unless_disconnected(http, response.build(chunks)))
             except (FailedError, StoppedError) as error:
                 return refusal(500, "server_error", str(error))
 
@@ -114,7 +112,7 @@ def make_app(
         return JSONResponse({"object": "list", "data": [model]})
 
     async def failed(_: Http, error: Exception) -> Response:
-        """The answer to a call whose handler raised. The server logs the traceback, and goes on."""
+        """The response to a call whose handler raised. Starlette logs the traceback, and the server continues."""
         return refusal(500, "server_error", f"{type(error).__name__}: {error}")
 
     app = Starlette(
@@ -125,23 +123,23 @@ def make_app(
         ],
         exception_handlers={Exception: failed},
     )
-    return _Queue(app, limits.queue)
+    return _AdmissionControl(app, limits.queue)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The socket to `serve` at, taken before a model is loaded for nothing.
+    """Open the socket for `serve`, before time is spent on loading a model.
 
-    Raises ValueError where a package is not installed, and for a place that cannot be listened at.
+    Raises ValueError if a package is not installed, or if it cannot listen on the address.
     """
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise ValueError("serving needs starlette and uvicorn: pip install 'jaxtrain[serve]'")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ValueError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
 
 
-def serve(served: Served, listening: socket.socket, limits: Limits | None = None) -> None:
+def serve(served: Served, listening: socket.socket) -> None:
     """Answer until interrupted. What ends the engine is raised once all who wait know of it, so that whoever watches
     over the server starts it anew."""
     import uvicorn
@@ -152,35 +150,35 @@ def serve(served: Served, listening: socket.socket, limits: Limits | None = None
         failures.append(failure)
         server.should_exit = True
 
-    server = uvicorn.Server(uvicorn.Config(make_app(served, stop, limits), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(make_app(served, stop), log_level="warning"))
     with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
         server.run(sockets=[listening])
     if failures:
         raise failures[0]
 
 
-async def _body(http: Any, most: int) -> bytes:
-    """The body of a call, read no further than is allowed. Raises _RefusedError for a longer one."""
+async def _body(http: Any, limit: int) -> bytes:
+    """Read the body of a call. Raises _RefusedError as soon as it exceeds `limit` bytes."""
     pieces, size = [], 0
     async for piece in http.stream():
         size += len(piece)
-        if size > most:
-            raise _RefusedError(413, "invalid_request_error", f"the body is longer than {most} bytes")
+        if size > limit:
+            raise _RefusedError(413, "invalid_request_error", f"the body is longer than {limit} bytes")
         pieces.append(piece)
     return b"".join(pieces)
 
 
-async def _unless_left(http: Any, work: Coroutine[Any, Any, _T]) -> _T | None:
-    """What `work` returns; None where the client of `http` hangs up before, and then `work` is cancelled."""
+async def _unless_disconnected(http: Any, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """The result of `work`; if the client of `http` disconnects first, cancel `work` and return None."""
 
-    async def left() -> None:
+    async def disconnected() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
         working.cancel()
-        leaving.cancel()
+        waiting.cancel()

@@ -1,37 +1,35 @@
-"""From the body of a call to a request of the engine. Whatever a client may send is checked here.
+"""Converts the body of a call to a request of the engine, and validates everything that a client may send.
 
-`FIELDS` is the table of what is accepted. The bounds of the numbers are those of `SamplingParams`, which the engine
-computes with; what the server bounds itself is in `Limits`.
+`FIELDS` is the table of accepted fields. The bounds of numbers are those of `SamplingParams`; `Limits` has those
+of the server.
 """
-
-from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxtrain.sample.requests import Bounds, FieldError, Request, SamplingParams, shown
-from jaxtrain.serve.load import Served
+from jaxtrain.serve.served import Served
 
-ALTERNATIVES = 20  # the most that OpenAI's `top_logprobs` may be
+ALTERNATIVES = 20  # the maximum of OpenAI's `top_logprobs`
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
-_MOST_DIGITS = 4300  # of an integer that Python converts
+_MAX_DIGITS = 4300  # of an integer that Python converts
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of the server, and all of them together."""
+    """The limits of a call, and of all pending calls together."""
 
-    samples: int = 256  # of a call, its `n`
-    body: int = 8 * 2**20  # bytes of a call's body
-    queue: int = 4096  # samples under way and waiting; a further call is refused until some are done
+    samples: int = 256  # maximum `n` of a call
+    body: int = 8 * 2**20  # maximum bytes of a call's body
+    queue: int = 4096  # maximum number of running and waiting samples; further calls are refused
 
 
 class Field(NamedTuple):
@@ -43,22 +41,22 @@ class Field(NamedTuple):
     only: tuple[Any, ...] = ()  # the values that are accepted, of a field that is not supported otherwise
 
 
+OTHERWISE = {
+    "stop_ids": "vLLM's name is stop_token_ids",
+    "alternatives": "OpenAI's names are logprobs and top_logprobs",
+    "logprobs": "OpenAI's logprobs says whether they are answered; the engine always computes them",
+    "logit_bias": "its keys are text in JSON",
+    "allowed_ids": "no API has it",
+    "trie": "no API has it",
+}
+"""Fields of SamplingParams that are no fields of a body as they are, and why."""
+
 FIELDS: Mapping[str, Field] = {
+    **{field.name: Field(field.name) for field in fields(SamplingParams) if field.name not in OTHERWISE},
     "messages": Field(endpoint="chat"),  # a list of messages: see `_messages`
     "prompt": Field(endpoint="completions"),  # one text, or the token ids of one
-    "max_tokens": Field("max_tokens"),
     "max_completion_tokens": Field("max_tokens"),  # another name of the same
-    "temperature": Field("temperature"),
-    "top_p": Field("top_p"),
-    "top_k": Field("top_k"),
-    "min_p": Field("min_p"),
-    "repetition_penalty": Field("repetition_penalty"),
-    "presence_penalty": Field("presence_penalty"),
-    "frequency_penalty": Field("frequency_penalty"),
-    "seed": Field("seed"),
-    "n": Field("n"),
     "logit_bias": Field(kind=dict),  # token ids, as JSON's keys are text, to numbers
-    "stop": Field("stop"),  # a text or a list of texts
     "stop_token_ids": Field("stop_ids"),
     "logprobs": Field(),  # chat: true or false; completions: that, or the number of alternatives
     "top_logprobs": Field("alternatives", endpoint="chat"),
@@ -75,7 +73,7 @@ _KINDS = {dict: "an object", bool: "true or false", str: "a text"}
 
 
 class Call(NamedTuple):
-    """A call that can be answered."""
+    """A valid call."""
 
     chat: bool
     request: Request
@@ -85,9 +83,9 @@ class Call(NamedTuple):
 
 
 def read_call(served: Served, raw: bytes, *, chat: bool, limits: Limits) -> Call:
-    """The call that a body makes. Safe to call from several threads.
+    """Parse and validate the body of a call. Thread-safe.
 
-    Raises ValueError, a FieldError where one field is to blame, for what cannot be answered.
+    Raises ValueError, or its subclass FieldError for an invalid field.
     """
     try:
         return _read_call(served, raw, chat, limits)
@@ -115,7 +113,7 @@ def _read_call(served: Served, raw: bytes, chat: bool, limits: Limits) -> Call:
     except FieldError as error:
         names |= {"prompt_ids": "messages" if chat else "prompt"}
         raise _renamed(error, names) from error
-    request = Request(np.asarray(request.prompt_ids, np.int32), params)  # which is checked again, and faster
+    request = Request(np.asarray(request.prompt_ids, np.int32), params)  # an array is faster to check again
     return Call(chat, request, logprobs, body.get("stream", False), usage)
 
 
@@ -124,7 +122,7 @@ def _refused(name: str, problem: str) -> FieldError:
 
 
 def _renamed(error: FieldError, names: Mapping[str, str]) -> FieldError:
-    """The error of a parameter as one of the field that it came from."""
+    """The error of a parameter, converted to an error of the field that it came from."""
     name = names.get(error.field, error.field)
     return _refused(name, error.problem if name in error.problem else f"{name}: {error.problem}")
 
@@ -147,12 +145,12 @@ def _read_json(raw: bytes) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | float:
-    """Python refuses to convert very many digits: what they stand for is out of every bound, as infinity is."""
-    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+    """Integers with too many digits for Python's int() become floats, which are out of bounds for every field."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
 def _refuse_surrogates(body: dict[str, Any]) -> None:
-    """Raise FieldError for half of a surrogate pair, which no encoding knows, wherever it is."""
+    """Raise FieldError for a lone surrogate at any depth, because it cannot be encoded."""
     for name, top in body.items():
         left = [name, top]
         while left:
@@ -163,7 +161,7 @@ def _refuse_surrogates(body: dict[str, Any]) -> None:
                 left += value
             elif isinstance(value, str) and _SURROGATE.search(value):
                 name = name.encode(errors="backslashreplace").decode()
-                raise _refused(name, f"{_cut(name)} holds a lone surrogate, which is no character")
+                raise _refused(name, f"{_cut(name)} contains a lone surrogate, which is not a valid character")
 
 
 def _usage(body: dict[str, Any]) -> bool:
@@ -181,14 +179,14 @@ def _usage(body: dict[str, Any]) -> bool:
 
 
 def _logprobs(body: dict[str, Any], chat: bool) -> tuple[bool, int]:
-    """Whether log-probabilities are asked for, and of how many alternatives. Chat asks by two fields."""
+    """Whether log-probabilities are requested, and the number of alternatives. Chat has two fields for this."""
     wanted = body.get("logprobs", False)
     if isinstance(wanted, bool):
         best = body.get("top_logprobs", 0)
     elif chat:
         raise _refused("logprobs", f"logprobs must be true or false, not {shown(wanted)}")
     else:
-        wanted, best = True, wanted  # 0 asks for those of the sampled tokens
+        wanted, best = True, wanted  # 0 requests those of the sampled tokens
     name = "top_logprobs" if chat else "logprobs"
     if problem := Bounds(int, 0, ALTERNATIVES).problem(name, best):
         raise _refused(name, problem)
@@ -200,7 +198,7 @@ def _logprobs(body: dict[str, Any], chat: bool) -> tuple[bool, int]:
 def _params(
     served: Served, body: dict[str, Any], alternatives: int, limits: Limits
 ) -> tuple[SamplingParams, dict[str, str]]:
-    """The parameters, and for each the name of the field that it came from."""
+    """The parameters, and the name of the field for each of them."""
     options: dict[str, Any] = {}
     names = {"alternatives": "top_logprobs" if "top_logprobs" in body else "logprobs"}
     for name, value in body.items():
@@ -208,7 +206,7 @@ def _params(
         if parameter is None:
             continue
         if parameter in options and options[parameter] != value:
-            raise _refused(name, f"{name} and {names[parameter]} are two names of one number; give one of them")
+            raise _refused(name, f"{name} and {names[parameter]} are the same parameter; give only one of them")
         options[parameter], names[parameter] = value, name
     options["alternatives"] = alternatives
     if isinstance(options.get("stop"), str):
@@ -218,14 +216,14 @@ def _params(
         params = SamplingParams(**options)
         if params.n > limits.samples:
             raise _refused("n", f"n={params.n} must be at most {limits.samples}")
-        return replace(params, stop_ids=list(dict.fromkeys([*params.stop_ids, *served.stop_ids]))), names
+        return served.ending(params), names
     except FieldError as error:
         raise _renamed(error, names) from error
 
 
 def _token_id(key: str) -> int:
     if not _TOKEN_ID.fullmatch(key):
-        raise _refused("logit_bias", f"logit_bias has {_cut(repr(key))} where a token id must be")
+        raise _refused("logit_bias", f"the keys of logit_bias must be token ids, not {_cut(repr(key))}")
     return int(key)
 
 
@@ -243,12 +241,12 @@ def _prompt_ids(served: Served, body: dict[str, Any], chat: bool) -> Any:
     except ValueError as error:
         raise _refused(name, str(error)) from error
     if isinstance(body["prompt"], list) and not any(isinstance(each, str | list) for each in body["prompt"]):
-        return body["prompt"]  # which the engine's check names what is wrong with
-    raise _refused(name, "prompt must be one text, or the token ids of one")
+        return body["prompt"]  # validated by `Engine.check`
+    raise _refused(name, "prompt must be a string or a list of token ids")
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, with one text for a content that comes in parts: most chat templates know no other."""
+    """The messages; content in parts is joined to a string, because most chat templates support only strings."""
     if not isinstance(messages, list) or not messages:
         raise _refused("messages", "messages must be a list of at least one message")
     return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
@@ -261,8 +259,8 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     if content is None or isinstance(content, str):
         return message
     if not isinstance(content, list):
-        raise _refused("messages", f"{name}.content must be a text or a list of parts, not {shown(content)}")
+        raise _refused("messages", f"{name}.content must be a string or a list of parts, not {shown(content)}")
     texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if len(texts) < len(content):
-        raise _refused("messages", f"{name}.content has parts that are no text, and text is all there is here")
+        raise _refused("messages", f"{name}.content has parts that are not text, which are not supported")
     return {**message, "content": "".join(texts)}

@@ -1,6 +1,4 @@
-"""From a run's checkpoint, or a role in memory, to a Hugging Face folder."""
-
-from __future__ import annotations
+"""Exports a run's checkpoint, or a role in memory, to a Hugging Face folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,22 @@ from converters.adapters import export_adapter
 from converters.export_hf import TrainedText, convert, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
+from converters.weight_rows import flatten
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.lora import join, split_adapters
+from jaxtrain.data.fingerprints import tokenizer_fingerprint
+from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.nn.modules import check_exportable
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.remote import written_folder
 from jaxtrain.roles.declare import Declaration, declare
 from jaxtrain.roles.initial import base_params
 from jaxtrain.roles.role import Role
-from jaxtrain.roles.tokenizer import fingerprint, make_tokenizer, stop_ids, tokenizer_folder
+from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids, tokenizer_folder
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
-from jaxtrain.session.record import CHECKPOINTS, SavedRun, read_saved_run
+from jaxtrain.session.record import CHECKPOINTS, SavedRun, parse_model, read_saved_run
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params
 
@@ -31,54 +32,58 @@ from jaxtrain.types import Params
 def export_run(
     run: str | Path, out: str | Path, *, step: int | None = None, dtype: str | None = None, adapter: bool = False
 ) -> None:
-    """Write the model of a run's checkpoint to `out`, adapters merged, on whatever devices there are here.
+    """Write the model of a run's checkpoint to `out`, a folder or a URL, with merged adapters. Works on any devices.
 
-    The config is the one in the checkpoint. A base that the run held quantised is read again as it was, and the
-    adapters are merged into that.
+    The config is the one in the checkpoint. Adapters of a quantised base are merged into the original base, which is
+    read again.
 
-    `step` names the checkpoint; default: the newest.
-    `dtype` casts the weights; default: the dtype of the checkpoint that the run began with, or the parameters' own.
-    `adapter` writes the adapters alone, as a PEFT folder.
-    The folder ends its texts where the run did and has the chat template of the run: see `_trained_text`.
-    Raises ValueError where `run` holds no run or no such checkpoint, where the base is no longer what the run trained
-    on, or `out` is not empty.
+    `step` selects the checkpoint; default: the newest.
+    `dtype` casts the weights; default: the dtype of the base checkpoint, or that of the parameters.
+    `adapter` writes only the adapters, as a PEFT folder.
+    The folder has the run's chat template and its end tokens in generation_config.json.
+    Raises ValueError if `run` is not a run or has no such checkpoint, if the base has changed since the run started, or
+    if `out` is not empty.
     """
     run = Path(run)
     saved, declared, params = _restore(run, step)
     section = saved.config.model
     tokenizer = make_tokenizer(section)
-    if tokenizer is not None and saved.tokenizer not in (None, fingerprint(tokenizer)):
+    if tokenizer is not None and saved.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
         template = section.chat_template
         raise ValueError(
             f"the tokenizer or chat template has changed since {saved.config.run.dir} was trained: restore "
-            f"{tokenizer_folder(section)}{f' and {template}' if template else ''} as it was"
+            f"{tokenizer_folder(section)}{f' and {template}' if template else ''}"
         )
     role = Role(str(run), section, declared, saved.config.run.seed, params)
-    _write(role, params, tokenizer, Path(out), dtype, adapter)
+    with written_folder(out) as folder:
+        _write(role, params, tokenizer, folder, dtype, adapter)
 
 
 def save(role: Role, out: str | Path, *, dtype: str | None = None, adapter: bool = False) -> None:
-    """Write the present parameters of `role` to `out`, as `export_run` writes those of a checkpoint.
+    """Write the current parameters of `role` to `out`, a folder or a URL, as `export_run` does for a checkpoint.
 
-    Raises ValueError where `out` is not empty.
+    Raises ValueError if `out` is not empty.
     """
-    trained = split_adapters(role.params)[0] if role.model.base_frozen else role.params
-    _write(role, trained, role.tokenizer, Path(out), dtype, adapter)
+    trained = role.model.split(role.params)[0] if role.model.base_frozen else role.params
+    with written_folder(out) as folder:
+        _write(role, trained, role.tokenizer, folder, dtype, adapter)
 
 
 def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | None, adapter: bool) -> None:
-    """`params`: those that are trained. The base of adapters is read again."""
+    """Write the trained `params`. The base of adapters is read again."""
     section, declared = role.section, role.declared
     text = _trained_text(section, declared, tokenizer)
     tokenizer_from = section.tokenizer or section.path
     lora = declared.model.lora
     if adapter:
-        others = sorted(params.keys() - {"layers"})
         if lora is None:
-            raise ValueError(f"{role.name} trained no adapter: its config has no model.lora")
+            raise ValueError(f"{role.name} has no adapter: its config has no model.lora")
+        others = sorted({path.split(".")[0] for path in flatten(params).keys() - set(lora.full_paths)} - {"layers"})
+        if declared.added is not None:
+            others = ["the rows of model.add_tokens"]
         if others:
             raise ValueError(
-                f"{role.name} trained {others[0]} too, which an adapter folder leaves out: export it merged"
+                f"{role.name} also trained {others[0]}, which a PEFT folder cannot hold: export it without --adapter"
             )
         export_adapter(params, declared.model.config, lora, out, section.path, tokenizer_from=tokenizer_from, text=text)
         return
@@ -89,8 +94,8 @@ def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | N
         return
     check_exportable(declared.model.config)
     if declared.model.base_frozen:
-        # Adapters of a quantised base are merged into the weights as they were before they were quantised.
-        base = base_params(section, declared._replace(quantize=None), role.seed)
+        # Adapters of a quantised base are merged into the original weights.
+        base = declared.model.split(base_params(section, declared._replace(quantize=None), role.seed))[1]
         params = jax.jit(lambda trained, base: declared.model.merged(join(trained, base))[1])(params, base)
     export_hf(
         params,
@@ -104,9 +109,7 @@ def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | N
 
 
 def _trained_text(section: ModelSection, declared: Declaration, tokenizer: Any) -> TrainedText:
-    """The tokenizer if it has added tokens, its chat template if it is not the folder's own, and every token that ends
-    an answer: see `stop_ids`.
-    """
+    """What the run changed: added tokens, the chat template, and the tokens that end an answer (see `stop_ids`)."""
     if tokenizer is None:
         return TrainedText()
     generates = declared.model.output == LANGUAGE
@@ -118,10 +121,10 @@ def _trained_text(section: ModelSection, declared: Declaration, tokenizer: Any) 
 
 
 def _restore(run: Path, step: int | None) -> tuple[SavedRun, Declaration, Params]:
-    """What a checkpoint says of its run, the model that it describes, and its parameters on the devices here."""
-    saved = read_saved_run(run, step)
+    """The record in a checkpoint, the declaration of its model, and its parameters on this machine's devices."""
+    saved = read_saved_run(run, step, parse_model)
     if saved.step is None:
-        raise ValueError(f"{run} holds no checkpoint yet")
+        raise ValueError(f"{run} has no checkpoint yet")
     declared = declare(
         saved.config.model, make_mesh(MeshSection(preset=saved.config.mesh.preset)), saved.config.mesh.preset
     )
@@ -136,22 +139,24 @@ def _restore(run: Path, step: int | None) -> tuple[SavedRun, Declaration, Params
 
 
 def _check_base(run: Path, saved: SavedRun, declared: Declaration) -> None:
-    """Raise ValueError where what the export reads again of the base checkpoint is not what the run began with."""
+    """Raise ValueError if a file that the export reads from the base checkpoint has changed since the run started."""
     if saved.config.model.path is None:
         return
-    # Without frozen weights the base gives the export its config.json alone.
+    # Without frozen weights only config.json is read from the base.
     needed = ("config.json", ".safetensors") if declared.model.base_frozen else ("config.json",)
     files = (saved.inputs.get("model.path", {}), fingerprint_path("model.path", saved.config.model.path))
     before, now = ({name: each[name] for name in each if name.endswith(needed)} for each in files)
     how = changed_file(before, now)
     if before and now and how:
         raise ValueError(
-            f"{run} trained on model.path={saved.config.model.path}, which has changed since: {how}. Bring back the "
-            "files that the run began with"
+            f"{run} trained on model.path={saved.config.model.path}, which has changed since: {how}. Restore the "
+            "original files"
         )
 
 
-def convert_checkpoint(source: Path, out: Path) -> None:
-    """Import and export a Hugging Face folder without training: every tensor, name and dtype as it was."""
+def convert_checkpoint(source: str | Path, out: str | Path) -> None:
+    """Import and export a Hugging Face folder without training; tensors, names and dtypes are unchanged."""
     config, hf = read_config(source)
-    convert(source, config, hf, Model(config, output=SCALAR if has_scalar_head(hf) else LANGUAGE).abstract(), out)
+    target = Model(config, output=SCALAR if has_scalar_head(hf) else LANGUAGE).abstract()
+    with written_folder(out) as folder:
+        convert(source, config, hf, target, folder)

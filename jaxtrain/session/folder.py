@@ -1,52 +1,56 @@
-"""Opening a run's folder to train in it: held by one run at a time, and never continued with another config.
+"""Opens a run's folder for training. Only one run at a time uses it, and it is never resumed with another config.
 
-Nothing in the folder is written before `RunFolder.start`, so a start that is refused leaves the folder as it was.
+Nothing is written to the folder before `RunFolder.start`, so a refused start leaves it unchanged.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxtrain.config import RunConfig, config_tree, dump_config
 from jaxtrain.config.changes import Change, check_keys, covers, differences, input_paths
-from jaxtrain.roles.tokenizer import fingerprint
-from jaxtrain.session.inputs import Fingerprint, changed_file, fingerprints
-from jaxtrain.session.lock import FolderLock
+from jaxtrain.data.fingerprints import tokenizer_fingerprint
+from jaxtrain.session.inputs import Fingerprint, changed_file, input_fingerprints
+from jaxtrain.session.lock import FolderLock, sees_nonce
 from jaxtrain.session.record import (
     CHANGES,
     CHECKPOINTS,
     CONFIG,
     FINISHED,
     INPUTS,
-    drop_mark_of_another_process,
     effective_config,
     effective_inputs,
     recorded_changes,
+    remove_quickstart_mark,
     write_atomically,
 )
+from jaxtrain.train.agree import from_process_0, gather_values
 from jaxtrain.train.checkpoint import Checkpoints
 
+_VISIBLE_WITHIN = 10.0  # seconds within which a shared file system shows on one host what another wrote
 _TOKENIZER_KEYS = ("model.path", "model.tokenizer", "model.chat_template", "model.add_tokens")
 
 
 class _Checked(NamedTuple):
-    """What process 0 found out about the folder; plain values, which travel to the other processes as JSON."""
+    """What process 0 found in the folder: plain values, which are sent to the other processes as JSON."""
 
     inputs: dict[str, Fingerprint]
     changes: dict[str, dict[str, Any]]  # permitted ones: key -> old and new value
-    exhausted_at: int | None  # the step after which the run ended because there was no more data
+    ended_at: int | None  # the step after which the run ended by itself, before its last step
+    ended_because: str
+    date: str  # today for chat templates: data.date, or the day on which the run began
 
 
 class RunFolder:
-    """The folder of the run under way. Every process has one; process 0 writes."""
+    """The folder of the current run. Every process has one; only process 0 writes."""
 
     def __init__(
         self, config: RunConfig, allow_change: Sequence[str], checked: _Checked, lock: FolderLock | None
@@ -58,30 +62,40 @@ class RunFolder:
         self._lock = lock
         self._started = False
 
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints, to be saved and restored."""
+        section = self.config.checkpoint
+        return Checkpoints(
+            str(self.path / CHECKPOINTS), section.every, section.keep, section.keep_every, section.minutes
+        )
+
     def meta(self) -> dict[str, Any]:
-        """What every checkpoint says of the run: the resolved config, and what the model was read from."""
+        """The record in every checkpoint: the resolved config, and fingerprints of the model's files."""
         inputs = {key: files for key, files in self._checked.inputs.items() if key.startswith("model.")}
         return {"config": config_tree(self.config), "inputs": inputs}
 
     def permits(self, keys: Sequence[str]) -> bool:
-        """Whether one of `keys` may differ from the newest checkpoint's config: now, or since an earlier start."""
+        """Whether `--allow-change` permits one of `keys` to change, in this start or an earlier one."""
         recorded = [key for change in recorded_changes(self.path) for key in change["changes"]]
         return any(covers(keys, key) for key in (*self._allow_change, *recorded))
 
     def check_tokenizer(self, meta: dict[str, Any], tokenizer: Any) -> None:
         """Raise ValueError where a checkpoint's `meta` names another tokenizer, unless a change is permitted."""
-        if meta["tokenizer"] != fingerprint(tokenizer) and not self.permits(_TOKENIZER_KEYS):
+        if meta["tokenizer"] != tokenizer_fingerprint(tokenizer) and not self.permits(_TOKENIZER_KEYS):
             raise ValueError(
-                f"{self.path} was trained with another tokenizer or chat template: go on with that one, choose another "
+                f"{self.path} was trained with another tokenizer or chat template: restore that one, choose another "
                 "run.dir, or permit the change with --allow-change model.tokenizer"
             )
 
-    def finished(self, step: int) -> bool:
-        """Whether nothing is left to train after `step`, the newest checkpoint's; says so if it is."""
-        if step and step >= self.config.train.steps:
-            reason = f"train.steps={self.config.train.steps} and its newest checkpoint is of step {step}"
-        elif step and step == self._checked.exhausted_at and not self._checked.changes:
-            reason = f"its training data was exhausted after step {step}, before train.steps={self.config.train.steps}"
+    def finished(self, step: int, steps: int) -> bool:
+        """Whether nothing is left to train after `step`, the newest checkpoint's; says so if it is.
+
+        `steps`: of the whole run.
+        """
+        if step and step >= steps:
+            reason = f"it has {steps} steps and its newest checkpoint is of step {step}"
+        elif step and step == self._checked.ended_at and not self._checked.changes:
+            reason = f"{self._checked.ended_because} after step {step} of {steps}"
         else:
             return False
         if self._lock is not None:
@@ -89,18 +103,18 @@ class RunFolder:
         return True
 
     def start(self, step: int) -> None:
-        """Training begins after `step`: write the config at step 0, or record which of its keys have changed since.
+        """Training starts after `step`: write the config at step 0, else record the permitted changes.
 
-        A folder without a checkpoint holds nothing that another config could be mixed with, so its config is replaced.
+        In a folder without a checkpoint the config is replaced, since nothing was trained with the old one.
         """
         self._started = True
         if self._lock is None:
             return
         self._lock.keep()
-        drop_mark_of_another_process(self.path)
+        remove_quickstart_mark(self.path)
         if step == 0:
             if (self.path / CONFIG).exists():
-                print(f"{self.path} holds no checkpoint: the run starts over, with this config", flush=True)
+                print(f"{self.path} has no checkpoint: the run starts over with this config", flush=True)
             for outdated in (CHANGES, FINISHED):
                 (self.path / outdated).unlink(missing_ok=True)
             write_atomically(self.path / INPUTS, json.dumps(self._checked.inputs, indent=1) + "\n")
@@ -116,35 +130,41 @@ class RunFolder:
             before = file.read_text() if file.exists() else ""
             write_atomically(file, before + json.dumps(change) + "\n")
 
-    def finish(self) -> None:
-        """The run has ended by itself, after the step of its newest checkpoint. Nothing is done if it did not start."""
+    def finish(self, of_steps: int, early_end: str = "the data was exhausted") -> None:
+        """The run of `of_steps` steps has ended by itself, after the step of its newest checkpoint.
+
+        `early_end` says why, if that is not the last one. Nothing is done if the run did not start.
+        """
         steps = checkpoint_steps(self.path)
         if self._started and self._lock is not None and steps:
-            exhausted = steps[-1] < self.config.train.steps
-            write_atomically(self.path / FINISHED, json.dumps({"step": steps[-1], "data_exhausted": exhausted}) + "\n")
+            end = {"step": steps[-1]} | ({"ended_because": early_end} if steps[-1] < of_steps else {})
+            write_atomically(self.path / FINISHED, json.dumps(end) + "\n")
 
 
 @contextmanager
 def open_run(config: RunConfig, *, resume: bool = True, allow_change: Sequence[str] = ()) -> Iterator[RunFolder]:
-    """Hold the folder `run.dir` and check that this config may go on in it.
+    """Lock the folder `run.dir` and check that it may be trained in with this config.
 
-    All processes of a run call it together. Process 0 holds the folder and looks into it; what it refuses, all refuse.
-    `allow_change`: keys that may differ although that changes the numbers; the change is recorded.
+    All processes of a run call it together. Process 0 locks and checks the folder; its errors are raised on all.
+    `allow_change`: keys that may change although that changes the numbers; the change is recorded.
 
-    Raises FolderInUseError where another run holds the folder. Raises ValueError where it holds another run: one of
-    another recipe, one with checkpoints whose config differs in a key that may not change, or, without `resume`, one
-    with checkpoints.
+    Raises FolderInUseError if another run uses the folder. Raises ValueError if the folder's run has another recipe, or
+    has checkpoints and its config differs in a key that may not change, or has checkpoints and `resume` is False, or if
+    `run.dir` is not the same folder on all hosts.
     """
-    check_keys(allow_change)
+    check_keys(allow_change, config)
     folder, lock = Path(config.run.dir), None
     with ExitStack() as stack:
 
-        def look() -> _Checked:
+        def lock_and_check() -> tuple[_Checked, str]:
             nonlocal lock
             lock = stack.enter_context(FolderLock(folder))
-            return _check(config, folder, resume, allow_change)
+            return _check(config, folder, resume, allow_change), lock.nonce
 
-        checked = _Checked(*_from_process_0(look))
+        found, nonce = from_process_0(lock_and_check)
+        _check_same_folder(folder, nonce)
+        checked = _Checked(*found)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"date": checked.date})})
         yield RunFolder(config, allow_change, checked, lock)
 
 
@@ -157,43 +177,47 @@ def _check(config: RunConfig, folder: Path, resume: bool, allow_change: Sequence
     steps = checkpoint_steps(folder)
     if not resume and steps:
         raise ValueError(
-            f"{folder} holds checkpoints up to step {steps[-1]}: choose another run.dir, remove the folder, or go on "
-            "with --resume"
+            f"{folder} holds checkpoints up to step {steps[-1]}: choose another run.dir, remove the folder, or "
+            "resume with --resume"
         )
-    inputs = fingerprints(config)
+    inputs = input_fingerprints(config)
+    today = config.data.date or datetime.date.today().isoformat()
     if not (folder / CONFIG).exists():
         if steps:
             raise ValueError(
-                f"{folder} holds checkpoints up to step {steps[-1]}, but no {CONFIG}, so nothing says which run they "
-                "belong to: bring it back, or choose another run.dir"
+                f"{folder} holds checkpoints up to step {steps[-1]}, but no {CONFIG}, so their run is unknown: "
+                "restore it, or choose another run.dir"
             )
-        return _Checked(inputs, {}, None)
-    begun = effective_config(folder)
-    if begun.recipe != config.recipe:
+        return _Checked(inputs, {}, None, "", today)
+    stored = effective_config(folder)
+    if stored.recipe != config.recipe:
         raise ValueError(
-            f"{folder} holds a run of recipe {begun.recipe} and this config is of recipe {config.recipe}: choose "
+            f"{folder} holds a run of recipe {stored.recipe}, but this config has recipe {config.recipe}: choose "
             "another run.dir"
         )
     if not steps:
-        return _Checked(inputs, {}, None)
-    found = _changes(begun, config, effective_inputs(folder), inputs)
+        return _Checked(inputs, {}, None, "", today)
+    found = _changes(stored, config, effective_inputs(folder), inputs)
     refused = [change for change in found if not covers(allow_change, change.key)]
     if refused:
         lines = "\n".join(f"  {change}" for change in refused)
         options = " ".join(f"--allow-change {change.key}" for change in refused)
         raise ValueError(
-            f"{folder} holds a run that began otherwise (old -> new):\n{lines}\n"
-            f"Start it with the old values, choose another run.dir, or permit and record the change: {options}"
+            f"{folder} holds a run with another config (old -> new):\n{lines}\n"
+            f"Use the old values, choose another run.dir, or permit and record the change: {options}"
         )
     end = json.loads((folder / FINISHED).read_text()) if (folder / FINISHED).exists() else {}
-    exhausted_at = end["step"] if end.get("data_exhausted") else None
-    return _Checked(inputs, {change.key: {"old": change.old, "new": change.new} for change in found}, exhausted_at)
+    because = end.get("ended_because", "")
+    changes = {change.key: {"old": change.old, "new": change.new} for change in found}
+    return _Checked(
+        inputs, changes, end["step"] if because else None, because, config.data.date or stored.data.date or today
+    )
 
 
 def _changes(
     old: RunConfig, new: RunConfig, old_inputs: dict[str, Fingerprint], new_inputs: dict[str, Fingerprint]
 ) -> list[Change]:
-    """The config's differences, and the inputs that are other files now, under the same path or another."""
+    """The config's differences, and the inputs whose files have changed, under the same path or another."""
 
     def is_same_input(change: Change) -> bool:
         if None in (change.old, change.new):
@@ -205,28 +229,22 @@ def _changes(
     keys = [change.key for change in changes]
     for key, path in input_paths(new):
         before, now = old_inputs.get(key), new_inputs[key]
-        # Files that are gone are reported by whoever reads them.
+        # Missing files are reported when they are read.
         if before and now and not covers(keys, key) and (how := changed_file(before, now)):
             changes.append(Change(key, path, f"{path}, but {how}", True))
     return changes
 
 
-def _from_process_0(make: Callable[[], Any]) -> Any:
-    """What `make` returns on process 0, a plain value, on every process; its ValueError or OSError is raised on all."""
+def _check_same_folder(folder: Path, nonce: str) -> None:
+    """Raise ValueError on all processes where one of them does not see what process 0 wrote into the folder."""
     if jax.process_count() == 1:
-        return make()
-    error, answer = None, {}
-    if jax.process_index() == 0:
-        try:
-            answer = {"value": make()}
-        except (ValueError, OSError) as problem:
-            error, answer = problem, {"error": str(problem)}
-    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.array(text.size, np.int32)))
-    sent = multihost_utils.broadcast_one_to_all(np.resize(text, size))
-    if error is not None:
-        raise error
-    answer = json.loads(np.asarray(sent, np.uint8).tobytes())
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer["value"]
+        return
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while not (seen := sees_nonce(folder, nonce)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [process for process, sees in enumerate(gather_values(seen)) if not sees]
+    if blind:
+        raise ValueError(
+            f"run.dir={folder} is not the same folder on all hosts: the processes {', '.join(map(str, blind))} do not "
+            "see what process 0 wrote there. Choose a folder on a file system that all hosts share"
+        )

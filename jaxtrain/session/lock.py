@@ -1,12 +1,11 @@
-"""One process at a time holds a run's folder."""
-
-from __future__ import annotations
+"""The lock of a run's folder: only one process at a time uses it."""
 
 import errno
 import fcntl
 import json
 import os
 import socket
+import uuid
 import warnings
 from pathlib import Path
 from typing import Self
@@ -18,24 +17,27 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class FolderInUseError(ValueError):
-    """Another process holds the folder. The message names the process and its host."""
+    """Another process uses the folder. The message names the process and its host."""
 
 
 class FolderLock:
-    """An flock on `.lock` in a folder, which is made if it is missing. The system releases it when the process dies.
+    """An flock on `.lock` in a folder, which is created if missing. The system releases it when the process ends.
 
-    While it is held, the file names the holder. A start that is refused leaves no trace: unless `keep` was called,
-    `release` restores what was there before; a folder that was missing is removed again.
+    While it is held, the file names the holder. Unless `keep` was called, `release` restores the previous state: the
+    old content of the file, and no folder if there was none.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises FolderInUseError where another process, or another lock of this one, holds the folder."""
+        """Raises FolderInUseError if another process, or another lock of this process, holds the folder."""
         self._made = _make_missing(folder)
         self._path = folder / LOCK
         self._kept = False
         self._file, self._existed = self._acquire(folder)
         self._before = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        _rewrite(self._file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n")
+        self.nonce = uuid.uuid4().hex
+        """The file's content while the lock is held: whoever reads it there sees the same folder."""
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "nonce": self.nonce}
+        _rewrite(self._file, json.dumps(holder).encode() + b"\n")
 
     def __enter__(self) -> Self:
         return self
@@ -44,7 +46,7 @@ class FolderLock:
         self.release()
 
     def keep(self) -> None:
-        """The folder is written to from now on, so the lock's file stays in it."""
+        """Keep the folder and the lock file on release, because the folder is going to be written to."""
         self._kept = True
 
     def release(self) -> None:
@@ -59,7 +61,7 @@ class FolderLock:
             _remove_empty(self._made)
 
     def _acquire(self, folder: Path) -> tuple[int, bool]:
-        """The locked file, and whether it was there before."""
+        """The locked file, and whether it existed before."""
         while True:
             existed = self._path.exists()
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -76,13 +78,21 @@ class FolderLock:
                     os.close(file)
                     raise
                 warnings.warn(
-                    f"{folder}: its file system has no locks ({error.strerror}); start no second run in it",
+                    f"{folder}: the file system has no locks ({error.strerror}); do not start a second run in it",
                     RuntimeWarning,
                     stacklevel=4,
                 )
             if _is_same_file(file, self._path):
                 return file, existed
-            os.close(file)  # its holder removed it between our opening and locking it
+            os.close(file)  # its holder removed it after we opened it
+
+
+def sees_nonce(folder: Path, nonce: str) -> bool:
+    """Whether this host sees the lock file of the process that holds `folder`."""
+    try:
+        return json.loads((folder / LOCK).read_bytes())["nonce"] == nonce
+    except (OSError, ValueError, KeyError, TypeError):  # none there, or not written yet
+        return False
 
 
 def _holder(content: bytes) -> str:
@@ -106,7 +116,7 @@ def _rewrite(file: int, content: bytes) -> None:
 
 
 def _make_missing(folder: Path) -> list[Path]:
-    """Make the folder and its missing parents; return those that were made, the innermost first."""
+    """Create the folder and its missing parents; return those that were created, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing

@@ -1,10 +1,11 @@
-"""What a folder records of its run: the config that it began with, changes since, and what the checkpoints hold."""
+"""The records of a run in its folder: the initial config, its changes, and the records in the checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +13,14 @@ from jaxtrain.config import ConfigError, RunConfig, load_config, parse_config
 from jaxtrain.session.inputs import Fingerprint
 from jaxtrain.train.checkpoint import Checkpoints
 
-CONFIG = "config.yaml"  # as the run began; written once
-INPUTS = "inputs.json"  # fingerprints of the files that it began with
-CHANGES = "config_changes.jsonl"  # permitted changes since, each with its step and the whole config after it
-FINISHED = "finished.json"  # after which step the run ended by itself
+CONFIG = "config.yaml"  # the initial config; written once
+INPUTS = "inputs.json"  # fingerprints of the initial input files
+CHANGES = "config_changes.jsonl"  # permitted changes, each with its step and the complete config after it
+FINISHED = "finished.json"  # the step after which the run was complete
 CHECKPOINTS = "checkpoints"
-QUICKSTART_MARK = ".made-by-quickstart"  # the quickstart's: which files here it made and may replace
+QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart made here and may replace
 
-# Everything that a run writes into its folder, besides the lock.
+# Everything that a run writes into its folder, except for the lock.
 RUN_FILES = (
     *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS),
     *("metrics.jsonl", "tensorboard", "inspection", "experience", "trajectories"),
@@ -27,7 +28,7 @@ RUN_FILES = (
 
 
 class SavedRun(NamedTuple):
-    """What a checkpoint says of its run."""
+    """The record of the run in a checkpoint."""
 
     config: RunConfig
     inputs: dict[str, Fingerprint]  # of the model's files, by config key
@@ -35,11 +36,30 @@ class SavedRun(NamedTuple):
     tokenizer: str | None = None  # its fingerprint
 
 
-def read_saved_run(folder: Path, step: int | None = None) -> SavedRun:
-    """The config in the checkpoint of `step` (default: the newest), or the folder's where there is no checkpoint.
+def parse_model(tree: dict[str, Any], origin: str) -> RunConfig:
+    """The sections of a saved config that describe its model. The others, which may name files of the user that are not
+    here, are left out. Raises ConfigError."""
+    needed = ("run", "model", "data", "mesh")
+    return parse_config({"recipe": "sft"} | {section: tree[section] for section in needed}, origin)
 
-    Where a checkpoint was written before configs could be read back from it, the folder's is used, with a warning.
-    Raises ValueError where the folder is none of a run or has no checkpoint of `step`.
+
+def best_step(folder: Path) -> int:
+    """The step of the best evaluation of a run with `eval.best`, by its newest checkpoint. Raises ValueError."""
+    with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
+        found = checkpoints.read_meta()
+    step = found and (found[1].get("best") or {}).get("step")
+    if step is None:
+        raise ValueError(f"{folder} has no best checkpoint: the run needs eval.best, and an evaluation")
+    return step
+
+
+def read_saved_run(
+    folder: Path, step: int | None = None, parse: Callable[[dict[str, Any], str], RunConfig] = parse_config
+) -> SavedRun:
+    """The record in the checkpoint of `step` (default: the newest), or the folder's config if there is no checkpoint.
+
+    If the checkpoint's config is missing or cannot be read, the folder's is used, with a warning. Raises ValueError if
+    the folder is not a run's, or has no checkpoint of `step`.
     """
     with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
         found = checkpoints.read_meta(step)
@@ -50,7 +70,7 @@ def read_saved_run(folder: Path, step: int | None = None) -> SavedRun:
         problem = "it holds none"
     else:
         try:
-            config = parse_config(meta["config"], f"checkpoint {step}")
+            config = parse(meta["config"], f"checkpoint {step}")
             return SavedRun(config, meta.get("inputs", {}), step, meta.get("tokenizer"))
         except ConfigError as error:
             problem = str(error)
@@ -63,18 +83,15 @@ def read_saved_run(folder: Path, step: int | None = None) -> SavedRun:
 
 
 def effective_config(folder: Path) -> RunConfig:
-    """The config that the run in `folder` began with, with the changes recorded since.
-
-    Raises ValueError where the folder is none of a run.
-    """
+    """The initial config of the run in `folder`, with the recorded changes. Raises ValueError if there is no run."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no folder of a run: it holds no {CONFIG}")
+        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG}")
     changes = recorded_changes(folder)
     return parse_config(changes[-1]["config"], str(folder / CHANGES)) if changes else load_config(folder / CONFIG)
 
 
 def effective_inputs(folder: Path) -> dict[str, Fingerprint]:
-    """Fingerprints of the files that the run in `folder` last trained on; none of a run that recorded none."""
+    """Fingerprints of the files that the run in `folder` last trained on; empty if it recorded none."""
     changes = recorded_changes(folder)
     if changes:
         return changes[-1]["inputs"]
@@ -87,15 +104,15 @@ def recorded_changes(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def drop_mark_of_another_process(folder: Path) -> None:
-    """Training into a folder that another process's quickstart made: from now on its files are the user's."""
+def remove_quickstart_mark(folder: Path) -> None:
+    """Remove the mark of another process's quickstart: once trained in, the folder belongs to the user."""
     mark = folder / QUICKSTART_MARK
     if mark.is_file() and json.loads(mark.read_text()).get("process") != os.getpid():
         mark.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it has its old content or the new one, whenever the process or the machine stops."""
+    """Write a file such that it has either the old or the new content even if the process or the machine fails."""
     partial = path.with_name(f"{path.name}.tmp")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

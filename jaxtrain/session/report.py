@@ -1,6 +1,4 @@
-"""The metrics of the steps between two log lines, under TRL's names."""
-
-from __future__ import annotations
+"""Aggregates the metrics of the steps between two log lines, under TRL's names."""
 
 import time
 import warnings
@@ -16,14 +14,14 @@ from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.train.step import StepReport, add_metrics
 from jaxtrain.types import Batch
 
-_LOST_TO_ROUNDING = 0.1  # share of a window's updates from which a run warns
+_LOST_TO_ROUNDING = 0.1  # share of a window's updates above which a run warns
 
 
 class MetricWindow:
     """Collects step reports and turns them into one line of metrics. Only reading them waits for the device."""
 
     def __init__(self, model: Model, num_tokens: int = 0, updates_per_rollout: int | None = None):
-        """`num_tokens` were trained on before; `updates_per_rollout` of a run of reinforcement learning."""
+        """`num_tokens`: tokens trained on before. `updates_per_rollout`: given in reinforcement learning."""
         self._model, self._updates_per_rollout = model, updates_per_rollout
         self.num_tokens = num_tokens
         self._warned_of_rounding = False
@@ -38,7 +36,7 @@ class MetricWindow:
         self._since = time.perf_counter()
 
     def add(self, reports: Mapping[str, StepReport], batch: Batch, seconds: float) -> None:
-        """A step: the reports of its roles, this host's rows, and the seconds until all updates were dispatched."""
+        """Add a step: the reports of its roles, this host's rows, and the seconds until all updates were dispatched."""
         for name, report in reports.items():
             self._reports.setdefault(name, []).append(report)
         self._steps += 1
@@ -48,30 +46,30 @@ class MetricWindow:
             self._flops += train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Further metrics, of which the line has the means."""
+        """Add further metrics; the log line has their means."""
         for name, value in metrics.items():
             self._recorded.setdefault(name, []).append(value)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count as training."""
+        """Exclude the time of the block from the training time."""
         self._stop_clock()
         yield
         self._since = time.perf_counter()
 
     def wait(self) -> None:
-        """Wait for the updates that were dispatched; the time counts as theirs."""
+        """Wait for the dispatched updates; the time counts as update time."""
         start = time.perf_counter()
         jax.block_until_ready(self._reports)
         self._update_seconds += time.perf_counter() - start
 
     def close(self) -> dict[str, float]:
-        """The metrics of the steps since the last call, of which there is at least one.
+        """The metrics of the steps since the last call; there must be at least one.
 
-        Those of the first role have their plain names, those of another role `ROLE/name`.
+        The metrics of the first role have their plain names, those of the others `ROLE/name`.
         """
         self._stop_clock()
-        first, *others = self._reports  # in the order of the roles, which a pytree of them would not keep
+        first, *others = self._reports  # in the order of the roles; device_get sorts the keys
         reports = jax.device_get(self._reports)
         tokens = sum(int(report.num_tokens) for report in reports[first])
         self.num_tokens += tokens
@@ -98,12 +96,12 @@ class MetricWindow:
         return metrics
 
     def _warn_of_rounding(self, lost: float) -> None:
-        """Once a run."""
+        """Warn once per run."""
         if lost > _LOST_TO_ROUNDING and not self._warned_of_rounding:
             self._warned_of_rounding = True
             warnings.warn(
                 f"{lost:.0%} of the updates were lost to rounding: they are smaller than half a unit in the last place "
-                f"of the {self._model.param_dtype} parameters that they should change. Train with "
+                f"of their {self._model.param_dtype} parameters. Train with "
                 "model.param_dtype=float32 (compute_dtype and the export can stay bfloat16) or with model.lora, or "
                 "raise optimizer.learning_rate; metrics.jsonl has the share as updates_lost_to_rounding",
                 stacklevel=3,
@@ -112,7 +110,7 @@ class MetricWindow:
     def _times_of_a_rollout(self, metrics: Mapping[str, float]) -> dict[str, float]:
         assert self._updates_per_rollout is not None
         times = {"time/update": self._update_seconds / self._steps * self._updates_per_rollout}
-        # Samples that were drawn ahead of time cost a step only the time that it waited for them.
+        # Prefetched samples cost a step only the time that it waited for them.
         drawn = ("time/wait",) if "time/wait" in metrics else ("time/rollout", "time/reward")
         parts = (*drawn, "time/logps", "time/sync")
         if all(part in metrics for part in parts):

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: asynchronous, atomic, the last few kept, restorable on any mesh.
+"""Checkpoints of a run: asynchronous, atomic, restorable on any mesh; the newest few are kept.
 
 A checkpoint is one orbax step folder with two parts:
 
     state    every leaf of the saved tree, under its dotted name
     record   JSON: step, data iterator state of all virtual shards, meta; shape, dtype and checksum of every leaf
 
-Orbax notices a missing or truncated file, but not a changed byte. The checksum is taken on the devices from the state
-that is saved and again from the state that was restored, so it covers everything in between, resharding included.
+Orbax detects a missing or truncated file, but not a changed byte. Checksums are computed on the devices, from the state
+that is saved and again from the restored state, so they also cover the transfers and resharding.
 """
 
 from __future__ import annotations
@@ -15,49 +15,58 @@ import hashlib
 import itertools
 import json
 import logging
+import math
+import time
 import warnings
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from jaxtrain.train.agree import gather_values
+from jaxtrain.train.checksums import array_checksums
 from jaxtrain.types import Array
 
-# What reading a damaged folder or writing to a full disk raises: orbax, tensorstore and json use builtin errors.
+# Raised when a damaged folder is read or a disk is full: orbax, tensorstore and json use builtin exceptions.
 _IO_ERRORS = (OSError, ValueError, KeyError, TypeError)
-_SHOWN = 5  # names listed in an error
+_MAX_LISTED = 5  # names in an error message
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be written, none can be read, or it belongs to another model."""
+    """A checkpoint could not be written or read, or is of another model."""
 
 
 class Restored(NamedTuple):
+    """The contents of a checkpoint."""
+
     step: int
     state: Any
-    data_state: dict[str, Any]  # of all virtual shards, whichever host saved them
+    data_state: dict[str, Any]  # by virtual shard, of all hosts
     meta: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints under `dir`: one every `every` steps, the newest `keep` kept.
+    """The checkpoints in the folder `dir`: one every `every` steps or `minutes`, of which the newest `keep` are kept,
+    and those of multiples of `keep_every` steps.
 
-    Every process of a multi-process run makes the same calls in the same order. Restoring only reads; leftovers of a
-    killed save are removed by the first save.
+    All processes of a run must make the same calls in the same order. Restoring only reads; the remains of an
+    interrupted save are removed by the next save.
     """
 
-    def __init__(self, dir: str, every: int, keep: int) -> None:
+    def __init__(
+        self, dir: str, every: int, keep: int, keep_every: int | None = None, minutes: float | None = None
+    ) -> None:
         self._dir = epath.Path(dir).absolute() if "://" not in str(dir) else epath.Path(dir)
-        self._every = every
-        self._keep = keep
+        self._every, self._keep, self._keep_every = every, keep, keep_every
+        self._seconds, self._saved_at = math.inf if minutes is None else 60 * minutes, time.monotonic()
+        self.kept: list[int] = []  # steps whose checkpoints are kept beside the newest
         self._writer: ocp.training.Checkpointer | None = None
         self._damaged: list[int] = []
         self._saving: int | None = None
-        self._response: Any = None  # orbax's, of the save under way
+        self._response: Any = None  # orbax's, of the running save
         logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
 
     def __enter__(self) -> Self:
@@ -67,23 +76,28 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending, damaged ones included."""
+        """Steps that have a checkpoint, also a damaged one, ascending."""
         if not self._dir.exists():
             return []
         return sorted(int(path.name) for path in self._dir.iterdir() if path.name.isdigit())
 
     def due(self, step: int) -> bool:
-        """Whether the schedule wants a checkpoint after `step` steps."""
+        """Whether a checkpoint is to be saved after `step` steps."""
         return step % self._every == 0
 
-    def save(self, step: int, state: Any, data_state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Copy `state` (a tree of jax.Arrays) off the devices and write it in the background.
+    def overdue(self) -> bool:
+        """Whether `minutes` have passed on this process since the last save, or since the start."""
+        return time.monotonic() - self._saved_at >= self._seconds
 
-        Returns when the copy is made, so that the next step may donate the arrays; waits before it for the save under
-        way. `data_state` is this host's part, keyed by virtual shard; `meta` is anything JSON-able. A step that is
-        saved already is not saved again. Raises CheckpointError if a save failed, e.g. because the disk is full.
+    def save(self, step: int, state: Any, data_state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Copy `state`, a tree of jax.Arrays, to the host and write it in the background.
+
+        Waits for the running save, then returns as soon as the copy is made, so that the next step may donate the
+        arrays. `data_state` is this host's part, by virtual shard; `meta` is any JSON value. A step that has a
+        checkpoint is not saved again. Raises CheckpointError if a save failed, for example because the disk is full.
         """
         self.wait()
+        self._saved_at = time.monotonic()
         writer = self._open()
         if any(saved.step == step for saved in writer.checkpoints):
             return
@@ -93,9 +107,9 @@ class Checkpoints:
             "data_state": _merge_over_hosts(data_state),
             "meta": meta,
             "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "checksums": _checksums(leaves),
+            "checksums": array_checksums(_raw_leaves(leaves)),
         }
-        parts = {"state": {name: _raw(leaf) for name, leaf in leaves.items()}, "record": _seal(record)}
+        parts = {"state": _raw_leaves(leaves), "record": _seal(record)}
         self._saving = step
         try:
             self._response = writer.save_checkpointables_async(step, parts, force=True)
@@ -103,12 +117,12 @@ class Checkpoints:
             raise self._save_error(error) from error
 
     def wait(self) -> None:
-        """Block until the save under way is on disk. Raises CheckpointError if it failed."""
+        """Block until the running save is on disk. Raises CheckpointError if it failed."""
         if self._writer is None or self._saving is None:
             return
         try:
             if self._response is not None:
-                # Each response has a thread with an event loop of its own, which ends only when the result is read.
+                # Each response has a thread with an event loop, which ends only when the result is read.
                 self._response.result()
             self._writer.wait()
         except _IO_ERRORS as error:
@@ -116,7 +130,7 @@ class Checkpoints:
         self._saving = self._response = None
 
     def close(self) -> None:
-        """`wait`, and let go of the folder. Safe to call twice."""
+        """`wait`, and close the writer. Safe to call twice."""
         try:
             self.wait()
         finally:
@@ -125,40 +139,39 @@ class Checkpoints:
                 self._writer = None
 
     def restore(self, abstract: Any, partial: bool = False, step: int | None = None) -> Restored | None:
-        """The newest checkpoint that is whole, or that of `step`; None where there is none at all.
+        """The newest undamaged checkpoint, or that of `step`; None if there is no checkpoint.
 
-        `abstract` is a tree of jax.ShapeDtypeStruct (or arrays): its shardings say where the leaves go, on whatever
-        mesh. With `partial` it may lack leaves that the checkpoint has, e.g. ask for the parameters only.
-        A damaged checkpoint is passed over with a warning, unless it is the one asked for. Raises CheckpointError if
-        all are damaged, if `step` has none, or if the one found has other leaves, shapes or dtypes than `abstract`.
-        Where only some processes meet the damage, the others notice when orbax's barrier times out after 5 minutes.
+        `abstract` is a tree of jax.ShapeDtypeStruct (or arrays) with the shardings of the restored leaves, on any mesh.
+        With `partial` it may omit leaves of the checkpoint, for example to restore only the parameters.
+        A damaged checkpoint is skipped with a warning, unless it is that of `step`. Raises CheckpointError if all are
+        damaged, if `step` has none, or if its leaves, shapes or dtypes differ from those of `abstract`. If only some
+        processes find the damage, the others fail when orbax's barrier times out after 5 minutes.
         """
         self.wait()
         wanted = _named_leaves(abstract)
         damaged: dict[int, str] = {}
-        steps = self._candidates(step)
-        for step in reversed(steps):
+        for at in reversed(self._candidates(step)):
             try:
-                record = self._read_record(step)
-                self._check_model(step, record["leaves"], wanted, partial)
-                leaves = self._read_state(step, record, wanted)
+                record = self._read_record(at)
+                self._check_model(at, record["leaves"], wanted, partial)
+                leaves = self._read_state(at, record, wanted)
             except _DamagedError as error:
-                damaged[step] = str(error)
+                damaged[at] = str(error)
                 continue
             if damaged:
                 self._damaged = list(damaged)
-                warnings.warn(f"{self._list(damaged)}; falling back to step {step}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{self._list(damaged)}; falling back to step {at}", RuntimeWarning, stacklevel=2)
             state = jax.tree.unflatten(jax.tree.structure(abstract), leaves.values())
             return Restored(record["step"], state, record["data_state"], record["meta"])
         if damaged:
             raise CheckpointError(
-                f"no checkpoint can be read: {self._list(damaged)}. Bring the files back, or start in another folder"
+                f"no checkpoint can be read: {self._list(damaged)}. Restore the files, or start in another folder"
             )
         return None
 
     def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
-        """Step and `meta` of the newest checkpoint whose record can be read, or of that of `step`; None where there is
-        none at all. The state is not read. Raises CheckpointError if all are damaged, or if `step` has none.
+        """Step and `meta` of the newest checkpoint with a readable record, or of that of `step`; None if there is no
+        checkpoint. The state is not read. Raises CheckpointError if all are damaged, or if `step` has none.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -172,35 +185,32 @@ class Checkpoints:
         return None
 
     def _candidates(self, step: int | None) -> list[int]:
-        """All steps that have a checkpoint, or only `step`. Raises CheckpointError if that one has none."""
+        """All steps that have a checkpoint, or only `step`. Raises CheckpointError if `step` has none."""
         steps = self.steps()
         if step is None:
             return steps
         if step not in steps:
-            there = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none at all"
-            raise CheckpointError(f"{self._dir} holds no checkpoint of step {step}: {there}")
+            found = f"there are those of {', '.join(map(str, steps))}" if steps else "there is none at all"
+            raise CheckpointError(f"{self._dir} holds no checkpoint of step {step}: {found}")
         return [step]
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._writer is None:
             if self._damaged and jax.process_index() == 0:
-                # Kept for whoever wants to look, but neither counted among `keep` nor in the way of the same step.
+                # Renamed, so that they do not count towards `keep` and their steps can be saved again.
                 for step in self._damaged:
                     (self._dir / str(step)).rename(self._free_name(f"{step}.damaged"))
             _barrier("checkpoints opened")
             self._damaged = []
-            newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
+            policies: Any = ocp.training.preservation_policies
+            kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), _Kept(self.kept, self._keep_every)])
             self._writer = ocp.training.Checkpointer(
-                self._dir,
-                context=_context(),
-                preservation_policy=newest,
-                cleanup_tmp_directories=True,
+                self._dir, context=_context(), preservation_policy=kept, cleanup_tmp_directories=True
             )
         return self._writer
 
     def _free_name(self, name: str) -> epath.Path:
-        """`name`, or with a number if an earlier run has put the same step aside: it is saved again and may be
-        damaged again."""
+        """`name`, with a number if it exists: the checkpoint of a step may be damaged more than once."""
         names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
         return next(path for path in (self._dir / each for each in names) if not path.exists())
 
@@ -208,12 +218,12 @@ class Checkpoints:
         try:
             with _context():
                 sealed = ocp.load_checkpointables(self._dir / str(step), {"record": None})["record"]
-            record, whole = sealed["record"], sealed == _seal(sealed["record"])
+            record, intact = sealed["record"], sealed == _seal(sealed["record"])
         except _IO_ERRORS as error:
-            problem, whole, record = _reason(error), False, {}
+            problem, intact, record = _reason(error), False, {}
         else:
             problem = "its record was changed"
-        if not _all_hosts(whole):
+        if not all(gather_values(intact)):
             raise _DamagedError(problem)
         return record
 
@@ -225,13 +235,13 @@ class Checkpoints:
                 raw = ocp.load_checkpointables(self._dir / str(step), {"state": target})["state"]
         except _IO_ERRORS as error:
             problem = _reason(error)
-        if not _all_hosts(not problem):
+        if not all(gather_values(not problem)):
             raise _DamagedError(problem or "another host could not read it")
         leaves = {name: _unraw(raw[name], leaf) for name, leaf in wanted.items()}
-        found = _checksums(leaves)
+        found = array_checksums(_raw_leaves(leaves))
         changed = [name for name in wanted if found[name] != record["checksums"][name]]
         if changed:
-            raise _DamagedError(f"values of {', '.join(changed[:_SHOWN])} were changed")
+            raise _DamagedError(f"values of {', '.join(changed[:_MAX_LISTED])} were changed")
         return leaves
 
     def _check_model(self, step: int, saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> None:
@@ -245,19 +255,31 @@ class Checkpoints:
             if saved[name] != here[name]
         ]
         if faults:
-            listed = "\n".join(f"  {fault}" for fault in sorted(faults)[:_SHOWN])
-            more = f"\n  and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            listed = "\n".join(f"  {fault}" for fault in sorted(faults)[:_MAX_LISTED])
+            more = f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
             raise CheckpointError(f"{self._dir / str(step)} is a checkpoint of another model:\n{listed}{more}")
 
     def _save_error(self, error: Exception) -> CheckpointError:
         step, self._saving, self._response = self._saving, None, None
-        self._writer = None  # it would raise the same error again; a new one also removes what is half written
-        left = [kept for kept in self.steps() if kept != step]
-        kept = f"the checkpoint of step {left[-1]} is still valid" if left else "there is no older one"
+        self._writer = None  # it would raise the same error again; a new one also removes incomplete files
+        older = [kept for kept in self.steps() if kept != step]
+        kept = f"the checkpoint of step {older[-1]} is still valid" if older else "there is no older one"
         return CheckpointError(f"could not save step {step} in {self._dir} ({kept}): {_reason(error)}")
 
     def _list(self, damaged: dict[int, str]) -> str:
         return "; ".join(f"{self._dir / str(step)} is damaged: {problem}" for step, problem in damaged.items())
+
+
+class _Kept(NamedTuple):
+    """Orbax's policy of checkpoints that are kept beside the newest."""
+
+    steps: list[int]  # they may change
+    every: int | None  # and the multiples of this
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        return [
+            each.step in self.steps or (self.every is not None and each.step % self.every == 0) for each in checkpoints
+        ]
 
 
 class _DamagedError(Exception):
@@ -266,7 +288,7 @@ class _DamagedError(Exception):
 
 def _context(partial: bool = False) -> ocp.Context:
     context = ocp.Context()
-    # Weights and moments hardly compress, and zstd would take cores away from the step.
+    # Weights and moments hardly compress, and zstd would compete with the step for cores.
     context.array.saving.use_compression = False
     context.pytree.loading.partial_load = partial
     registry = ocp.handlers.local_registry()
@@ -279,7 +301,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves in tree order by their dotted names, e.g. `opt_state.0.mu.embed.weight`."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-    assert len(leaves) == len(paths), "two leaves of one name"
+    assert len(leaves) == len(paths), "two leaves with the same name"
     return leaves
 
 
@@ -297,8 +319,12 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _raw(leaf: Array) -> Array:
-    """What is stored of a leaf: a typed PRNG key as its uint32 words, everything else as it is."""
+    """The stored form of a leaf: the uint32 words of a typed PRNG key; other arrays unchanged."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _raw_leaves(leaves: dict[str, Array]) -> dict[str, Array]:
+    return {name: _raw(leaf) for name, leaf in leaves.items()}
 
 
 def _raw_struct(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -307,51 +333,23 @@ def _raw_struct(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
 
 
-def _unraw(raw: Array, leaf: Any) -> Array:
+def _unraw(raw: jax.Array, leaf: Any) -> Array:
     if not _is_key(leaf):
         return raw
-    # `key_impl` wants an array, and `leaf` may be a ShapeDtypeStruct.
+    # `key_impl` takes an array, and `leaf` may be a ShapeDtypeStruct.
     return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(jnp.empty((), leaf.dtype)))
 
 
-def _checksums(leaves: dict[str, Array]) -> dict[str, int]:
-    sums = _checksums_on_devices({name: _raw(leaf) for name, leaf in leaves.items()})
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _checksums_on_devices(leaves: dict[str, Array]) -> dict[str, Array]:
-    # One program for all: as many small ones, each with a collective, can starve each other of a CPU's threads.
-    return {name: _checksum(leaf) for name, leaf in leaves.items()}
-
-
-def _checksum(x: Array) -> Array:
-    """[] uint32: axis after axis, the sum of hashes of value and index.
-
-    Integer addition is associative, so the result does not depend on the sharding. The hash is a bijection of the
-    value (lowbias32, https://nullprogram.com/blog/2018/07/31/), so a change of any one element is always seen.
-    """
-    bits = x.dtype.itemsize * 8
-    words = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{min(bits, 32)}")
-    words = words.astype(jnp.uint32)
-    while words.ndim:
-        words += jax.lax.broadcasted_iota(jnp.uint32, words.shape, 0) * jnp.uint32(0x9E3779B9)
-        words = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)
-        words = (words ^ (words >> 15)) * jnp.uint32(0x846CA68B)
-        words = jnp.sum(words ^ (words >> 16), axis=0, dtype=jnp.uint32)
-    return words
-
-
 def _seal(record: dict[str, Any]) -> dict[str, Any]:
-    # Through JSON first: what is compared on reading has lists for tuples and strings for the keys.
+    # Converted to JSON and back, since the record that is read has lists for tuples and strings for keys.
     text = json.dumps(record, sort_keys=True)
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "record": json.loads(text)}
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom, in a line. Raised again if it has nothing to do with files.
+    """The root cause of an error, in one line. Raises the cause if it is not an I/O error.
 
-    Orbax wraps whatever happens while it reads, running out of memory and Ctrl-C included, in a KeyError.
+    Orbax wraps all exceptions of a read, also MemoryError and KeyboardInterrupt, in a KeyError.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -362,7 +360,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
-    # Every thread of a failed save logs its traceback, hundreds of lines in all, around the one error that is raised.
+    # The threads of a failed save each log a traceback, hundreds of lines in total, besides the error that is raised.
     return record.levelno < logging.ERROR or "/orbax/" not in record.pathname
 
 
@@ -371,24 +369,12 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _all_hosts(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
-
-
 def _merge_over_hosts(data_state: dict[str, Any]) -> dict[str, Any]:
-    """The union of the hosts' dicts, on every host. Raises ValueError if two hosts claim one virtual shard."""
-    if jax.process_count() == 1:
-        return data_state
-    mine = np.frombuffer(json.dumps(data_state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(mine.size))
-    padded = multihost_utils.process_allgather(np.pad(mine, (0, int(sizes.max()) - mine.size)))
+    """The union of the hosts' dicts, on every host. Raises ValueError if two hosts have the same virtual shard."""
     merged: dict[str, Any] = {}
-    for row, size in zip(padded, sizes, strict=True):
-        part = json.loads(row[:size].tobytes())
-        twice = sorted(merged.keys() & part.keys())
-        if twice:
-            raise ValueError(f"virtual shards {', '.join(twice)} are owned by two hosts")
+    for part in gather_values(data_state):
+        shared = sorted(merged.keys() & part.keys())
+        if shared:
+            raise ValueError(f"virtual shards {', '.join(shared)} are owned by two hosts")
         merged |= part
     return merged

@@ -1,6 +1,4 @@
-"""Guards on a step's report: losses that are not finite, and steps that were compiled again."""
-
-from __future__ import annotations
+"""Checks of the reports of steps: losses that are not finite, and recompilation."""
 
 import logging
 from collections.abc import Sequence
@@ -23,9 +21,9 @@ class NonFiniteError(ValueError):
 def check_finite(
     report: StepReport, recent: Sequence[Batch], limit: int, step: int, folder: Path, role: str = "policy"
 ) -> None:
-    """Raises NonFiniteError where `limit` steps in a row up to `step` were skipped; their batches are then in `folder`.
+    """Raises NonFiniteError if `limit` steps in a row up to `step` were skipped, and writes their batches to `folder`.
 
-    `recent` are the last batches, on the host. `role` is the model that took the steps: "policy" or "critic".
+    `recent` are the last batches, on the host. `role` is the model that the steps trained: "policy" or "critic".
     """
     in_a_row = int(report.skipped_in_a_row)
     if not in_a_row:
@@ -40,16 +38,16 @@ def check_finite(
     rate = "optimizer.learning_rate" if role == "policy" else f"rl.{role}.learning_rate"
     raise NonFiniteError(
         f"{in_a_row} steps{of_role} in a row up to step {step} had a loss or gradient that is not finite; their "
-        f"batches are in {path}. The parameters{of_role} are those before the first of them. A lower {rate}, a longer "
+        f"batches are in {path}. The parameters{of_role} are those before these steps. A lower {rate}, a longer "
         "optimizer.warmup_steps or model.compute_dtype=float32 often help"
     )
 
 
 def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:
-    """All arrays of the batches, signals included, as [batches, rows, ...]; `rows` [batches] counts the real rows.
+    """All arrays of the batches, signals included, as [batches, rows, ...]; `rows` [batches] counts the rows of each.
 
-    Batches of reinforcement learning differ in rows; the shorter ones are filled up with rows of zeros, which are
-    padding. A signal that some of them lack is left out.
+    Batches of reinforcement learning differ in rows; shorter ones are padded with rows of zeros. A signal that is not
+    in all batches is omitted.
     """
     columns = [batch.arrays() for batch in batches]
     rows = [len(batch.tokens) for batch in batches]

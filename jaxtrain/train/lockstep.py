@@ -1,20 +1,20 @@
-"""What the processes of a run decide together: whether to stop, and whether any of them still has data."""
+"""Decisions that all processes of a run take together: whether to stop, and whether any of them has more data."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.train.agree import PeerError
 from jaxtrain.train.preemption import Interrupted, Preemption
+from jaxtrain.train.watchdog import Watchdog
 from jaxtrain.types import Array, Batch
 
 
-class Answer:
-    """What was proposed, taken over all processes. Reading waits for the all-gather, and so for the step before it."""
+class Decision:
+    """The maximum of the proposals of all processes. Reading it waits for the all-gather, and so for the last step."""
 
     def __init__(self, flags: Array | np.ndarray):
         self._flags = flags
@@ -25,7 +25,7 @@ class Answer:
 
     @property
     def signal(self) -> int:
-        """The signal that asks to stop, the largest where processes got several; 0 for none."""
+        """The signal that requests to stop, the largest if processes received several; 0 for none."""
         return int(self._read()[0])
 
     @property
@@ -35,44 +35,62 @@ class Answer:
 
     @property
     def failed(self) -> bool:
-        """Whether any process met an error."""
+        """Whether any process had an error."""
         return bool(self._read()[2])
+
+    @property
+    def save(self) -> bool:
+        """Whether process 0 asked for a checkpoint."""
+        return bool(self._read()[3])
 
 
 class Agreement:
-    """One small all-gather a step, which tells every process the same at the same step.
+    """A small all-gather per step, so that all processes take the same decisions at the same step.
 
     It is dispatched before a step and read before the next one, so the host still runs one step ahead of the device.
     All calls must come from the main thread, in the same order on all processes: collectives are matched by order.
-    A single process asks nobody.
+    With a single process there is no collective.
     """
 
-    def __init__(self, preemption: Preemption, mesh: Mesh):
-        self._preemption, self._several = preemption, jax.process_count() > 1
+    def __init__(
+        self,
+        preemption: Preemption,
+        mesh: Mesh,
+        save_due: Callable[[], bool] = lambda: False,
+        watchdog: Watchdog | None = None,
+    ):
+        """`save_due` tells by the clock of process 0 whether a checkpoint is due."""
+        self._preemption, self._several, self._save_due = preemption, jax.process_count() > 1, save_due
+        self.watchdog = watchdog or Watchdog()  # of waits for the others and for data
         self._mesh = mesh
         self._places = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._largest = jax.jit(lambda flags: flags.max(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._of_step = self._of_check = Answer(np.zeros(3, np.int32))
+        self._of_step = self._of_check = Decision(np.zeros(4, np.int32))
 
-    def propose(self, *, more: bool, failed: bool = False) -> Answer:
-        """Send off what this process knows about the step after the one that is dispatched next."""
+    def propose(self, *, more: bool, failed: bool = False) -> Decision:
+        """Dispatch this process's proposal for the step after the one that is dispatched next."""
         self._of_step = self._gather(more, failed)
         return self._of_step
 
     def started(self) -> None:
-        """Say that a step is done (see `Preemption`)."""
+        """Report that a step is done (see `Preemption`)."""
         self._preemption.started()
 
     def stopping(self) -> int:
-        """The signal after which to stop once the step under way is done, 0 for none: the same on all processes."""
-        return self._of_step.signal if self._several else self._preemption.requested
+        """The signal because of which to stop after the current step, 0 for none: the same on all processes."""
+        with self.watchdog.waits("the agreement on a step"):
+            return self._of_step.signal if self._several else self._preemption.requested
+
+    def saving(self) -> bool:
+        """Whether to save a checkpoint after the current step: the same on all processes."""
+        return self._of_step.save if self._several else self._save_due()
 
     def signal(self) -> int:
-        """The signal that made `check` raise `Interrupted`, or work of this process."""
+        """The signal because of which `check`, or other code of this process, raised `Interrupted`."""
         return self._of_check.signal or self._preemption.requested
 
     def check(self) -> None:
-        """Raise `Interrupted` where any process was asked to stop by the time of the check before this one.
+        """Raise `Interrupted` if any process had received a signal at the time of the previous check.
 
         For work between two steps, such as an evaluation. All processes raise at the same check.
         """
@@ -84,21 +102,35 @@ class Agreement:
             self._of_check = before
             raise Interrupted
 
-    def _gather(self, more: bool, failed: bool) -> Answer:
-        flags = np.array([[self._preemption.requested, more, failed]], np.int32)
+    def _gather(self, more: bool, failed: bool) -> Decision:
+        save = jax.process_index() == 0 and self._save_due()
+        flags = np.array([[self._preemption.requested, more, failed, save]], np.int32)
         if not self._several:
-            return Answer(flags[0])
-        rows = jax.make_array_from_callback((self._mesh.size, 3), self._places, lambda index: flags)
-        return Answer(self._largest(rows))
+            return Decision(flags[0])
+        rows = jax.make_array_from_callback((self._mesh.size, 4), self._places, lambda index: flags)
+        return Decision(self._largest(rows))
 
 
+class AgreedSteps(Iterator[Batch]):
+    """Batches of which all processes have equally many, with a proposal to stop or go on at each."""
+
+    def __init__(self, batches: Iterable[Batch], agreement: Agreement):
+        self._batches, self._agreement = iter(batches), agreement
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._agreement.propose(more=True)
+        return batch
+
+
+@runtime_checkable
 class Stream(Protocol):
     """This process's rows of the global batches."""
 
     def __next__(self) -> Batch: ...
 
     def has_next(self) -> bool:
-        """Whether another batch comes; waits until that is known."""
+        """Whether there is another batch; waits until that is known."""
         ...
 
     def padding(self) -> Batch:
@@ -107,34 +139,45 @@ class Stream(Protocol):
 
 
 class Lockstep(Iterator[Batch]):
-    """As many batches on every process: one that is exhausted adds batches of padding until all are.
+    """Equally many batches on every process: a process whose data is exhausted gets batches of padding until all are.
 
-    An error in one process's data ends all of them after the same step.
+    After an error in the data of one process, all processes raise at the same step.
     """
 
     def __init__(self, stream: Stream, agreement: Agreement):
         self._stream, self._agreement = stream, agreement
-        self._answer: Answer | None = None
+        self._decision: Decision | None = None
         self._error: Exception | None = None
 
     def __next__(self) -> Batch:
-        if jax.process_count() == 1:
-            return next(self._stream)
-        answer = self._answer or self._look_ahead()
+        watchdog = self._agreement.watchdog
+        watchdog.waiting = ["the next batch"]
+        try:
+            return next(self._stream) if jax.process_count() == 1 else self._agreed()
+        finally:
+            watchdog.waiting = None
+
+    def _agreed(self) -> Batch:
+        decision = self._decision or self._look_ahead()
         if self._error is not None:
             raise self._error
-        if answer.failed:
-            raise ValueError("another process cannot go on with its data: its own output says why")
-        if not answer.more:
+        if decision.failed:
+            raise PeerError("another process cannot go on with its data: its own output says why")
+        if not decision.more:
             raise StopIteration
         batch = next(self._stream) if self._stream.has_next() else self._stream.padding()
-        self._answer = self._look_ahead()
+        self._decision = self._look_ahead()
         return batch
 
-    def _look_ahead(self) -> Answer:
+    def _look_ahead(self) -> Decision:
         more = False
         try:
             more = self._stream.has_next()
-        except Exception as error:  # whatever it is, it is raised once the others know
+        except Exception as error:  # any error: raised in `__next__`, once the others have the flag
             self._error = error
         return self._agreement.propose(more=more, failed=self._error is not None)
+
+
+def in_step(batches: Iterable[Batch], agreement: Agreement) -> Iterator[Batch]:
+    """`batches` with an agreement at each: of a `Stream`, or of what all processes have equally many of."""
+    return Lockstep(batches, agreement) if isinstance(batches, Stream) else AgreedSteps(batches, agreement)

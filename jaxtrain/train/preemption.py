@@ -1,4 +1,4 @@
-"""Being asked to stop, by SIGINT, SIGTERM, SIGHUP or SIGUSR1. Imports no JAX: it must be in force before that loads."""
+"""Requests to stop, by SIGINT, SIGTERM, SIGHUP or SIGUSR1. Does not import JAX, so that it can be active before."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
+from jaxtrain.parallel.peers import end_process
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
-_GRACE_SECONDS = 1.0  # for the main thread to leave by itself during start-up, before the process is ended
-_SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+_GRACE_SECONDS = 1.0  # during start-up, until the process is ended if the main thread has not left the context
 
 
 class Interrupted(BaseException):
-    """Work was given up because the process was asked to stop.
+    """Work was abandoned because of a request to stop.
 
-    Like KeyboardInterrupt it is no Exception, so that code that handles errors lets it pass. One that leaves the
-    `Preemption` context knows the signal.
+    Not a subclass of Exception, like KeyboardInterrupt, so that handlers of errors do not catch it. The `Preemption`
+    context sets `signal` when it exits with this exception.
     """
 
     signal = 0
@@ -36,16 +37,17 @@ class Interrupted(BaseException):
 
 
 class Preemption:
-    """Context manager that turns signals into a request to stop, which the training loop looks at.
+    """Context manager that turns signals into a request to stop, which the training loop polls.
 
-    - During start-up, until `started` is called, there is nothing to save: the main thread gets an `Interrupted`, and
-      a process that has not left the context after a second, because it is compiling for example, is ended.
-    - After that the request is only noted. `check` raises `Interrupted` in code that may be given up, and functions
-      registered by `on_request` are called at once, from another thread, to wake up what waits.
-    - A SIGINT that follows another signal ends the process at once.
+    - During start-up, until `started` is called, there is nothing to save: `Interrupted` is raised in the main thread
+      unless it imports a module, and a process that has not left the context after a second, for example because it
+      compiles, is ended.
+    - After that the request is only recorded. `check` raises `Interrupted` in code that can be abandoned, and the
+      callbacks of `on_request` are called immediately, in another thread, to wake up threads that wait.
+    - A SIGINT after another signal ends the process immediately.
 
-    SIGHUP stays ignored where it is ignored already, as under nohup. Must be entered from the main thread, as
-    `signal.signal` demands. Entering it again inside itself does nothing.
+    SIGHUP stays ignored if it was ignored before, as under nohup. It handles no signals in another thread than the main
+    one, where Ray Train calls the function of a worker: `signal.signal` requires the main thread. It is reentrant.
     """
 
     def __init__(self) -> None:
@@ -57,7 +59,7 @@ class Preemption:
 
     def __enter__(self) -> Self:
         self._depth += 1
-        if self._depth == 1:
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._install()
         return self
 
@@ -65,34 +67,47 @@ class Preemption:
         if isinstance(error, Interrupted):
             error.signal = self._requested
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth == 0 and threading.current_thread() is threading.main_thread():
             self._restore()
 
     @property
     def requested(self) -> int:
-        """The first signal that this process got; 0 for none."""
+        """The first signal that this process received, or another one of its job; 0 for none."""
         return self._requested
 
     def started(self) -> None:
-        """Say that a step is done: from now on there is something to save."""
+        """Report that a step is done: from now on there is something to save."""
         self._starting = False
 
     def check(self) -> None:
-        """Raise `Interrupted` where this process was asked to stop. From any thread."""
+        """Raise `Interrupted` if this process received a signal. Can be called from any thread."""
         if self._requested:
             raise Interrupted
 
     def on_request(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called at the first signal, in another thread; it must return soon."""
+        """Call `callback` at the first signal, in another thread; now, if there was one. It must not block."""
         with self._lock:
-            self._callbacks.append(callback)
-            late = self._requested
-        if late:
+            requested = self._requested
+            if not requested:
+                self._callbacks.append(callback)
+        if requested:
             callback()
 
+    def receive(self, number: int) -> None:
+        """Another process of the job received the signal `number`. Can be called from any thread.
+
+        A SIGINT that follows is the first one that this process receives, as on a terminal, which sends it to all.
+        """
+        if self._depth == 0:
+            return
+        if self._starting:
+            os.kill(os.getpid(), number)
+        else:
+            self._request(number)
+
     def _install(self) -> None:
-        # Python runs a handler only between two operations of the main thread. A thread that reads the numbers as they
-        # come also acts while the main thread is in a compiler or waits for a device.
+        # Python runs signal handlers only between bytecodes of the main thread. A thread that reads the wakeup fd also
+        # reacts while the main thread is inside a compiler or waits for a device.
         wake, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -117,14 +132,14 @@ class Preemption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = self._requested or number
-        if self._starting:
+        if self._starting and not _is_importing(frame):
             raise Interrupted
 
-    def _unraisable(self, dropped: sys.UnraisableHookArgs) -> None:
-        # Python drops what is raised in a finaliser or a callback of the garbage collector, and prints a traceback. An
-        # `Interrupted` dropped there is no error: the watcher ends the process a second later.
-        if not issubclass(dropped.exc_type, Interrupted):
-            self._unraisable_before(dropped)
+    def _unraisable(self, ignored: sys.UnraisableHookArgs) -> None:
+        # Python ignores exceptions in finalisers and callbacks of the garbage collector, and prints a traceback, not
+        # needed for `Interrupted`: the watcher ends the process a second later.
+        if not issubclass(ignored.exc_type, Interrupted):
+            self._unraisable_before(ignored)
 
     def _watch(self, wake: int) -> None:
         first, deadline = 0, None
@@ -134,16 +149,17 @@ class Preemption:
             if not ready:
                 deadline = None
                 if self._starting:
-                    _end_process(first, stop_message(first))
+                    end_process(exit_code(first), stop_message(first))
                 continue
             for number in os.read(wake, 64):
                 if number == 0:
                     os.close(wake)
                     return
                 if number not in SIGNALS:
-                    continue  # another part of the process has a handler for it
+                    continue  # a signal of another handler
                 if first and number == signal.SIGINT:
-                    _end_process(number, "SIGINT: stopped at once, without saving")
+                    at_once = "SIGINT: stopped at once, without saving"
+                    end_process(exit_code(number), stop_message(first) if self._starting else at_once)
                 if not first:
                     first = number
                     if self._starting:
@@ -153,25 +169,35 @@ class Preemption:
     def _request(self, number: int) -> None:
         with self._lock:
             self._requested = self._requested or number
-            callbacks = list(self._callbacks)
+            callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
 
 
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: an exception in the initialization of an extension module, such as jaxlib's,
+    crashes the interpreter. The watcher ends the process a second later.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def exit_code(number: int) -> int:
-    """What a shell reports of a process that the signal ended: 143 for SIGTERM."""
+    """The exit code that a shell reports for a process that the signal ended: 143 for SIGTERM."""
     return 128 + number
 
 
+def error_code(error: BaseException) -> int:
+    """The exit code of the `jaxtrain` command after an error: 2 for those that the user can correct, else 1."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
 def stop_message(number: int) -> str:
-    """What is said of a run that was asked to stop before it had taken a step."""
+    """The message of a run that was stopped before its first step."""
     name = signal.Signals(number).name if number else "Interrupted"
     return f"{name}: stopped before the first step, with nothing new to save"
-
-
-def _end_process(number: int, message: str) -> None:
-    """End the process from whatever thread, without waiting for the others."""
-    if sys.stdout.isatty():
-        print(_SHOW_CURSOR, end="", flush=True)
-    print(message, file=sys.stderr, flush=True)
-    os._exit(exit_code(number))

@@ -1,6 +1,4 @@
-"""The birth of a `TrainState`."""
-
-from __future__ import annotations
+"""The initial `TrainState` and its shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +9,28 @@ from jaxtrain.types import Array, Params, TrainState
 
 
 def new_state(params: Params, tx: optax.GradientTransformation, key: Array) -> TrainState:
-    """Step 0. Parameters must already lie where they shall stay; the optimizer's moments lie down beside them.
-
-    Jit it (or `jax.eval_shape` it): optimizer state then takes the shardings that the compiler carries over.
-    """
+    """The state of step 0. To be jitted with `state_shardings`, so that the optimizer's moments are created sharded."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), key, zero, zero)
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shardings of an abstract state: a moment has its parameter's sharding, and everything else is replicated.
+    """Shardings of an abstract state: a moment has the sharding of its parameter; all other leaves are replicated.
 
-    `state.params` are `ShapeDtypeStruct`s with shardings. An optimizer's leaf belongs to the parameter whose path its
-    own path ends with and whose shape it has.
+    `state.params` are `ShapeDtypeStruct`s with shardings. A leaf of the optimizer's state is a moment of the parameter
+    that has the same shape and whose path is the end of the leaf's path.
     """
-    whole = replicated(mesh)
+    default = replicated(mesh)
     params = dict(jax.tree_util.tree_flatten_with_path(state.params)[0])
 
     def of_moment(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
         for start in range(len(path)):
-            twin = params.get(path[start:])
-            if twin is not None and twin.shape == leaf.shape:
-                return twin.sharding
-        return whole
+            parameter = params.get(path[start:])
+            if parameter is not None and parameter.shape == leaf.shape:
+                return parameter.sharding
+        return default
 
-    shardings = jax.tree.map(lambda _: whole, state)
+    shardings = jax.tree.map(lambda _: default, state)
     return shardings._replace(
         params=jax.tree.map(lambda leaf: leaf.sharding, state.params),
         opt_state=jax.tree_util.tree_map_with_path(of_moment, state.opt_state),

@@ -1,6 +1,4 @@
-"""`make_step`: the only step builder. What is trained is an `Objective` over the scores of a model's head."""
-
-from __future__ import annotations
+"""`make_step`: the training step. Its loss is an `Objective` of the scores of a model's head."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,13 +6,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
-from jaxtrain.objectives.objective import Correct, Entropy, Logp, Objective, Prepared, Request, Value
+from jaxtrain.objectives.objective import (
+    TEACHER_HIDDEN,
+    TEACHER_IDS,
+    TEACHER_LOGPS,
+    Correct,
+    Divergence,
+    Entropy,
+    Logp,
+    Objective,
+    Prepared,
+    Reward,
+    Score,
+    ScoreRequest,
+    SparseDivergence,
+    TopLogps,
+    Value,
+)
 from jaxtrain.objectives.router import router_loss
-from jaxtrain.ops.token_scores import Foreseen, token_scores
+from jaxtrain.ops.head_chunks import Head, TopK
+from jaxtrain.ops.token_scores import LossDerivative, Scoring, Targets, Teacher, token_scores
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
@@ -22,94 +38,150 @@ from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, S
 
 Metrics = Mapping[str, Metric]
 
+# The requests of each score.
+_KINDS = {
+    "logp": (Logp,),
+    "entropy": (Entropy,),
+    "correct": (Correct,),
+    "value": (Value,),
+    "reward": (Reward,),
+    "divergence": (Divergence, SparseDivergence),
+    "top_logps": (TopLogps,),
+    "top_ids": (TopLogps,),
+}
+
 
 class StepReport(NamedTuple):
-    """What a step says of itself: all on the device until somebody reads it."""
+    """Metrics and counters of a step, on the device until they are read."""
 
     means: Metrics  # of the objective
     grad_norm: Array  # [] before clipping
     learning_rate: Array  # []
-    num_tokens: Array  # [] int32, tokens of the global batch that are no padding
+    num_tokens: Array  # [] int32, tokens of the global batch that are not padding
     skipped: Array  # [] int32, steps skipped so far
     skipped_in_a_row: Array  # [] int32
 
 
-Step = Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
+class _Gradient(NamedTuple):
+    """Of the loss of one microbatch, or the sum over several."""
+
+    grads: Params
+    value: Array  # [] the loss
+    metrics: Metrics
+
+
+Step = Callable[..., tuple[TrainState, StepReport]]
+"""`step(state, frozen, batch, teacher_head=None)`: see `make_step`."""
 
 
 def score(
     model: Model, params: Params, batch: Batch, dropout_key: Array | None = None, *, temperature: float = 1.0
 ) -> Scores:
-    """Scores of every weighted token of packed rows, each among its signal `supports` where the batch has that one."""
+    """Scores of every weighted token, over the signal `supports` if the batch has it: see `token_scores`."""
     hidden = model.hidden(params, batch, dropout_key)
-    return _scores_of(model, params, hidden, batch, (Logp(temperature), Entropy(), Correct()))
+    return scores_of(model, params, hidden, batch, (Logp(temperature), Entropy(), Correct()))
 
 
-def token_values(model: Model, params: Params, batch: Batch, dropout_key: Array | None = None) -> Array:
+def token_values(model: Model, params: Params, batch: Batch) -> Float[Array, "B T"]:
     """What a scalar head says of the state before every weighted token: float32 [B, T], 0 elsewhere."""
-    return _scores_of(model, params, model.hidden(params, batch, dropout_key), batch, (Value(),)).value
+    return scores_of(model, params, model.hidden(params, batch), batch, (Value(),)).value
 
 
 def check_needs(objective: Objective, model: Model) -> None:
-    """Raise ValueError for scores that the model's head does not give."""
+    """Raise ValueError if the objective requests scores that the model's head does not compute."""
     for request in objective.needs:
-        if isinstance(request, Value) != (model.output == SCALAR):
+        if isinstance(request, Value | Reward) != (model.output == SCALAR):
             raise ValueError(
-                f"{type(objective).__name__} needs {type(request).__name__}, and model.head={model.output} gives none"
+                f"{type(objective).__name__} needs {type(request).__name__}, which model.head={model.output} does not "
+                "compute"
             )
 
 
-def _scores_of(
+def scores_of(
     model: Model,
     params: Params,
-    hidden: Array,
+    hidden: Float[Array, "B T D"],
     batch: Batch,
-    needs: Sequence[Request],
-    foreseen: Foreseen | None = None,
+    needs: Sequence[ScoreRequest],
+    loss_derivative: LossDerivative | None = None,
+    teacher_head: Head | None = None,
 ) -> Scores:
-    """What `needs` asks for, and None for the rest."""
+    """The scores that `needs` requests; the others are None. A divergence needs the head of the teacher, whose hidden
+    states are a signal of the batch."""
     kinds = {type(request): request for request in needs}
     assert len(kinds) == len(needs), f"a score is asked for twice: {needs}"
-    if Value in kinds:
-        before = model.values(params, hidden)[:, :-1]
-        return Scores(value=jnp.where(batch.loss_weights > 0, jnp.pad(before, ((0, 0), (1, 0))), 0))
-    logp, entropy = kinds.get(Logp, Logp()), kinds.get(Entropy, Entropy())
-    assert isinstance(logp, Logp) and isinstance(entropy, Entropy)
+    if not kinds.keys().isdisjoint((Value, Reward)):
+        at = model.values(params, hidden)
+        before = jnp.where(batch.loss_weights > 0, jnp.pad(at[:, :-1], ((0, 0), (1, 0))), 0)
+        return _requested(needs, lambda name: {"value": before, "reward": at}[name])
+    logp, entropy, top = kinds.get(Logp, Logp()), kinds.get(Entropy, Entropy()), kinds.get(TopLogps)
+    assert isinstance(logp, Logp) and isinstance(entropy, Entropy) and isinstance(top, TopLogps | None)
+    divergence = teacher = None
+    for request in needs:
+        if isinstance(request, Divergence | SparseDivergence):
+            assert divergence is None, f"a score is asked for twice: {needs}"
+            divergence, teacher = request, _teacher(request, batch, teacher_head)
     scores = token_scores(
         hidden,
         model.head(params),
-        batch.tokens,
-        batch.loss_weights,
-        transposed=model.tied,
-        vocab_size=model.config.vocab_size,
-        supports=batch.signals.get("supports"),
-        softcap=model.config.logit_softcap,
-        temperature=logp.temperature,
+        Targets(batch.tokens, batch.loss_weights, batch.signals.get("supports")),
+        Scoring(logp.temperature, entropy.differentiable, divergence, top and top.k),
+        teacher=teacher,
+        loss_derivative=loss_derivative,
         mesh=model.run.mesh,
-        foreseen=foreseen,
-        differentiable_entropy=entropy.differentiable,
     )
-    return Scores(
-        logp=scores.logp if Logp in kinds else None,
-        entropy=scores.entropy if Entropy in kinds else None,
-        correct=scores.correct if Correct in kinds else None,
-    )
+    return _requested(needs, lambda name: getattr(scores, name))
 
 
-def _derivative(objective: Objective) -> Callable[[Array, Batch, Norm], Array] | None:
-    """Of the objective by the log-probabilities [B, T], where the head can take it token by token as it scores them."""
-    if not objective.separable or Value() in objective.needs or Entropy(differentiable=True) in objective.needs:
+def _requested(needs: Sequence[ScoreRequest], score: Callable[[str], Array]) -> Scores:
+    """The scores that are requested, from their names."""
+    names = [name for name, kinds in _KINDS.items() if any(isinstance(request, kinds) for request in needs)]
+    return Scores(**{name: score(name) for name in names})
+
+
+def _teacher(request: ScoreRequest, batch: Batch, head: Head | None) -> Teacher | TopK:
+    if isinstance(request, SparseDivergence):
+        return TopK(batch.signals[TEACHER_IDS], batch.signals[TEACHER_LOGPS])
+    assert head is not None, "a divergence needs the teacher's head"
+    return Teacher(batch.signals[TEACHER_HIDDEN], head)
+
+
+def _derivative(objective: Objective) -> Callable[[Scores, Batch, Norm], Scores] | None:
+    """The derivative of the objective by its differentiable scores, if that of a token depends on its own alone and has
+    one number for each score."""
+    differentiable = Logp | Divergence | SparseDivergence
+    if not objective.separable or not any(isinstance(request, differentiable) for request in objective.needs):
+        return None
+    if any(isinstance(request, TopLogps) for request in objective.needs):
         return None
 
-    kinds = {type(request) for request in objective.needs}
+    def derivative(scores: Scores, rows: Batch, norm: Norm) -> Scores:
+        # The other scores have no gradient, so only metrics depend on their values.
+        zeros = jnp.zeros_like(rows.loss_weights)
+        others = _requested(objective.needs, lambda name: zeros)
 
-    def derivative(logp: Array, rows: Batch, whole: Norm) -> Array:
-        # The other scores carry no gradient, so that only metrics read them.
-        zeros = jnp.zeros_like(logp)
-        others = Scores(entropy=zeros if Entropy in kinds else None, correct=zeros if Correct in kinds else None)
-        return jax.grad(lambda logp: objective(others._replace(logp=logp), rows, whole)[0])(logp)
+        def loss(scores: Scores) -> Array:
+            given = {name: array for name, array in scores._asdict().items() if array is not None}
+            return objective(others._replace(**given), rows, norm)[0]
+
+        return jax.grad(loss)(scores)
 
     return derivative
+
+
+def add_signals(objective: Objective, score: Score, batch: Batch) -> Batch:
+    """The batch with the signals that the objective computes itself, from `score(*requests)` without a gradient.
+
+    Raises ValueError for a batch without the objective's signals.
+    """
+    if isinstance(objective, Prepared):
+        batch = batch._replace(signals={**batch.signals, **objective.prepare(score, batch)})
+    if missing := [name for name in objective.signals if name not in batch.signals]:
+        raise ValueError(
+            f"{type(objective).__name__} needs the signal {missing[0]!r}, and the batch has "
+            f"{', '.join(batch.signals) or 'none'}"
+        )
+    return batch
 
 
 def make_step(
@@ -121,93 +193,95 @@ def make_step(
     microbatches: int = 1,
     max_grad_norm: float | None = None,
 ) -> Step:
-    """A pure `(state, frozen, batch) -> (state, report)`, to be compiled by `jit_step`.
+    """A pure function `(state, frozen, batch, teacher_head=None) -> (state, report)`; `jit_step` compiles it.
 
-    `frozen` are the parameters that the optimizer does not change ({} for none).
+    `frozen` are the parameters that the optimizer does not change ({} if there are none). `teacher_head` is for an
+    objective that requests a `Divergence`.
 
-    The batch's norm is taken over all of it before it is cut into microbatches, so k of them give one batch's gradient.
-    The load-balancing loss of a mixture of experts is the exception: each microbatch has one, weighed by its tokens.
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    The divisors of the loss are counted over the whole batch before it is split into microbatches, so the gradient does
+    not depend on their number. The load-balancing loss of a mixture of experts is an exception: it is computed for each
+    microbatch and weighted by its tokens. If loss or gradient are not finite, the step changes only the counters.
     With parameters below float32, the metrics include `updates_lost_to_rounding`.
 
-    Raises ValueError for an objective that needs what the model's head does not give; the step does for a batch without
-    the objective's signals.
+    Raises ValueError if the objective requests scores that the model's head does not compute. The step raises
+    ValueError if the batch lacks a signal of the objective.
     """
     check_needs(objective, model)
     derivative = _derivative(objective)
 
-    def loss(params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array) -> tuple[Array, Metrics]:
+    def loss(
+        params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array, teacher_head: Head | None
+    ) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
-        whole = join(params, frozen)
-        hidden, routing = model.forward(whole, batch, dropout_key)
-        foreseen = derivative and Foreseen(derivative, batch, norm)
-        value, metrics = objective(_scores_of(model, whole, hidden, batch, objective.needs, foreseen), batch, norm)
+        params = join(params, frozen)
+        hidden, routing = model.forward(params, batch, dropout_key)
+        loss_derivative = derivative and LossDerivative(derivative, batch, norm)
+        scores = scores_of(model, params, hidden, batch, objective.needs, loss_derivative, teacher_head)
+        value, metrics = objective(scores, batch, norm)
         if routing is None:
             return value, metrics
         assert model.config.moe is not None
-        of_router, of_routing = router_loss(routing, model.config.moe, model.router_loss)
+        auxiliary, router_metrics = router_loss(routing, model.config.moe, model.router_loss)
         share = routing.tokens[0] / jnp.maximum(norm.real, 1)
-        return value + of_router * share, {**metrics, **of_routing}
+        return value + auxiliary * share, {**metrics, **router_metrics}
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def prepared(params: Params, batch: Batch) -> Batch:
-        """The batch with the signals that the objective computes itself."""
-        if isinstance(objective, Prepared):
-            params = jax.lax.stop_gradient(params)
+        params = jax.lax.stop_gradient(params)
 
-            def score_all(*needs: Request) -> Scores:
-                def of(rows: Batch) -> Scores:
-                    return _scores_of(model, params, model.hidden(params, rows), rows, needs)
+        def score_all(*needs: ScoreRequest) -> Scores:
+            def score_rows(rows: Batch) -> Scores:
+                return scores_of(model, params, model.hidden(params, rows), rows, needs)
 
-                if microbatches == 1:
-                    return of(batch)
-                return uncut(jax.lax.map(of, cut(batch, microbatches, model.run.mesh)), model.run.mesh)
+            if microbatches == 1:
+                return score_rows(batch)
+            pieces = split_rows(batch, microbatches, model.run.mesh)
+            return merge_rows(jax.lax.map(score_rows, pieces), model.run.mesh)
 
-            batch = batch._replace(signals={**batch.signals, **objective.prepare(score_all, batch)})
-        if missing := [name for name in objective.signals if name not in batch.signals]:
-            raise ValueError(
-                f"{type(objective).__name__} needs the signal {missing[0]!r}, and the batch has "
-                f"{', '.join(batch.signals) or 'none'}"
-            )
-        return batch
+        return add_signals(objective, score_all, batch)
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, StepReport]:
+    def step(
+        state: TrainState, frozen: Params, batch: Batch, teacher_head: Head | None = None
+    ) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(state.key, state.step)
         norm = batch_norm(batch)
         batch = prepared(join(state.params, frozen), batch)
 
-        def of_microbatch(index: Array | int, rows: Batch) -> tuple[Params, Array, Metrics]:
-            (value, metrics), grads = gradient(state.params, frozen, rows, norm, jax.random.fold_in(key, index))
-            return grads, value, metrics
+        def of_microbatch(index: Array | int, rows: Batch) -> _Gradient:
+            key_of = jax.random.fold_in(key, index)
+            (value, metrics), grads = gradient(state.params, frozen, rows, norm, key_of, teacher_head)
+            return _Gradient(grads, value, metrics)
 
         if microbatches == 1:
-            grads, value, metrics = of_microbatch(0, batch)
+            total = of_microbatch(0, batch)
         else:
-            pieces = cut(batch, microbatches, model.run.mesh)
+            pieces = split_rows(batch, microbatches, model.run.mesh)
             shapes = jax.eval_shape(of_microbatch, 0, jax.tree.map(lambda leaf: leaf[0], pieces))
-            *zeros, means = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            nothing = (*zeros, {name: _empty(metric) for name, metric in means.items()})
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            initial = zeros._replace(metrics={name: _identity(metric) for name, metric in zeros.metrics.items()})
 
-            def accumulate(total: tuple, piece: tuple[Array, Batch]) -> tuple[tuple, None]:
-                *sums, means = of_microbatch(*piece)
-                return (*jax.tree.map(jnp.add, total[:2], tuple(sums)), add_metrics(total[2], means)), None
+            def accumulate(total: _Gradient, piece: tuple[Array, Batch]) -> tuple[_Gradient, None]:
+                new = of_microbatch(*piece)
+                grads = jax.tree.map(jnp.add, total.grads, new.grads)
+                return _Gradient(grads, total.value + new.value, add_metrics(total.metrics, new.metrics)), None
 
-            (grads, value, metrics), _ = jax.lax.scan(accumulate, nothing, (jnp.arange(microbatches), pieces))
+            total, _ = jax.lax.scan(accumulate, initial, (jnp.arange(microbatches), pieces))
 
-        grad_norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(grad_norm) & jnp.isfinite(value)
+        grad_norm = optax.tree.norm(total.grads)
+        ok = jnp.isfinite(grad_norm) & jnp.isfinite(total.value)
+        grads = total.grads
         if max_grad_norm is not None:
-            shrink = jnp.minimum(1, max_grad_norm / jnp.maximum(grad_norm, 1e-9))
-            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+            clip_factor = jnp.minimum(1, max_grad_norm / jnp.maximum(grad_norm, 1e-9))
+            grads = jax.tree.map(lambda g: g * clip_factor.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, **_lost_to_rounding(state.params, updates, ok)}
+        metrics = {**total.metrics, **_lost_to_rounding(state.params, updates, ok)}
 
         state = TrainState(
             step=state.step + 1,
-            params=_choose(ok, params, state.params),
-            opt_state=_choose(ok, opt_state, state.opt_state),
+            params=_select(ok, params, state.params),
+            opt_state=_select(ok, opt_state, state.opt_state),
             key=state.key,
             skipped=state.skipped + ~ok,
             skipped_in_a_row=jnp.where(ok, 0, state.skipped_in_a_row + 1),
@@ -226,14 +300,14 @@ def make_step(
 
 
 def jit_step(step: Step, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
-    """The compiled step. It donates the state, which keeps its sharding, so the step compiles once; `frozen` is not
-    donated, since a reference or an engine may share it."""
+    """The jitted step. It donates the state, which keeps its shardings, so the step compiles once. `frozen` is not
+    donated, because other roles or an engine may share it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=compiler_options(mesh))
 
 
 def add_metrics(one: Metrics, other: Metrics) -> dict[str, Metric]:
-    """The metrics of two microbatches, or two steps, taken together."""
+    """The metrics of two microbatches, or of two steps, combined."""
 
     def add(a: Metric, b: Metric) -> Metric:
         if isinstance(a, Max):
@@ -246,62 +320,74 @@ def add_metrics(one: Metrics, other: Metrics) -> dict[str, Metric]:
     return {name: add(metric, other[name]) for name, metric in one.items()}
 
 
-def _empty(metric: Metric) -> Metric:
+def _identity(metric: Metric) -> Metric:
+    """The neutral element of `add_metrics`, from a metric of zeros."""
     if isinstance(metric, Mean):
         return metric
     return type(metric)(metric.value + (-jnp.inf if isinstance(metric, Max) else jnp.inf))
 
 
 def batch_norm(batch: Batch) -> Norm:
-    """Counts of a whole batch: weighted tokens, segments that hold one, and tokens that are no padding."""
-    weights, segments = batch.loss_weights, batch.segment_ids
-    rows = jnp.arange(segments.shape[0])[:, None] * (segments.shape[1] + 1)
-    weighted = jnp.zeros(segments.shape[0] * (segments.shape[1] + 1), bool)
-    weighted = weighted.at[rows + segments].max(weights > 0)
-    real = jnp.sum(segments > 0, dtype=jnp.float32)
-    return Norm(jnp.sum(weights), jnp.sum(weighted, dtype=jnp.float32), real)
+    """Counts of a whole batch; those of segments and bundles are of the ones that hold a weighted token.
+
+    The samples of `left_out` count as if they were in it.
+    """
+
+    def weighted(ids: Array) -> Array:
+        rows = jnp.arange(ids.shape[0])[:, None] * (ids.shape[1] + 1)
+        holds = jnp.zeros(ids.shape[0] * (ids.shape[1] + 1), bool).at[rows + ids].max(batch.loss_weights > 0)
+        return jnp.sum(holds, dtype=jnp.float32)
+
+    segments = weighted(batch.segment_ids)
+    left_out = jnp.zeros(3) if batch.left_out is None else jnp.sum(batch.left_out, 0)
+    return Norm(
+        tokens=jnp.sum(batch.loss_weights) + left_out[0],
+        segments=segments + left_out[1],
+        bundles=(segments if batch.bundle_ids is None else weighted(batch.bundle_ids)) + left_out[2],
+        real=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+    )
 
 
-def cut(batch: Batch, pieces: int, mesh: jax.sharding.Mesh | None) -> Batch:
-    """[B, ...] -> [pieces, B / pieces, ...]. Strided, so that every device cuts the rows it already has."""
+def split_rows(batch: Batch, pieces: int, mesh: jax.sharding.Mesh | None) -> Batch:
+    """[B, ...] -> [pieces, B / pieces, ...]. Strided, so that no row moves to another device."""
 
-    def cut_leaf(leaf: Array) -> Array:
+    def split_leaf(leaf: Array) -> Array:
         strided = leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:])
         return jnp.moveaxis(constrain_rows(strided, mesh), 1, 0)
 
-    return jax.tree.map(cut_leaf, batch)
+    return jax.tree.map(split_leaf, batch)
 
 
-def uncut(pieces: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """[pieces, B / pieces, ...] -> [B, ...]: `cut` undone."""
+def merge_rows(pieces: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """[pieces, B / pieces, ...] -> [B, ...]: the inverse of `split_rows`."""
 
-    def join_leaf(leaf: Array) -> Array:
+    def merge_leaf(leaf: Array) -> Array:
         strided = jnp.moveaxis(leaf, 0, 1)
         return constrain_rows(strided.reshape(-1, *strided.shape[2:]), mesh)
 
-    return jax.tree.map(join_leaf, pieces)
+    return jax.tree.map(merge_leaf, pieces)
 
 
 def _lost_to_rounding(params: Params, updates: Any, ok: Array) -> dict[str, Metric]:
-    """The share of updates that round to no change, over the parameters held below float32; nothing if none are."""
-    lost, some = jnp.zeros(()), jnp.zeros(())
+    """The share of updates of parameters below float32 that round to no change; empty without such parameters."""
+    lost, nonzero = jnp.zeros(()), jnp.zeros(())
     narrow = False
     for leaf, update in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
         if leaf.dtype.itemsize >= 4:
             continue
         narrow, precision = True, jnp.finfo(leaf.dtype)
         before, update = leaf.astype(jnp.float32), update.astype(jnp.float32)
-        # Explicit, because XLA may leave out a rounding to bfloat16 whose result is only compared.
+        # Explicit, because XLA may omit a rounding to bfloat16 whose result is only compared.
         after = jax.lax.reduce_precision(before + update, precision.nexp, precision.nmant)
         lost += _count(ok & (update != 0) & (after == before))
-        some += _count(ok & (update != 0))
-    return {"updates_lost_to_rounding": Mean(lost, some)} if narrow else {}
+        nonzero += _count(ok & (update != 0))
+    return {"updates_lost_to_rounding": Mean(lost, nonzero)} if narrow else {}
 
 
 def _count(mask: Array) -> Array:
-    """float32 []: by means over axes, since a float32 sum of ones stops at 2**24 and an int32 one overflows."""
+    """float32 []: from means over axes, since a float32 sum of ones stops at 2**24 and an int32 sum overflows."""
     return mask.astype(jnp.float32).mean(-1).mean() * mask.size
 
 
-def _choose(ok: Array, new: Any, old: Any) -> Any:
+def _select(ok: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

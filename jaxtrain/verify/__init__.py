@@ -1,4 +1,4 @@
-"""Verify that our model of a checkpoint computes the same as that of transformers. Every family must pass."""
+"""Verifies that our model of a checkpoint computes the same as that of transformers. Every family must pass."""
 
 from jaxtrain.verify.compare import Report, compare, verify
 from jaxtrain.verify.printed import print_report

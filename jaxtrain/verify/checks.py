@@ -1,6 +1,4 @@
-"""The checks: each compares one property and reports it in one line."""
-
-from __future__ import annotations
+"""The checks of the verifier: each compares one property and reports it in one line."""
 
 import functools
 from collections.abc import Mapping
@@ -11,26 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.errors import CheckpointError
-from converters.families.registry import FAMILIES
+from converters.errors import ConversionError
+from converters.families.registry import to_hf
 from converters.reference import Reference
-from converters.rows import by_name, flatten, join
 from converters.safetensors_io import open_checkpoint
-from converters.verify import Span, compare_logits
+from converters.verify import RangeStatistics, compare_logits
+from converters.weight_rows import by_name, flatten, fuse
 from jaxtrain.types import Array, Batch, Params
 from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 
 LOGIT_TOLERANCE = 1e-4  # |ours - theirs|, for logits up to 10
-RELATIVE_TOLERANCE = LOGIT_TOLERANCE / 10  # of the largest logit, where logits are larger
+RELATIVE_TOLERANCE = LOGIT_TOLERANCE / 10  # relative to the largest logit, for larger logits
 GRADIENT_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over a tensor
-ROUNDING = 4  # our float32 may be this many times as far from our float64 as that of transformers is from its own
-LOW_PRECISION = 2  # our KL in the run's dtype may be this many times that of transformers
-LAST_PLACES = 2  # times the effect of one unit in the last place of the rope frequencies on the logits
-DECODED = 24  # tokens that are decoded one by one over the cache
+# Upper bounds, relative to transformers, for our float32 rounding and for our KL in the run's dtype.
+ROUNDING_FACTOR, LOW_PRECISION_FACTOR = 4, 2
+LAST_PLACE_FACTOR = 2  # tolerance relative to the effect of one unit in the last place of the rope frequencies
+DECODED_TOKENS = 24  # tokens that are decoded one by one with the cache
 
 
 Sides = dict[str, np.ndarray]
-"""Logits [B, T, V] of one side, by dtype."""
+"""Logits [B, T, V] of one implementation, by dtype."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +36,14 @@ class Check:
     name: str
     passed: bool
     summary: str
-    spans: list[Span] = field(default_factory=list)  # of logits: all positions, then range by range
+    ranges: list[RangeStatistics] = field(default_factory=list)  # of logits: all positions, then range by range
 
 
 def exact_tolerance(logits: np.ndarray) -> float:
     """The tolerance in float64 for logits of this scale.
 
-    Both sides compute norms, rope and softmax in float32 even in a float64 model, so the error that remains is relative
-    to the scale of the logits: 1e-5 of it is about 170 times float32's rounding unit.
+    Both implementations compute norms, rope and softmax in float32 even in a float64 model, so the remaining error is
+    proportional to the logits: 1e-5 of their scale is about 170 times float32's rounding unit.
     """
     return max(LOGIT_TOLERANCE, RELATIVE_TOLERANCE * float(np.abs(logits).max()))
 
@@ -60,26 +58,26 @@ def loading(reference: Reference) -> Check:
 
 
 def round_trip(subject: Subject) -> Check:
-    """Compare the imported tensors, exported again in the stored dtype, with the file, bit by bit."""
+    """Export the imported tensors in the stored dtype and compare them with the file, bit by bit."""
     leaves, changed = flatten(subject.params), []
     named = by_name(subject.tensors) | {tensor.name: [tensor] for tensor in subject.tensors if tensor.alias}
     with open_checkpoint(subject.folder) as checkpoint:
         for name, parts in named.items():
-            back = join(parts, lambda tensor: np.asarray(leaves[tensor.ours][tensor.stack]))
+            back = fuse(parts, lambda tensor: np.asarray(leaves[tensor.ours][tensor.stack]))
             stored = checkpoint.read(name)
             if stored.tobytes() != back.astype(stored.dtype).tobytes():
                 changed.append(name)
     name = "round trip"
     if changed:
-        return Check(name, False, f"{len(changed)} of {len(subject.tensors)} tensors came back changed: {changed[0]}")
+        return Check(name, False, f"{len(changed)} of {len(subject.tensors)} tensors changed, such as {changed[0]}")
     try:
-        again = FAMILIES[subject.config.family].to_hf(subject.config, subject.hf)
-    except CheckpointError as error:
+        again = to_hf(subject.config, subject.hf)
+    except ConversionError as error:
         return Check(name, False, str(error))
     different = [key for key in again.keys() | subject.hf.keys() if again.get(key) != subject.hf.get(key)]
-    # A folder without `architectures` gets them.
+    # An export adds missing `architectures`.
     if set(different) - ({"architectures"} - subject.hf.keys()):
-        return Check(name, False, f"config.json came back with another {min(different)}")
+        return Check(name, False, f"config.json changed its {min(different)}")
     return Check(name, True, f"{len(subject.tensors)} tensors bit-identical, config.json unchanged")
 
 
@@ -88,53 +86,53 @@ def logit_checks(
 ) -> list[Check]:
     checks = []
     for row, kind in enumerate(rows):
-        spans = compare_logits(ours[row : row + 1], theirs[row : row + 1])
-        difference, size = spans[0].difference, np.abs(theirs[row]).max()
+        ranges = compare_logits(ours[row : row + 1], theirs[row : row + 1])
+        difference, size = ranges[0].difference, np.abs(theirs[row]).max()
         summary = f"differ by at most {difference:.1e} (tolerance {tolerance:.1e}; logits up to {size:.0f})"
         if tolerance > exact_tolerance(theirs):
-            summary += f": {LAST_PLACES} times the effect of the last place of rope's float32 frequencies"
-        checks.append(Check(f"logits {dtype}, {kind}", difference < tolerance, summary, spans))
+            summary += f": {LAST_PLACE_FACTOR} times the effect of the last place of rope's float32 frequencies"
+        checks.append(Check(f"logits {dtype}, {kind}", difference < tolerance, summary, ranges))
     return checks
 
 
 def excuse_rounding(check: Check, row: int, ours: Sides, theirs: Sides) -> Check:
-    """Pass a float32 check that exceeds the tolerance, given that float64 does not, if transformers rounds as much."""
+    """Pass a float32 check above the tolerance if transformers rounds as much; float64 is known to agree."""
     if check.passed:
         return check
     rounding = [float(np.abs(side["float32"][row] - side["float64"][row]).max()) for side in (ours, theirs)]
     summary = (
-        f"{check.summary}: rounding, since float64 agrees; transformers is {rounding[1]:.1e} away from its own "
-        f"float64, ours {rounding[0]:.1e} from ours"
+        f"{check.summary}: rounding, since float64 agrees; float32 and float64 differ by {rounding[1]:.1e} in "
+        f"transformers and by {rounding[0]:.1e} in ours"
     )
-    return Check(check.name, rounding[0] < ROUNDING * rounding[1] + LOGIT_TOLERANCE, summary, check.spans)
+    return Check(check.name, rounding[0] < ROUNDING_FACTOR * rounding[1] + LOGIT_TOLERANCE, summary, check.ranges)
 
 
 def low_precision(
     dtype: str, rows: Mapping[str, np.ndarray], ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray
 ) -> list[Check]:
-    """Both sides round in the run's dtype; ours may not be much further from `exact` than theirs.
+    """Compare both implementations, in the run's dtype, with `exact`; our error must not be much larger.
 
-    The median token decides, because rounding can change single tokens of a deep model by any amount on either side.
+    The median token decides, because rounding can change single tokens of a deep model by any amount.
     """
     checks = []
     for row, kind in enumerate(rows):
         one = slice(row, row + 1)
-        spans, other = compare_logits(ours[one], exact[one]), compare_logits(theirs[one], exact[one])
-        passed = spans[0].median_kl < LOW_PRECISION * other[0].median_kl + 1e-6
+        ranges, other = compare_logits(ours[one], exact[one]), compare_logits(theirs[one], exact[one])
+        passed = ranges[0].median_kl < LOW_PRECISION_FACTOR * other[0].median_kl + 1e-6
         summary = (
-            f"KL to the exact ones: median {spans[0].median_kl:.1e}, mean {spans[0].kl:.1e}; "
+            f"KL to the exact logits: median {ranges[0].median_kl:.1e}, mean {ranges[0].kl:.1e}; "
             f"of transformers in {dtype} {other[0].median_kl:.1e}, {other[0].kl:.1e}"
         )
-        checks.append(Check(f"logits {dtype}, {kind}", passed, summary, spans))
+        checks.append(Check(f"logits {dtype}, {kind}", passed, summary, ranges))
     return checks
 
 
 def decode_check(
     subject: Subject, ids: np.ndarray, dtype: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float
 ) -> Check:
-    """Prefill, then decode token by token over the cache; compare with both sides' logits of the full sequence."""
+    """Prefill, then decode token by token with the cache; compare with the logits of both full forward passes."""
     model, length = subject.model(dtype), ids.shape[1]
-    filled = max(length - DECODED, 1)
+    filled = max(length - DECODED_TOKENS, 1)
     with precise(dtype):
 
         @functools.partial(jax.jit, donate_argnums=1)
@@ -150,7 +148,7 @@ def decode_check(
     cached = np.concatenate(parts, 1)
     from_ours, from_theirs = np.abs(cached - ours).max(), np.abs(cached - theirs).max()
     summary = (
-        f"{filled} tokens at once, {length - filled} one by one, in {dtype}: logits differ by at most {from_ours:.1e} "
+        f"{filled} tokens prefilled, {length - filled} decoded, in {dtype}: logits differ by at most {from_ours:.1e} "
         f"from ours without a cache, {from_theirs:.1e} from transformers"
     )
     return Check("cached decode", bool(from_ours < exact_tolerance(ours) and from_theirs < tolerance), summary)
@@ -172,7 +170,7 @@ def gradient_check(subject: Subject, reference: Reference, ids: np.ndarray, dtyp
     if missing:
         return Check("gradients", False, f"transformers has no gradient of {missing[0]}")
     norms = {tensor.name: float(np.linalg.norm(theirs[tensor.name])) for tensor in own}
-    # A gradient that is zero except for rounding (that of a bias of keys without rope) cannot be compared relatively.
+    # A gradient that is zero up to rounding (that of a bias of keys without rope) has no meaningful relative error.
     floor = 1e-5 * max(norms.values())
     errors = {}
     for tensor in own:

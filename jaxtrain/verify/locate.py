@@ -1,7 +1,4 @@
-"""Find where our forward pass departs from that of transformers: by layer, then by sub-module of the first layer that
-departs."""
-
-from __future__ import annotations
+"""Locates the first difference between our forward pass and that of transformers: by layer, then by sub-module."""
 
 import re
 from collections.abc import Mapping
@@ -12,37 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.reference import ModuleCall, Reference
-from converters.verify import Departure, Pair, Point, compare_values, first_departure, pair_modules
+from converters.verify import Mismatch, Pair, Point, compare_values, first_mismatch, pair_modules
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.rope import rope_table
 from jaxtrain.types import Array
 from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
 
-MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over each token's part of the output of a module
+MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over the channels of each token
 _IN_A_LAYER = re.compile(r"layers\.\d+\.")
 _ATTENTION = re.compile(r"layers\.(\d+)\.attn")
 
 
-def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) -> tuple[list[Point], Departure | None]:
-    """The comparisons of the inputs and outputs of every layer, and the first departure, in two passes of each model.
+def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) -> tuple[list[Point], Mismatch | None]:
+    """Compare the inputs and outputs of every layer and find the first mismatch, in two passes of each model.
 
-    The first pass records whole layers, the second the sub-modules of the first that departs, so that memory holds one
-    value for each layer only. `reference` must hold the model in `dtype`, in which ours is run too.
+    The first pass records layers, the second the sub-modules of the first layer that differs, so that memory never
+    holds the values of all sub-modules. `reference` must hold the model in `dtype`, which ours uses, too.
     """
     pairs = pair_modules(subject.tensors, reference.owners())
     outside = {path: pair for path, pair in pairs.items() if not _IN_A_LAYER.match(path)}
     layers, _ = _observe(subject, reference, ids, dtype, outside)
-    departure = first_departure(layers)
-    if departure is None or not re.fullmatch(r"layers\.\d+", departure.where):
-        return layers, departure
-    within = {path: pair for path, pair in pairs.items() if f"{path}.".startswith(f"{departure.where}.")}
+    mismatch = first_mismatch(layers)
+    if mismatch is None or not re.fullmatch(r"layers\.\d+", mismatch.where):
+        return layers, mismatch
+    within = {path: pair for path, pair in pairs.items() if f"{path}.".startswith(f"{mismatch.where}.")}
     points, calls = _observe(subject, reference, ids, dtype, within)
-    departure = first_departure(points) or departure
-    attention = _ATTENTION.fullmatch(departure.where)
-    if attention and departure.what and departure.hf in calls:
-        suspects = _attention_suspects(subject.config, int(attention[1]), ids, calls[departure.hf].keywords)
-        departure = replace(departure, suspects=suspects or departure.suspects)
-    return layers, departure
+    mismatch = first_mismatch(points) or mismatch
+    attention = _ATTENTION.fullmatch(mismatch.where)
+    if attention and mismatch.what and mismatch.hf in calls:
+        suspects = _attention_suspects(subject.config, int(attention[1]), ids, calls[mismatch.hf].keywords)
+        mismatch = replace(mismatch, suspects=suspects or mismatch.suspects)
+    return layers, mismatch
 
 
 def _observe(
@@ -50,9 +47,7 @@ def _observe(
 ) -> tuple[list[Point], dict[str, ModuleCall]]:
     calls, logits = reference.record(ids, {pair.hf for pair in pairs.values()})
     points: list[Point] = []
-    compared: dict[
-        str, int
-    ] = {}  # for a module of theirs that does the work of several of ours: channels compared so far
+    compared: dict[str, int] = {}  # by module of theirs that corresponds to several of ours: channels compared so far
 
     def on_value(path: str, side: str, value: Array) -> None:
         pair = pairs.get(path)
@@ -95,7 +90,7 @@ def _attention_suspects(config: ModelConfig, layer: int, ids: np.ndarray, theirs
             or np.abs(half[:, : own.shape[-1]] - own).max() > 1e-3
             for own, half in zip(ours, reference, strict=True)
         ):
-            suspects.append("rope (base, scaling, or the share of channels that turn): its cosines and sines differ")
+            suspects.append("rope (base, scaling, or the share of rotated channels): its cosines and sines differ")
     if theirs.get("attention_mask") is not None:
         # The number of tokens that the last one attends to.
         visible = int((np.asarray(theirs["attention_mask"])[0, 0, -1] == 0).sum())

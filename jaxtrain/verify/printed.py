@@ -1,6 +1,4 @@
-"""Print a report: as tables with the verdict first, or as JSON."""
-
-from __future__ import annotations
+"""Prints a report as tables or as JSON."""
 
 import dataclasses
 import json
@@ -22,15 +20,15 @@ def print_report(report: Report, as_json: bool) -> None:
     failed = [check.name for check in report.checks if not check.passed]
     verdict = "[green]PASSED[/]" if report.passed else f"[red]FAILED[/] ({', '.join(failed)})"
     console.print(f"{verdict}: {escape(report.source)}")
-    if report.departure:
-        console.print(f"first departs at [bold]{escape(str(report.departure))}[/]")
+    if report.mismatch:
+        console.print(f"first mismatch at [bold]{escape(str(report.mismatch))}[/]")
     _print(console, ["", "check", "result"], [[_mark(c.passed), c.name, c.summary] for c in report.checks])
-    spans = [
+    ranges = [
         [name.removeprefix("logits "), f"{s.start}-{s.stop}", f"{s.difference:.1e}", f"{s.kl:.1e}", f"{s.top1:.1%}"]
-        for name, s in ((check.name, span) for check in report.checks for span in check.spans[1:])
+        for name, s in ((check.name, part) for check in report.checks for part in check.ranges[1:])
     ]
-    if spans:
-        _print(console, ["logits", "positions", "max difference", "KL", "top-1 agreement"], spans)
+    if ranges:
+        _print(console, ["logits", "positions", "max difference", "KL", "top-1 agreement"], ranges)
     if report.layers:
         layers = [[p.path, p.hf, p.side, f"{p.error:.1e}", str(p.position) * (p.position >= 0)] for p in report.layers]
         _print(console, ["ours", "transformers", "", "relative error", "from position"], layers)

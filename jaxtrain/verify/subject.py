@@ -1,6 +1,4 @@
-"""A checkpoint as imported, and the logits of our model."""
-
-from __future__ import annotations
+"""An imported checkpoint, and the logits of our model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.import_hf import bind_checkpoint, import_params, read_config
-from converters.rows import Tensor, flatten
 from converters.safetensors_io import open_checkpoint
 from converters.tokenizer import load_tokenizer
+from converters.weight_rows import Tensor, flatten
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
@@ -47,7 +45,7 @@ class Subject:
 
 
 def load_subject(folder: Path) -> Subject:
-    """Import a folder. Raises CheckpointError for one that our import refuses."""
+    """Import a folder. Raises ConversionError if our import fails."""
     config, hf = read_config(folder)
     target = Model(config).abstract()
     with open_checkpoint(folder) as checkpoint:
@@ -65,7 +63,7 @@ def token_rows(subject: Subject, length: int) -> dict[str, np.ndarray]:
 
 
 def our_logits(subject: Subject, ids: np.ndarray, dtype: str) -> np.ndarray:
-    """ids [B, T] -> [B, T, V], in float64 for that dtype, else in float32."""
+    """Logits of ids [B, T] -> [B, T, V]: float64 for that dtype, else float32."""
     model = subject.model(dtype)
     with precise(dtype):
 
@@ -78,19 +76,19 @@ def our_logits(subject: Subject, ids: np.ndarray, dtype: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def precise(dtype: str) -> Iterator[None]:
-    """Matrix products in full precision on any device, with float64 enabled for that dtype."""
+    """Full precision of matrix products on any device, and float64 enabled for that dtype."""
     with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == "float64"):
         yield
 
 
 def params_as(subject: Subject, dtype: str) -> Params:
-    """The parameters in float64 for that dtype, else in float32, which a model in bfloat16 casts itself."""
+    """The parameters in float64 for that dtype, else in float32: a model in bfloat16 casts them itself."""
     if dtype != "float64":
         return subject.params
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), subject.params)
 
 
 def as_batch(ids: np.ndarray) -> Batch:
-    """Rows of one segment each."""
+    """A batch with one segment per row."""
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     return Batch(ids, positions, np.ones_like(ids), np.ones(ids.shape, np.float32))

@@ -1,4 +1,4 @@
-"""PEFT folders: what we write, `peft` computes with; what `peft` writes, we go on from."""
+"""PEFT folders: `peft` loads ours, and we load those of `peft`."""
 
 import json
 import shutil
@@ -15,18 +15,18 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from converters.adapters import INERT_KEYS, KNOWN_KEYS, export_adapter, import_adapter, read_lora
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.export_hf import export_hf
 from converters.families.registry import weight_rows
 from converters.import_hf import read_config
-from converters.rows import bind, flatten
-from jaxtrain.config import parse_config
+from converters.weight_rows import bind, flatten
+from jaxtrain.config import MeshSection, parse_config
 from jaxtrain.lora import check_targets, join, merge_adapters, split_adapters
 from jaxtrain.nn.config import Lora
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import declare
-from jaxtrain.roles.initial import adapter_params
+from jaxtrain.roles.initial import adapter_params, initial_params
 from jaxtrain.types import Batch
 
 peft = pytest.importorskip("peft")
@@ -67,8 +67,69 @@ def test_peft_computes_with_our_adapters(case, rslora, tmp_path):
     assert np.abs(ours - logits(Model(model.config), base)).max() > 0.1
 
 
+FULL = ("embed.weight", "norm.scale", "layers.attn.q_norm.scale")
+
+
+@pytest.mark.parametrize(
+    ("case", "paths", "names"),
+    [
+        ("qwen3", (*FULL, "lm_head.kernel"), ["embed_tokens", "lm_head", "model.norm", "q_norm"]),
+        ("qwen3-tied", ("embed.weight",), ["embed_tokens", "lm_head"]),
+        ("llama", ("layers.input_norm.scale", "norm.scale"), ["input_layernorm", "model.norm"]),
+    ],
+)
+def test_peft_computes_with_modules_that_were_trained_in_full(case, paths, names, tmp_path):
+    base, config, _ = hf_folders.load(hf_folders.save(tmp_path / "base", case))
+    model = Model(config, replace(LORA, full_paths=paths))
+    trained, _ = model.split(tiny.random_params(model))
+    out = export_adapter(trained, config, model.lora, tmp_path / "adapter", str(tmp_path / "base"))
+    assert hf_folders.read_json(out / "adapter_config.json")["modules_to_save"] == names
+    params = join(trained, model.split(base)[1])
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+    np.testing.assert_allclose(logits(model, params), torch_logits(loaded), atol=1e-4)
+    lora = read_lora(out, config)
+    assert set(lora.full_paths) == set(paths)
+    again = import_adapter(
+        out, config, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trained)
+    )
+    jax.tree.map(np.testing.assert_array_equal, again, trained)
+
+    tensors = load_file(out / "adapter_model.safetensors")
+    name = max(name for name in tensors if ".lora_" not in name)
+    save_file({key: leaf for key, leaf in tensors.items() if key != name}, out / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=rf"lacks adapter tensor {name}|names \S+, of which the folder holds no"):
+        import_adapter(out, config, trained) if read_lora(out, config) else None
+
+
+def test_training_continues_from_pefts_modules_to_save(tmp_path):
+    """Also where PEFT keeps a head tied to its embedding."""
+    names = ["embed_tokens", "norm"]  # PEFT compares ends: of the norms within layers as well
+    folder, expected = save_peft(tmp_path, "qwen3-tied", modules_to_save=names, ensure_weight_tying=True, change=True)
+    section = {"path": str(tmp_path / "base"), "lora": {"path": str(folder)}}
+    config = parse_config({"recipe": "sft", "model": section, "data": {"train": {"path": "x"}}}, "test").model
+    policy = declare(config, make_mesh(MeshSection()), "fsdp")
+    norms = {f"layers.{name}.scale" for name in ("input_norm", "mlp_norm", "attn.q_norm", "attn.k_norm")}
+    assert set(policy.model.lora.full_paths) == {"embed.weight", "norm.scale", *norms}
+    params = jax.tree.map(jnp.asarray, jax.device_get(join(*initial_params(config, policy, 0))))  # off the mesh
+    np.testing.assert_allclose(logits(Model(policy.model.config, policy.model.lora), params), expected, atol=1e-4)
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={"modules_to_save": ["embed_tokens"]})})
+    with pytest.raises(ValueError, match=r"modules_to_save=\['embed_tokens'\], but the adapter in .* has"):
+        declare(other, make_mesh(MeshSection()), "fsdp")
+
+
+def test_modules_to_save_that_untie_the_head_are_refused(tmp_path):
+    folder, _ = save_peft(tmp_path, "qwen3-tied", modules_to_save=["embed_tokens", "lm_head"], change=True)
+    config = hf_folders.load(tmp_path / "base")[1]
+    model = Model(config, read_lora(folder, config))
+    assert model.lora is not None and model.lora.full_paths == ("embed.weight",)
+    with pytest.raises(
+        ConversionError, match=r"ties .*lm_head\.weight to .*embed_tokens\.weight, but their values differ"
+    ):
+        import_adapter(folder, config, model.split(model.abstract())[0])
+
+
 def test_adapters_of_experts_are_merged_into_what_transformers_computes(tmp_path):
-    """PEFT has no place for them, so the merged weights are compared, on both sides."""
+    """PEFT cannot represent them, so the merged weights of both sides are compared."""
     base, config, hf = hf_folders.load(hf_folders.save(tmp_path / "base", "qwen3-moe"))
     model = Model(config, replace(LORA, targets=("experts.*", "q_proj")))
     adapters = split_adapters(tiny.random_params(model))[0]
@@ -81,18 +142,22 @@ def test_adapters_of_experts_are_merged_into_what_transformers_computes(tmp_path
     np.testing.assert_allclose(ours, torch_logits(loaded), atol=1e-4)
 
 
-def save_peft(tmp_path, case="qwen3-biases", **options):
-    """A random adapter that `peft` made and saved; the folder, and the logits of the model with it."""
+def save_peft(tmp_path, case="qwen3-biases", change=False, **options):
+    """A random adapter saved by `peft`: the folder, and the logits of the model with it. `change` trains what else is
+    in it: the modules to save."""
     torch.manual_seed(1)
     options = {"r": 3, "lora_alpha": 9, "target_modules": "all-linear", "init_lora_weights": False} | options
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(hf_folders.hf_model(case), config)
     hf_folders.save(tmp_path / "base", case)
+    for name, parameter in model.named_parameters():
+        if change and "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, 1, 0.1) if "norm" in name else torch.nn.init.normal_(parameter, 0, 0.1)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", torch_logits(model)
 
 
-def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
+def test_training_continues_from_a_peft_adapter_on_eight_devices(tmp_path):
     folder, expected = save_peft(tmp_path, use_rslora=True)
     section = {"path": str(tmp_path / "base"), "param_dtype": "bfloat16", "lora": {"path": str(folder)}}
     config = parse_config({"recipe": "sft", "model": section, "data": {"train": {"path": "x"}}}, "test")
@@ -124,14 +189,14 @@ def test_an_adapter_of_peft_is_gone_on_from_on_eight_devices(tmp_path):
     [
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, "layers_to_transform"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "belongs to no linear of the model"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "belongs to no linear module of the model"),
         ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"case": "phi3", "target_modules": ["qkv_proj"]}, "qkv_proj.* belongs to no linear of the model"),
+        ({"case": "phi3", "target_modules": ["qkv_proj"]}, "qkv_proj.* belongs to no linear module of the model"),
     ],
 )
-def test_an_adapter_that_is_no_plain_lora_is_refused(options, message, tmp_path):
+def test_an_adapter_with_lora_extensions_is_refused(options, message, tmp_path):
     folder, _ = save_peft(tmp_path, **options)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         read_lora(folder, hf_folders.load(tmp_path / "base")[1])
 
 
@@ -147,7 +212,7 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(options, message, tmp_path)
 def test_a_setting_of_the_wrong_type_is_refused_by_name(key, value, adapter):
     folder, config = adapter
     hf_folders.edit_json(folder / "adapter_config.json", **{key: value})
-    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {key} must be .*, not "):
+    with pytest.raises(ConversionError, match=rf"adapter_config\.json: {key} must be .*, not "):
         read_lora(folder, config)
 
 
@@ -160,11 +225,11 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def adapter(exported, tmp_path):
-    """A folder of an adapter that may be edited, and the config of its model."""
+    """A copy of an adapter's folder, and the config of its model."""
     return shutil.copytree(exported[0], tmp_path / "adapter"), exported[1]
 
 
-def test_what_peft_omits_has_its_defaults(adapter):
+def test_missing_keys_have_pefts_defaults(adapter):
     folder, config = adapter
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     lora, theirs = read_lora(folder, config), peft.LoraConfig()
@@ -174,13 +239,13 @@ def test_what_peft_omits_has_its_defaults(adapter):
 
 
 def test_every_key_of_peft_is_known(adapter):
-    """Those that a later PEFT adds must be looked at; until then they are refused unless they are switched off."""
+    """Keys that a later PEFT adds must be reviewed; until then they are refused unless they are disabled."""
     assert {field.name for field in fields(peft.LoraConfig)} - KNOWN_KEYS - INERT_KEYS.keys() == set()
     folder, config = adapter
     hf_folders.edit_json(folder / "adapter_config.json", new_method=False)
     read_lora(folder, config)
     hf_folders.edit_json(folder / "adapter_config.json", new_method={"scale": 2})
-    with pytest.raises(CheckpointError, match=r"new_method=\{'scale': 2\} is not supported: the key is not known"):
+    with pytest.raises(ConversionError, match=r"new_method=\{'scale': 2\} is not supported: the key is unknown"):
         read_lora(folder, config)
 
 
@@ -188,7 +253,7 @@ def test_every_key_of_peft_is_known(adapter):
 def test_a_broken_adapter_config(content, adapter):
     folder, config = adapter
     (folder / "adapter_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json (is not valid JSON|must be an object)"):
+    with pytest.raises(ConversionError, match=r"adapter_config\.json (is not valid JSON|must be an object)"):
         read_lora(folder, config)
 
 
@@ -203,16 +268,16 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
         (tensors | {name: tensors[name][:2]}, rf"{name} is \[2, 56\], the model needs \[5, 56\]"),
     ):
         save_file(changed, out / "adapter_model.safetensors")
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ConversionError, match=message):
             import_adapter(out, model.config, target)
     (out / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(CheckpointError, match="peft_type=IA3"):
+    with pytest.raises(ConversionError, match="peft_type=IA3"):
         read_lora(out, model.config)
 
 
 @pytest.mark.parametrize("case", hf_folders.CASES)
 def test_factors_are_laid_out_as_their_kernel_in_every_family(case, tmp_path):
-    """B @ A in PEFT's layout is what the kernel's row makes of a @ b; a matrix that PEFT cannot adapt is refused."""
+    """B @ A in PEFT's layout equals a @ b after the ops of the kernel's row; what PEFT cannot represent is refused."""
     config, _ = read_config(hf_folders.hf_config(case).to_dict())
     params = Model(config, Lora(3, 3.0, 0.0, ("attn.*", "mlp.*_proj"))).abstract()
     rng = np.random.default_rng(0)
@@ -220,8 +285,8 @@ def test_factors_are_laid_out_as_their_kernel_in_every_family(case, tmp_path):
     lora = Lora(3, 3.0, 0.0, ("all-linear",))
     try:
         out = export_adapter(jax.tree.map(jnp.asarray, adapters), config, lora, tmp_path / "out", None)
-    except CheckpointError as error:
-        assert "PEFT has no place" in str(error) and any(word in case for word in ("phi", "moe", "mixtral", "gpt"))
+    except ConversionError as error:
+        assert "PEFT cannot represent" in str(error) and any(word in case for word in ("phi", "moe", "mixtral", "gpt"))
         return
     factors = load_file(out / "adapter_model.safetensors")
     kernels = flatten(jax.tree.map(np.asarray, _products(adapters)))

@@ -1,4 +1,4 @@
-"""A value of the wrong type in config.json is an error that names the key, for every key of every family."""
+"""A value of the wrong type is an error that names the key, for every key of every family."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Untouched, a model comes back bit for bit; changed, it loads in transformers; a failed export leaves nothing."""
+"""An unchanged model is exported bit for bit; a changed one loads in transformers; a failed export leaves nothing."""
 
 import json
 
@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from converters import export_hf as export_module
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.export_hf import TrainedText, convert, export_hf
 from converters.import_hf import read_config
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
@@ -46,7 +46,7 @@ def assert_same_tensors(ours, theirs):
 
 
 @pytest.mark.parametrize("case", hf_folders.CASES)
-def test_untouched_comes_back_bit_for_bit(case, tmp_path):
+def test_an_unchanged_model_is_exported_bit_for_bit(case, tmp_path):
     folder = hf_folders.save(tmp_path / "in", case)
     out = round_trip(folder, tmp_path / "out")
     assert_same_tensors(out, folder)
@@ -81,7 +81,7 @@ def test_transformers_loads_it_and_computes_the_same(case, tmp_path):
 
 
 def test_trained_parameters_reach_transformers(tmp_path):
-    """What changed on our side is what transformers computes with, under another vocabulary, dtype and shard size."""
+    """transformers computes with changed parameters, with another vocabulary, dtype and shard size."""
     params, config, hf = hf_folders.load(hf_folders.save(tmp_path / "in", dtype=torch.float32))
     params["layers"]["attn"]["q_proj"]["kernel"] *= 1.5
     export_hf(params, config, hf, tmp_path / "out", dtype="bfloat16")
@@ -92,7 +92,7 @@ def test_trained_parameters_reach_transformers(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_the_old_spelling_of_dtype_is_kept(tmp_path):
+def test_the_old_key_torch_dtype_is_kept(tmp_path):
     folder = hf_folders.edit_config(hf_folders.save(tmp_path / "in"), "dtype", torch_dtype="float32")
     hf = hf_folders.read_json(round_trip(folder, tmp_path / "out", dtype="bfloat16") / "config.json")
     assert hf["torch_dtype"] == "bfloat16"
@@ -105,7 +105,7 @@ def test_unknown_keys_of_config_json_survive(tmp_path):
     assert hf_folders.read_json(out / "config.json") == hf_folders.read_json(folder / "config.json")
 
 
-def test_padding_of_the_vocabulary_is_cut_off(tmp_path):
+def test_padding_of_the_vocabulary_is_removed(tmp_path):
     params, config, hf = hf_folders.load(hf_folders.save(tmp_path / "in"))
     params["embed"]["weight"] = params["embed"]["weight"].at[101:].set(7)  # even if it were not zero
     out = export_hf(params, config, hf, tmp_path / "out")
@@ -165,14 +165,14 @@ def test_convert_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("run", [round_trip, run_convert])
-def test_what_is_there_is_never_overwritten(run, tmp_path):
+def test_existing_files_are_never_overwritten(run, tmp_path):
     folder = hf_folders.save(tmp_path / "in")
     out = tmp_path / "out"
     out.mkdir()
     assert run(folder, out) == out  # an empty folder may be filled
-    with pytest.raises(CheckpointError, match="out exists already and is not an empty folder"):
+    with pytest.raises(ConversionError, match="out already exists and is not an empty folder"):
         run(folder, out)
-    with pytest.raises(CheckpointError, match=r"config\.json exists already"):
+    with pytest.raises(ConversionError, match=r"config\.json already exists"):
         run(folder, out / "config.json")
 
 
@@ -190,8 +190,8 @@ def test_a_full_disk_leaves_nothing_behind(run, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_random_parameters_export_with_a_config_of_ones_own(tmp_path):
-    """As the quickstart does: no checkpoint to start from, only what its config.json would say."""
+def test_random_parameters_export_with_a_custom_config(tmp_path):
+    """As in the quickstart: without a checkpoint, only with the content of a config.json."""
     hf = {"model_type": "qwen3", **hf_folders.SIZES, "tie_word_embeddings": True}
     config, _ = read_config(hf)
     params = hf_folders.Model(config).init(jax.random.key(0))
@@ -202,7 +202,7 @@ def test_random_parameters_export_with_a_config_of_ones_own(tmp_path):
     assert not any(report.values()), report
 
 
-def test_a_model_that_began_here_ends_its_texts_with_the_tokenizers_token(tmp_path):
+def test_a_model_trained_from_scratch_ends_texts_with_the_tokenizers_token(tmp_path):
     write_byte_tokenizer(tmp_path / "tokenizer")
     sizes = {key: value for key, value in hf_folders.SIZES.items() if not key.endswith("_token_id")}
     hf = {"model_type": "qwen3", **sizes, "tie_word_embeddings": True}

@@ -1,4 +1,4 @@
-"""config.json is honoured or refused, key by key."""
+"""Every key of config.json is honoured or refused."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import hf_folders
 import pytest
 import transformers
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families import (
     gemma2,
     gemma3,
@@ -23,7 +23,7 @@ from converters.families import (
     smollm3,
 )
 from converters.families.keys import INERT_VALUES
-from converters.families.registry import FAMILIES
+from converters.families.registry import to_hf
 from converters.families.shared_keys import HONOURED, IGNORED, REFUSED
 from converters.import_hf import read_config
 from jaxtrain.nn.config import LayerKind, LinearScaling, Llama3Scaling, LongRopeScaling, Rope
@@ -59,7 +59,7 @@ def test_defaults_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_key_of_transformers_class_is_known(name):
-    """A field that a later transformers adds must be looked at before it is passed over."""
+    """A field that a later transformers adds must be reviewed."""
     family, theirs = CLASSES[name]
     own = {f.name for f in dataclasses.fields(theirs)} - {
         f.name for f in dataclasses.fields(transformers.PreTrainedConfig)
@@ -71,19 +71,18 @@ def test_every_key_of_transformers_class_is_known(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_config_json_omits_is_as_transformers_has_it(name):
+def test_missing_keys_have_transformers_defaults(name):
     family, theirs = CLASSES[name]
     config, full = family.from_hf({}), family.from_hf(theirs().to_dict())
     assert config == full
 
 
 @pytest.mark.parametrize("case", hf_folders.CASES)
-def test_config_goes_there_and_back(case):
+def test_config_round_trip(case):
     hf = hf_dict(case)
     config, _ = read_config(hf)
-    family = FAMILIES[config.family]
-    assert family.to_hf(config, hf) == hf
-    alone = family.to_hf(config)
+    assert to_hf(config, hf) == hf
+    alone = to_hf(config)
     assert read_config(alone)[0] == config
     assert alone["architectures"] == hf["architectures"]
 
@@ -92,20 +91,20 @@ def test_only_what_changed_is_rewritten():
     hf = hf_dict("qwen3", a_key_of_nobody=[1, 2])
     config, _ = read_config(hf)
     changed = dataclasses.replace(config, vocab_size=140)
-    assert qwen3.to_hf(changed, hf) == {**hf, "vocab_size": 140}
+    assert to_hf(changed, hf) == {**hf, "vocab_size": 140}
 
 
 def test_a_changed_rope_replaces_the_old_spelling():
     hf = {**MINIMAL, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}}
     config, _ = read_config(hf)
-    written = llama.to_hf(dataclasses.replace(config, pattern=(LayerKind(None, Rope(3e5)),) * 32), hf)
+    written = to_hf(dataclasses.replace(config, pattern=(LayerKind(None, Rope(3e5)),) * 32), hf)
     assert written == {**MINIMAL, "rope_parameters": {"rope_type": "default", "rope_theta": 3e5}}
 
 
-def test_what_a_family_cannot_say_is_refused():
+def test_a_config_that_a_family_cannot_express_is_refused():
     config, _ = read_config(hf_dict("qwen2"))
-    with pytest.raises(CheckpointError, match="family qwen2 cannot express qk_norm=all"):
-        qwen2.to_hf(dataclasses.replace(config, qk_norm="all"))
+    with pytest.raises(ConversionError, match="family qwen2 cannot express qk_norm=all"):
+        to_hf(dataclasses.replace(config, qk_norm="all"))
 
 
 LLAMA3_SCALING = Llama3Scaling(4.0, 1.0, 4.0, 64)
@@ -135,7 +134,7 @@ def test_rope_in_both_spellings(keys, rope):
 
 @pytest.mark.parametrize("name", ["longrope", "su", "yarn"])
 def test_phi3_reads_longrope_under_its_old_names(name):
-    """As Phi-4-mini has it: the trained length stands outside, and gives the attention factor."""
+    """As in Phi-4-mini: the original length is outside of the section and determines the attention factor."""
     factors = [1.0 + i / 100 for i in range(36)]
     scaling = {"type": name, "short_factor": factors, "long_factor": factors[::-1]}
     hf = {
@@ -153,7 +152,7 @@ def test_phi3_reads_longrope_under_its_old_names(name):
 
 
 def test_phi3_refuses_a_rope_that_transformers_lacks_there():
-    with pytest.raises(CheckpointError, match=r"rope_type='linear'.*known: default, longrope"):
+    with pytest.raises(ConversionError, match=r"rope_type='linear'.*known: default, longrope"):
         phi3.from_hf({"rope_scaling": {"type": "linear", "factor": 2.0}})
 
 
@@ -212,7 +211,7 @@ def test_windows(name, keys, windows):
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, not True"),
         ("llama", {"rms_norm_eps": None}, "rms_norm_eps must be a number"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-        ("llama", {"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ("llama", {"num_key_value_heads": 3}, "num_heads=4 is not a multiple of num_kv_heads=3"),
         ("qwen2", {"attention_bias": False}, "attention_bias=False"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers is 3"),
         ("qwen3", {"layer_types": ["linear_attention"] * 3}, "layer_types holds 'linear_attention'"),
@@ -229,7 +228,7 @@ def test_windows(name, keys, windows):
     ],
     ids=str,
 )
-def test_what_cannot_be_honoured_is_refused_by_name(case, changes, message):
+def test_unsupported_keys_are_refused_by_name(case, changes, message):
     with pytest.raises(ValueError, match=message):
         read_config(hf_dict(case, **changes))
 
@@ -239,15 +238,15 @@ def test_model_type_stands_in_for_missing_architectures():
 
 
 def test_missing_folder_and_config(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+    with pytest.raises(ConversionError, match="no checkpoint folder"):
         read_config(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(ConversionError, match=r"holds no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ConversionError, match=r"config\.json is not valid JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="must be an object, not list"):
+    with pytest.raises(ConversionError, match="must be an object, not list"):
         read_config(tmp_path)
 
 
@@ -257,8 +256,8 @@ def test_keys_that_do_not_change_what_is_computed_are_ignored(key):
 
 
 def test_a_folder_with_an_adapter_beside_the_model(tmp_path):
-    """transformers would load the base that the adapter names instead."""
+    """transformers would load the base that the adapter names."""
     hf_folders.save(tmp_path, "llama")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds adapter_config\.json beside config\.json"):
+    with pytest.raises(ConversionError, match=r"holds adapter_config\.json next to config\.json"):
         read_config(tmp_path)

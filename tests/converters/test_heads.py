@@ -1,4 +1,4 @@
-"""Reward models and custom heads as folders: what transformers calls ...ForSequenceClassification, and beyond it."""
+"""Folders of reward models (...ForSequenceClassification in transformers) and of custom heads."""
 
 import hf_folders
 import jax
@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.export_hf import export_hf
 from converters.import_hf import import_params, read_config
 from jaxtrain.config import parse_config
@@ -52,7 +52,7 @@ def test_a_language_model_of_a_reward_model_needs_a_head_and_labels_are_counted(
     policy, base, head = policy_of(hf_folders.save(tmp_path / "in", "llama-tied"), "scalar")
     out = export_hf(base | head, policy.model.config, policy.hf, tmp_path / "out")
     config, hf = read_config(out)
-    with pytest.raises(CheckpointError, match=r"holds tensor score\.weight"):
+    with pytest.raises(ConversionError, match=r"holds tensor score\.weight"):
         import_params(out, config, hf_folders.target(config))
     _, base, head = policy_of(out, "lm")  # tied: the body is all that it takes
     assert head == {}
@@ -60,7 +60,7 @@ def test_a_language_model_of_a_reward_model_needs_a_head_and_labels_are_counted(
     _, report = AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
     assert not any(report.values()), report
     hf_folders.edit_config(out, id2label={"0": "a", "1": "b"})
-    with pytest.raises(CheckpointError, match="classifier of 2 labels"):
+    with pytest.raises(ConversionError, match="classifier of 2 labels"):
         policy_of(out, "scalar")
 
 

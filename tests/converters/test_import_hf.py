@@ -1,4 +1,4 @@
-"""Import: the right numbers onto every device, nothing read twice, everything odd named."""
+"""Import: correct shards on every device, no repeated reads, and errors that name the tensor."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families import qwen3
 from converters.import_hf import import_params, read_config
-from converters.rows import bind, flatten
-from converters.safetensors_io import Spec, plan_files, write_checkpoint
+from converters.safetensors_io import TensorSpec, plan_files, write_checkpoint
+from converters.weight_rows import bind, flatten
 
 
 def rewrite(folder, change):
@@ -72,7 +72,7 @@ def test_mixed_dtypes_in_one_file(tmp_path):
 @pytest.mark.parametrize("case", ["qwen3", PHI])
 @pytest.mark.parametrize("preset", [None, "fsdp", "fsdp_tensor"])
 def test_every_byte_is_read_once(case, preset, tmp_path, monkeypatch):
-    """Norms are replicated on eight devices, and `fsdp` cuts rows into short runs: neither is read eight times."""
+    """Norms are replicated on eight devices, and `fsdp` splits rows into short runs: neither is read eight times."""
     folder = hf_folders.save(tmp_path, case)
     config, _ = read_config(folder)
     target = hf_folders.target(config, preset=preset)
@@ -99,14 +99,14 @@ def test_missing_tensor(tmp_path):
     message = (
         r"lacks tensor model\.layers\.1\.mlp\.up_proj\.weight; did you mean model\.layers\.1\.mlp\.up_proj\.wieght"
     )
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         hf_folders.load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.3.input_layernorm.weight"])
 def test_extra_tensor(name, tmp_path):
     folder = rewrite(hf_folders.save(tmp_path), lambda tensors: tensors.update({name: np.zeros(64, np.float32)}))
-    with pytest.raises(CheckpointError, match=f"holds tensor {name}, which the model of config.json lacks"):
+    with pytest.raises(ConversionError, match=f"holds tensor {name}, which the model of config.json lacks"):
         hf_folders.load(folder)
 
 
@@ -114,14 +114,14 @@ def test_misshapen_tensor(tmp_path):
     name = "model.layers.2.self_attn.k_proj.weight"
     folder = rewrite(hf_folders.save(tmp_path), lambda tensors: tensors.update({name: np.zeros((56, 32), np.float32)}))
     message = r"holds tensor .*2\.self_attn\.k_proj\.weight as \[56, 32\], config\.json says \[32, 56\]"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         hf_folders.load(folder)
 
 
 def test_a_wrong_head_count_does_not_pass_as_a_reshape(tmp_path):
-    """8 heads of 8 store the same shapes of weights as 4 of 16: q_norm tells them apart, in Qwen3."""
+    """8 heads of width 8 have the same weight shapes as 4 of width 16; q_norm distinguishes them in Qwen3."""
     folder = hf_folders.edit_config(hf_folders.save(tmp_path), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    with pytest.raises(CheckpointError, match=r"_norm\.weight as \[16\], config\.json says \[8\]"):
+    with pytest.raises(ConversionError, match=r"_norm\.weight as \[16\], config\.json says \[8\]"):
         hf_folders.load(folder)
 
 
@@ -148,7 +148,7 @@ def test_tied_checkpoint_that_stores_its_head(tmp_path):
     assert "lm_head" not in params
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
     with pytest.raises(
-        CheckpointError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, but their values differ"
+        ConversionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, but their values differ"
     ):
         hf_folders.load(folder)
 
@@ -191,7 +191,7 @@ def test_import_on_eight_devices_peaks_under_1_3_times_the_checkpoint(dtype, tmp
     (tmp_path / "config.json").write_text(json.dumps(hf))
     config, _ = read_config(tmp_path)
     shapes = {path: leaf.shape for path, leaf in flatten(hf_folders.target(config)).items()}
-    specs = [Spec(t.name, np.dtype(dtype), t.shape) for t in bind(qwen3.WEIGHTS, shapes, config) if not t.alias]
+    specs = [TensorSpec(t.name, np.dtype(dtype), t.shape) for t in bind(qwen3.WEIGHTS, shapes, config) if not t.alias]
     stored = {spec.name: np.full(spec.shape, 0.5, spec.dtype) for spec in specs}
     write_checkpoint(tmp_path, plan_files(specs, 10**9), stored.__getitem__)
     run = subprocess.run(

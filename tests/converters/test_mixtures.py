@@ -1,4 +1,4 @@
-"""Mixtures of experts equal transformers': logits, gradients, cached decoding, checkpoints there and back, MXFP4."""
+"""Mixtures of experts equal those of transformers: logits, gradients, cached decoding, round trips, MXFP4."""
 
 import json
 
@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from converters.export_hf import export_hf
 from converters.families.registry import weight_rows
 from converters.import_hf import read_config
-from converters.rows import bind, flatten
+from converters.weight_rows import bind, flatten
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
 
@@ -66,7 +66,7 @@ def test_logits_gradients_and_decoding_equal_those_of_transformers(case, tmp_pat
 
 
 def gradients(reference, case):
-    """By the names that a checkpoint has: transformers fuses experts when it loads them."""
+    """Gradients by the checkpoint's tensor names: transformers fuses experts when it loads them."""
     found = {}
     for name, parameter in reference.named_parameters():
         grad = parameter.grad.numpy()

@@ -1,4 +1,4 @@
-"""Ours equals transformers, on tiny random models of every kind and on a real one."""
+"""Our models equal those of transformers: tiny random ones of every kind, and a real one."""
 
 import os
 import subprocess
@@ -63,8 +63,8 @@ def test_logits_equal_those_of_transformers(case, tmp_path):
     ],
     ids=str,
 )
-def test_what_config_json_says_reaches_the_maths(case, changes, tmp_path):
-    """The same weights under another config.json compute something else, and the same as transformers."""
+def test_config_json_values_change_the_computation(case, changes, tmp_path):
+    """The same weights with another config.json give other logits, which equal those of transformers."""
     tokens = random_tokens(101, LENGTH)
     hf_folders.save(tmp_path / "a", case)
     hf_folders.save(tmp_path / "b", case, **changes)
@@ -90,7 +90,7 @@ print(np.abs(our_logits(folder, tokens, "float64") - their_logits(reference, tok
 
 @needs_smollm2
 def test_smollm2_logits(tmp_path):
-    """In double precision: in single, transformers is 5e-5 to 2e-3 (by text) away from its own double precision."""
+    """In float64: the float32 logits of transformers differ by 5e-5 to 2e-3 (by text) from its float64 logits."""
     assert SMOLLM2
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     texts = ["The history of the steam engine begins long before James Watt. " * 60, Path(__file__).read_text()]

@@ -1,4 +1,4 @@
-"""Files of the safetensors package are read right, ours are read by it, and broken ones are named."""
+"""Reads files of the safetensors package, which reads ours; errors name invalid files."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from converters import safetensors_io
-from converters.errors import CheckpointError
-from converters.safetensors_io import Spec, open_checkpoint, plan_files, read_header, write_checkpoint
+from converters.errors import ConversionError
+from converters.safetensors_io import TensorSpec, open_checkpoint, plan_files, read_header, write_checkpoint
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -66,7 +66,7 @@ def test_reads_only_the_bytes_of_a_rectangle(folder, monkeypatch):
 
 
 def test_written_files_are_read_by_the_package(tmp_path):
-    specs = [Spec(name, array.dtype, array.shape) for name, array in TENSORS.items()]
+    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in TENSORS.items()]
     write_checkpoint(tmp_path, plan_files(specs, 10**9), TENSORS.__getitem__)
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == TENSORS.keys()
@@ -75,9 +75,9 @@ def test_written_files_are_read_by_the_package(tmp_path):
         np.testing.assert_array_equal(loaded[name], array)
 
 
-def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):
+def test_large_checkpoints_are_split_into_files_with_an_index(tmp_path):
     names = [f"layers.{i}.w" for i in range(12)]
-    specs = [Spec(name, np.dtype(np.float32), (25,)) for name in names]
+    specs = [TensorSpec(name, np.dtype(np.float32), (25,)) for name in names]
     write_checkpoint(tmp_path, plan_files(specs, 350), lambda name: np.full(25, names.index(name), np.float32))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 1200
@@ -90,14 +90,14 @@ def test_large_checkpoints_are_cut_into_files_with_an_index(tmp_path):
 def test_truncated_file(folder):
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size - 10)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated: \d+ bytes, its header says \d+"):
+    with pytest.raises(ConversionError, match=r"model\.safetensors is truncated: \d+ bytes, its header says \d+"):
         open_checkpoint(folder)
 
 
 def test_file_with_bytes_beyond_its_header(folder):
     with (folder / "model.safetensors").open("ab") as stream:
         stream.write(b"more")
-    with pytest.raises(CheckpointError, match="longer than its header says"):
+    with pytest.raises(ConversionError, match="longer than its header says"):
         open_checkpoint(folder)
 
 
@@ -111,9 +111,9 @@ TWICE = struct.pack("<Q", len(_TEXT)) + _TEXT + bytes(8)
     [
         (b"", "not a safetensors file, or truncated: 0 bytes"),
         (b"garbage!" * 50, "not a safetensors file, or truncated"),
-        (struct.pack("<Q", 20) + b"{" * 40, "broken safetensors header"),
-        (struct.pack("<Q", 8) + b'["list"]', "broken safetensors header"),
-        ({"w": {"shape": [2], "data_offsets": [0, 8]}}, "broken safetensors header: 'dtype'"),
+        (struct.pack("<Q", 20) + b"{" * 40, "invalid safetensors header"),
+        (struct.pack("<Q", 8) + b'["list"]', "invalid safetensors header"),
+        ({"w": {"shape": [2], "data_offsets": [0, 8]}}, "invalid safetensors header: 'dtype'"),
         ({"w": {**HEADER, "data_offsets": [0, 4]}}, r"bytes 0 to 4 for F32 \[2\]"),
         ({"w": {**HEADER, "dtype": "F12"}}, "unknown dtype F12"),
         ({"w": {**HEADER, "data_offsets": [0.0, 8.0]}}, "not all are integers from 0"),
@@ -122,7 +122,7 @@ TWICE = struct.pack("<Q", len(_TEXT)) + _TEXT + bytes(8)
         ({"w": HEADER, "__metadata__": {"format": 3}}, "__metadata__ holds something other than strings"),
         ({"v": HEADER, "w": HEADER}, "tensor w overlaps v"),
         ({"w": {**HEADER, "shape": [1], "data_offsets": [4, 8]}}, "tensor w leaves a gap after the header"),
-        (struct.pack("<Q", 50_000) + b"[" * 50_000, "broken safetensors header"),
+        (struct.pack("<Q", 50_000) + b"[" * 50_000, "invalid safetensors header"),
         (TWICE, "it names w twice"),
     ],
 )
@@ -131,31 +131,31 @@ def test_broken_headers(tmp_path, content, message):
         text = json.dumps(content).encode()
         content = struct.pack("<Q", len(text)) + text + bytes(8)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConversionError, match=message):
         read_header(tmp_path / "model.safetensors")
 
 
 def test_a_quantised_tensor_is_refused_by_name(tmp_path):
     save_file({"w": np.ones(4, np.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="tensor w is I8; only F32, F16, BF16"):
+    with pytest.raises(ConversionError, match="tensor w is I8; only F32, F16, BF16"):
         open_checkpoint(tmp_path).dtype("w")
 
 
 def test_pickles_are_refused_with_advice(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"pickled weights only \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(ConversionError, match=r"pickled weights only \(pytorch_model.bin\).*save_pretrained"):
         open_checkpoint(tmp_path)
 
 
 def test_no_weights_at_all(tmp_path):
     save_file({"w": np.ones(4, np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"index\.json; it holds model-00001-of-00002\.safetensors"):
+    with pytest.raises(ConversionError, match=r"index\.json; it holds model-00001-of-00002\.safetensors"):
         open_checkpoint(tmp_path)
 
 
 def test_missing_folder_names_the_nearest(tmp_path):
     (tmp_path / "qwen3-base").mkdir()
-    with pytest.raises(CheckpointError, match=r"no checkpoint folder .*qwen3-bsae; did you mean qwen3-base\?"):
+    with pytest.raises(ConversionError, match=r"no checkpoint folder .*qwen3-bsae; did you mean qwen3-base\?"):
         open_checkpoint(tmp_path / "qwen3-bsae")
 
 
@@ -166,7 +166,7 @@ def index(folder, weight_map):
 def test_index_that_names_a_missing_file(tmp_path):
     index(tmp_path, {"w": "model-00001-of-00001.safetensors"})
     with pytest.raises(
-        CheckpointError, match=r"names model-00001-of-00001\.safetensors \(for w\), which does not exist"
+        ConversionError, match=r"names model-00001-of-00001\.safetensors \(for w\), which does not exist"
     ):
         open_checkpoint(tmp_path)
 
@@ -175,12 +175,12 @@ def test_index_that_disagrees_with_its_files(tmp_path):
     save_file({"a": np.ones(4, np.float32)}, tmp_path / "1.safetensors")
     save_file({"b": np.ones(4, np.float32)}, tmp_path / "2.safetensors")
     index(tmp_path, {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"})
-    with pytest.raises(CheckpointError, match=r"puts tensor b into 1\.safetensors, which does not hold it"):
+    with pytest.raises(ConversionError, match=r"puts tensor b into 1\.safetensors, which does not hold it"):
         open_checkpoint(tmp_path)
 
 
 def test_a_tensor_in_several_files_is_read_as_transformers_reads_it(tmp_path):
-    """From the last file in sorted order, whatever the index says; a warning names the tensor if the copies differ."""
+    """From the last file in sorted order, regardless of the index; a warning names the tensor if the copies differ."""
     save_file({"a": np.ones(4, np.float32)}, tmp_path / "1.safetensors")
     save_file({"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}, tmp_path / "2.safetensors")
     index(tmp_path, {"b": "2.safetensors", "a": "1.safetensors"})
@@ -213,11 +213,11 @@ def test_an_index_that_leaves_its_folder_is_refused_before_anything_is_opened(fi
     file = file.format(absolute=tmp_path) if isinstance(file, str) else file
     index(folder, {"v": "0.safetensors", "w": file})
     monkeypatch.setattr(safetensors_io, "read_header", lambda file: pytest.fail(f"{file} was opened"))
-    with pytest.raises(CheckpointError, match=r"which is outside of the folder|which is not a file name"):
+    with pytest.raises(ConversionError, match=r"which is outside of the folder|which is not a file name"):
         open_checkpoint(folder)
 
 
 def test_broken_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"index\.json is not a safetensors index"):
+    with pytest.raises(ConversionError, match=r"index\.json is not a safetensors index"):
         open_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""No key of config.json that transformers' shared code reads is overlooked."""
+"""The table covers every key of config.json that transformers' shared code reads."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from converters.errors import CheckpointError
+from converters.errors import ConversionError
 from converters.families.keys import INERT_VALUES
 from converters.families.registry import FAMILIES
 from converters.families.shared_keys import HONOURED, IGNORED, REFUSED
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def reads(tree: ast.AST, own: bool) -> set[str]:
-    """Attributes of configs that are read; `own`: `self` is a config too."""
+    """Attributes of configs that are read; `own`: `self` is a config, too."""
 
     def is_config(node: ast.AST) -> bool:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -75,7 +75,7 @@ INTERNAL = {
 
 
 def test_every_key_that_shared_code_reads_is_known():
-    """A key that a later transformers reads must be put into the table of converters/families/shared_keys.py."""
+    """A key that a later transformers reads must be added to converters/families/shared_keys.py."""
     of_families = set().union(*(family.DEFAULTS for family in FAMILIES.values()))
     assert read_by_shared_code() - {*HONOURED, *IGNORED, *REFUSED} - of_families - INTERNAL == set()
 
@@ -94,5 +94,5 @@ def test_refused_keys_are_refused_by_name_unless_the_family_reads_them(name, key
     minimal = {"architectures": [family.ARCHITECTURE]}
     read_config({**minimal, key: REFUSED[key][-1]})
     for value in ("false", 7, {"a": 1}, *([None, False] if key == "is_causal" else [])):
-        with pytest.raises(CheckpointError, match=rf"config\.json: {key}=.* is not supported"):
+        with pytest.raises(ConversionError, match=rf"config\.json: {key}=.* is not supported"):
             read_config({**minimal, key: value})

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxtrain.data.arithmetic import conversation, write_arithmetic
+from jaxtrain.data.arithmetic import problem_row, write_arithmetic
 
 
 def problems(path):
@@ -34,7 +34,7 @@ def test_the_seed_decides(tmp_path):
     ],
 )
 def test_every_digit_is_worked(problem, answer):
-    assert conversation(*problem)["messages"][1]["content"] == answer
+    assert problem_row(*problem)["messages"][1]["content"] == answer
 
 
 def test_too_many_problems_are_refused(tmp_path):

@@ -157,7 +157,8 @@ THOUGHTS = [
 
 def test_qwen3_drops_earlier_thoughts_and_trains_the_last():
     tok = tokenizer(QWEN3)
-    chat = ChatTokenizer(tok)(THOUGHTS)
+    chat = ChatTokenizer(tok)(THOUGHTS, thoughts="accept")
+    assert chat.thoughts_left_out
     assert marked(tok, chat) == (
         "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n«3<|im_end|>»\n"
         "<|im_start|>user\n4<|im_end|>\n<|im_start|>assistant\n«<think>\nsystem\n</think>\n\n5<|im_end|>»\n"
@@ -169,7 +170,8 @@ def test_qwen3_drops_earlier_thoughts_and_trains_the_last():
 def test_thoughts_go_by_several_names(name):
     renamed = [{name if key == "reasoning_content" else key: value for key, value in m.items()} for m in THOUGHTS]
     tok = tokenizer(QWEN3)
-    assert marked(tok, ChatTokenizer(tok)(renamed)) == marked(tok, ChatTokenizer(tok)(THOUGHTS))
+    chat = ChatTokenizer(tok)
+    assert marked(tok, chat(renamed, thoughts="accept")) == marked(tok, chat(THOUGHTS, thoughts="accept"))
 
 
 def test_qwen3_without_thinking_prompts_the_empty_thought():
@@ -258,7 +260,8 @@ def test_characters_of_several_tokens_stay_whole():
 
 def test_a_template_that_rewrites_turns_without_a_loop_over_them_is_an_error():
     rewriting = BY_INDEX.replace(
-        "messages[i]['content']", "(messages[i]['content'] if i == messages|length - 1 else '')"
+        "messages[i]['content']",
+        "(messages[i]['content'] if i == messages|length - 1 or messages[i]['role'] == 'user' else '')",
     )
     with pytest.raises(ValueError, match=r"messages\[1\].*generation"):
         ChatTokenizer(tokenizer(rewriting))(CHAT)

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from chat_templates import BY_INDEX, CHATML, QWEN25, tokenizer
+from chat_templates import CHATML, QWEN25, tokenizer
 
 from jaxtrain.data.formats import Encoder
 
@@ -28,6 +28,9 @@ def learned(tok, example):
         {"messages": [{"from": "user", "value": "What"}, {"role": "assistant", "content": "Paris", "name": None}]},
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
         {"prompt": "What", "completion": "Paris"},
+        {"instruction": "What", "input": "", "output": "Paris", "text": "rendered", "history": None},
+        {"messages": json.dumps(CHAT)},
+        {"conversations": json.dumps([{"from": "human", "value": "What"}, {"from": "gpt", "value": "Paris"}])},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "at"}]},
@@ -36,7 +39,7 @@ def learned(tok, example):
         },
         {"messages": CHAT, "text": "other", "prompt": "other"},
     ],
-    ids=["messages", "sharegpt", "mixed", "lists", "strings", "parts", "several"],
+    ids=["messages", "sharegpt", "mixed", "lists", "strings", "alpaca", "json", "sharegpt json", "parts", "several"],
 )
 def test_ways_to_write_one_conversation(row):
     tok, encode = chat_encoder()
@@ -118,10 +121,11 @@ def test_tools_and_template_arguments_reach_the_template(as_json):
         ({"question": "x"}, "no columns to train on: this row has 'question'.*columns"),
         ({"prompt": "x"}, "no columns to train on"),
         ({"messages": []}, "not empty"),
-        ({"messages": "hello"}, "messages must be a list"),
+        ({"messages": "hello"}, "messages: broken JSON"),
+        ({"messages": "{}"}, "messages must be a list"),
         ({"messages": ["hello"]}, r"messages\[0\] must be a mapping"),
         ({"messages": [{"role": "User", "content": "x"}]}, r"messages\[0\]: unknown role 'User'; known: .*user"),
-        ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown speaker 'robot'"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role 'robot'"),
         ({"messages": CHAT[::-1]}, r"messages\[0\]: wrong order of roles: 'assistant' comes first"),
         ({"messages": [*CHAT, CHAT[1]]}, r"messages\[2\]: wrong order of roles: 'assistant' follows 'assistant'"),
         ({"messages": [CHAT[0], *CHAT]}, r"messages\[1\]: wrong order of roles: 'user' follows 'user'"),
@@ -151,7 +155,7 @@ def test_tools_and_template_arguments_reach_the_template(as_json):
         ({"input_ids": [5, 6], "labels": [-100, -100]}, "no token of this row carries loss"),
         ({"input_ids": [5, 6], "labels": [6, -100]}, r"labels\[0\] is 6, which must be input_ids\[0\] \(5\) or -100"),
         ({"input_ids": [5, 6], "labels": [5]}, "labels: 1 of them for 2 input_ids"),
-        ({"input_ids": [5, -1]}, "-1 is no token id"),
+        ({"input_ids": [5, -1]}, "-1 is not a token id"),
         ({"input_ids": [5, 1000]}, "token id 1000 is beyond the model's vocabulary of 500"),
         ({"input_ids": [[5], [6, 7]]}, "input_ids must be a list of integers"),
         ({"input_ids": [0.5]}, "input_ids must be a list of integers"),
@@ -165,86 +169,6 @@ def test_what_is_wrong_with_a_row_is_said(row, message):
 
 
 SECOND = [{"role": "user", "content": "user"}, {"role": "assistant", "content": "tool"}]
-
-
-@pytest.mark.parametrize(
-    ("keys", "weight"),
-    [
-        ({"weight": 0}, 0),
-        ({"weight": 1}, 1),
-        ({"weight": 0.25}, 0.25),
-        ({"train": False}, 0),
-        ({"train": True}, 1),
-        ({"loss": False}, 0),
-        ({"weight": None, "train": None}, 1),
-        ({"weight": 0, "train": False}, 0),
-    ],
-)
-@pytest.mark.parametrize("sharegpt", [False, True])
-def test_a_message_says_how_much_it_weighs(keys, weight, sharegpt):
-    tok, encode = chat_encoder()
-    messages = [CHAT[0], CHAT[1] | keys, *SECOND]
-    if sharegpt:
-        messages = [{"from": m["role"], "value": m["content"]} | {k: m[k] for k in keys if k in m} for m in messages]
-    example = encode({"conversations" if sharegpt else "messages": messages})
-    plain = encode({"messages": CHAT + SECOND})
-    np.testing.assert_array_equal(example.input_ids, plain.input_ids)
-    turns = np.cumsum(np.diff(plain.loss_weights, prepend=0) > 0)  # counts the assistant's turns from 1
-    first = np.flatnonzero((turns == 1) & (plain.loss_weights > 0))
-    expected = plain.loss_weights.copy()
-    expected[first] *= weight
-    np.testing.assert_array_equal(example.loss_weights, expected)
-    assert tok.decode(plain.input_ids[first]) == "Paris<|im_end|>"
-
-
-def test_weights_count_in_a_completion_and_stay_out_of_the_template():
-    tok = tokenizer(CHATML.replace("message['content']", "message['content'] + message.keys() | join"))
-    row = {"prompt": CHAT[:1], "completion": [CHAT[1] | {"weight": 0}, *SECOND]}
-    text = tok.decode(Encoder(tok)(row).input_ids)
-    assert "weight" not in text and "Parisrolecontent" in text
-    assert learned(tok, Encoder(tok)(row)) == "toolrolecontent<|im_end|>"
-
-
-def test_weights_count_for_whole_turns_where_everything_is_trained():
-    tok, encode = chat_encoder(loss_on="all")
-    system = {"role": "system", "content": "You are helpful"}
-    example = encode({"messages": [system, CHAT[0] | {"weight": 0.5}, CHAT[1] | {"weight": 0}, *SECOND]})
-    halves = tok.decode(example.input_ids[example.loss_weights == 0.5])
-    silent = tok.decode(example.input_ids[example.loss_weights == 0])
-    assert halves == "<|im_start|>user\nWhat<|im_end|>\n"
-    assert silent == "<|im_start|>assistant\nParis<|im_end|>\n"
-    with pytest.raises(ValueError, match=r"messages\[1\].*weight cannot be applied"):
-        Encoder(tokenizer(BY_INDEX), loss_on="all")({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]})
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}, r"messages\[0\]: weight 1 on a turn of the user"),
-        ({"prompt": CHAT + SECOND[:1], "completion": SECOND[1:]}, None),
-        (
-            {"prompt": [CHAT[0], CHAT[1] | {"train": True}, SECOND[0]], "completion": SECOND[1:]},
-            r"messages\[1\]: weight 1 on a turn of the prompt",
-        ),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, "all weights are 0"),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": -1}]}, r"messages\[1\]: weight must be a number"),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": float("nan")}]}, "weight must be a number"),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": "0"}]}, "weight must be a number"),
-        ({"messages": [CHAT[0], CHAT[1] | {"train": "no"}]}, "train must be true or false"),
-        ({"messages": [CHAT[0], CHAT[1] | {"train": 0.5}]}, "train must be true or false"),
-        ({"messages": [CHAT[0], CHAT[1] | {"weight": 1, "train": False}]}, "weight and train contradict"),
-        ({"messages": [CHAT[0], CHAT[1] | {"train_detail": [{"begin_offset": 0}]}]}, "train_detail is not supported"),
-    ],
-)
-def test_weights_that_cannot_be_honoured_are_refused(row, message):
-    _, encode = chat_encoder()
-    if message is None:
-        assert encode(row).loss_weights.any()
-        return
-    with pytest.raises(ValueError, match=message):
-        encode(row)
-
-
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOL = {"type": "function", "function": {"name": "add"}}
 
@@ -299,7 +223,7 @@ def test_a_row_that_cannot_be_walked_or_written_is_a_fault_of_the_row():
     "row",
     [
         {"messages": None, "prompt": "What", "completion": "Paris"},
-        {"messages": CHAT, "input_ids": None, "labels": None, "tools": None, "images": None, "system": ""},
+        {"messages": CHAT, "input_ids": None, "labels": None, "tools": "", "images": None, "system": ""},
         {"text": None, "messages": None, "conversations": CHAT, "images": []},
     ],
 )
@@ -330,3 +254,64 @@ def test_a_template_that_leaves_the_answer_out_is_an_error():
     silent = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     with pytest.raises(ValueError, match="assistant"):
         Encoder(tokenizer(silent))({"messages": CHAT})
+
+
+def test_loss_on_last_learns_the_last_turn_alone():
+    tok, encode = chat_encoder(loss_on="last")
+    assert learned(tok, encode({"messages": CHAT + SECOND})) == "tool<|im_end|>"
+    assert learned(tok, encode({"prompt": "What", "completion": "Paris"})) == "Paris<|im_end|>"
+    plain = Encoder(tokenizer(None), loss_on="last", prompt_format="plain")
+    assert learned(tok, plain({"prompt": "What", "completion": " is"})) == " is</s>"
+    masked = encode({"input_ids": [3, 1, 2, 9, 5], "completion_mask": [0, 1, 0, 1, 1]})
+    assert masked.loss_weights.tolist() == [0, 0, 0, 1, 1]
+    assert encode({"input_ids": [3, 1, 2]}).loss_weights.tolist() == [1, 1, 1]
+
+
+def test_a_plain_prompt_and_completion_may_be_alpacas():
+    encode = Encoder(tokenizer(None), prompt_format="plain")
+    row = {"instruction": "What", "input": "of", "output": " is"}
+    same = {"prompt": "What\nof", "completion": " is"}
+    for one, other in [(encode(row), encode(same)), (encode.prompt(row), encode.prompt(same))]:
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+    with pytest.raises(ValueError, match="'history' needs a chat template"):
+        encode(row | {"history": [["a", "b"]]})
+    with pytest.raises(ValueError, match="the column 'system' is for a chat template"):
+        encode(row | {"system": "You are"})
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"prompt": CHAT[:1], "reward_model": {"style": "rule", "ground_truth": "Paris"}, "data_source": "d"}, "Paris"),
+        ({"prompt": json.dumps(CHAT[:1]), "answer": "Rome"}, "Rome"),
+        ({"instruction": "What", "input": None, "output": "Paris"}, "Paris"),
+        ({"conversations": [{"from": "human", "value": "What"}, {"from": "gpt", "value": "Paris"}]}, "Paris"),
+    ],
+    ids=["verl", "json", "alpaca", "sharegpt"],
+)
+def test_a_question_of_other_formats(row, answer):
+    tok, encode = chat_encoder()
+    ids, columns = encode.question(row)
+    assert tok.decode(ids) == TURNS.partition("Paris")[0]
+    assert columns["answer"] == answer and columns.items() >= {k: v for k, v in row.items() if k != "prompt"}.items()
+    assert columns["prompt"] in ("What", CHAT[:1])
+
+
+def test_turns_are_joined_in_questions_and_answers():
+    _, encode = chat_encoder(merge=["turns", "system"])
+    user = {"role": "user", "content": "is"}
+    row = {"messages": [CHAT[0], user, CHAT[1]], "system": "You are"}
+    joined = [{"role": "user", "content": "You are\n\nWhat\n\nis"}, CHAT[1]]
+    np.testing.assert_array_equal(encode(row).input_ids, encode({"messages": joined}).input_ids)
+    for question in (
+        encode.prompt(row).input_ids,
+        encode.question({"prompt": [CHAT[0], user], "system": "You are"})[0],
+    ):
+        np.testing.assert_array_equal(question, encode.prompt({"messages": joined}).input_ids)
+
+
+def test_alpacas_history_is_the_conversation_of_its_messages():
+    _, encode = chat_encoder()
+    row = {"instruction": "Name", "input": "one", "output": "tool", "history": [["What", "Paris"]], "system": "You are"}
+    messages = [{"role": "system", "content": "You are"}, *CHAT, {"role": "user", "content": "Name\none"}, SECOND[1]]
+    np.testing.assert_array_equal(encode(row)[:2], encode({"messages": messages})[:2])

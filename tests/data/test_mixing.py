@@ -84,6 +84,29 @@ def test_a_source_that_runs_dry_is_left_out_and_the_others_go_on(source):
     assert Counter(draw.source for draw in draws(endless, 100)) == {0: 5, 1: 95}
 
 
+@pytest.mark.parametrize("num_shards", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("epochs", "drawn"), [(1, {0: 10, 1: 10, 2: 10}), (2, {0: 20, 1: 20, 2: 20}), (0.25, {0: 3, 1: 3, 2: 3})]
+)
+def test_an_epoch_of_a_mixture_keeps_the_shares_until_the_last_source_was_passed(source, num_shards, epochs, drawn):
+    mixtures = shards([source(3), source(10), source(7)], num_shards)
+    assert not mixtures[0].finite and mixtures[0].epoch_rows == 30
+    for mixture in mixtures:
+        mixture.end_after(epochs)
+    assert mixtures[0].finite and mixtures[0].rows == sum(drawn.values())
+    all_drawn = [draw for mixture in mixtures for draw in draws(mixture)]
+    assert Counter(draw.source for draw in all_drawn) == drawn
+    if epochs == 1:
+        assert Counter(draw.row for draw in all_drawn if draw.source == 1) == dict.fromkeys(range(10), 1)
+
+
+def test_an_epoch_of_one_source_passes_over_it_once(source):
+    (mixture,) = shards([source(7, weight=0.3)], 1)
+    for epochs in (1, 2, 3):
+        mixture.end_after(epochs)
+        assert len(draws(mixture)) == 7 * epochs
+
+
 def test_counts_are_all_there_is_to_remember(source):
     sources = [source(9), source(4, weight=2.0)]
     (mixture,) = shards(sources, 1)

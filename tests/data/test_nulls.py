@@ -97,22 +97,99 @@ def test_a_schema_keeps_the_nulls_that_mean_something():
 def test_a_call_loses_the_nulls_outside_of_its_arguments():
     call = {"id": None, "function": {"name": "f", "strict": None, "arguments": {"a": None, "b": [{"c": None}]}}}
     kept = {"function": {"name": "f", "arguments": {"a": None, "b": [{"c": None}]}}}
-    assert tool_call_without_fillings(call, filled=False) == kept
-    assert tool_call_without_fillings(call, filled=True) == {"function": {"name": "f", "arguments": {"b": [{}]}}}
+    assert tool_call_without_fillings(call, None, filled=False) == kept
+    assert tool_call_without_fillings(call, None, filled=True) == {"function": {"name": "f", "arguments": {"b": [{}]}}}
+
+
+def call(**arguments):
+    return [{"function": {"name": "f", "arguments": arguments}}]
+
+
+USER = {"role": "user", "content": "x"}
+ANSWER = {"role": "assistant", "content": "A"}
 
 
 @pytest.mark.parametrize(
-    ("message", "filled"),
+    ("messages", "filled"),
     [
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, False),
-        ({"from": "gpt", "value": None}, False),
-        ({"role": "user", "content": "x", "tool_calls": None}, True),
-        ({"role": "user", "content": "x", "tool_calls": []}, True),
-        ({"role": "user", "content": "x", "name": None}, True),
+        ([USER, {"role": "assistant", "content": None}], False),
+        ([{"from": "human", "value": "x"}, {"from": "gpt", "value": None}], False),
+        ([USER | {"tool_calls": None}, ANSWER | {"tool_calls": None}], True),
+        ([USER | {"tool_calls": []}, ANSWER | {"tool_calls": []}], True),
+        ([USER | {"name": None}, ANSWER | {"name": "a"}], True),
+        ([USER | {"name": "a"}, ANSWER | {"name": "b"}], False),  # nothing is null
+        # Dumps of OpenAI's responses, with the keys of an assistant in its messages alone.
+        ([USER, ANSWER | {"refusal": None, "tool_calls": []}], False),
+        ([USER, ANSWER | {"refusal": None, "audio": None, "tool_calls": call(a=None)}], False),
+        # Records that always have all keys, whose arguments are mappings as they were.
+        ([USER | {"name": None, "tool_calls": call(a=None)}, ANSWER | {"name": None, "tool_calls": call(b=1)}], False),
+        ([USER | {"name": None, "tool_calls": call(a=None)}, ANSWER | {"name": None, "tool_calls": call(a=1)}], True),
     ],
 )
-def test_a_null_beside_the_content_shows_who_wrote_the_file(message, filled):
-    assert written_by_datasets([{"role": "user", "content": "x"}, message]) == filled
+def test_the_keys_of_all_messages_show_who_wrote_the_file(messages, filled):
+    assert written_by_datasets([messages], None) == filled
+
+
+@pytest.mark.parametrize(
+    ("schema", "filled"),
+    [
+        ({"properties": {"a": {"type": "string"}, "b": None}}, True),
+        ({"properties": {"a": {"type": "string", "enum": None}}}, True),
+        ({"properties": {"a": {"default": None}}}, False),
+        ({"properties": {"a": {"type": "string"}}, "required": None}, False),  # by hand, or by pydantic
+    ],
+)
+def test_a_null_that_no_parameter_can_have_shows_who_wrote_the_file(schema, filled):
+    tools = [{"type": "function", "function": {"name": "f", "description": None, "parameters": schema}}]
+    assert written_by_datasets([[USER, ANSWER]], tools) == filled
+
+
+def test_dumps_of_openai_keep_the_nulls_of_arguments(tmp_path):
+    rows = [{"messages": [*talk("f", {"a": 1, "unit": None})[:-1], ANSWER | {"refusal": None, "tool_calls": []}]}]
+    assert '"arguments": {"a": 1, "unit": null}' in rendered(write(tmp_path, rows, "a.jsonl"))[0]
+
+
+REQUIRED = {
+    "type": "object",
+    "properties": {
+        "city": {"type": ["string", "null"]},
+        "unit": {"type": "string"},
+        "where": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+    },
+    "required": ["city"],
+}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_schema_of_a_tool_tells_which_nulls_were_written(tmp_path, name, as_text):
+    """The same for Parquet and for what `datasets` writes as JSON, with the schemas as they are and as JSON."""
+    tools = [tool("f", REQUIRED["properties"]), tool("g", {"day": {"type": "string"}})]
+    tools[0]["function"]["parameters"]["required"] = ["city"]
+    tools = json.dumps(tools) if as_text else [json.dumps(each) for each in tools]
+    rows = [
+        {"messages": talk("f", {"city": None, "unit": None, "where": {"x": None, "y": None}, "day": None})},
+        {"messages": talk("g", {"city": None, "unit": None, "where": None, "day": "Monday"})},
+        {"messages": talk("f", {"city": "Rome", "unit": "C", "where": {"x": 1, "y": 2}, "day": None})},
+    ]
+    for row in rows:
+        row["tools"] = tools
+        for message in row["messages"]:
+            message.setdefault("tool_calls", None)
+    texts = rendered(write(tmp_path, rows, name))
+    assert '"arguments": {"city": null, "where": {"x": null}}' in texts[0]
+    assert '"arguments": {"day": "Monday"}' in texts[1]
+    assert '"arguments": {"city": "Rome", "unit": "C", "where": {"x": 1, "y": 2}}' in texts[2]
+
+
+def test_a_null_column_of_arguments_is_not_rendered_in_calls_of_other_tools(tmp_path):
+    tools = json.dumps([tool("f", {"a": {}, "nothing": {}}), tool("g", {"city": {}})])
+    rows = [
+        {"messages": talk("f", {"a": 1, "nothing": None}), "tools": tools},
+        {"messages": talk("g", {"city": "x"}), "tools": tools},
+    ]
+    first, second = rendered(write(tmp_path, rows, "a.parquet"))
+    assert '"arguments": {"a": 1, "nothing": null}' in first and '"arguments": {"city": "x"}' in second
 
 
 def test_maps_and_columns_that_no_template_reads_keep_their_nulls(tmp_path):

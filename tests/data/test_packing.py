@@ -111,6 +111,76 @@ def test_pieces_without_loss_are_left_out():
     assert [piece.input_ids[0] for piece in fitted.items] == [5] and fitted.event == "split"  # the last is one token
 
 
+def kept(ids_and_weights, max_length):
+    ids, weights = zip(*ids_and_weights, strict=True)
+    item = Example(np.array(ids, np.int32), np.array(weights, np.float32))
+    pieces, event = fit(item, max_length, "keep_completion")
+    return [(piece.input_ids.tolist(), piece.loss_weights.tolist()) for piece in pieces], event
+
+
+def test_keeping_the_completion_equals_the_construction_by_hand():
+    rng = random.Random(0)
+    for _ in range(300):
+        prompt, completion = rng.randint(1, 20), rng.randint(1, 20)
+        after, max_length = rng.randint(0, 2), rng.randint(2, 30)
+        weight = rng.choice([1.0, 0.25])
+        tokens = [*((n, 0.0) for n in range(prompt)), *((100 + n, weight) for n in range(completion))]
+        tokens += [(200 + n, 0.0) for n in range(after)]
+        room = max_length - completion - after  # for the prompt
+        if len(tokens) <= max_length:
+            expected, event = tokens, None
+        elif room < 1:
+            assert kept(tokens, max_length) == ([], "dropped")
+            continue
+        else:
+            expected, event = tokens[prompt - room :], "prompt_truncated"
+        ids, weights = map(list, zip(*expected, strict=True))
+        assert kept(tokens, max_length) == ([(ids, weights)], event)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split", "keep_completion"])
+def test_weights_and_signals_stay_with_their_tokens_when_an_example_is_cut(overlong):
+    rng = np.random.default_rng(0)
+    pieces = 0
+    for _ in range(200):
+        length = int(rng.integers(2, 40))
+        weights = rng.choice([0, 0, 0.25, 1, 3], length).astype(np.float32)
+        ids = np.arange(length, dtype=np.int32)
+        fitted = fit(Example(ids, weights, {"number": ids * 2}), 16, overlong).items
+        pieces += len(fitted)
+        for piece in fitted:
+            assert len(piece.input_ids) <= 16
+            np.testing.assert_array_equal(piece.signals["number"], piece.input_ids * 2)
+            changed = np.flatnonzero(piece.loss_weights != weights[piece.input_ids])
+            assert not piece.loss_weights[changed].any()  # weights are only taken away,
+            np.testing.assert_array_equal(changed, np.arange(len(changed)))  # at the beginning of a piece,
+            # and, beyond its first token, only in an answer that has lost its own beginning.
+            first = piece.input_ids[0]
+            assert len(changed) <= 1 or (overlong == "keep_completion" and weights[first - 1] and weights[first])
+    assert pieces > 100
+
+
+def test_an_earlier_answer_without_its_beginning_is_not_trained():
+    tokens = [(1, 0), (2, 1), (3, 1), (4, 1), (5, 0), (6, 1), (7, 1)]
+    assert kept(tokens, 5) == ([([3, 4, 5, 6, 7], [0, 0, 0, 1, 1])], "prompt_truncated")
+    assert kept(tokens, 6) == ([([2, 3, 4, 5, 6, 7], [0, 1, 1, 0, 1, 1])], "prompt_truncated")
+    assert kept(tokens, 3) == ([([5, 6, 7], [0, 1, 1])], "prompt_truncated")
+    assert kept(tokens, 2) == ([], "dropped")
+
+
+def test_the_examples_of_a_bundle_lose_the_same_prompt():
+    pair = (example(6, [0, 0, 0, 1, 1, 1]), example(5, [0, 0, 0, 1, 1]))
+    ((left, right),), event = fit(pair, 5, "keep_completion")
+    assert (left.input_ids.tolist(), right.input_ids.tolist(), event) == (
+        [2, 3, 4, 5, 6],
+        [2, 3, 4, 5],
+        "prompt_truncated",
+    )
+    assert fit(pair, 3, "keep_completion") == ([], "dropped")
+    ((left, right),), event = fit(pair, 6, "keep_completion")
+    assert len(left.input_ids) == 6 and event is None
+
+
 def test_random_items_keep_the_packers_order():
     rng = random.Random(0)
     packer = BestFit(100, 10)

@@ -1,6 +1,9 @@
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from chat_templates import CHATML, tokenizer
 
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.formats import Encoder
@@ -31,7 +34,26 @@ def test_epochs_are_numbered_on_and_a_state_goes_on_where_it_was_taken(tmp_path)
 def test_an_exhausted_source_gives_fewer(tmp_path):
     prompts = stream(tmp_path, ROWS, epochs=1)
     assert [len(prompts.draw(3)) for _ in range(3)] == [3, 2, 0]
-    assert prompts.exhausted and prompts.drawn == 5
+    assert prompts.get_state()["prompts"]["number"] == 5
+
+
+def test_prompts_of_epochs_are_counted_without_the_bad_ones(tmp_path):
+    def make(number, row):
+        if row["answer"] == 0:
+            raise ValueError("no")
+        return number
+
+    prompts = stream(tmp_path, ROWS, make, on_bad_row="skip")
+    assert not prompts.finite
+    prompts.end_after(2)
+    assert prompts.finite and prompts.count() == 8
+    assert prompts.get_state()["prompts"]["bad_rows"] == 0  # counted for the run alone
+    with pytest.warns(UserWarning, match="skipped a bad row"):
+        assert prompts.draw(100) == list(range(8))
+    assert prompts.epoch(prompts.get_state()) == 2
+    whole = stream(tmp_path, ROWS)
+    whole.end_after(1.5)
+    assert whole.count() == len(whole.draw(100)) == 8
 
 
 def test_bad_rows_are_errors_with_their_place_or_skipped_and_counted(tmp_path):
@@ -80,8 +102,7 @@ def test_held_out_prompts_are_the_first_in_order_and_name_or_skip_bad_rows(tmp_p
             raise ValueError("no")
         return number, row["question"]
 
-    data = stream(tmp_path, ROWS)  # writes the file
-    assert data.drawn == 0
+    stream(tmp_path, ROWS)  # writes the file
     source = SourceSection(path=str(tmp_path / "rows.jsonl"))
     with pytest.raises(DataError, match=r"rows.jsonl:2: no"):
         held_out_prompts([source], DataSection(train=source), make, count=3)
@@ -89,3 +110,30 @@ def test_held_out_prompts_are_the_first_in_order_and_name_or_skip_bad_rows(tmp_p
     with pytest.warns(UserWarning, match="rows.jsonl:2: no"):
         assert held_out_prompts([source], skipping, make, count=3) == [(0, "q0"), (1, "q2"), (2, "q3")]
     assert held_out_prompts([source], skipping, make, count=1) == [(0, "q0")]
+    with (
+        pytest.warns(UserWarning, match="skipped a bad row"),
+        pytest.raises(DataError, match=r"no row gives a prompt \(5 bad rows\): .*rows\.jsonl:1: substring"),
+    ):
+        held_out_prompts([source], skipping, lambda number, row: row["question"].index("x"), count=3)
+
+
+def test_verls_parquet_gives_prompts_with_the_ground_truth_as_answer(tmp_path):
+    rows = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"What {n}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(n)},
+            "extra_info": {"split": "train", "index": n},
+        }
+        for n in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    source = SourceSection(path=str(tmp_path / "train.parquet"))
+    tok = tokenizer(CHATML)
+    encode = Encoder(tok)
+    prompts = PromptStream([source], DataSection(train=source), lambda _, row: encode.question(row), seed=0).draw(4)
+    for ids, columns in prompts:
+        number = columns["extra_info"]["index"]
+        assert columns == rows[number] | {"answer": str(number)}
+        assert f"user\nWhat {number}<|im_end|>" in tok.decode(ids)

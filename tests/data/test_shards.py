@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from chat_templates import CHATML, tokenizer
 
 from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.formats import Encoder
@@ -72,9 +73,12 @@ def test_events_are_counted(opened, threads):
         list(shard.rows(threads))
     assert {name: shard.state()["next"][name] for name in COUNTERS} == {
         "truncated": 1,
+        "prompt_truncated": 0,
+        "equal_pairs": 0,
         "dropped": 0,
         "split": 0,
         "bad_rows": 1,
+        "thoughts_left_out": 0,
     }
 
 
@@ -105,3 +109,68 @@ def test_a_row_of_padding_has_the_arrays_of_the_others(opened, threads):
     (row,) = shard.rows(threads)
     padding = shard.padding()
     assert padding.arrays().keys() == row.arrays().keys() and not padding.segment_ids.any()
+
+
+def test_columns_that_are_not_read_are_reported_once_for_a_source(tmp_path, caplog):
+    rows = [{"input_ids": [1, 2], "id": n, **({"url": "u"} if n > 2 else {})} for n in range(6)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mapped = tmp_path / "b.jsonl"
+    mapped.write_text(json.dumps({"ids": [1, 2], "text": "x", "score": 1, "empty": None}) + "\n")
+    sections = [SourceSection(path=str(path)), SourceSection(path=str(mapped), columns={"input_ids": "ids"})]
+    encode = Encoder(None)
+    for _ in range(2):  # training and evaluation
+        reader = Reader([Source(section) for section in sections], DataSection(train=sections), encode)
+        with ThreadPoolExecutor(2) as executor:
+            futures = [reader.submit(executor, [(0, row)]) for row in range(6)]
+            assert all(read.items for future in futures for read in future.result())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: columns ignored: id",
+        f"{mapped}: columns ignored: score, text",
+        f"{path}: columns ignored: url",
+    ]
+
+
+def test_keys_of_messages_that_nothing_reads_are_reported_once_for_a_source(tmp_path, caplog):
+    talk = [{"role": "user", "content": "What", "lang": "en", "note": None}, {"role": "assistant", "content": "Paris"}]
+    answer = [talk[1] | {"weight": 1, "score": 3}]
+    rows = [{"messages": talk}, {"prompt": talk[:1], "completion": answer}, {"messages": json.dumps(talk[:1] + answer)}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = SourceSection(path=str(path))
+    for template, expected in [
+        (CHATML, ["messages[].lang", "messages[].score"]),
+        (CHATML + "{{ messages[0].lang }}", ["messages[].score"]),
+    ]:
+        caplog.clear()
+        reader = Reader([Source(section)], DataSection(train=section), Encoder(tokenizer(template)))
+        with ThreadPoolExecutor(2) as executor:
+            assert all(read.items for read in reader.submit(executor, [(0, row) for row in range(3)]).result())
+        assert [record.getMessage() for record in caplog.records] == [f"{path}: columns ignored: {n}" for n in expected]
+
+
+def test_a_weight_of_rows_is_reported_once_for_a_source(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [1, 2], "weight": weight}) + "\n" for weight in (1, 2, 0.5)))
+    section = SourceSection(path=str(path))
+    reader = Reader([Source(section)], DataSection(train=section), Encoder(None))
+    with ThreadPoolExecutor(1) as executor:
+        read = reader.submit(executor, [(0, row) for row in range(3)]).result()
+    assert [float(each.items[0][0].loss_weights[1]) for each in read] == [1, 2, 0.5]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{path}: the column 'weight' is taken as the loss weight of each row"]
+
+
+def test_a_function_of_ones_own_reads_the_columns_that_it_likes(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"input_ids": [1, 2], "id": 1}) + "\n")
+    section = SourceSection(path=str(path))
+    Reader([Source(section)], DataSection(train=section), lambda row: Encoder(None)(row))
+    assert not caplog.records
+
+
+def test_a_row_without_a_prompt_to_cut_is_counted_as_dropped(opened, threads):
+    shard = opened([5, 40, 4], overlong="keep_completion")
+    assert len(list(shard.rows(threads))) == 1
+    assert shard.state()["next"]["dropped"] == 1  # all of it is trained, so there is no prompt to cut

@@ -1,7 +1,7 @@
 import pytest
 from chat_templates import BY_INDEX, CHATML, GENERATION, QWEN3, tokenizer
 
-from jaxtrain.data.tracing import names_read, trace
+from jaxtrain.data.tracing import trace
 
 CHAT = [{"role": "user", "content": "What"}, {"role": "assistant", "content": "Paris"}]
 
@@ -14,10 +14,10 @@ def test_tracing_does_not_change_the_text(template):
 
 def test_blocks_are_what_the_loop_writes_for_each_message():
     found = trace(CHATML, CHAT, {})
-    written = {number: found.text[start:end] for number, (start, end) in found.blocks().items()}
+    written = {number: found.text[start:end] for number, (start, end) in found.blocks.items()}
     assert written[1] == "<|im_start|>assistant\nParis<|im_end|>\n"
     assert written[0].endswith("<|im_start|>user\nWhat<|im_end|>\n")
-    assert trace(BY_INDEX, CHAT, {}).blocks() == {}
+    assert trace(BY_INDEX, CHAT, {}).blocks == {}
 
 
 def test_generation_marks_name_the_message_where_a_loop_tells_it():
@@ -28,10 +28,24 @@ def test_generation_marks_name_the_message_where_a_loop_tells_it():
     assert trace(alone, CHAT, {}).generated == [(None, (0, 5))]
 
 
-def test_names_are_those_that_the_template_reads():
-    source = "{% for m in messages %}{{ m.content }}{{ m['tool_calls'] }}{% endfor %}thinking"
-    assert {"messages", "content", "tool_calls"} <= names_read(source)
-    assert "thinking" not in names_read(source)
+def test_a_loop_over_messages_within_a_turn_does_not_end_it():
+    ahead = (
+        "{% for m in messages %}{{ '<' }}{% for later in messages[loop.index:] %}{% if later.role == 'x' %}{% endif %}"
+        "{% endfor %}{{ m.content + '>' }}{% endfor %}"
+    )
+    found = trace(ahead, CHAT, {})
+    assert {number: found.text[start:end] for number, (start, end) in found.blocks.items()} == {
+        0: "<What>",
+        1: "<Paris>",
+    }
+    inside = ahead.replace("{% endif %}", "{% endif %}{{ later.content }}")
+    assert set(trace(inside, CHAT, {}).blocks) == set()  # each is written in two places
+
+
+def test_what_follows_the_messages_is_the_prompt():
+    assert trace(CHATML, CHAT[:1], {"add_generation_prompt": True}).after_messages() == "<|im_start|>assistant\n"
+    assert trace(CHATML, CHAT, {}).after_messages() == ""
+    assert trace(BY_INDEX, CHAT, {}).after_messages() == ""
 
 
 def test_whatever_fails_in_a_template_is_a_refusal():

@@ -2,6 +2,7 @@
 
 import chat_templates
 import pytest
+from stock_templates import STOCK
 
 from jaxtrain.data.turn_ends import turn_end_ids
 
@@ -20,7 +21,8 @@ CASES = {
 CHANNELS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.reasoning_content %}{{ m.reasoning_content + '<|im_end|><|im_start|>assistant\\n' }}{% endif %}"
-    "{{ m.content or '' }}{{ 'call<|eot_id|>' if m.tool_calls else '</s>' if loop.last else '<|im_end|>' }}"
+    "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson + '<|eot_id|>' }}"
+    "{% else %}{{ '</s>' if loop.last else '<|im_end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -35,12 +37,30 @@ def test_known_templates(name):
     assert ends(getattr(chat_templates, name)) == CASES[name]
 
 
+STOCK_ENDS = {
+    "gemma4": ["<turn|>", "<|tool_response>"],
+    "gpt-oss": ["<|return|>", "<|call|>"],
+    "glm4.5": ["<|user|>", "<|observation|>"],
+    "r1-distill": ["<|end_of_sentence|>", "<|tool_outputs_begin|>"],
+    "mistral3": ["</s>"],
+    "nemotron3": ["<|im_end|>"],
+    "smollm3": ["<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("name", STOCK_ENDS)
+def test_tokens_that_a_model_must_stop_at(name):
+    stock = STOCK[name]
+    tokenizer = chat_templates.tokenizer(stock.template, tokens=stock.tokens, **stock.special)
+    assert tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer)) == STOCK_ENDS[name]
+
+
 def test_several_ends_but_none_that_is_also_within_a_turn():
     assert ends(CHANNELS) == ["</s>", "<|eot_id|>"]
 
 
-def test_text_that_is_no_special_token_ends_nothing():
-    assert ends("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}") == []
+def test_a_template_without_an_end_is_given_the_end_of_the_sequence():
+    assert ends("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}") == ["</s>"]
 
 
 def test_without_a_template():

@@ -64,7 +64,7 @@ def test_layers_without_a_loop_are_the_same():
     assert_close(loss_and_grad(model, params, batch), loss_and_grad(unrolled, params, batch))
 
 
-@pytest.mark.parametrize("order", [cache.ON_TPU, cache.ELSEWHERE], ids=["on-tpu", "elsewhere"])
+@pytest.mark.parametrize("order", [cache.ON_TPU, cache.OFF_TPU], ids=["on-tpu", "off-tpu"])
 @pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
 def test_cached_decoding_equals_the_whole_row(pattern, order):
     model = tiny.model(pattern=pattern)

@@ -72,7 +72,7 @@ def test_a_head_of_ones_own_is_scored_decoded_and_trained_on_a_mesh():
     ("path", "message"),
     [
         ("custom_heads.low_rank", "must be of the form package.module:name"),
-        ("no_such_module:head", "model.head: there is no module no_such_module"),
+        ("no_such_module:head", "model.head: module no_such_module was not found"),
         ("custom_heads:lowrank", "custom_heads has no lowrank; did you mean low_rank"),
         ("custom_heads:no_head", "must return a jaxtrain.nn.heads.CustomHead, not Linear"),
     ],

@@ -27,7 +27,7 @@ MIXTURES = {
 def layer(moe, seed=0):
     """The module's graph and random parameters."""
     with nnx.use_eager_sharding(False):
-        module = SparseMLP(replace(tiny.CONFIG, moe=moe), rngs=nnx.Rngs(seed), dtype=jnp.float32, lora=None)
+        module = SparseMLP(replace(tiny.CONFIG, moe=moe), rngs=nnx.Rngs(seed), dtype=jnp.dtype("float32"), lora=None)
     graphdef, state = nnx.split(module)
     leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
     keys = jax.random.split(jax.random.key(seed), len(leaves))

@@ -12,10 +12,10 @@ import transformers
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from converters.families import llama
-from converters.families.keys import Keys
+from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope, rope_parameters
 from jaxtrain.nn.config import DynamicScaling, LayerKind, LongRopeScaling, Rope
-from jaxtrain.nn.rope import apply_rope, rope_table, segment_lengths
+from jaxtrain.nn.rope import apply_rope, rope_table, token_segment_lengths
 
 HEAD = 32
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -48,9 +48,9 @@ TYPES = {
 PARTIAL = ["default", "linear", "dynamic", "yarn"]
 
 
-def keys(section: dict) -> Keys:
+def keys(section: dict) -> ConfigKeys:
     section = {"rope_theta": 500.0, **section}
-    return Keys({"max_position_embeddings": 300, "rope_parameters": section}, llama.DEFAULTS)
+    return ConfigKeys({"max_position_embeddings": 300, "rope_parameters": section}, llama.DEFAULTS)
 
 
 def theirs(section: dict, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,14 +92,14 @@ def test_a_partial_rope_leaves_the_other_channels():
 
 def test_lengths_are_of_segments():
     batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
-    lengths = segment_lengths(batch.positions, batch.segment_ids)
+    lengths = token_segment_lengths(batch.positions, batch.segment_ids)
     np.testing.assert_array_equal(lengths[0], [9] * 9 + [20] * 20 + [3] * 3)
     np.testing.assert_array_equal(lengths[1, :28], [14] * 28)
 
 
 @pytest.mark.parametrize(
     "scaling",
-    [DynamicScaling(4.0, 12), LongRopeScaling((1.0,) * 8, tuple(range(2, 10)), 12, 1.3)],
+    [DynamicScaling(4.0, 12), LongRopeScaling((1.0,) * 8, tuple(map(float, range(2, 10))), 12, 1.3)],
     ids=["dynamic", "longrope"],
 )
 def test_a_segment_does_not_know_how_long_its_neighbours_are(scaling):

@@ -15,7 +15,7 @@ def log_steps(run, steps, resumed_from=None, value=0.0):
     with MetricLog(run, tensorboard=False, resumed_from=resumed_from) as log:
         for step in steps:
             log.log(step, {"loss": value})
-            log.log(step, {"loss": value + 1}, prefix="eval_")
+            log.log(step, {"eval_loss": value + 1})
 
 
 def test_one_object_per_line_step_first(tmp_path):
@@ -66,7 +66,7 @@ def test_every_line_is_strict_json_whatever_the_loss(tmp_path):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     with MetricLog(tmp_path, tensorboard=True) as log:
         log.log(7, {"loss": 2.5})
-        log.log(7, {"loss": 3.5}, prefix="eval_")
+        log.log(7, {"eval_loss": 3.5})
     (path,) = (tmp_path / "tensorboard").iterdir()
     scalars = {(v.tag, event.step, v.simple_value) for event in events(path) for v in event.summary.value}
     assert scalars == {("loss", 7, 2.5), ("eval_loss", 7, 3.5)}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MeshSection
-from jaxtrain.ops.attend import attend
-from jaxtrain.ops.blockwise import RESIDUALS
+from jaxtrain.ops import attend as attention_kernels
+from jaxtrain.ops.blockwise import RESIDUALS, AttentionOptions, MaskInputs
 from jaxtrain.ops.gpu.cudnn import segment_table
 from jaxtrain.parallel.mesh import make_mesh
 
@@ -87,8 +87,13 @@ def assert_close(ours, theirs, atol=1e-5):
     assert len(ours) == len(theirs)
 
 
+def attend(q, k, v, *, window=None, softcap=None, **rest):
+    tokens = MaskInputs(**{name: rest.pop(name) for name in MaskInputs._fields if name in rest})
+    return attention_kernels.attend(q, k, v, tokens, AttentionOptions(SCALE, window, softcap), **rest)
+
+
 def attending(**options):
-    return lambda *arrays, **rest: attend(*arrays, scale=SCALE, **options, **rest)
+    return lambda *arrays, **rest: attend(*arrays, **options, **rest)
 
 
 def only_real(attention, q_seg):
@@ -116,11 +121,11 @@ def test_xla_is_the_definition(variant, length):
 def test_a_packed_segment_is_the_segment_alone(variant):
     arrays = tensors(rows=1)
     q_pos, q_seg = packed([90, 1, 150, 40], 300)
-    together = attend(*arrays, q_pos=q_pos, q_seg=q_seg, scale=SCALE, impl="xla", **variant)
+    together = attend(*arrays, q_pos=q_pos, q_seg=q_seg, impl="xla", **variant)
     for start, size in ((0, 90), (90, 1), (91, 150), (241, 40)):
         span = slice(start, start + size)
         q_pos, q_seg = packed([size], size)
-        alone = attend(*(x[:, span] for x in arrays), q_pos=q_pos, q_seg=q_seg, scale=SCALE, impl="xla", **variant)
+        alone = attend(*(x[:, span] for x in arrays), q_pos=q_pos, q_seg=q_seg, impl="xla", **variant)
         np.testing.assert_allclose(together[:, span], alone, atol=1e-6)
 
 
@@ -128,7 +133,7 @@ def test_a_packed_segment_is_the_segment_alone(variant):
 def test_a_cache_in_any_order_gives_the_last_tokens_of_the_whole_row(variant):
     q, k, v = tensors(rows=1)
     q_pos, q_seg = packed([300], 300)
-    whole = attend(q, k, v, q_pos=q_pos, q_seg=q_seg, scale=SCALE, impl="xla", **variant)
+    whole = attend(q, k, v, q_pos=q_pos, q_seg=q_seg, impl="xla", **variant)
     order = np.random.default_rng(1).permutation(300)
     free = 20  # slots that hold nothing yet: another segment
     k, v = (jnp.pad(x[:, order], ((0, 0), (0, free), (0, 0), (0, 0)), constant_values=7.0) for x in (k, v))
@@ -141,7 +146,6 @@ def test_a_cache_in_any_order_gives_the_last_tokens_of_the_whole_row(variant):
         q_seg=q_seg[:, last],
         kv_pos=kv_pos,
         kv_seg=kv_seg,
-        scale=SCALE,
         **variant,
     )
     np.testing.assert_allclose(few, whole[:, last], atol=1e-6)
@@ -165,7 +169,7 @@ def test_padding_is_finite_and_nobody_sees_it(impl):
     assert all(np.isfinite(result).all() for result in results)
     padding = (q_seg == 0)[..., None, None]
     other = [jnp.where(padding, 1e4, x) for x in arrays]
-    changed = attend(*other, scale=SCALE, impl=impl, sinks=jnp.asarray(SINKS), **where)
+    changed = attend(*other, impl=impl, sinks=jnp.asarray(SINKS), **where)
     np.testing.assert_array_equal(changed[1, :60], results[0][1, :60])
     assert np.isfinite(changed).all()
 
@@ -201,7 +205,7 @@ def test_no_scores_of_a_whole_row_are_ever_held():
     q_pos, q_seg = packed([length], length)
 
     def loss(q, k, v):
-        return attend(q, k, v, q_pos=q_pos, q_seg=q_seg, scale=SCALE, impl="xla").sum()
+        return attend(q, k, v, q_pos=q_pos, q_seg=q_seg, impl="xla").sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).compile()
     scores_of_all_heads = length * length * heads * 4
@@ -213,7 +217,7 @@ def test_keys_in_the_causal_future_of_packed_rows_are_not_computed():
     q_pos, q_seg = packed([1024], 1024)
 
     def flops(**kv):
-        run = jax.jit(lambda *a: attend(*a, q_pos=q_pos, q_seg=q_seg, scale=SCALE, impl="xla", **kv))
+        run = jax.jit(lambda *a: attend(*a, q_pos=q_pos, q_seg=q_seg, impl="xla", **kv))
         return run.lower(*arrays).compile().cost_analysis()["flops"]
 
     # The cache form, where order says nothing, walks its blocks in a loop, whose body is counted once: 8 of them.
@@ -233,16 +237,16 @@ def test_keys_in_the_causal_future_of_packed_rows_are_not_computed():
 def test_what_cannot_be_asked_is_an_error(changes, words):
     q_pos, q_seg = two_rows()
     with pytest.raises(ValueError, match=words):
-        attend(*tensors(), **{"q_pos": q_pos, "q_seg": q_seg, "scale": SCALE, **changes})
+        attend(*tensors(), **{"q_pos": q_pos, "q_seg": q_seg, **changes})
 
 
 def test_shapes_that_do_not_fit_are_named():
     q, k, v = tensors(heads=3)
     q_pos, q_seg = two_rows()
     with pytest.raises(ValueError, match=r"q \(2, 300, 3, 8\), k \(2, 300, 2, 8\)"):
-        attend(q, k, v, q_pos=q_pos, q_seg=q_seg, scale=SCALE)
+        attend(q, k, v, q_pos=q_pos, q_seg=q_seg)
     with pytest.raises(ValueError, match="299 keys for 300 queries"):
-        attend(q[:, :, :2], k[:, 1:], v[:, 1:], q_pos=q_pos, q_seg=q_seg, scale=SCALE)
+        attend(q[:, :, :2], k[:, 1:], v[:, 1:], q_pos=q_pos, q_seg=q_seg)
 
 
 def test_a_segment_table_covers_every_token_and_counts_what_does_not_fit():
@@ -261,7 +265,7 @@ def test_a_remat_policy_can_save_the_forward_pass():
     def exponentials(policy):
         @functools.partial(jax.checkpoint, policy=policy)
         def attention(q, k, v):
-            return attend(q, k, v, q_pos=q_pos, q_seg=q_seg, scale=SCALE, impl="xla")
+            return attend(q, k, v, q_pos=q_pos, q_seg=q_seg, impl="xla")
 
         gradient = jax.grad(lambda *qkv: jnp.sin(attention(*qkv)).sum(), (0, 1, 2))
         return str(jax.make_jaxpr(gradient)(*arrays)).count("= exp ")

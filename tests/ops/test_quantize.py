@@ -108,5 +108,5 @@ def test_a_mesh_that_cuts_through_blocks_is_an_error():
     shapes = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), model.abstract(), shardings
     )
-    with pytest.raises(ValueError, match=r"parts of 32 along 'mlp', which are no whole blocks of 64"):
+    with pytest.raises(ValueError, match=r"shards of 32 along 'mlp', not a multiple of the block size 64"):
         quantized(model, shapes, "nf4")

@@ -1,32 +1,19 @@
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from head_problem import CHUNK, LENGTH, ROWS, VOCAB, assert_close, make_mesh, problem
+from jax.sharding import Mesh
 
 from jaxtrain.ops import token_scores as head_of
-from jaxtrain.ops.token_scores import Foreseen, token_scores
-from jaxtrain.parallel.mesh import AXES
-
-ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 33, 16, 90, 96
-CHUNK = 16
+from jaxtrain.ops.head_chunks import Head
+from jaxtrain.ops.token_scores import LossDerivative, Scoring, Targets, token_scores
+from jaxtrain.types import Scores
 
 HEADS = pytest.mark.parametrize("transposed", [True, False], ids=["tied", "untied"])
-FORESEEN = pytest.mark.parametrize("foreseen", ["linear", "curved", None])
-
-
-def problem(seed: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Weights of every size and sign on a third of the tokens; one row carries none, one all."""
-    rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), dtype)
-    head = jnp.zeros((PADDED, WIDTH)).at[:VOCAB].set(rng.normal(size=(VOCAB, WIDTH)))
-    tokens = jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
-    weights = rng.normal(size=(ROWS, LENGTH)) * (rng.random((ROWS, LENGTH)) < 1 / 3)
-    weights[3], weights[5] = 0, 1
-    return hidden, head, tokens, jnp.asarray(weights, jnp.float32)
+ASSUMED = pytest.mark.parametrize("assumed", ["linear", "curved", None])
 
 
 def naive(hidden, head, tokens, weights, softcap: float | None = None) -> tuple[jax.Array, ...]:
@@ -40,23 +27,28 @@ def naive(hidden, head, tokens, weights, softcap: float | None = None) -> tuple[
     return tuple(jnp.pad(jnp.where(scored, x, 0), ((0, 0), (1, 0))) for x in (of_token, entropy, correct))
 
 
-def scorer(tokens, weights, transposed, mesh=None, foreseen=None, chunk=CHUNK, softcap=None):
-    if foreseen is not None:
-        foreseen = Foreseen(DERIVATIVES[foreseen], (weights, factors(weights)), DIVISOR)
+def projection(head: jax.Array, transposed: bool, softcap: float | None = None) -> Head:
+    """From [Vp, D]."""
+    return Head(head if transposed else head.T, VOCAB, transposed, softcap)
+
+
+def scorer(tokens, weights, transposed, mesh=None, assumed=None, chunk=CHUNK, softcap=None):
+    if assumed is not None:
+        of_logp = DERIVATIVES[assumed]
+        assumed = LossDerivative(
+            lambda scores, rows, divisor: Scores(logp=of_logp(scores.logp, rows, divisor)),
+            (weights, factors(weights)),
+            DIVISOR,
+        )
 
     def score(hidden, head):
-        head = head if transposed else head.T
         return token_scores(
             hidden,
-            head,
-            tokens,
-            weights,
-            transposed=transposed,
-            vocab_size=VOCAB,
-            softcap=softcap,
+            projection(head, transposed, softcap),
+            Targets(tokens, weights),
+            Scoring(chunk=chunk),
+            loss_derivative=assumed,
             mesh=mesh,
-            chunk=chunk,
-            foreseen=foreseen,
         )
 
     return score
@@ -75,22 +67,12 @@ def factors(weights):
     return jnp.asarray(np.random.default_rng(9).normal(size=weights.shape), jnp.float32)
 
 
-def assert_close(actual, expected, tolerance=1e-5):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
-
-
-def make_mesh(*sizes: int) -> Mesh:
-    devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
-
-
 def check_against_naive(
-    transposed: bool, foreseen: str | None, mesh: Mesh | None = None, softcap: float | None = None
+    transposed: bool, assumed: str | None, mesh: Mesh | None = None, softcap: float | None = None
 ) -> None:
-    """Of either loss, whichever of them was foreseen."""
+    """Check the gradients of both losses, whichever of them was assumed."""
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, weights, transposed, mesh, foreseen, softcap=softcap)
+    score = scorer(tokens, weights, transposed, mesh, assumed, softcap=softcap)
     expected = naive(hidden, head, tokens, weights, softcap)
     assert_close(jax.jit(score)(hidden, head), expected)
     for loss in LOSSES.values():
@@ -101,23 +83,23 @@ def check_against_naive(
         assert not actual[1][1][VOCAB:].any(), "the padded vocabulary has a gradient"
 
 
-@FORESEEN
+@ASSUMED
 @HEADS
-def test_equals_the_naive_head_in_scores_and_gradients(transposed, foreseen):
-    check_against_naive(transposed, foreseen)
+def test_equals_the_naive_head_in_scores_and_gradients(transposed, assumed):
+    check_against_naive(transposed, assumed)
 
 
-@FORESEEN
+@ASSUMED
 @HEADS
-def test_capped_logits_too(transposed, foreseen):
-    check_against_naive(transposed, foreseen, make_mesh(1, 4, 1, 2) if foreseen else None, softcap=3.0)
+def test_capped_logits_too(transposed, assumed):
+    check_against_naive(transposed, assumed, make_mesh(1, 4, 1, 2) if assumed else None, softcap=3.0)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 2, 2)], ids=str)
-@FORESEEN
+@ASSUMED
 @HEADS
-def test_sharded_equals_single(transposed, foreseen, shape):
-    check_against_naive(transposed, foreseen, make_mesh(*shape))
+def test_sharded_equals_single(transposed, assumed, shape):
+    check_against_naive(transposed, assumed, make_mesh(*shape))
 
 
 def test_data_shards_may_differ_in_how_many_chunks_they_walk():
@@ -152,18 +134,9 @@ def test_temperature_and_supports_make_the_distribution_that_was_drawn_from(tran
         return tuple(jnp.pad(jnp.where(weights[:, 1:] != 0, x, 0), ((0, 0), (1, 0))) for x in (of_token, entropy))
 
     def score(h, w):
-        return token_scores(
-            h,
-            w if transposed else w.T,
-            tokens,
-            weights,
-            transposed=transposed,
-            vocab_size=VOCAB,
-            supports=jnp.asarray(supports),
-            temperature=0.7,
-            mesh=shape and make_mesh(*shape),
-            chunk=CHUNK,
-        )
+        targets = Targets(tokens, weights, jnp.asarray(supports))
+        how = Scoring(temperature=0.7, chunk=CHUNK)
+        return token_scores(h, projection(w, transposed), targets, how, mesh=shape and make_mesh(*shape))
 
     assert_close(jax.jit(score)(hidden, head)[:2], expected(hidden, head))
     loss = functools.partial(LOSSES["curved"], rows=(weights, factors(weights)), divisor=DIVISOR)
@@ -172,9 +145,13 @@ def test_temperature_and_supports_make_the_distribution_that_was_drawn_from(tran
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 1, 2)], ids=str)
-def test_logits_are_computed_again_only_for_a_loss_that_was_not_foreseen(shape, monkeypatch):
+def test_logits_are_recomputed_only_for_a_loss_that_was_not_assumed(shape, monkeypatch):
     hidden, head, tokens, weights = problem()
-    monkeypatch.setattr(head_of, "_head_gradient", lambda plan, compact, hidden, head, *_: head.T * jnp.nan)
+
+    def poison(plan, compact, rows, heads, *_):
+        return heads.student.weight.T * jnp.nan
+
+    monkeypatch.setattr(head_of, "_head_gradient", poison)
     score = scorer(tokens, weights, True, shape and make_mesh(*shape), "curved")
 
     def poisoned(name):
@@ -195,7 +172,7 @@ def test_result_does_not_depend_on_the_chunk(transposed):
 
 def test_nothing_weighted_gives_zeros_and_no_gradient():
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, jnp.zeros_like(weights).at[:, 0].set(1), True, foreseen="linear")
+    score = scorer(tokens, jnp.zeros_like(weights).at[:, 0].set(1), True, assumed="linear")
     value, gradients = jax.value_and_grad(lambda h, w: score(h, w).logp.sum(), (0, 1))(hidden, head)
     assert value == 0 and not any(g.any() for g in gradients)
 
@@ -204,7 +181,7 @@ def test_positions_without_weight_may_hold_anything():
     """Not even a NaN in the hidden state of a position that scores nothing reaches the others."""
     hidden, head, tokens, weights = problem()
     idle = jnp.pad(weights[:, 1:], ((0, 0), (0, 1)))[..., None] == 0
-    score = scorer(tokens, weights, True, foreseen="linear")
+    score = scorer(tokens, weights, True, assumed="linear")
     gradient = jax.value_and_grad(lambda h, w: jnp.sum(score(h, w).logp * weights), (0, 1))
     assert_close(gradient(jnp.where(idle, jnp.nan, hidden), head), gradient(hidden, head), 0)
 
@@ -215,12 +192,11 @@ def test_positions_without_weight_may_hold_anything():
 def test_a_differentiable_entropy_has_the_naive_heads_gradient(transposed, shape, frozen):
     """With capped logits and a temperature, alone and beside a log-probability."""
     hidden, head, tokens, weights = problem()
-    how = {"transposed": transposed, "vocab_size": VOCAB, "softcap": 3.0, "temperature": 0.7, "chunk": CHUNK}
+    how = Scoring(temperature=0.7, differentiable_entropy=True, chunk=CHUNK)
     mesh = shape and make_mesh(*shape)
 
     def score(h, w):
-        w = w if transposed else w.T
-        scores = token_scores(h, w, tokens, weights, mesh=mesh, differentiable_entropy=True, **how)
+        scores = token_scores(h, projection(w, transposed, 3.0), Targets(tokens, weights), how, mesh=mesh)
         return scores.logp, scores.entropy
 
     def expected(h, w):
@@ -247,10 +223,10 @@ def test_entropy_and_correct_carry_no_gradient():
     assert not any(g.any() for g in gradients)
 
 
-@FORESEEN
-def test_a_frozen_head_costs_no_product_of_its_own(foreseen):
+@ASSUMED
+def test_a_frozen_head_costs_no_product_of_its_own(assumed):
     hidden, head, tokens, weights = problem()
-    score = scorer(tokens, weights, True, foreseen=foreseen)
+    score = scorer(tokens, weights, True, assumed=assumed)
 
     def products(argnums):
         gradient = jax.grad(lambda h, w: jnp.sum(score(h, w).logp * weights), argnums)
@@ -262,7 +238,7 @@ def test_a_frozen_head_costs_no_product_of_its_own(foreseen):
 
 def test_bfloat16_follows_float32_and_sums_the_head_gradient_in_float32():
     hidden, head, tokens, weights = problem(dtype="bfloat16")
-    score = scorer(tokens, weights, True, foreseen="linear")
+    score = scorer(tokens, weights, True, assumed="linear")
 
     def loss(h, w):
         return jnp.sum(score(h, w).logp * weights)
@@ -288,9 +264,9 @@ def test_temporaries_are_a_fraction_of_the_naive_heads(transposed):
     weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
 
     def chunked(hidden, head, tokens, weights):
-        foreseen = Foreseen(lambda logp, rows, whole: rows, weights, None)
-        how = {"transposed": transposed, "vocab_size": vocab, "foreseen": foreseen}
-        return jnp.sum(token_scores(hidden, head, tokens, weights, **how).logp * weights)
+        assumed = LossDerivative(lambda scores, rows, shared: Scores(logp=rows), weights, None)
+        of, targets = Head(head, vocab, transposed), Targets(tokens, weights)
+        return jnp.sum(token_scores(hidden, of, targets, loss_derivative=assumed).logp * weights)
 
     def whole(hidden, head, tokens, weights):
         logits = jnp.einsum("btd,vd->btv" if transposed else "btd,dv->btv", hidden[:, :-1], head)

@@ -18,12 +18,11 @@ def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
     batch = tiny.packed_batch([[4, 4]] * 8, 8)
     signals = {"a": np.random.rand(8, 8, 3).astype(np.float32)}
     batch = batch._replace(bundle_ids=batch.segment_ids, signals=signals)
-    held = local_rows(mesh, 8)
-    placed = place_batch(batch, mesh, held, 8)
-    assert held == range(8)
-    for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-        assert ours.addressable_shards[0].data.shape[0] == 8 // row_shares(mesh)
+    assert local_rows(mesh, 8) == range(8)
+    for placed in (place_batch(batch, mesh), place_batch(batch, mesh, 8)):
+        for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+            assert ours.addressable_shards[0].data.shape[0] == 8 // row_shares(mesh)
 
 
 def test_one_host_reads_all_virtual_shards():

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from jaxtrain.config import MeshSection
-from jaxtrain.parallel.mesh import compiler_options, initialize_distributed, make_mesh
+from jaxtrain.parallel.mesh import compiler_options, make_mesh
 
 
 def section(**sizes):
@@ -50,9 +50,9 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_an_error_with_a_way_out(s
 
 
 def test_a_tensor_axis_that_would_split_nothing_is_an_error():
-    with pytest.raises(ValueError, match=r"mesh.tensor=2 splits nothing .* mesh.preset=fsdp_tensor"):
+    with pytest.raises(ValueError, match=r"mesh.tensor=2 shards no parameter .* mesh.preset=fsdp_tensor"):
         make_mesh(MeshSection(preset="fsdp", tensor=2))
-    with pytest.raises(ValueError, match=r"mesh.expert=2 splits nothing .* mesh.preset=fsdp_expert"):
+    with pytest.raises(ValueError, match=r"mesh.expert=2 shards no parameter .* mesh.preset=fsdp_expert"):
         make_mesh(MeshSection(preset="fsdp_tensor", tensor=2, expert=2))
 
 
@@ -63,29 +63,6 @@ def test_rows_are_split_over_experts_too():
         ValueError, match=r"mesh.data=1 x mesh.expert=3 = 3 does not divide .*mesh.fsdp=4 mesh.expert=2"
     ):
         make_mesh(MeshSection(preset="fsdp_expert", expert=3))
-
-
-@pytest.mark.parametrize(
-    ("environ", "joins"),
-    [
-        ({}, False),
-        ({"TPU_WORKER_HOSTNAMES": "one"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "one:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "one"}, False),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "one"}, True),
-    ],
-)
-def test_only_a_job_of_several_processes_is_joined(environ, joins, monkeypatch):
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
-    initialize_distributed(environ)
-    assert bool(calls) == joins
-
-
-def test_a_coordinator_without_a_place_in_the_job_is_an_error():
-    with pytest.raises(ValueError, match="JAX_PROCESS_ID"):
-        initialize_distributed({"JAX_COORDINATOR_ADDRESS": "one:1234"})
 
 
 def test_compiler_options_are_those_of_the_mesh_and_not_of_the_host():

@@ -81,7 +81,7 @@ def test_an_axis_that_does_not_divide_names_the_parameter(sizes, words):
 
 def test_a_mesh_axis_that_would_split_a_parameter_twice_is_an_error():
     rules = {**RULES["fsdp"], "vocab": ("fsdp", "tensor")}
-    with pytest.raises(ValueError, match=r"embed.weight .*'fsdp' would split both 'vocab' and 'embed'"):
+    with pytest.raises(ValueError, match=r"embed.weight .*'fsdp' would shard both 'vocab' and 'embed'"):
         param_specs(AXES, shapes(), rules, mesh())
 
 

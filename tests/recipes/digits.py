@@ -1,4 +1,4 @@
-"""A reward that a random model can climb, the share of digits in what it wrote; and one that can be made slow."""
+"""A reward that a random model can increase (the share of digits in its text), and a slow version."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ def digits(completions, **_):
 
 
 def slow_digits(completions, folder, **columns):
-    """`digits`; from a call on whose number is in the file `slow_from` of `folder`, after a minute."""
+    """`digits`, which takes a minute from the call on whose number is in the file `slow_from` of `folder`."""
     folder = Path(folder)
     with (folder / "calls").open("a") as calls:
         calls.write("call\n")

@@ -1,4 +1,4 @@
-"""A folder's model answers: a file of prompts, or a conversation."""
+"""Generation for a file of prompts, and in a conversation."""
 
 import json
 
@@ -8,8 +8,8 @@ from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.recipes.generate import chat, generate_file
-from jaxtrain.sample.requests import Request, SamplingParams
-from jaxtrain.serve.load import load_served
+from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
+from jaxtrain.serve.served import load_served
 
 SIZES = {"vocab_size": 259, "num_hidden_layers": 1}
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folder):
-    return load_served(folder, dtype="float32", max_length=96, slots=8, cache_gib=None, steps=8, alternatives=5)
+    return load_served(folder, dtype="float32", max_length=96, slots=8, limits=EngineLimits(8, alternatives=5))
 
 
 def test_a_file_of_prompts_comes_back_in_order_with_completions(served, tmp_path):
@@ -46,7 +46,7 @@ def test_a_file_of_prompts_comes_back_in_order_with_completions(served, tmp_path
     ("row", "message"),
     [
         ({"question": "?"}, r"in.jsonl, row 2: .* this one has question"),
-        ({"prompt": 5}, "in.jsonl, row 2: prompt must be a text, not 5"),
+        ({"prompt": 5}, "in.jsonl, row 2: prompt must be a string, not 5"),
         ({"prompt_ids": [1.5]}, "in.jsonl, row 2: prompt_ids must be a list of token ids: .* must be int, not 1.5"),
         ({"prompt_ids": [2**31]}, "in.jsonl, row 2: prompt_ids must be a list of token ids: .*2147483648 must be at"),
         ({"prompt": "a" * 200}, r"in.jsonl, row 2: the prompt has \d+ tokens, and max_length=96"),
@@ -74,6 +74,6 @@ def test_a_conversation_remembers_what_was_said(served):
 
 def test_a_conversation_ends_where_there_is_no_room(served):
     turns, said = iter(["a" * 20] * 9), []
-    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens by now, and max_length=96"):
+    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, and max_length=96"):
         chat(served, SamplingParams(max_tokens=60, temperature=0), lambda: next(turns), said.append)
     assert "".join(said).count("\n") >= 1  # answers before it, longer than there is room for

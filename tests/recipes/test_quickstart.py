@@ -8,10 +8,10 @@ import yaml
 
 from jaxtrain.config import load_config
 from jaxtrain.recipes import quickstart
-from jaxtrain.recipes.made_files import MARK, in_the_way_of_run, making, making_run
-from jaxtrain.recipes.quickstart import first_with, load_quickstart
+from jaxtrain.recipes.made_files import MARK, find_run_conflicts, replacing_files, replacing_run
+from jaxtrain.recipes.quickstart import first_step_with, load_quickstart
 from jaxtrain.session.lock import FolderLock
-from jaxtrain.session.record import drop_mark_of_another_process
+from jaxtrain.session.record import remove_quickstart_mark
 
 ROOT = Path(__file__).parents[2]
 SFT, RL = Path("configs/quickstart/sft.yaml"), Path("configs/rl/quickstart.yaml")
@@ -20,12 +20,12 @@ SFT, RL = Path("configs/quickstart/sft.yaml"), Path("configs/rl/quickstart.yaml"
 @pytest.mark.parametrize(
     ("share", "expected"), [(0.4, (50, 0.45)), (0.45, (50, 0.45)), (0.5, (100, 0.7)), (0.9, (150, 0.6))]
 )
-def test_the_first_model_is_the_earliest_that_is_good_enough_or_else_the_last(tmp_path, share, expected):
+def test_the_initial_model_is_the_first_accurate_checkpoint_or_the_last(tmp_path, share, expected):
     matches = {25: 0.1, 50: 0.45, 75: 0.4, 100: 0.7, 150: 0.6}
     lines = [{"step": step, "loss": 1.0} for step in range(1, 151)]
     lines += [{"step": step, "eval_exact_match": match} for step, match in matches.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert first_with(tmp_path, share) == expected
+    assert first_step_with(tmp_path, share) == expected
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -48,7 +48,7 @@ def no_training(monkeypatch):
     return Trained
 
 
-def test_files_of_the_users_are_refused_by_name_before_anything_is_touched(tmp_path, monkeypatch, no_training):
+def test_user_files_are_refused_by_name_before_any_change(tmp_path, monkeypatch, no_training):
     monkeypatch.chdir(tmp_path)
     config = {
         "recipe": "sft",
@@ -66,7 +66,7 @@ def test_files_of_the_users_are_refused_by_name_before_anything_is_touched(tmp_p
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text("mine")
     before = content(tmp_path)
-    with pytest.raises(ValueError, match="replaces only what it made itself") as error:
+    with pytest.raises(ValueError, match="replaces only files that it made") as error:
         quickstart.run(load_config("config.yaml"))
     for name in ("precious", "mymodel", "gsm8k/train.jsonl", "gsm8k/eval.jsonl"):
         assert f"  {name}: not made by the quickstart" in str(error.value)
@@ -83,7 +83,7 @@ def quick(place: Path, *overrides: str):
     return load_config(ROOT / SFT, [*paths, *overrides])
 
 
-def test_what_it_made_is_replaced_and_what_was_added_or_changed_since_is_not(tmp_path, no_training):
+def test_only_unchanged_files_of_the_quickstart_are_replaced(tmp_path, no_training):
     with pytest.raises(no_training):
         quickstart.run(quick(tmp_path))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "0"
@@ -105,41 +105,41 @@ def test_what_it_made_is_replaced_and_what_was_added_or_changed_since_is_not(tmp
     assert content(tmp_path) == before
 
 
-def test_what_a_killed_quickstart_left_half_written_is_its_own(tmp_path, no_training):
-    with pytest.raises(KeyboardInterrupt), making(tmp_path / "data", ["train.jsonl", "eval.jsonl"]):
+def test_incomplete_files_of_a_killed_quickstart_are_replaced(tmp_path, no_training):
+    with pytest.raises(KeyboardInterrupt), replacing_files(tmp_path / "data", ["train.jsonl", "eval.jsonl"]):
         (tmp_path / "data" / "train.jsonl").write_text("ha")
         raise KeyboardInterrupt
     with pytest.raises(no_training):
         quickstart.run(quick(tmp_path))
 
 
-def test_what_was_added_or_changed_below_a_finished_run_is_the_users(tmp_path):
+def test_files_added_to_a_finished_run_belong_to_the_user(tmp_path):
     run = tmp_path / "run"
-    with making_run(run):
+    with replacing_run(run):
         (run / "export").mkdir()
         (run / "export" / "config.json").write_text("{}")
         (run / "metrics.jsonl").write_text("1")
-    assert in_the_way_of_run(run) == []
+    assert find_run_conflicts(run) == []
     (run / "export" / "thesis.txt").write_text("mine")
     (run / "metrics.jsonl").write_text("2")
-    assert in_the_way_of_run(run) == [
+    assert find_run_conflicts(run) == [
         f"{run / 'export' / 'thesis.txt'}: not made by the quickstart",
         f"{run / 'metrics.jsonl'}: changed since the quickstart made it",
     ]
 
 
-def test_a_run_that_goes_on_in_a_folder_of_the_quickstart_is_the_users(tmp_path):
+def test_another_run_in_the_quickstarts_folder_removes_the_mark(tmp_path):
     run = tmp_path / "run"
-    with making_run(run):
-        drop_mark_of_another_process(run)
+    with replacing_run(run):
+        remove_quickstart_mark(run)
         assert (run / MARK).exists()  # the quickstart trains in its own process
     (run / MARK).write_text('{"process": 0}')  # one that was killed
-    drop_mark_of_another_process(run)
+    remove_quickstart_mark(run)
     (run / "metrics.jsonl").write_text("1")
-    assert in_the_way_of_run(run) == [f"{run}: not made by the quickstart"]
+    assert find_run_conflicts(run) == [f"{run}: not made by the quickstart"]
 
 
-def test_a_quickstart_leaves_a_run_under_way_alone(tmp_path, no_training):
+def test_the_quickstart_refuses_the_folder_of_a_running_run(tmp_path, no_training):
     with pytest.raises(no_training):
         quickstart.run(quick(tmp_path))
     with FolderLock(tmp_path / "run"):
@@ -152,8 +152,8 @@ def test_a_quickstart_leaves_a_run_under_way_alone(tmp_path, no_training):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train.path=data/rows.jsonl", "must be train.jsonl and eval.jsonl in one folder"),
-        ("run.dir={place}/data", "must be outside of it"),
+        ("data.train.path=data/rows.jsonl", "must be train.jsonl and eval.jsonl in the same folder"),
+        ("run.dir={place}/data", "must not be inside of it"),
     ],
 )
 def test_paths_that_it_cannot_write_to_are_refused(tmp_path, override, message):
@@ -168,26 +168,27 @@ def rl_config(place: Path):
     return load_config(ROOT / RL, paths)
 
 
-def test_the_first_model_is_made_beside_nothing_of_the_users_and_one_that_is_there_is_kept(tmp_path, no_training):
+def test_the_initial_model_never_replaces_user_files_and_an_existing_one_is_kept(tmp_path, no_training):
     first = load_config(ROOT / SFT)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "worked.jsonl").write_text("mine")
+    worked = tmp_path / "data" / "worked" / "train.jsonl"
+    worked.parent.mkdir(parents=True)
+    worked.write_text("mine")
     before = content(tmp_path)
-    with pytest.raises(ValueError, match=r"worked\.jsonl: not made by the quickstart"):
-        quickstart.run_rl(rl_config(tmp_path), first)
+    with pytest.raises(ValueError, match=r"worked/train\.jsonl: not made by the quickstart"):
+        quickstart.run_from_first(rl_config(tmp_path), first)
     assert content(tmp_path) == before
 
-    (tmp_path / "data" / "worked.jsonl").unlink()
+    worked.unlink()
     for _ in range(2):
         with pytest.raises(no_training):
-            quickstart.run_rl(rl_config(tmp_path), first)
+            quickstart.run_from_first(rl_config(tmp_path), first)
     assert (tmp_path / "data" / "first" / MARK).exists()
 
     (tmp_path / "data" / "model").mkdir()
-    (tmp_path / "data" / "worked.jsonl").write_text("mine")
+    worked.write_text("mine")
     before = content(tmp_path / "data")
     with pytest.raises(no_training):
-        quickstart.run_rl(rl_config(tmp_path), first)
+        quickstart.run_from_first(rl_config(tmp_path), first)
     assert content(tmp_path / "data") == before
 
 
@@ -209,7 +210,7 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_a_wheel_holds_the_configs_and_finds_them(tmp_path):
-    """What `pip wheel` packs is what this command builds."""
+    """This command builds the same wheel as `pip wheel`."""
     build = [
         sys.executable,
         "setup.py",

@@ -1,8 +1,7 @@
-"""The recipe as a user runs it, and as a scheduler kills it."""
+"""The recipe, also when it is killed and resumed."""
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import commands
 import numpy as np
 import pytest
 import yaml
+from recipe_runs import checksums, killed_copy, logged
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import parse_config
@@ -17,9 +17,6 @@ from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
 from jaxtrain.rl.failures import MAX_LOST_STEPS
 from jaxtrain.session.export import export_run
-from jaxtrain.train.checkpoint import Checkpoints
-
-CLOCKS = ("seconds", "time", "per_second", "memory", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +27,15 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def tree(place: Path, **rl_section) -> dict:
-    model = {
-        "model_type": "llama",
-        "vocab_size": 259,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
+def tree(place: Path, *, objective=None, sampling=None, **rl_section) -> dict:
+    model = commands.MODEL | {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 128}
     section = {
         "prompts": 4,
         "generations": 4,
         "max_completion_length": 8,
         "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
         "reward_workers": 1,
-        "sampling": {"slots": 16},
+        "slots": 16,
     }
     return {
         "recipe": "rl",
@@ -73,6 +57,8 @@ def tree(place: Path, **rl_section) -> dict:
         "eval": {"every": 6, "generate": 4, "max_new_tokens": 8},
         "log": {"every": 1, "tensorboard": False},
         "rl": section | rl_section,
+        "objective": objective or {},
+        "sampling": sampling or {},
     }
 
 
@@ -82,61 +68,52 @@ def train(tree: dict, run: Path, **train_section) -> list[dict]:
     return logged(run)
 
 
-def logged(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not any(clock in k for clock in CLOCKS)} for line in lines]
-
-
-def checksums(run: Path) -> dict[str, str]:
-    """Of every saved leaf of the newest checkpoint, as it was saved."""
-    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    with Checkpoints(str(run / "checkpoints"), 1, 1) as checkpoints:
-        return checkpoints._read_record(step)["checksums"]
-
-
 CASES = {
     "grpo": {},
-    "ppo in the middle of its updates": {"algorithm": "ppo", "iterations": 2, "minibatches": 2, "beta": 0.1},
+    "ppo in the middle of its updates": {
+        "algorithm": "ppo",
+        "iterations": 2,
+        "minibatches": 2,
+        "objective": {"beta": 0.1},
+    },
     "dapo with refills and filters": {
         "algorithm": "dapo",
         "minibatches": 2,
-        "sampling": {"slots": 16, "top_k": 5, "support": 8, "temperature": 0.9},
+        "support": 8,
+        "sampling": {"top_k": 5, "temperature": 0.9},
     },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_any_step_and_resumed_equals_uninterrupted(place, name, tmp_path):
-    """As a kill leaves it: checkpoints up to some step, and a log that had gone further."""
+    """The state after a kill: checkpoints up to some step, and a longer log."""
     config = tree(place, **CASES[name])
     whole = train(config, tmp_path / "whole")
     assert [line["step"] for line in whole if "loss" in line] == list(range(1, 7))
     assert len({line["reward"] for line in whole if "reward" in line}) > 1
-    killed_after, run = int(np.random.default_rng().integers(1, 6)), tmp_path / "killed"
-    shutil.copytree(tmp_path / "whole", run)
-    for step in range(killed_after + 1, 7):
-        shutil.rmtree(run / "checkpoints" / str(step))
-    assert train(config, run) == whole, f"killed after {killed_after}"
+    run = tmp_path / "killed"
+    killed_copy(tmp_path / "whole", run)
+    assert train(config, run) == whole
     assert checksums(run) == checksums(tmp_path / "whole")
 
 
-def test_a_killed_process_is_resumed_to_the_bit(place, tmp_path):
-    """PPO takes four updates on a step's samples, so most checkpoints are in the middle of them."""
+def test_a_killed_process_is_resumed_bit_for_bit(place, tmp_path):
+    """PPO takes four updates on the same samples, so most checkpoints are between two of them."""
     config = tree(place, **CASES["ppo in the middle of its updates"])
     config |= {"train": {"steps": 12}, "checkpoint": {"every": 3}, "eval": {"every": 100}}
-    file, whole, killed = tmp_path / "rl.yaml", tmp_path / "whole", tmp_path / "killed"
+    file, killed = tmp_path / "rl.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(config))
-    commands.train(file, f"run.dir={whole}", devices=2)
-    assert commands.interrupt(file, killed, signal.SIGKILL, lines=range(4, 9), devices=2) == -signal.SIGKILL
+    whole = train(config, tmp_path / "whole")
+    assert commands.interrupt(file, killed, signal.SIGKILL, lines=range(4, 9)) == -signal.SIGKILL
     assert "12" not in os.listdir(killed / "checkpoints")
-    commands.train(file, f"run.dir={killed}", devices=2)
-    assert logged(killed) == logged(whole)
-    assert [line["step"] for line in logged(whole)] == list(range(1, 13))
-    assert checksums(killed) == checksums(whole)
+    assert train(config, killed) == whole
+    assert [line["step"] for line in whole] == list(range(1, 13))
+    assert checksums(killed) == checksums(tmp_path / "whole")
 
 
-def test_grpo_raises_the_reward_and_the_run_folder_says_so(place, tmp_path):
-    config = tree(place, prompts=8, generations=8, sampling={"slots": 64})
+def test_grpo_increases_the_reward(place, tmp_path):
+    config = tree(place, prompts=8, generations=8, slots=64)
     lines = train(config, tmp_path / "run", steps=20)
     rewards = [line["reward"] for line in lines if "reward" in line]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
@@ -148,7 +125,7 @@ def test_grpo_raises_the_reward_and_the_run_folder_says_so(place, tmp_path):
 
 
 def test_lora_has_its_base_as_the_reference(place, tmp_path):
-    config = tree(place, beta=0.1, kl_in="loss")
+    config = tree(place, objective={"beta": 0.1, "kl_in": "loss"})
     config["model"]["lora"] = {"rank": 4}
     config["train"] = {"steps": 3}
     lines = train(config, tmp_path / "eight")
@@ -156,9 +133,21 @@ def test_lora_has_its_base_as_the_reference(place, tmp_path):
     assert lines[2]["kl"] > 1e-5
 
 
+def test_modules_that_are_trained_in_full_have_their_initial_values_in_the_reference(place, tmp_path):
+    """Also once the run is resumed; the critic has its own head in place of lm_head."""
+    config = tree(place, algorithm="ppo", objective={"beta": 0.1, "kl_in": "loss", "kl": "k3"})
+    config["model"]["lora"] = {"rank": 4, "targets": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    config["optimizer"]["learning_rate"] = 0.01
+    whole = train(config, tmp_path / "first", steps=3)
+    kls = [line["kl"] for line in whole if "kl" in line]
+    assert kls[0] == pytest.approx(0, abs=1e-6) and kls[2] > 1e-4
+    killed_copy(tmp_path / "first", tmp_path / "second", 2)
+    assert train(config, tmp_path / "second", steps=3) == whole
+
+
 def test_an_adapter_that_is_trained_on_is_part_of_the_reference(place, tmp_path):
     """Also once the run is resumed."""
-    config = tree(place, beta=0.1, kl_in="loss", minibatches=2)
+    config = tree(place, objective={"beta": 0.1, "kl_in": "loss"}, minibatches=2)
     config["model"]["lora"] = {"rank": 4}
     config["optimizer"]["learning_rate"] = 0.3
     train(config, tmp_path / "first", steps=4)
@@ -168,27 +157,25 @@ def test_an_adapter_that_is_trained_on_is_part_of_the_reference(place, tmp_path)
     kls = [line["kl"] for line in whole if "kl" in line]
     assert kls[0] == pytest.approx(0, abs=1e-6)
     assert kls[3] > 1e-4
-    shutil.copytree(tmp_path / "second", tmp_path / "third")
-    shutil.rmtree(tmp_path / "third" / "checkpoints" / "4")
+    killed_copy(tmp_path / "second", tmp_path / "third", 3)
     assert train(config, tmp_path / "third", steps=4) == whole
 
 
-def test_an_entropy_bonus_is_in_the_loss_and_falls_to_nothing_above_its_target(place, tmp_path):
-    """The coefficient is that of the step's samples, and the same in a resumed run in the middle of its updates."""
+def test_an_entropy_bonus_is_in_the_loss_and_zero_above_its_target(place, tmp_path):
+    """The coefficient is that of the step's samples, also in a run that is resumed between its updates."""
     numbers = {"entropy_coefficient": 5.0, "entropy_target": 100.0}
-    bonus = train(tree(place, minibatches=2, **numbers), tmp_path / "bonus")
+    bonus = train(tree(place, minibatches=2, objective=numbers), tmp_path / "bonus")
     plain = train(tree(place, minibatches=2), tmp_path / "plain")
     coefficient = bonus[0]["entropy_coefficient"]
     # The samples' mean of -log p is an estimate of the entropy; their tokens are few and nearly uniform.
     assert coefficient == pytest.approx(5.0 * (1 - bonus[0]["entropy"] / 100), abs=0.02)
     assert bonus[0]["loss"] == pytest.approx(plain[0]["loss"] - coefficient * bonus[0]["entropy"], abs=1e-4)
-    above = train(tree(place, minibatches=2, entropy_coefficient=5.0, entropy_target=0.1), tmp_path / "above", steps=2)
+    low = numbers | {"entropy_target": 0.1}
+    above = train(tree(place, minibatches=2, objective=low), tmp_path / "above", steps=2)
     losses = [[line["loss"] for line in lines[:2]] for lines in (above, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    shutil.copytree(tmp_path / "bonus", tmp_path / "killed")
-    for step in (4, 5, 6):
-        shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(step))
-    assert train(tree(place, minibatches=2, **numbers), tmp_path / "killed") == bonus
+    killed_copy(tmp_path / "bonus", tmp_path / "killed", 3)
+    assert train(tree(place, minibatches=2, objective=numbers), tmp_path / "killed") == bonus
 
 
 def test_lora_dropout_is_refused(place, tmp_path):
@@ -212,7 +199,7 @@ def test_lora_dropout_is_refused(place, tmp_path):
         ),
     ],
 )
-def test_what_a_user_can_mend_is_said(place, changes, expected, tmp_path):
+def test_user_errors_have_a_message(place, changes, expected, tmp_path):
     with pytest.raises(ValueError, match=expected):
         train(tree(place, **changes), tmp_path / "run")
 
@@ -226,14 +213,12 @@ def test_what_a_user_can_mend_is_said(place, changes, expected, tmp_path):
         ("from jaxtrain.rl.rewards import exact_answer as mine\n", "mine: None: no reward applies"),
     ],
 )
-def test_rewards_that_are_all_lost_end_the_run_by_name(place, functions, expected, tmp_path, caplog):
+def test_a_run_without_rewards_ends_with_their_names(place, functions, expected, tmp_path, caplog):
     (tmp_path / "rewards.py").write_text(functions)
     (tmp_path / "words.jsonl").write_text('{"prompt": "Which city?", "answer": "Paris"}\n' * 4)
     config = tree(place, rewards=[{"function": f"{tmp_path / 'rewards.py'}:mine"}])
     config["data"] = config["data"] | {"train": {"path": str(tmp_path / "words.jsonl")}}
-    with pytest.raises(
-        ValueError, match=f"{MAX_LOST_STEPS} rollouts in a row have no reward to learn from: {expected}"
-    ):
+    with pytest.raises(ValueError, match=f"{MAX_LOST_STEPS} consecutive rollouts have no usable reward: {expected}"):
         train(config, tmp_path / "run")
     assert caplog.text.count("lost the reward of 16 of 16 samples") == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -241,12 +226,22 @@ def test_rewards_that_are_all_lost_end_the_run_by_name(place, functions, expecte
     assert [line["rewards/lost"] for line in lines] == [16.0] * (MAX_LOST_STEPS - 1)
 
 
-def test_exhausted_prompts_end_the_run_with_a_message(place, tmp_path, caplog):
+def test_a_run_of_epochs_ends_with_its_prompts(place, tmp_path):
     config = tree(place)
-    config["data"] = config["data"] | {"train": {"path": str(place / "train.jsonl"), "limit": 6, "epochs": 1}}
+    config["data"] = config["data"] | {"train": {"path": str(place / "train.jsonl"), "limit": 6}}
+    steps = config.pop("train")
+    config["train"] = {name: value for name, value in steps.items() if name != "steps"} | {"epochs": 1}
     lines = train(config, tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2] and "eval_reward" in lines[-1]
-    assert "the prompts are exhausted" in caplog.text and (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert [line["epoch"] for line in lines if "loss" in line] == pytest.approx([4 / 6, 1])
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    config["train"], config["data"]["train"]["epochs"] = steps, 1
+    with pytest.raises(ValueError, match=r"data.train ends after step 2, .* and train.steps="):
+        train(config, tmp_path / "refused")
+    config["train"], config["rl"]["algorithm"] = {"epochs": 1}, "dapo"
+    del config["data"]["train"]["epochs"]
+    with pytest.raises(ValueError, match=r"rl.algorithm.max_refills: dynamic sampling draws as many prompts"):
+        train(config, tmp_path / "refused")
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])

@@ -1,4 +1,4 @@
-"""The same run wherever its samples are drawn; ahead of time; and from what another run recorded."""
+"""All placements give the same run; prefetching; replay of another run's samples."""
 
 import importlib.util
 import json
@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import ray_start
@@ -19,18 +20,10 @@ from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.trajectories import read_step, recorded_steps
 
 DISJOINT = {"kind": "disjoint", "rollout_devices": 4}
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 259,
+MODEL = commands.MODEL | {
     "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
     "num_attention_heads": 2,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
 
@@ -48,7 +41,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def together(place):
-    """The colocated run that others are compared with: its folder and its losses."""
+    """The folder and losses of the colocated run, with which the others are compared."""
     losses = train(place, "together", placement={})
     assert max(abs(loss) for loss in losses) > 1e-3 and len(samples(place / "together")) == 2 * 16
     return place / "together", losses
@@ -77,7 +70,7 @@ def config_of(place: Path, name: str, placement: dict, max_length: int = 48, ste
                 "max_completion_length": 8,
                 "rewards": [{"function": f"{place / 'odd.py'}:odd"}],
                 "reward_workers": 1,
-                "sampling": {"slots": 16},
+                "slots": 16,
                 "placement": placement,
                 **section,
             },
@@ -123,7 +116,7 @@ def test_ray_workers_give_the_same_samples_and_losses(place, together, tmp_path)
 
 @pytest.mark.slow
 @needs_ray
-def test_a_run_goes_on_without_a_ray_worker_that_is_killed(place, together, tmp_path, monkeypatch, caplog):
+def test_a_run_survives_a_killed_ray_worker(place, together, tmp_path, monkeypatch, caplog):
     folder, expected = together
     ray_start.start(tmp_path)
     sample, killed = RaySampler.sample, []
@@ -139,10 +132,10 @@ def test_a_run_goes_on_without_a_ray_worker_that_is_killed(place, together, tmp_
     assert killed and samples(place / "killed") == samples(folder)
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
     assert column(place / "killed", "rollout/lost_workers") == [0, 1]
-    assert "rollout worker 0 is lost: a new one is started" in caplog.text
+    assert "rollout worker 0 is lost: starting a new one" in caplog.text
 
 
-def test_samples_drawn_ahead_are_at_most_as_stale_as_allowed(place, together):
+def test_prefetched_samples_respect_the_staleness(place, together):
     losses = train(place, "ahead", DISJOINT | {"staleness": 1}, iterations=1)
     assert len(losses) == 4 and samples(place / "ahead")[:16] == samples(together[0])[:16]
     stale = column(place / "ahead", "staleness/max")
@@ -151,7 +144,7 @@ def test_samples_drawn_ahead_are_at_most_as_stale_as_allowed(place, together):
     assert max(gap) > 1e-3 > gap[0]  # what the importance correction is for
 
 
-def test_a_replay_repeats_the_losses_to_the_bit(place, together):
+def test_a_replay_has_bit_identical_losses(place, together):
     folder, expected = together
     written = (folder / "config.yaml").read_text()  # the config is read in the checkpoint
     (folder / "config.yaml").write_text(written.replace("learning_rate: 0.01", "learning_rate: 0.5"))
@@ -186,7 +179,7 @@ def slow(completions, **_):
 """
 
 
-def test_an_environment_that_raises_or_hangs_and_a_reward_that_hangs_cost_samples_and_not_the_run(place, caplog):
+def test_failing_environments_and_rewards_lose_samples_and_do_not_end_the_run(place, caplog):
     (place / "broken.py").write_text(BROKEN)
     environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2, "seconds": 0.5}
     rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.2}]

@@ -1,19 +1,20 @@
-"""The whole recipe as a user runs it: the command in a process of its own, the run folder afterwards."""
+"""The recipe, also interrupted in a separate process, and its run folder."""
 
-import json
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import commands
 import numpy as np
 import pytest
 import yaml
+from recipe_runs import logged
 from safetensors.numpy import load_file
 
 from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.config import load_config
 from jaxtrain.data.arithmetic import write_arithmetic
+from jaxtrain.recipes import sft
 from jaxtrain.session.export import export_run
 
 STEPS = 12
@@ -21,28 +22,16 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a config, data and a tokenizer; the processes of all tests share their compiled programs."""
+    """A folder with a config, data and a tokenizer; the processes of all tests share the compilation cache."""
     folder = tmp_path_factory.mktemp("sft")
     write_byte_tokenizer(folder / "tokenizer")
     files = write_arithmetic(folder, train_rows=200, eval_rows=20, seed=0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
     config = {
         "recipe": "sft",
         "run": {"dir": str(folder / "whole")},
         "model": {
-            "config": {
-                "model_type": "llama",
-                "vocab_size": 259,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 256,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 10000.0,
-                "hidden_act": "silu",
-                "tie_word_embeddings": False,
-            },
+            "config": commands.MODEL | sizes,
             "tokenizer": str(folder / "tokenizer"),
             "compute_dtype": "float32",
         },
@@ -57,18 +46,13 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def train(place: Path, *overrides: str, devices: int = 8) -> str:
-    return commands.train(place / "sft.yaml", *overrides, devices=devices)
-
-
-def logged(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("tokens_per_second", "peak_memory_gib", "mfu")
-    return [{name: value for name, value in line.items() if name not in clocks} for line in lines]
+def train(place: Path, *overrides: str, **options) -> None:
+    """In this process, on eight devices."""
+    assert sft.run(load_config(place / "sft.yaml", list(overrides)), **options).exit_code == 0
 
 
 def interrupt(place: Path, run: Path, how: signal.Signals, *overrides: str) -> int:
-    """End a run past its first checkpoint."""
+    """Interrupt a run in a separate process after its first checkpoint."""
     return commands.interrupt(place / "sft.yaml", run, how, *overrides, lines=range(5, STEPS - 1))
 
 
@@ -79,7 +63,7 @@ def weights(run: Path, out: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole(place) -> Path:
-    """The uninterrupted run, on eight devices."""
+    """The uninterrupted run."""
     train(place)
     return place / "whole"
 
@@ -113,73 +97,55 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, whole, accident, tm
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices"),
-    [(["mesh.preset=fsdp_tensor", "mesh.tensor=2"], 8), (["mesh.data=2"], 4), ([], 1)],
-    ids=["fsdp4-tensor2", "data2-fsdp2", "single"],
+    ("name", "mesh"),
+    [("fsdp4-tensor2", ["mesh={preset: fsdp_tensor, tensor: 2}"]), ("data2", ["mesh.data=2"]), ("single", [])],
 )
-def test_resumed_on_another_mesh_sees_the_same_batches(place, whole, mesh, devices):
-    run = place / f"other-{devices}-{len(mesh)}"
+def test_resumed_on_another_mesh_sees_the_same_batches(place, whole, name, mesh):
+    run = place / name
     shutil.copytree(place / "found", run)
-    train(place, f"run.dir={run}", *mesh, devices=devices)
+    if mesh:
+        train(place, f"run.dir={run}", *mesh)
+    else:
+        commands.train(place / "sft.yaml", f"run.dir={run}", devices=1)
+    assert_close(logged(run), logged(whole))
+
+
+def assert_close(lines: list[dict], expected: list[dict]) -> None:
+    """The same batches, and nearly the same numbers."""
     exact = ("step", "num_tokens", "packing_density", "learning_rate")
-    for line, expected in zip(logged(run), logged(whole), strict=True):
-        assert [line.get(name) for name in exact] == [expected.get(name) for name in exact]
+    for line, other in zip(lines, expected, strict=True):
+        assert [line.get(name) for name in exact] == [other.get(name) for name in exact]
         for name in ("loss", "eval_loss", "grad_norm"):
-            if name in expected:
-                assert line[name] == pytest.approx(expected[name], rel=1e-3), (line["step"], name)
+            if name in other:
+                assert line[name] == pytest.approx(other[name], rel=1e-3), (line["step"], name)
 
 
-def test_two_hosts_train_as_one_does_and_one_goes_on_from_their_checkpoint(place, whole):
-    run = place / "hosts"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    short = (f"run.dir={run}", "optimizer.schedule=constant")
-    command = (place / "sft.yaml", *short, "train.steps=6")
-    hosts = [commands.start(*command, devices=4, JAX_PROCESS_ID=str(host), **cluster) for host in range(2)]
-    outputs = [host.communicate(timeout=600)[0] for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], outputs
+def test_two_hosts_equal_one_their_checkpoint_resumes_on_one_and_all_raise_the_error_of_the_first(place, whole):
+    """Only the first process checks the folder; the others must not hang."""
+    short = ("optimizer.schedule=constant", f"run.dir={place / 'hosts'}")
+    file = str(place / "sft.yaml")
+    job = commands.Job(place, 2, [["train", file, *short, "train.steps=6"], ["train", file, "run.seed=1"]])
+    _, refused = job.finish(2)
+    assert all("run.seed: 0 -> 1" in printed for printed in refused)
     train(place, *short)
-
-    train(place, *short[1:], f"run.dir={place / 'host'}")
-    assert len(logged(run)) == len(logged(place / "host"))
-    for line, expected in zip(logged(run), logged(place / "host"), strict=True):
-        for name in ("step", "num_tokens", "packing_density"):
-            assert line.get(name) == expected.get(name)
-        for name in ("loss", "eval_loss", "grad_norm"):
-            if name in expected:
-                assert line[name] == pytest.approx(expected[name], rel=1e-3), (line["step"], name)
+    train(place, short[0], f"run.dir={place / 'host'}")
+    assert_close(logged(place / "hosts"), logged(place / "host"))
 
 
-def test_what_one_host_refuses_all_refuse(place, whole):
-    """Only the first process looks into the folder; the others must not wait for it."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    command = (place / "sft.yaml", "run.seed=1")
-    hosts = [commands.start(*command, devices=4, JAX_PROCESS_ID=str(host), **cluster) for host in range(2)]
-    outputs = [host.communicate(timeout=300)[0] for host in hosts]
-    assert [host.returncode for host in hosts] == [2, 2], outputs
-    assert all("run.seed: 0 -> 1" in output for output in outputs)
-
-
-def test_a_finished_run_is_left_alone_and_a_new_one_wants_a_new_folder(place, whole):
+def test_a_complete_run_is_not_trained_and_a_new_one_needs_a_new_folder(place, whole, capsys):
     before = logged(whole)
-    assert "is finished: train.steps=12" in train(place)
+    train(place)
+    assert "is finished: it has 12 steps" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds checkpoints up to step 12"):
+        train(place, resume=False)
     assert logged(whole) == before
-    process = commands.start(place / "sft.yaml", "--no-resume")
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 2
-    assert "holds checkpoints up to step 12" in output
-    assert "Traceback" not in output
 
 
-def test_a_run_whose_data_is_exhausted_is_saved_where_it_ended(place):
+def test_a_run_of_an_epoch_is_evaluated_and_saved_where_it_ends(place, capsys):
     run = place / "dry"
-    output = train(place, f"run.dir={run}", "data.train.epochs=1", "data.train.limit=60", "log.every=100")
-    assert "is exhausted after step" in output
+    length = ("train.steps=null", "train.epochs=1", "data.train.limit=60")
+    train(place, f"run.dir={run}", *length, "log.every=100")
+    assert ", 1.00 epochs, 60 examples, " in capsys.readouterr().out
     last = logged(run)[-1]["step"]
     assert 0 < last < STEPS
     assert (run / "checkpoints" / str(last)).is_dir()
@@ -208,12 +174,11 @@ def test_lora_run_is_resumed_merged_and_served(place, whole, tmp_path):
     assert model.generate(ids, max_new_tokens=4).shape[1] > ids.shape[1]
 
 
-def test_a_run_says_that_its_updates_are_lost_to_rounding(place):
+def test_a_run_warns_of_updates_lost_to_rounding(place, whole):
     run = place / "rounded"
-    output = train(
-        place, f"run.dir={run}", "model.param_dtype=bfloat16", "optimizer.learning_rate=1e-6", "train.steps=3"
-    )
-    assert output.count("of the updates were lost to rounding") == 1
-    assert "model.param_dtype=float32" in output
+    narrow = ("model.param_dtype=bfloat16", "optimizer.learning_rate=1e-6", "train.steps=3")
+    with pytest.warns(UserWarning, match=r"of the updates were lost to rounding.*model\.param_dtype=float32") as told:
+        train(place, f"run.dir={run}", *narrow)
+    assert sum("lost to rounding" in str(warning.message) for warning in told) == 1
     assert all(line["updates_lost_to_rounding"] > 0.9 for line in logged(run) if "loss" in line)
-    assert not any("updates_lost_to_rounding" in line for line in logged(place / "whole"))
+    assert not any("updates_lost_to_rounding" in line for line in logged(whole))

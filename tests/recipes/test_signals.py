@@ -1,4 +1,4 @@
-"""Signals to a run in a process of its own: at start-up, during an evaluation, during a rollout with a slow reward."""
+"""Signals to a run in a separate process: at start-up, during an evaluation, during a rollout with a slow reward."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ def place(tmp_path_factory) -> Path:
         "max_completion_length": 8,
         "rewards": [reward],
         "reward_workers": 1,
-        "sampling": {"slots": 4},
+        "slots": 4,
     }
     config |= {"recipe": "rl", "rl": rl, "train": {"steps": 4}}
     (folder / "rl.yaml").write_text(yaml.safe_dump(config))
@@ -77,7 +77,7 @@ def logged(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["at once", "a little later"])
 def test_during_start_up(place, seconds):
-    """Later it imports, or compiles: which of them is a matter of the machine."""
+    """At the second signal it imports or compiles, depending on the machine."""
     run = place / f"start-{seconds}"
     process = commands.start(place / "sft.yaml", f"run.dir={run}", "checkpoint.every=1", devices=1)
     wait_until(lambda: handles(process), process)
@@ -96,29 +96,33 @@ def test_during_an_evaluation(place):
     wait_until(lambda: len(logged(run)) == 3, process)
     time.sleep(1.0)
     output = end(process, signal.SIGUSR1)
-    assert "SIGUSR1: stopped after step 3, which is saved" in output
+    assert "SIGUSR1: stopped after step 3, which was saved" in output
     assert (run / "checkpoints" / "3").is_dir()
     assert not any("eval_loss" in line for line in logged(run))
 
 
-@pytest.mark.parametrize(
-    ("staleness", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)], ids=["on policy", "ahead of time"]
-)
-def test_during_a_rollout_with_a_slow_reward(place, staleness, number, tmp_path):
-    """The state after the last finished step is saved, and a run that goes on from it draws what another would have."""
-    ended = (slow_config(place, tmp_path / "ended", slow_from=3), f"rl.placement.staleness={staleness}")
-    run, rewards = tmp_path / "ended" / "run", tmp_path / "ended"
-    process = commands.start(*ended, devices=1)
-    wait_until(lambda: (rewards / "waiting").exists() and len(logged(run)) == 2, process)
-    assert f"{number.name}: stopped after step 2, which is saved" in end(process, number)
-    assert (run / "checkpoints" / "2").is_dir()
+def stopped_run(place: Path, rewards: Path, staleness: int, number: signal.Signals) -> list[str]:
+    """The arguments of a run in `rewards`/run that a signal has stopped while the reward of its third step was slow."""
+    run = [str(slow_config(place, rewards, slow_from=3)), f"rl.placement.staleness={staleness}"]
+    process = commands.start(Path(run[0]), run[1], devices=1)
+    wait_until(lambda: (rewards / "waiting").exists() and len(logged(rewards / "run")) == 2, process)
+    assert f"{number.name}: stopped after step 2, which was saved" in end(process, number)
+    assert (rewards / "run" / "checkpoints" / "2").is_dir()
     (rewards / "slow_from").unlink()
-    commands.train(*ended, devices=1)
-    assert [line["step"] for line in logged(run)] == [1, 2, 3, 4]
-    if staleness == 0:  # else the weights that sample depend on the time that things take
-        commands.train(slow_config(place, tmp_path / "whole", slow_from=100), ended[1], devices=1)
-        for line, expected in zip(logged(run), logged(tmp_path / "whole" / "run"), strict=True):
-            assert [line[name] for name in ("loss", "reward")] == [expected[name] for name in ("loss", "reward")]
+    return run
+
+
+def test_during_a_rollout_with_a_slow_reward(place, tmp_path):
+    """The last completed step is saved, and the resumed run samples the same as an uninterrupted one."""
+    on_policy = stopped_run(place, tmp_path / "on policy", 0, signal.SIGINT)
+    ahead = stopped_run(place, tmp_path / "ahead of time", 1, signal.SIGTERM)
+    whole = [str(slow_config(place, tmp_path / "whole", slow_from=100)), *on_policy[1:]]
+    commands.Job(place, 1, [["train", *run] for run in (on_policy, ahead, whole)], devices=1).finish()
+    for name in ("on policy", "ahead of time"):
+        assert [line["step"] for line in logged(tmp_path / name / "run")] == [1, 2, 3, 4]
+    # Ahead of time the weights that sample depend on the time that things take.
+    for line, expected in zip(logged(tmp_path / "on policy" / "run"), logged(tmp_path / "whole" / "run"), strict=True):
+        assert [line[name] for name in ("loss", "reward")] == [expected[name] for name in ("loss", "reward")]
 
 
 def slow_config(place: Path, folder: Path, slow_from: int) -> Path:

@@ -1,4 +1,4 @@
-"""New tokens, and no tokenizer at all: trained, exported, and loaded by transformers."""
+"""New tokens, and training without a tokenizer: trained, exported, and loaded by transformers."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def train_and_export(tree, out):
 
 
 def assert_same_logits(out, model, ids):
-    """Of our model, read back from the export, and transformers'."""
+    """Compares the logits of the export in our model and in transformers."""
     params, config, _ = hf_folders.load(out)
     ones = np.ones((1, len(ids)), np.int32)
     row = Batch(np.array([ids]), np.arange(len(ids))[None], ones, ones)
@@ -64,14 +64,19 @@ MODES = {
     "all, untied": ("llama", {"add_tokens": ADDED}),
     "alone, tied": ("qwen3-tied", {"add_tokens": ADDED | {"alone": True, "special": True}}),
     "alone, untied, quantised": ("llama", {"add_tokens": ADDED | {"alone": True}, "quantize": "int8"}),
+    "all beside adapters, untied": (
+        "llama",
+        {"add_tokens": ADDED, "lora": {"rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]}},
+    ),
     "adapters, tied": ("qwen3-tied", {"add_tokens": ADDED, "lora": {"rank": 2}}),
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_new_tokens_begin_at_the_mean_and_leave_frozen_rows_alone(mode, tmp_path):
+def test_new_tokens_start_at_the_mean_and_frozen_rows_do_not_change(mode, tmp_path):
     case, keys = MODES[mode]
-    folder = hf_folders.save(tmp_path / "base", case, vocab_size=262)  # three rows more than the tokenizer has tokens
+    # Three rows more than the tokenizer has tokens.
+    folder = hf_folders.save(tmp_path / "base", case, vocab_size=262, num_hidden_layers=1)
     write_byte_tokenizer(folder)
     rows = [
         {"prompt": f"item {i}?", "completion": f"<think>it is <sid_{i % 20}><sid_{(7 * i) % 20}>"} for i in range(40)
@@ -98,12 +103,21 @@ def test_new_tokens_begin_at_the_mean_and_leave_frozen_rows_alone(mode, tmp_path
         assert all(np.array_equal(before[name], after[name]) for name in others)
 
 
+def test_one_of_two_tables_cannot_be_trained_in_full_beside_new_tokens(tmp_path):
+    folder = hf_folders.save(tmp_path / "base", "llama", vocab_size=259)
+    write_byte_tokenizer(folder)
+    model = {"path": str(folder), "add_tokens": ADDED, "lora": {"modules_to_save": ["embed_tokens"]}}
+    config = parse_config(tree_of(tmp_path, "run", model, [{"text": "hello"}]), "test")
+    with pytest.raises(ValueError, match="new tokens need rows in both tables: name lm_head too"):
+        declare(config.model, make_mesh(config.mesh), config.mesh.preset)
+
+
 def test_tokens_that_cannot_be_added_are_named(tmp_path):
     folder = hf_folders.save(tmp_path / "base", vocab_size=259)
     write_byte_tokenizer(folder)
     known = {"path": str(folder), "add_tokens": {"names": ["<|im_start|>"], "alone": True}}
     config = parse_config(tree_of(tmp_path, "run", known, [{"input_ids": [1, 2]}]), "test")
-    with pytest.raises(ValueError, match="has all of these tokens already"):
+    with pytest.raises(ValueError, match="already has all of these tokens"):
         declare(config.model, make_mesh(config.mesh), config.mesh.preset)
 
 

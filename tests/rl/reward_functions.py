@@ -1,4 +1,4 @@
-"""Reward functions that behave and that do not, for the tests of the pool. Imported by its worker processes."""
+"""Correct and faulty reward functions for the tests of the pool, imported by its worker processes."""
 
 import asyncio
 import math
@@ -18,6 +18,12 @@ async def length_later(completions, **_):
 
 def only_even(completions, **_):
     return [1.0 if len(text) % 2 == 0 else None for text in completions]
+
+
+def logs(completions, trainer_state, log_metric, log_extra, **_):
+    log_metric("mean_length", sum(map(len, completions)) / len(completions))
+    log_extra("upper", [text.upper() for text in completions])
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
 
 
 def raises(completions, **_):
@@ -68,7 +74,7 @@ def columns_seen(completion_ids, answer, **_):
 
 
 def kinds(prompts, completions, **_):
-    """1 for a string asked by a string, 2 for messages asked by messages."""
+    """1 for a string completion of a string prompt, 2 for messages."""
     talks = [
         (isinstance(p, str), isinstance(c, str) or c[0]["role"]) for p, c in zip(prompts, completions, strict=True)
     ]

@@ -6,7 +6,7 @@ from trajectories import trajectory
 
 from jaxtrain.rl.advantages import group_normalised
 from jaxtrain.rl.algorithms import ALGORITHMS, Algorithm
-from jaxtrain.rl.collect import Collector, Limits, check_generations, rollout_metrics
+from jaxtrain.rl.collect import Collector, LengthLimits, check_generations, rollout_metrics
 from jaxtrain.rl.failures import MAX_LOST_STEPS
 from jaxtrain.rl.rollouts import Prompt
 
@@ -24,7 +24,7 @@ class Prompts:
 
 
 class FakeSampler:
-    """Group `n` has as many right answers as `rights(n)` says."""
+    """Group `n` has `rights(n)` correct answers."""
 
     def __init__(self, rights, **changes):
         self.rights, self.changes, self.calls = rights, changes, []
@@ -49,19 +49,19 @@ def collect(rights, prompts=None, *, changes=None, **algorithm):
         Algorithm(group_normalised, **algorithm),
         prompts=4,
         samples=4,
-        limits=Limits(10),
+        limits=LengthLimits(10),
     )
     return made(), sampler
 
 
-def test_groups_that_teach_nothing_are_replaced_by_as_many_others():
+def test_groups_with_equal_rewards_are_replaced():
     result, sampler = collect(lambda n: (0, 2, 4, 1)[n % 4], max_refills=3)
     assert sampler.calls == [[0, 1, 2, 3], [4, 5], [6], [7]]
     assert [t.prompt.number for t in result.trajectories[::4]] == [1, 3, 5, 7]
     assert result.prompts == 8
 
 
-def test_refills_are_bounded_and_a_step_of_nothing_keeps_its_last_round():
+def test_refills_are_limited_and_a_step_without_groups_keeps_its_last_round():
     result, sampler = collect(lambda n: 4, max_refills=2)
     assert [len(call) for call in sampler.calls] == [4, 4, 4]
     assert len(result.trajectories) == 16
@@ -82,17 +82,17 @@ def test_exhausted_prompts_end_the_run_after_a_smaller_step():
     assert collect(lambda n: 1, prompts)[0] is None
 
 
-def test_overlong_samples_are_punished_and_filtered():
+def test_overlong_samples_are_penalised_and_filtered():
     changes = {"length": 9, "finish_reason": "length"}
     result, _ = collect(lambda n: 2, changes=changes, overlong_cache=0.4, overlong_filter=True)
     first = result.trajectories[0]
     assert first.rewards["overlong"] == pytest.approx(-3 / 4)
     assert first.reward == pytest.approx(1 - 3 / 4)
-    assert not any(t.loss_mask.any() for t in result.trajectories)
+    assert all(t.left_out and t.loss_mask.all() for t in result.trajectories)
 
 
 class Lengths:
-    """A sampler of one prompt whose samples have these lengths, all with one reward."""
+    """A sampler for one prompt whose samples have these lengths and equal rewards."""
 
     def __init__(self, lengths, reward, **changes):
         self.lengths, self.reward, self.changes = lengths, reward, changes
@@ -108,17 +108,17 @@ class Lengths:
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
-def test_dynamic_sampling_compares_rewards_before_the_overlong_punishment(reward):
+def test_dynamic_sampling_compares_rewards_before_the_overlong_penalty(reward):
     sampler = Lengths([10, 30, 44, 46], reward)
-    options = {"prompts": 1, "samples": 4, "limits": Limits(48)}
+    options = {"prompts": 1, "samples": 4, "limits": LengthLimits(48)}
     result = Collector(Prompts().draw, sampler, list, ALGORITHMS["dapo"], **options)()
     assert result.metrics["dynamic_sampling/dropped_groups"] == 4
     assert [round(t.reward - reward, 2) for t in result.trajectories] == [0, 0, -0.6, -0.8]
-    assert not any(t.loss_mask.any() for t in result.trajectories)
+    assert all(t.left_out for t in result.trajectories)
 
 
-def test_conversations_are_punished_by_their_own_limits():
-    """Turns of 20 tokens and 5 of the environment in between; a turn may have 48 tokens, a conversation four turns."""
+def test_conversations_have_overlong_penalties_by_their_limits():
+    """Turns of 20 tokens, with 5 of the environment in between. Limits: 48 tokens per turn, four turns."""
     masks = [np.tile([True] * 20 + [False] * 5, turns)[:-5] for turns in (1, 2, 3, 4)]
 
     def punished(limits):
@@ -135,10 +135,15 @@ def test_conversations_are_punished_by_their_own_limits():
         made = Collector(Prompts().draw, Turns(), list, algorithm, prompts=1, samples=4, limits=limits)
         return [t.rewards["overlong"] for t in made().trajectories]
 
-    assert punished(Limits(4 * 48, 200)) == [0, 0, 0, 0]
-    assert punished(Limits(4 * 48, 103)) == [0, 0, 0, pytest.approx(-15 / 20)]  # 95 of 100 tokens after the prompt
-    assert punished(Limits(4 * 20, 200)) == [0, 0, 0, -1]  # the model's own tokens in all turns
-    assert punished(Limits(48)) == [0, pytest.approx(-0.2), -1, -1]  # what the limit of one turn would do
+    assert punished(LengthLimits(4 * 48, 200)) == [0, 0, 0, 0]
+    assert punished(LengthLimits(4 * 48, 103)) == [
+        0,
+        0,
+        0,
+        pytest.approx(-15 / 20),
+    ]  # 95 of 100 after the prompt
+    assert punished(LengthLimits(4 * 20, 200)) == [0, 0, 0, -1]  # the model's own tokens in all turns
+    assert punished(LengthLimits(48)) == [0, pytest.approx(-0.2), -1, -1]  # what the limit of one turn would do
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
@@ -147,11 +152,12 @@ def test_a_reward_that_is_not_finite_is_lost_and_never_reaches_the_advantages(va
         def __call__(self, trajectories):
             return [t._replace(reward=value if t.sample == 0 else float(t.sample)) for t in trajectories]
 
-    options = {"prompts": 2, "samples": 4, "limits": Limits(10)}
+    options = {"prompts": 2, "samples": 4, "limits": LengthLimits(10)}
     sampler = FakeSampler(lambda n: 2)
     result = Collector(Prompts().draw, sampler, Scorer(), Algorithm(group_normalised), **options)()
     lost = [t for t in result.trajectories if t.sample == 0]
-    assert all(np.isnan(t.reward) and not t.loss_mask.any() and t.info["lost_reward"] for t in lost)
+    assert all(np.isnan(t.reward) and t.left_out and t.info["lost_reward"] for t in lost)
+    assert not any(t.left_out for t in result.trajectories if t.sample)
     assert result.metrics["rewards/lost_fraction"] == 0.25 and result.metrics["reward"] == 2
 
 
@@ -161,7 +167,7 @@ def test_rollouts_whose_rewards_are_all_lost_end_the_run():
             info = {"lost_reward": "mine: KeyError: 'answer'"}
             return [t._replace(reward=np.nan, info=info) for t in trajectories]
 
-    options = {"prompts": 2, "samples": 4, "limits": Limits(10)}
+    options = {"prompts": 2, "samples": 4, "limits": LengthLimits(10)}
     made = Collector(Prompts().draw, FakeSampler(lambda n: 2), Loses(), Algorithm(group_normalised), **options)
     for _ in range(MAX_LOST_STEPS - 1):
         metrics = made().metrics
@@ -173,16 +179,16 @@ def test_rollouts_whose_rewards_are_all_lost_end_the_run():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_single_sample_of_a_prompt_is_refused_where_advantages_need_others(name):
     check_generations(ALGORITHMS[name], 2)
-    if name in ("reinforce++", "ppo"):
+    if name in ("reinforce++", "ppo", "gkd"):
         check_generations(ALGORITHMS[name], 1)
-        with pytest.raises(ValueError, match=r"rl\.max_refills=1"):
+        with pytest.raises(ValueError, match=r"rl\.algorithm\.max_refills=1"):
             check_generations(replace(ALGORITHMS[name], max_refills=1), 1)
     else:
         with pytest.raises(ValueError, match=r"rl\.generations=1: advantages are relative"):
             check_generations(ALGORITHMS[name], 1)
 
 
-def test_exhausted_prompts_are_said_once(caplog):
+def test_exhausted_prompts_are_reported_once(caplog):
     prompts = Prompts(last=6)
     made = Collector(
         prompts.draw,
@@ -191,7 +197,7 @@ def test_exhausted_prompts_are_said_once(caplog):
         Algorithm(group_normalised),
         prompts=4,
         samples=4,
-        limits=Limits(10),
+        limits=LengthLimits(10),
     )
     made()
     assert not caplog.records
@@ -200,7 +206,7 @@ def test_exhausted_prompts_are_said_once(caplog):
 
 
 def test_metrics_are_trls():
-    """Against its definitions: reward_std is the mean over the groups of their unbiased std."""
+    """reward_std is the unbiased std of all rewards; frac_reward_zero_std counts samples."""
     rewards = [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, float("nan"), 1.0]]
     trajectories = [
         trajectory(length=3 + i + j, number=i, sample=j, reward=r, finish_reason="length" if j == 2 else "stop")
@@ -210,8 +216,10 @@ def test_metrics_are_trls():
     metrics = rollout_metrics(trajectories)
     known = [r for group in rewards for r in group if not np.isnan(r)]
     assert metrics["reward"] == pytest.approx(np.mean(known))
-    assert metrics["reward_std"] == pytest.approx(np.mean([np.std([1, 0, 0], ddof=1), 0, np.std([0, 1], ddof=1)]))
-    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert metrics["reward_std"] == pytest.approx(np.std(known, ddof=1))
+    assert metrics["frac_reward_zero_std"] == pytest.approx(3 / 9)
+    alone = [trajectory(sample=0, reward=1.0), trajectory(sample=1, reward=np.nan)]  # a std needs two
+    assert rollout_metrics(alone)["frac_reward_zero_std"] == 0
     assert metrics["rewards/right/mean"] == pytest.approx(np.mean(known))
     assert metrics["completions/max_length"] == 7 and metrics["completions/max_terminated_length"] == 6
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 3)

@@ -1,4 +1,4 @@
-"""Conversations with a scripted model: the test says what it writes and where it stops."""
+"""Conversations with a scripted model."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "47 * 38
 
 
 class Script:
-    """An engine whose n-th turn of every conversation is the n-th line; ids may be any that decode to it."""
+    """An engine whose n-th turn in every conversation is the n-th line, in any ids that decode to it."""
 
     def __init__(self, tok, lines, end="<|im_end|>", finish="stop"):
         self.tok, self.lines, self.end, self.finish, self.requests = tok, lines, end, finish, []
@@ -46,7 +46,7 @@ def run(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, ma
 
 
 def pieces(tok, trajectory):
-    """The completion as (text, whether it is the model's), run by run."""
+    """The completion as runs of (text, whether the model sampled it)."""
     runs = []
     for token, own in zip(trajectory.completion_ids.tolist(), trajectory.loss_mask.tolist(), strict=True):
         if not runs or runs[-1][1] != own:
@@ -98,7 +98,7 @@ def test_rewards_lie_on_the_last_token_of_their_turn():
     assert ends[-1] == len(trajectory.completion_ids) - 1
 
 
-def test_conversations_go_on_side_by_side_and_end_on_their_own():
+def test_conversations_run_in_parallel_and_end_independently():
     tok = tokenizer(CHATML)
     script = Script(tok, ["8", "12", "10", "11"])
     rows = [{"secret": secret} for secret in (8, 10, 11, 15)]
@@ -111,7 +111,7 @@ def test_conversations_go_on_side_by_side_and_end_on_their_own():
     assert seeds == [0, 1, 10, 11, 20, 21, 30, 31]
 
 
-def test_a_turn_that_did_not_end_with_the_templates_token_is_ended_by_the_template():
+def test_the_template_ends_a_turn_without_its_end_token():
     tok = tokenizer(CHATML)
     ((trajectory,),) = run(Script(tok, ["1", "1", "1"], end="</s>"), NumberReversal, [{"number": 12}])
     assert pieces(tok, trajectory)[:2] == [
@@ -120,7 +120,7 @@ def test_a_turn_that_did_not_end_with_the_templates_token_is_ended_by_the_templa
     ]
 
 
-def test_limits_end_a_conversation_in_time():
+def test_limits_end_a_conversation():
     tok = tokenizer(CHATML)
     rows = [{"number": 12}]
     ((whole,),) = run(Script(tok, ["1", "1", "1"]), NumberReversal, rows)
@@ -151,7 +151,7 @@ class Breaks:
         return Reply([{"role": "user", "content": "More."}] if text == "first" else (), reward=1.0)
 
 
-def test_an_environment_that_raises_costs_its_sample_and_no_other():
+def test_a_raising_environment_loses_only_its_sample():
     tok = tokenizer(CHATML)
     rows = [{"when": when} for when in ("reset", "never", "step")]
     (at_reset,), (well,), (at_step,) = run(Script(tok, ["first", "second"]), Breaks, rows)
@@ -181,7 +181,7 @@ class Hangs:
         return Reply([{"role": "user", "content": "More."}] if text == "first" else (), reward=1.0)
 
 
-def test_an_environment_that_hangs_costs_its_sample_and_no_other():
+def test_a_hanging_environment_loses_only_its_sample():
     tok = tokenizer(CHATML)
     rows = [{"when": when} for when in ("reset", "never", "step")]
     (at_reset,), (well,), (at_step,) = run(Script(tok, ["first", "second"]), Hangs, rows, seconds=1.0)
@@ -193,7 +193,7 @@ def test_an_environment_that_hangs_costs_its_sample_and_no_other():
     assert well.rewards == {"environment": 2.0} and well.info["turns"] == 2 and "error" not in well.info
 
 
-def test_what_the_template_has_no_place_for_is_an_error_of_the_run():
+def test_messages_that_the_template_cannot_render_end_the_run():
     template = CHATML.replace(
         "{% for", "{% if messages[2] is defined %}{{ raise_exception('two turns') }}{% endif %}{% for", 1
     )
@@ -202,7 +202,7 @@ def test_what_the_template_has_no_place_for_is_an_error_of_the_run():
 
 
 class Awaited:
-    """All of it coroutines, and a client of one event loop that is used in every call."""
+    """An environment of coroutines, with a client that is bound to one event loop and used in every call."""
 
     async def reset(self, row):
         self.loop = asyncio.get_running_loop()
@@ -226,7 +226,7 @@ def test_coroutines_are_awaited():
 
 
 class BadShape:
-    """One turn that is answered well; in the other something of the wrong shape comes back."""
+    """The first turn gets a valid reply, the second an invalid value."""
 
     def reset(self, row):
         self.reply = row.get("reply", Reply(reward=1.0))
@@ -236,7 +236,7 @@ class BadShape:
         return self.reply
 
 
-def test_a_wrong_shape_costs_its_sample_and_no_other():
+def test_an_invalid_value_loses_only_its_sample():
     tok = tokenizer(CHATML)
     rows = [{}, {"reply": None}, {"reply": Reply([{"role": "user", "content": "a\udc00"}])}, {"opening": None}, {}]
     rows.insert(4, {"reply": Reply([{"role": "user", "content": [5]}])})
@@ -248,7 +248,7 @@ def test_a_wrong_shape_costs_its_sample_and_no_other():
     assert [np.isnan(group[0].rewards["environment"]) for group in groups] == [False, True, True, True, True, False]
 
 
-def test_an_exception_without_a_readable_message_costs_its_sample():
+def test_an_exception_without_a_readable_message_loses_its_sample():
     class Unreadable(Exception):
         def __str__(self):
             raise RuntimeError("no message")
@@ -261,7 +261,7 @@ def test_an_exception_without_a_readable_message_costs_its_sample():
     assert trajectory.info["error"] == "Unreadable: (its message cannot be read: RuntimeError)"
 
 
-def test_tools_that_the_template_never_writes_are_refused_by_name():
+def test_a_template_without_tools_is_refused():
     with pytest.raises(ValueError, match=r"never writes the schemas of tools.* not see calculator"):
         run(Script(tokenizer(CHATML), ["1"]), calculator_tools, [{"prompt": "What is 47 * 38?"}])
 

@@ -1,4 +1,4 @@
-"""Calls that return, raise and hang, side by side."""
+"""Concurrent calls that return, raise and hang."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from jaxtrain.train.preemption import Interrupted
 
 @pytest.fixture
 def over():
-    """Ends what hangs, when the test has."""
+    """Releases hanging calls at the end of the test."""
     event = threading.Event()
     yield event
     event.set()
@@ -23,7 +23,7 @@ def fail():
     raise SystemExit("no further")
 
 
-def test_answers_stand_in_order_beside_what_was_raised_or_late(over):
+def test_results_exceptions_and_timeouts_are_in_order(over):
     calls = [partial(int, "7"), fail, over.wait, partial(str, 3)]
     seven, raised, late, three = call_all(calls, 2)
     assert (seven, three) == (7, "3")
@@ -45,7 +45,7 @@ def test_an_interruption_ends_the_wait(over):
     assert time.monotonic() - start < 10
 
 
-def test_when_many_hang_the_others_are_not_tried(over):
+def test_when_many_calls_hang_the_others_are_not_started(over):
     tried = []
 
     def hang(index):
@@ -54,7 +54,7 @@ def test_when_many_hang_the_others_are_not_tried(over):
 
     answers = call_all([partial(hang, index) for index in range(400)], 0.1)
     assert all(isinstance(answer, TimeoutError) for answer in answers)
-    assert "not tried" in str(answers[-1])
+    assert "not started" in str(answers[-1])
     assert len(tried) < 200
 
 
@@ -72,7 +72,7 @@ async def divide():
     return 1 / 0
 
 
-def test_a_coroutine_that_blocks_its_loop_does_not_hold_the_others(over):
+def test_a_coroutine_that_blocks_its_loop_does_not_block_the_others(over):
     async def block():
         over.wait()
 

@@ -29,7 +29,7 @@ SAY = [{"role": "user", "content": "say"}]
         (Reply([{"role": "user", "content": "x", "tool_calls": 5}]), "tool_calls must be a list of mappings, not 5"),
     ],
 )
-def test_a_reply_of_the_wrong_shape_is_named(reply, expected):
+def test_an_invalid_reply_is_refused(reply, expected):
     with pytest.raises(ValueError, match=expected):
         checked_reply(reply)
 
@@ -46,12 +46,12 @@ def test_a_reward_is_any_number(reward):
         (None, "reset must return an Opening, not NoneType"),
         (SAY, "reset must return an Opening, not list"),
         (Opening([{"content": "x"}]), "must be a mapping with a role"),
-        (Opening([]), "Opening.messages is empty"),
+        (Opening([]), "Opening.messages must not be empty"),
         (Opening(SAY, ["calculator"]), "Opening.tools must be a list of JSON schemas"),
         (Opening(SAY, [{"name": "a\udc00"}]), r"Opening.tools\[0\]: the text is not valid Unicode"),
     ],
 )
-def test_an_opening_of_the_wrong_shape_is_named(opening, expected):
+def test_an_invalid_opening_is_refused(opening, expected):
     with pytest.raises(ValueError, match=expected):
         checked_opening(opening)
     assert checked_opening(Opening(SAY)) == Opening(SAY)
@@ -70,7 +70,7 @@ def test_number_reversal_gives_three_tries():
     assert game.step("4322").reward == 0.75 and game.step("1").messages and not game.step("").messages
 
 
-def test_the_guessing_game_halves_what_a_right_guess_is_worth():
+def test_the_guessing_game_halves_the_reward_of_a_correct_guess():
     game = GuessingGame(largest=30)
     assert "from 1 to 30" in game.reset({"secret": 12}).messages[0]["content"]
     assert game.step("9").messages[0]["content"] == "Higher."

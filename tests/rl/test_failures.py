@@ -26,14 +26,14 @@ def test_rollouts_in_a_row_without_a_reward_end_the_run_with_the_reason(caplog):
     rollout = [lost(0, 0), lost(0, 1), lost(1, 0, "judge: timeout: took too long")]
     for number in range(1, MAX_LOST_STEPS):
         assert guard.check(rollout)
-        assert f"{number} of {MAX_LOST_STEPS} in a row" in caplog.text
+        assert f"{number} of the {MAX_LOST_STEPS} in a row" in caplog.text
     with pytest.raises(
-        ValueError, match=rf"{MAX_LOST_STEPS} rollouts .* mine: KeyError: 'answer' \(2 samples\); judge"
+        ValueError, match=rf"{MAX_LOST_STEPS} consecutive rollouts .* mine: KeyError: 'answer' \(2 samples\); judge"
     ):
         guard.check(rollout)
 
 
-def test_a_reward_in_between_starts_the_count_again():
+def test_a_usable_reward_resets_the_count():
     guard = LostRewardGuard(samples_needed=1)
     for _ in range(3):
         for _ in range(MAX_LOST_STEPS - 1):
@@ -41,7 +41,7 @@ def test_a_reward_in_between_starts_the_count_again():
         assert not guard.check([lost(0, 0), trajectory(number=0, sample=1, reward=0.0)])
 
 
-def test_one_reward_of_a_group_is_none_where_advantages_are_relative_to_the_group():
+def test_a_single_reward_in_a_group_is_not_usable_for_relative_advantages():
     rollout = [lost(0, 0), trajectory(number=0, sample=1, reward=1.0)]
     assert LostRewardGuard(samples_needed=2).check(rollout)
     assert not LostRewardGuard(samples_needed=1).check(rollout)

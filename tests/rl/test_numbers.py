@@ -21,7 +21,7 @@ from jaxtrain.rl.numbers import final_number
         ("", None),
     ],
 )
-def test_which_number_is_final(text, number):
+def test_the_final_number(text, number):
     assert final_number(text) == number
 
 

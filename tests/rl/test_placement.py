@@ -1,4 +1,4 @@
-"""The same samples and the same weights, wherever sampling happens."""
+"""All placements give the same samples and weights."""
 
 from dataclasses import replace
 
@@ -9,11 +9,11 @@ import pytest
 import tiny
 from samplers import COLOCATED, DISJOINT, PROMPTS, meshes, place, same, trained
 
-from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.lora import merge_adapters
 from jaxtrain.rl.placement import trainer_devices
 from jaxtrain.rl.sync import WeightSync, from_host, rollout_model, to_host
-from jaxtrain.sample.placement import cast_matrices
+from jaxtrain.sample.capacity import cast_matrices
 
 
 def test_disjoint_meshes_share_no_device_and_sample_what_one_mesh_does():
@@ -37,7 +37,7 @@ def test_disjoint_meshes_share_no_device_and_sample_what_one_mesh_does():
     assert disjoint.metrics()["sync/seconds"] > 0
 
 
-def test_weights_arrive_merged_cast_and_on_the_devices_that_sample():
+def test_weights_are_merged_cast_and_placed_on_the_sampling_devices():
     mesh, sampling = meshes(DISJOINT)
     assert sampling is not None and not set(mesh.devices.flat) & set(sampling.devices.flat)
     model, params = trained(mesh, tiny.LORA)
@@ -58,7 +58,7 @@ def test_weights_arrive_merged_cast_and_on_the_devices_that_sample():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted))
 
 
-def test_the_trainer_may_give_its_weights_away_once_they_are_synced():
+def test_the_trainer_may_donate_its_weights_after_the_sync():
     sampler, _, params = place(COLOCATED)
     sampler.set_params(params, 1)
     jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(params)
@@ -66,7 +66,7 @@ def test_the_trainer_may_give_its_weights_away_once_they_are_synced():
     assert sampler.sample(PROMPTS[:1], 1)[0][0].versions[0] == 1
 
 
-def test_a_placement_that_cannot_be_is_an_error():
+def test_an_impossible_placement_is_an_error():
     with pytest.raises(ValueError, match="rollout_devices=8 of 8 devices leaves none"):
         trainer_devices(PlacementSection(kind="disjoint", rollout_devices=8))
     with pytest.raises(ValueError, match="staleness=1 samples beside the training"):

@@ -1,4 +1,4 @@
-"""Workers in other processes; skipped where Ray is not installed."""
+"""Workers in other processes; skipped without Ray."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ import pytest
 import ray_start
 from samplers import COLOCATED, PROMPTS, place, same, trained
 
-from jaxtrain.config.rollouts import PlacementSection
+from jaxtrain.config.rl_parts import PlacementSection
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +24,7 @@ def sampler(tmp_path_factory):
     made.close()
 
 
-def test_workers_sample_what_one_process_does_and_a_killed_one_costs_nothing(sampler, caplog):
+def test_workers_sample_the_same_as_one_process_even_if_one_is_killed(sampler, caplog):
     colocated, model, _ = place(COLOCATED)
     expected = colocated.sample(PROMPTS, 3)
     same(sampler.sample(PROMPTS, 3), expected)

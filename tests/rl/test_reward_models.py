@@ -4,7 +4,7 @@ import tiny
 from trajectories import trajectory
 
 from jaxtrain.config import ModelSection
-from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.config.rl_parts import RewardSection
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.reward_models import RewardModel

@@ -1,3 +1,5 @@
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -5,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.config.rl_parts import RewardSection
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.train.preemption import Interrupted
 
@@ -41,7 +43,16 @@ def test_parts_are_what_the_functions_say():
     assert not scores.failures and not scores.reasons
 
 
-def test_every_kind_of_failure_costs_its_sample_and_no_other():
+def test_workers_survive_the_signals_that_slurm_sends_to_every_process_of_a_job():
+    with RewardPool([section("length")]) as pool:
+        score(pool)
+        for worker in pool._workers:
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(worker._process.pid, number)
+        assert not score(pool).failures
+
+
+def test_every_kind_of_failure_loses_only_its_sample():
     with RewardPool([section(name, seconds=0.4) for name in BAD]) as pool:
         for _ in range(2):  # replaced workers work
             scores = score(pool)
@@ -52,7 +63,7 @@ def test_every_kind_of_failure_costs_its_sample_and_no_other():
         assert not score(pool, ["a", "b"]).reasons
 
 
-def test_a_function_that_always_hangs_holds_a_step_for_a_few_limits_only():
+def test_a_function_that_always_hangs_delays_a_step_by_a_few_limits_only():
     with RewardPool([section("hangs_always", seconds=0.1), section("length")]) as pool:
         start = time.monotonic()
         scores = score(pool, ["x"] * 200)
@@ -79,8 +90,8 @@ def test_an_interruption_ends_the_scoring_and_the_processes():
         (f"{HERE}:lenght", "did you mean length?"),
         (f"{HERE.with_name('reward_function.py')}:length", "did you mean .*reward_functions.py"),
         ("exact_anser", "did you mean exact_answer?"),
-        ("no.such.module:f", "rl.rewards: there is no module no.such.module"),
-        ("jaxtrain.rl.nothing:f", "there is no module jaxtrain.rl.nothing"),
+        ("no.such.module:f", "rl.rewards: module no.such.module was not found"),
+        ("jaxtrain.rl.nothing:f", "module jaxtrain.rl.nothing was not found"),
     ],
 )
 def test_a_wrong_name_is_an_error_at_once(function, message):
@@ -88,7 +99,7 @@ def test_a_wrong_name_is_an_error_at_once(function, message):
         RewardPool([RewardSection(function=function)], workers=1)
 
 
-def test_a_function_that_is_given_runs_in_this_process_and_a_failure_costs_its_sample():
+def test_a_function_object_runs_in_this_process_and_a_failure_loses_its_sample():
     here = threading.current_thread().name
     seen = []
 

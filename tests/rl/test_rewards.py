@@ -29,7 +29,7 @@ def test_exact_answer_takes_strings_and_messages():
         ("Paris", "Paris", None),
     ],
 )
-def test_exact_answer_reads_the_spellings_of_a_number(completion, answer, reward):
+def test_exact_answer_reads_all_notations_of_a_number(completion, answer, reward):
     assert exact_answer([completion], answer=[answer]) == [reward]
 
 
@@ -44,7 +44,7 @@ def test_penalties_grow_with_length_and_repetition():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed")
-def test_math_equal_knows_equal_mathematics():
+def test_math_equal_accepts_equivalent_answers():
     completions = [r"so $\frac{1}{2}$", "0.5", r"\boxed{x^2+2x+1}", "it is 3", said("$2$")]
     answers = ["1/2", "1/2", "$(x+1)^2$", "4", "#### 2"]
     assert math_equal(completions, answer=answers) == [1, 1, 1, 0, 1]

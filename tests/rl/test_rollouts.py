@@ -42,7 +42,7 @@ def test_supports_of_several_widths_are_filled_up():
 
 
 @pytest.mark.parametrize("multiple", [1, 3, 8])
-def test_numbers_of_rows_are_few_and_waste_little(multiple):
+def test_numbers_of_rows_have_few_sizes_and_little_padding(multiple):
     needed = {}
     for count in range(1, 129):
         trajectories = [trajectory(1, 7, sample=i) for i in range(count)]
@@ -75,7 +75,7 @@ def test_a_trajectory_that_does_not_fit_is_an_error():
 
 
 def test_a_full_support_is_counted():
-    """Of the model's own tokens that were filtered: there the filters may have kept more than the support holds."""
+    """Counts filtered tokens of the model where the filters may have kept more tokens than the support holds."""
     assert support_metrics([trajectory()]) == {}
     t = trajectory(length=4, loss_mask=np.array([1, 1, 0, 1], bool))
     t = t._replace(supports=np.array([[1, 2], [3, -1], [-1, -1], [4, 5]], np.int32))

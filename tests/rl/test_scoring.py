@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 from trajectories import trajectory
 
-from jaxtrain.config.rollouts import RewardSection
+from jaxtrain.config.rl_parts import RewardSection
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.scoring import RewardScorer, conversation_metrics
 
@@ -30,7 +30,7 @@ def test_the_reward_is_the_weighted_sum_of_the_parts_that_apply():
     assert metrics == {"rewards/lost": 0.0} and scored[0].timings["reward"] > 0
 
 
-def test_a_sample_is_lost_to_a_failure_an_error_or_where_nothing_applies():
+def test_a_reward_is_lost_by_a_failure_an_error_or_if_no_part_applies():
     trajectories = [sample("bad"), sample("bb"), sample("ccc"), sample("dd", info={"error": "it broke"})]
     scored, metrics = score(trajectories, ("only_even", 1.0), ("not_a_number", 0.0))
     assert [math.isnan(t.reward) for t in scored] == [True, False, False, True]
@@ -39,7 +39,7 @@ def test_a_sample_is_lost_to_a_failure_an_error_or_where_nothing_applies():
     assert math.isnan(scored[0].reward) and metrics == {"rewards/lost": 1.0}
 
 
-def test_lost_samples_say_why_and_a_kind_is_logged_once_with_its_count(caplog):
+def test_lost_samples_have_a_reason_and_each_kind_is_logged_once_with_its_count(caplog):
     sections = [RewardSection(function=f"{HERE}:{name}") for name in ("raises_always", "returns_none")]
     trajectories = [sample("a"), sample("b"), sample("c", info={"error": "KeyError: 'number'", "turns": 1})]
     with RewardPool(sections[:1], workers=1) as pool:
@@ -74,7 +74,7 @@ def test_an_environments_part_is_weighted_like_any_other():
     assert [t.reward for t in score([played])[0]] == [3.0]
 
 
-def test_functions_get_messages_for_conversations_own_ids_and_the_rows_columns():
+def test_functions_get_messages_token_ids_and_columns():
     mask = np.array([True, False, True, True])
     one = sample("bb", {"answer": 5}, loss_mask=mask)
     ((scored,), _) = score([one], ("columns_seen", 1.0))
@@ -96,3 +96,17 @@ def test_metrics_of_conversations():
         "tools/failure_frequency": 3 / 7,
     }
     assert conversation_metrics([sample("")]) == {}
+
+
+def test_what_functions_log_is_a_metric_by_its_name_and_extra_of_the_sample():
+    versions = np.full(4, 5, np.int32)
+    texts = ["a", "bb", "ccc"]
+    sections = [RewardSection(function=f"{HERE}:{name}") for name in ("logs", "length")]
+    with RewardPool(sections, workers=2) as pool:
+        scorer = RewardScorer(sections, pool, max_steps=10)
+        scored = scorer([sample(text, versions=versions) for text in texts])
+        metrics = scorer.metrics()
+        assert scorer.metrics() == {"rewards/lost": 0.0}  # of the samples since the last call
+    assert metrics == {"mean_length": 2.0, "rewards/lost": 0.0}  # over samples, however calls divide them
+    assert [t.rewards["logs"] for t in scored] == [0.5] * 3
+    assert [t.info["extra"] for t in scored] == [{"logs/upper": text.upper()} for text in texts]

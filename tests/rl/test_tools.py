@@ -1,7 +1,11 @@
 import asyncio
 
+import numpy as np
 import pytest
+from chat_templates import QWEN25, tokenizer
 
+from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.data.formats import Encoder
 from jaxtrain.rl.environments import checked_opening, checked_reply
 from jaxtrain.rl.tools import ToolCall, Tools, calculator, calculator_tools, tool_calls
 
@@ -41,7 +45,7 @@ def test_a_turn_with_calls_is_answered_and_one_without_ends():
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ('{"name": "calculater", "arguments": {}}', "no tool 'calculater', only calculator"),
+        ('{"name": "calculater", "arguments": {}}', "unknown tool 'calculater'; available tools: calculator"),
         ('{"name": "calculator", "arguments": {"expr": "1"}}', "missing a required argument: 'expression'"),
         ('{"name": "calculator", "arguments": {"expression": "1 / 0"}}', "division by zero"),
         ('{"name": "calculator", "arguments": {"expression": "1 +"}}', "invalid syntax"),
@@ -49,7 +53,7 @@ def test_a_turn_with_calls_is_answered_and_one_without_ends():
         ('{"name": "calculator", "arguments": {"expression": "9 ** 9 ** 9"}}', "too large"),
     ],
 )
-def test_a_call_that_fails_is_answered_with_why_and_counted(body, said):
+def test_a_failing_call_returns_the_error_and_is_counted(body, said):
     reply = calculator_tools().step(call(body))
     assert said in reply.messages[0]["content"] and reply.messages[0]["content"].startswith("error: ")
     assert (reply.calls, reply.failures) == (1, 1)
@@ -60,7 +64,7 @@ def test_the_calculator_calculates():
     assert calculator("2 ** 10 // 7 % 5") == 1
 
 
-def test_several_functions_are_told_apart():
+def test_several_functions_are_distinguished():
     def twice(text: str) -> str:
         """
         Say it twice.
@@ -74,15 +78,15 @@ def test_several_functions_are_told_apart():
     assert [message["content"] for message in reply.messages] == ["1786", "abab"]
 
 
-def test_whatever_a_model_writes_is_answered_and_costs_no_sample():
-    """Errors that are neither JSONDecodeError nor ValueError: each of these lost the sample."""
+def test_any_model_text_gets_a_response_and_loses_no_sample():
+    """Includes errors other than JSONDecodeError and ValueError."""
     bodies = {
         "[" * 100_000: "not valid JSON",
         '{"name": "calculator", "arguments": {"expression": ' + "9" * 5000 + "}}": "not valid JSON",
         '{"name": "calculator", "arguments": {"expression": 5}}': "no attribute 'strip'",
         '{"name": "calculator", "arguments": {"expression": "' + "-" * 100_000 + '1"}}': "nested too deeply",
         '{"name": "calculator", "arguments": {"expression": "' + "(" * 5000 + '1"}}': "too many nested parentheses",
-        '{"name": "\\udc00", "arguments": {}}': "there is no tool '\\udc00'",
+        '{"name": "\\udc00", "arguments": {}}': "unknown tool '\\udc00'",
     }
     for body, expected in bodies.items():
         reply = checked_reply(calculator_tools().step(call(body)))
@@ -113,8 +117,8 @@ def test_async_tools_are_awaited_and_any_exception_is_an_answer():
     assert (reply.calls, reply.failures) == (2, 1)
 
 
-def test_two_tools_of_one_name_are_an_error():
-    with pytest.raises(ValueError, match="two tools have one name: calculator, calculator"):
+def test_tools_must_have_unique_names():
+    with pytest.raises(ValueError, match="tools must have unique names: calculator, calculator"):
         Tools(calculator, calculator)
 
 
@@ -126,6 +130,9 @@ def test_a_prompt_in_parts_and_arguments_as_json_are_read_as_in_training():
         {"role": "assistant", "content": "", "tool_calls": called},
         {"role": "tool", "name": "calculator", "content": "2"},
     ]
-    question, answer, _ = checked_opening(calculator_tools().reset({"prompt": prompt})).messages
-    assert question["content"] == "What is 1 + 1?"
-    assert answer["tool_calls"][0]["function"]["arguments"] == {"expression": "1 + 1"}
+    messages = list(checked_opening(calculator_tools().reset({"prompt": prompt})).messages)
+    assert messages[0]["content"] == "What is 1 + 1?"
+    tok = tokenizer(QWEN25)
+    ids = ChatTokenizer(tok).prompt(messages)
+    np.testing.assert_array_equal(ids, Encoder(tok).question({"prompt": prompt})[0])
+    assert '{"name": "calculator", "arguments": {"expression": "1 + 1"}}' in tok.decode(ids)

@@ -30,7 +30,7 @@ def equal(one, other):
             np.testing.assert_equal(a, b, name)
 
 
-def test_samples_come_back_to_the_bit(tmp_path):
+def test_samples_are_read_back_bit_for_bit(tmp_path):
     written = [
         sample(0, 0),
         sample(0, 1, advantages=np.array([0.1, 1 / 3, -2, 0], np.float32)),
@@ -52,15 +52,15 @@ def test_samples_come_back_to_the_bit(tmp_path):
     assert table.column("rewards").to_pylist()[3][1] == ("form", 1.0)
 
 
-def test_a_step_that_is_taken_again_replaces_its_file(tmp_path):
+def test_a_repeated_step_replaces_its_file(tmp_path):
     write_step(tmp_path, 1, [sample(0, 0), sample(0, 1)])
     write_step(tmp_path, 1, [sample(0, 0)])
     assert len(read_step(tmp_path, 1)) == 1
-    with pytest.raises(ValueError, match="no trajectories of step 2"):
+    with pytest.raises(ValueError, match="has no recorded trajectories of step 2"):
         read_step(tmp_path, 2)
 
 
-def test_a_replay_hands_out_the_recorded_steps_in_order(tmp_path):
+def test_a_replay_returns_the_recorded_steps_in_order(tmp_path):
     steps = {1: [sample(0, 0), sample(0, 1)], 3: [sample(1, index) for index in (1, 0)]}
     for step in (3, 1):
         write_step(tmp_path, step, [t._replace(advantages=np.ones(4, np.float32)) for t in steps[step]])
@@ -71,11 +71,11 @@ def test_a_replay_hands_out_the_recorded_steps_in_order(tmp_path):
             equal(one, other)
         assert collected.prompts == 1 and collected.metrics["reward"] == pytest.approx(0.6)
     assert replay({}, 0) is None
-    with pytest.raises(ValueError, match="nothing to replay"):
+    with pytest.raises(ValueError, match="has no recorded samples to replay"):
         Replay(tmp_path / "empty")
 
 
-def test_the_sample_table_shows_text_as_it_is():
+def test_the_sample_table_shows_text_without_markup():
     out = io.StringIO()
     shown = [
         sample(0, 0, advantages=np.full(4, 0.5, np.float32))._replace(text="[bold]85[/bold]" + "x" * 999),

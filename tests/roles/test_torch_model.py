@@ -1,4 +1,4 @@
-"""A decoder without a family file, run by torchax: packed as alone, gradients as torch's, trained and exported."""
+"""A decoder without a family file in torchax: packed equals separate, gradients equal torch's, training and export."""
 
 import importlib.util
 import json
@@ -93,7 +93,7 @@ def test_it_trains_resumes_and_is_exported(tmp_path):
     ("keys", "message"),
     [({"lora": {"rank": 2}}, r"model\.lora is not available"), ({"head": "scalar"}, r"model\.head is not available")],
 )
-def test_what_is_not_available_is_said(keys, message, tmp_path):
+def test_unsupported_keys_are_refused(keys, message, tmp_path):
     tree = tree_of(tmp_path, path="nowhere", **keys)
     config = parse_config(tree, "test")
     with pytest.raises(ValueError, match=message):

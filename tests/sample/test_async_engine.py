@@ -1,4 +1,4 @@
-"""Coroutines share an engine; those that leave give their slots back."""
+"""Coroutines share an engine; leaving a stream frees its slots."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ import tiny
 
 from jaxtrain.sample.async_engine import AsyncEngine, StoppedError
 from jaxtrain.sample.engine import Engine
-from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
 
 SIZES = {"num_layers": 1, "pattern": tiny.CONFIG.pattern[:1]}
 
@@ -17,7 +17,7 @@ SIZES = {"num_layers": 1, "pattern": tiny.CONFIG.pattern[:1]}
 @pytest.fixture(scope="module")
 def engine():
     model = tiny.model(**SIZES)
-    return Engine(model, tiny.random_params(model), slots=2, max_length=64, steps=4)
+    return Engine(model, tiny.random_params(model), slots=2, max_length=64, limits=EngineLimits(4))
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_every_coroutine_gets_the_chunks_of_its_request(engine):
     serving.close()
 
 
-def test_who_leaves_cancels_and_the_others_go_on(engine, serving, monkeypatch):
+def test_leaving_a_stream_cancels_only_its_request(engine, serving, monkeypatch):
     async def leave():
         async with aclosing(serving.stream(request(0, max_tokens=60, n=40))) as chunks:
             async for _ in chunks:
@@ -83,7 +83,7 @@ def test_who_leaves_cancels_and_the_others_go_on(engine, serving, monkeypatch):
     assert len(finished) < 20  # of the 41
 
 
-def test_a_request_that_cannot_be_served_is_refused_at_once(serving):
+def test_an_invalid_request_is_refused_immediately(serving):
     async def ask():
         return [chunk async for chunk in serving.stream(request(0, max_tokens=100))]
 
@@ -91,7 +91,7 @@ def test_a_request_that_cannot_be_served_is_refused_at_once(serving):
         asyncio.run(ask())
 
 
-def test_closing_tells_who_still_waits(engine):
+def test_close_raises_in_pending_streams(engine):
     serving = AsyncEngine(engine)
 
     async def ask():
@@ -104,7 +104,7 @@ def test_closing_tells_who_still_waits(engine):
 
 
 @pytest.mark.parametrize("where", ["step", "submit"])
-def test_what_ends_the_engine_is_told_to_all_who_wait_or_ask_later(engine, monkeypatch, where):
+def test_an_engine_failure_is_raised_in_pending_and_later_streams(engine, monkeypatch, where):
     def fail(*_):
         raise MemoryError("no room")
 
@@ -125,7 +125,7 @@ def test_what_ends_the_engine_is_told_to_all_who_wait_or_ask_later(engine, monke
     assert len(failures) == 1 and not engine.busy
 
 
-def test_a_submission_that_raises_costs_its_request_alone(engine, serving, monkeypatch):
+def test_an_exception_in_submit_fails_only_its_request(engine, serving, monkeypatch):
     submit = engine.submit
 
     def fail_on_one(asked):
@@ -146,7 +146,7 @@ def test_a_submission_that_raises_costs_its_request_alone(engine, serving, monke
     assert len(first.ids) == len(third.ids) == 9
 
 
-def test_breaking_off_a_stream_leaves_nothing_behind(engine):
+def test_leaving_a_stream_cancels_its_requests(engine):
     for _ in engine.stream([request(0, n=5)]):
         break
     assert not engine.busy

@@ -1,4 +1,4 @@
-"""Rounding in bfloat16: engine and trainer are equally far from float32, and no further from each other."""
+"""bfloat16 rounding: the errors of engine and trainer relative to float32 are equal, and so is their difference."""
 
 import os
 from pathlib import Path
@@ -23,8 +23,8 @@ LENGTH = 128
 
 
 @pytest.mark.skipif(not SMOLLM2, reason="JAXTRAIN_SMOLLM2 does not name a folder of SmolLM2-135M")
-def test_engine_and_trainer_differ_by_the_noise_of_bfloat16_and_no_more(record_property):
-    """Both against float32 with the same (rounded) weights, on what the engine sampled at temperature 1."""
+def test_engine_and_trainer_differ_only_by_bfloat16_noise(record_property):
+    """Compares both with float32 and the same (rounded) weights, on samples of the engine at temperature 1."""
     assert SMOLLM2
     tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
     chats = [[{"role": "user", "content": f"What is {subject}?"}] for subject in SUBJECTS]

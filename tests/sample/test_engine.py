@@ -1,4 +1,6 @@
-"""The engine against the model's own forward pass, and its promises about seeds, slots and refills."""
+"""The engine equals the model's forward pass, and its guarantees about seeds, slots and refills hold."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,10 @@ import tiny
 
 from jaxtrain.nn.config import LayerKind, Rope
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.constraints import Trie
 from jaxtrain.sample.engine import Engine
-from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
 from jaxtrain.sample.samples import Sample
+from jaxtrain.sample.trie import Trie
 from jaxtrain.train.step import score
 from jaxtrain.types import Batch
 
@@ -30,11 +32,11 @@ def model_and_params(request):
 
 @pytest.fixture(scope="module")
 def engine(model_and_params):
-    return Engine(*model_and_params, slots=3, max_length=LENGTH, support=8)
+    return Engine(*model_and_params, slots=3, max_length=LENGTH, limits=EngineLimits(support=8))
 
 
 def forward_scores(model, params, prompt, completion):
-    """Log-probabilities [n] and argmaxes [n] of the trainer's forward pass at the generated places."""
+    """Log-probabilities [n] and argmaxes [n] of the trainer's forward pass at the generated positions."""
     ids = np.array([*prompt, *completion.ids], np.int32)
     row = np.pad(ids, (0, LENGTH - len(ids)))[None]
     segments = (np.arange(LENGTH) < len(ids)).astype(np.int32)[None]
@@ -45,6 +47,7 @@ def forward_scores(model, params, prompt, completion):
 
 
 _score = jax.jit(score, static_argnums=0)
+_hidden = jax.jit(lambda model, params, batch: model.hidden(params, batch), static_argnums=0)
 
 
 def compiled():
@@ -74,7 +77,7 @@ def test_sampled_logps_are_those_of_the_forward_pass(model_and_params, engine):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.8, "temperature": 1.3}], ids=["plain", "filtered"])
-def test_a_seed_decides_the_samples_whatever_else_goes_on(engine, options):
+def test_samples_depend_on_the_seed_and_not_on_other_requests(engine, options):
     request = Request(PROMPTS[2], SamplingParams(12, seed=5, n=2, **options))
     alone = engine.generate([request])[0]
     others = [Request(p, SamplingParams(9, temperature=0.7, top_k=5)) for p in PROMPTS]
@@ -97,13 +100,33 @@ def test_a_sample_ends_with_its_stop_token(engine):
         assert completion.finish_reason == ("stop" if ends else "length")
 
 
+def test_no_stop_token_is_drawn_before_min_tokens(model_and_params, engine):
+    """Its probability goes to the others, which the log-probabilities say."""
+    model, params = model_and_params
+    every = list(range(0, 101, 13))  # of 101 ids, some of which a free sample would end with
+    free = SamplingParams(max_tokens=12, seed=3, n=8, stop_ids=every)
+    (ended,) = engine.generate([Request(PROMPTS[0], free)])
+    assert min(len(completion.ids) for completion in ended) < 6
+    (late,) = engine.generate([Request(PROMPTS[0], replace(free, min_tokens=6))])
+    for completion in late:
+        assert len(completion.ids) > 6 or completion.finish_reason == "length"
+        assert not np.isin(completion.ids[:6], every).any()
+        row = np.pad([*PROMPTS[0], *completion.ids], (0, 20))[None, :20].astype(np.int32)
+        batch = Batch(row, np.arange(20, dtype=np.int32)[None], np.ones_like(row), np.ones(row.shape, np.float32))
+        logits = np.array(model.logits(params, _hidden(model, params, batch)))[0, : len(completion.ids)]
+        logits[:6, every] = -np.inf
+        scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        expected = np.take_along_axis(scores, completion.ids[:, None], -1)[:, 0]
+        np.testing.assert_allclose(completion.logps, expected, atol=1e-4)
+
+
 def test_a_top_k_above_the_support_is_refused(engine):
     with pytest.raises(ValueError, match="top_k=9, and the engine returns supports of up to 8 tokens"):
         engine.submit(Request([1, 2], SamplingParams(max_tokens=2, top_k=9, top_p=0.9)))
 
 
-def test_supports_hold_the_mass_that_logps_are_relative_to(model_and_params, engine):
-    """A filtered sample scored under its own support is its `logps`: what the trainer will do."""
+def test_logps_are_normalised_over_the_supports(model_and_params, engine):
+    """Scoring a filtered sample among its support, as the trainer does, gives its `logps`."""
     params = SamplingParams(12, temperature=0.8, top_k=5, top_p=0.9)
     ((completion,),) = engine.generate([Request(PROMPTS[1], params)])
     model, weights = model_and_params
@@ -116,10 +139,10 @@ def test_supports_hold_the_mass_that_logps_are_relative_to(model_and_params, eng
         assert logp == pytest.approx(row[token] - np.log(np.exp(row[kept]).sum()), abs=1e-4)
 
 
-def test_tokens_are_tagged_with_the_version_that_made_them(model_and_params):
+def test_tokens_are_tagged_with_the_version_that_sampled_them(model_and_params):
     model, params = model_and_params
     other = jax.tree.map(lambda leaf: leaf * 1.1, params)
-    engine = Engine(model, params, slots=3, max_length=LENGTH, steps=4)
+    engine = Engine(model, params, slots=3, max_length=LENGTH, limits=EngineLimits(4))
     engine.submit(Request(PROMPTS[1], SamplingParams(10, temperature=0)))
     chunks = engine.step()
     before = compiled()
@@ -150,13 +173,13 @@ def test_tokens_are_tagged_with_the_version_that_made_them(model_and_params):
         ([0.5], {}, "must be a list of token ids"),
     ],
 )
-def test_a_request_that_can_never_be_served_is_refused(engine, prompt, options, message):
+def test_a_request_that_cannot_be_served_is_refused(engine, prompt, options, message):
     with pytest.raises(ValueError, match=message):
         engine.generate([Request([1]), Request(prompt, SamplingParams(**options))])
     assert not engine.busy
 
 
-def test_a_request_whose_logits_break_fails_and_the_others_finish(model_and_params):
+def test_non_finite_logits_fail_only_their_request(model_and_params):
     # An embedding that is the head too would break everybody's logits.
     model = tiny.model(pattern=model_and_params[0].config.pattern, tied=False)
     whole = tiny.random_params(model)
@@ -177,11 +200,11 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def speaking(model_and_params):
-    return Engine(*model_and_params, slots=3, max_length=LENGTH, steps=5, support=8, tokenizer=Letters())
+    return Engine(*model_and_params, slots=3, max_length=LENGTH, limits=EngineLimits(5, 8), tokenizer=Letters())
 
 
 class Brittle(Letters):
-    """Raises once a text holds the character of token 7."""
+    """Raises when a text contains the character of token 7."""
 
     def decode(self, ids, skip_special_tokens):
         if 7 in ids:
@@ -190,8 +213,8 @@ class Brittle(Letters):
 
 
 @pytest.mark.parametrize("stop", [(), ("x",)], ids=["text", "stop string"])
-def test_a_text_that_raises_costs_its_sample_alone(model_and_params, caplog, stop):
-    engine = Engine(*model_and_params, slots=2, max_length=LENGTH, steps=3, tokenizer=Brittle())
+def test_an_exception_in_decoding_fails_only_its_sample(model_and_params, caplog, stop):
+    engine = Engine(*model_and_params, slots=2, max_length=LENGTH, limits=EngineLimits(3), tokenizer=Brittle())
     good = Request([1, 2], SamplingParams(12, temperature=0, allowed_ids=[5], stop=stop))
     bad = Request([1, 2], SamplingParams(12, allowed_ids=[5, 6, 7], seed=0, stop=stop, n=2))
     chunks = list(engine.stream([good, bad, good]))
@@ -206,15 +229,15 @@ def test_a_text_that_raises_costs_its_sample_alone(model_and_params, caplog, sto
     assert caplog.text.count("of request 1 failed") == 2
 
 
-def test_an_admission_that_raises_costs_its_sample_alone(engine, monkeypatch):
-    numbers, slot_values = [], Sample.slot_values
+def test_an_exception_in_admission_fails_only_its_sample(engine, monkeypatch):
+    numbers, write_settings = [], Sample.write_settings
 
-    def fail_on_one(sample, vocab_size):
+    def fail_on_one(sample, settings, slot):
         if numbers and sample.number == numbers[1]:
             raise OverflowError("too large")
-        return slot_values(sample, vocab_size)
+        write_settings(sample, settings, slot)
 
-    monkeypatch.setattr(Sample, "slot_values", fail_on_one)
+    monkeypatch.setattr(Sample, "write_settings", fail_on_one)
     alone = engine.generate([Request([1, 2], SamplingParams(6, temperature=0))])[0][0]
     params = SamplingParams(6, temperature=0)
     numbers = [engine.submit(Request([1, 2], params)) for _ in range(3)]
@@ -227,17 +250,17 @@ def test_an_admission_that_raises_costs_its_sample_alone(engine, monkeypatch):
         assert done[number].ids.tolist() == alone.ids.tolist()
 
 
-def test_memory_that_runs_out_is_everybodys(engine, monkeypatch):
+def test_exhausted_memory_fails_all_requests(engine, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(Sample, "slot_values", fail)
+    monkeypatch.setattr(Sample, "write_settings", fail)
     with pytest.raises(MemoryError):
         engine.generate([Request([1, 2], SamplingParams(6))])
     assert not engine.busy
 
 
-def test_a_stop_string_ends_the_sample_where_it_is_complete(speaking):
+def test_a_complete_stop_string_ends_the_sample(speaking):
     greedy = SamplingParams(max_tokens=20, temperature=0)
     whole = [completion for (completion,) in speaking.generate([Request(p, greedy) for p in PROMPTS])]
     stop = whole[2].text[6:9]  # over the boundary of two calls
@@ -249,7 +272,7 @@ def test_a_stop_string_ends_the_sample_where_it_is_complete(speaking):
         assert len(completion.ids) == (before.text.index(stop) + 3 if ends else 20) == len(completion.raw_logps)
 
 
-def test_streamed_pieces_are_the_completion_and_never_part_of_a_stop_string(speaking):
+def test_streamed_chunks_join_to_the_completion_without_stop_strings(speaking):
     ((whole,),) = speaking.generate([Request(PROMPTS[2], SamplingParams(20, temperature=0))])
     params = SamplingParams(20, temperature=0, stop=[whole.text[6:9]])
     chunks = list(speaking.stream([Request(PROMPTS[2], params)]))
@@ -258,7 +281,7 @@ def test_streamed_pieces_are_the_completion_and_never_part_of_a_stop_string(spea
     assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == chunks[-1].completion.ids.tolist()
 
 
-def test_allowed_ids_and_a_trie_are_obeyed_beside_free_samples(model_and_params, speaking):
+def test_allowed_ids_and_a_trie_constrain_only_their_samples(model_and_params, speaking):
     paths = [[5, 6, 7], [5, 9], [80, 1, 2, 3]]
     free = Request(PROMPTS[1], SamplingParams(9, seed=1))
     alone = speaking.generate([free])[0][0]
@@ -275,21 +298,21 @@ def test_allowed_ids_and_a_trie_are_obeyed_beside_free_samples(model_and_params,
     assert together[0].ids.tolist() == alone.ids.tolist()
 
 
-def test_penalties_count_the_prompt_and_what_came_since(speaking):
+def test_penalties_count_prompt_and_new_tokens(speaking):
     params = SamplingParams(12, temperature=0, repetition_penalty=1e6)
     ((completion,),) = speaking.generate([Request(PROMPTS[4], params)])
     ids = completion.ids.tolist()
     assert len(set(ids)) == 12 and not set(ids) & set(PROMPTS[4])
 
 
-def test_a_frequency_penalty_counts_how_often_a_token_came(speaking):
+def test_a_frequency_penalty_counts_occurrences(speaking):
     params = SamplingParams(12, temperature=0, allowed_ids=[3, 4, 50], frequency_penalty=1e4)
     ((completion,),) = speaking.generate([Request([3, 3], params)])
     assert sorted(completion.ids.tolist()) == [3] * 4 + [4] * 4 + [50] * 4
 
 
-def test_one_loop_asks_its_source_before_every_call(engine):
-    """Requests that come while others run, one that is cancelled, and a source that waits when nothing is left."""
+def test_run_calls_its_source_before_every_device_call(engine):
+    """Requests that arrive while others run, a cancelled one, and a source that blocks when the engine is idle."""
     params = SamplingParams(9, temperature=0)
     alone = [samples[0].ids.tolist() for samples in engine.generate([Request(p, params) for p in PROMPTS[:3]])]
     asked, numbers = [], []
@@ -309,7 +332,7 @@ def test_one_loop_asks_its_source_before_every_call(engine):
     assert asked[0] and asked[-1] and len(asked) >= 3
 
 
-def test_leaving_the_loop_cancels_what_is_under_way(engine):
+def test_leaving_the_loop_cancels_all_requests(engine):
     def source(idle):
         if idle:
             engine.submit(Request(PROMPTS[0], SamplingParams(40, n=7)))
@@ -331,7 +354,7 @@ def test_leaving_the_loop_cancels_what_is_under_way(engine):
 
 def test_weights_may_change_between_the_calls_of_a_stream(model_and_params):
     model, params = model_and_params
-    engine = Engine(model, params, slots=3, max_length=LENGTH, steps=4)
+    engine = Engine(model, params, slots=3, max_length=LENGTH, limits=EngineLimits(4))
     calls = []
 
     def between():

@@ -1,4 +1,4 @@
-"""Every family through the engine: what it says of its samples is what the trainer's forward pass says of them."""
+"""For every family, the engine's log-probabilities equal those of the trainer's forward pass."""
 
 import hf_folders
 import jax
@@ -7,7 +7,7 @@ import pytest
 
 from jaxtrain.nn.model import Model
 from jaxtrain.sample.engine import Engine
-from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
 from jaxtrain.train.step import score
 from jaxtrain.types import Batch
 
@@ -16,15 +16,16 @@ PROMPTS = [np.random.default_rng(length).integers(0, 101, length) for length in 
 
 
 @pytest.mark.parametrize("case", hf_folders.CASES)
-def test_the_engine_scores_its_samples_as_the_forward_pass_does(case, tmp_path):
-    """More prompts than slots, some longer than the windows, others that outgrow them; half of them greedy.
+def test_the_engines_log_probabilities_equal_the_forward_pass(case, tmp_path):
+    """More prompts than slots, some longer than the windows, others that become longer; half of them greedy.
 
     Both slots are refilled at once, so that each program compiles once.
     """
     params, config, _ = hf_folders.load(hf_folders.save(tmp_path, case))
     model = Model(config)
     asked = [Request(prompt, SamplingParams(12, seed=1, temperature=index % 2)) for index, prompt in enumerate(PROMPTS)]
-    samples = [sample for (sample,) in Engine(model, params, slots=2, max_length=LENGTH, steps=6).generate(asked)]
+    engine = Engine(model, params, slots=2, max_length=LENGTH, limits=EngineLimits(6))
+    samples = [sample for (sample,) in engine.generate(asked)]
 
     tokens, segments = (np.zeros((len(PROMPTS), LENGTH), np.int32) for _ in range(2))
     weights = np.zeros(tokens.shape, np.float32)

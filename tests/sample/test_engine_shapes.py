@@ -1,4 +1,4 @@
-"""The engine on meshes, over mixtures of experts, and what it compiles."""
+"""The engine on meshes, with mixtures of experts, and the programs that it compiles."""
 
 import logging
 from dataclasses import replace
@@ -10,9 +10,9 @@ import tiny
 
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.sample.constraints import Trie
 from jaxtrain.sample.engine import Engine
-from jaxtrain.sample.requests import Request, SamplingParams
+from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
+from jaxtrain.sample.trie import Trie
 from jaxtrain.train.step import score
 from jaxtrain.types import Batch
 
@@ -59,8 +59,8 @@ def test_experts_and_sinks_score_as_the_forward_pass_does():
         np.testing.assert_allclose(completion.raw_logps, logps, atol=1e-4)
 
 
-def test_the_last_samples_are_decoded_in_fewer_rows_and_are_the_same():
-    """The long ones lie in the last slots, so they are moved, with what forbids and penalises."""
+def test_the_last_samples_are_decoded_in_fewer_rows_with_equal_results():
+    """The long samples are in the last slots, so they are moved together with their penalties and masks."""
     model = tiny.model(**SIZES)
     params = tiny.random_params(model)
     trie = Trie([[*range(1, 40, 2), 7], [2, 3]])
@@ -70,7 +70,7 @@ def test_the_last_samples_are_decoded_in_fewer_rows_and_are_the_same():
         *requests((7,), temperature=0, trie=trie),
     ]
     asked = [*requests((2, 6, 3, 12), max_tokens=3, n=2, seed=1), *last]
-    engine = Engine(model, params, slots=8, max_length=50, steps=4)
+    engine = Engine(model, params, slots=8, max_length=50, limits=EngineLimits(4))
     rows = set()
     numbers = [engine.submit(request) for request in asked]
     made = {}
@@ -93,7 +93,7 @@ def test_no_request_compiles_anything_after_the_warm_up(caplog):
     model = tiny.model(**SIZES)
     # Bound to a device, as those are that come from a checkpoint.
     first, second = (jax.device_put(tiny.random_params(model, seed), jax.devices()[0]) for seed in (0, 5))
-    engine = Engine(model, first, slots=8, max_length=96, tokenizer=_Spaces(), alternatives=3)
+    engine = Engine(model, first, slots=8, max_length=96, tokenizer=_Spaces(), limits=EngineLimits(alternatives=3))
     trie = Trie([[1, 2, 3], [1, 5], [9]])
     engine.add_tries([trie])
     engine.warm_up()

@@ -1,12 +1,13 @@
-"""Every field of a request is bounded, and a refusal names it."""
+"""Every field of a request has bounds, and errors name the field."""
 
 import math
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
-from jaxtrain.sample.constraints import Trie
-from jaxtrain.sample.requests import BOUNDS, FieldError, Request, SamplingParams, check_request
+from jaxtrain.sample.requests import BOUNDS, EngineLimits, FieldError, Request, SamplingParams, check_request
+from jaxtrain.sample.trie import Trie
 
 HUGE = int("9" * 400)
 
@@ -26,13 +27,13 @@ def test_a_number_outside_its_bounds_is_refused_by_name(name):
 
 
 def test_every_number_of_a_request_has_bounds():
-    """A new field of `SamplingParams` that holds a number needs a row in the table."""
-    numeric = {name for name, kind in SamplingParams.__annotations__.items() if kind.split()[0] in ("int", "float")}
+    """A new field of `SamplingParams` that holds a number needs `Bounds` in its annotation."""
+    numeric = {name for name, kind in get_type_hints(SamplingParams).items() if kind in (int, float, int | None)}
     assert numeric == set(BOUNDS)
 
 
 @pytest.mark.parametrize("name", [name for name in BOUNDS if name not in ("max_tokens", "seed")])
-def test_none_stands_for_a_default_only_where_the_type_says_so(name):
+def test_none_is_accepted_only_by_optional_fields(name):
     with pytest.raises(FieldError, match=name):
         SamplingParams(**{name: None})
 
@@ -69,7 +70,7 @@ def test_a_field_of_another_type_is_refused_by_name(options, message):
     assert error.value.field in options
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     params = SamplingParams(np.int32(4), np.float32(0.5), stop_ids=np.array([3]), seed=np.uint32(7), trie=Trie([[1]]))
     assert params.max_tokens == 4 and params.seed == 7
     assert SamplingParams(allowed_ids=np.arange(4), stop_ids=np.array([], float)).allowed_ids is not None
@@ -88,7 +89,5 @@ def test_numbers_of_numpy_are_numbers():
 )
 def test_a_prompt_of_anything_but_token_ids_is_refused(prompt, message):
     with pytest.raises(FieldError, match=message) as error:
-        check_request(
-            Request(prompt), vocab_size=9, max_length=9, alternatives=0, support=0, has_tokenizer=False, name="r"
-        )
+        check_request(Request(prompt), vocab_size=9, max_length=9, limits=EngineLimits(), has_tokenizer=False, name="r")
     assert error.value.field == "prompt_ids"

@@ -1,4 +1,4 @@
-"""OpenAI's client and plain HTTP against a server."""
+"""Tests a server with OpenAI's client and with plain HTTP."""
 
 import json
 import socket
@@ -11,9 +11,10 @@ import pytest
 from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.serve.app import listen, make_app, serve
-from jaxtrain.serve.load import load_served
 from jaxtrain.serve.protocol import Limits
+from jaxtrain.serve.served import load_served
 
 SIZES = {"vocab_size": 259, "num_hidden_layers": 1}
 
@@ -27,20 +28,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folder):
-    return load_served(folder, dtype="float32", max_length=96, slots=8, cache_gib=None, steps=8, alternatives=5)
+    return load_served(folder, dtype="float32", max_length=96, slots=8, limits=EngineLimits(8, alternatives=5))
 
 
-def test_a_port_in_use_is_said_before_anything_is_loaded():
+def test_a_port_in_use_is_reported_before_loading():
     pytest.importorskip("uvicorn")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}: .*in use"):
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}: .*in use"):
             listen("127.0.0.1", port)
 
 
 @contextmanager
 def running(served, limits):
-    """OpenAI's client of a server in a thread."""
+    """OpenAI's client for a server in a thread."""
     openai = pytest.importorskip("openai")
     uvicorn = pytest.importorskip("uvicorn")
     with socket.socket() as free:
@@ -65,7 +66,7 @@ def client(served):
 
 @pytest.fixture
 def serving(served):
-    """Starts servers of their own, over an engine that only one of them is asked to use at a time."""
+    """Starts separate servers with the same engine; a test uses only one at a time."""
     with ExitStack() as stack:
         yield lambda served, limits: stack.enter_context(running(served, limits))
 
@@ -86,7 +87,7 @@ def test_openais_client_gets_chat_completions(served, client):
     assert 1 <= len(first.logprobs.content) <= 8 and all(token.logprob <= 0 for token in first.logprobs.content)
 
 
-def test_a_stream_is_the_whole_in_pieces(client):
+def test_the_chunks_of_a_stream_join_to_the_full_response(client):
     options = {"model": "tiny", "messages": HELLO, "max_tokens": 40, "temperature": 0.7, "seed": 3}
     whole = client.chat.completions.create(**options).choices[0]
     pieces = list(client.chat.completions.create(**options, stream=True))
@@ -95,7 +96,7 @@ def test_a_stream_is_the_whole_in_pieces(client):
     assert pieces[-1].choices[0].finish_reason == whole.finish_reason
 
 
-def test_alternatives_come_with_the_log_probabilities(client):
+def test_alternatives_are_returned_with_log_probabilities(client):
     options = {"model": "tiny", "max_tokens": 6, "temperature": 0}
     plain = client.chat.completions.create(messages=HELLO, logprobs=True, **options).choices[0].logprobs.content
     told = client.chat.completions.create(messages=HELLO, logprobs=True, top_logprobs=3, **options)
@@ -124,10 +125,12 @@ def test_content_in_parts_is_one_text(client):
 
 
 @pytest.mark.parametrize("prompt", ["", ["a", "b"], [[1, 2], [3]], {"a": 1}], ids=str)
-def test_a_prompt_that_is_none_is_refused(client, prompt):
+def test_an_invalid_prompt_is_refused(client, prompt):
     import openai
 
-    with pytest.raises(openai.BadRequestError, match=r"the prompt is empty|prompt must be one text"):
+    with pytest.raises(
+        openai.BadRequestError, match=r"the prompt is empty|prompt must be a string or a list of token ids"
+    ):
         client.completions.create(model="tiny", prompt=prompt, max_tokens=5)
 
 
@@ -152,7 +155,7 @@ def test_completions_continue_text_or_ids(served, client):
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
 )
-def test_what_cannot_be_done_is_said(client, options, message):
+def test_unsupported_chat_options_are_refused(client, options, message):
     import openai
 
     with pytest.raises(openai.BadRequestError, match=message):
@@ -160,7 +163,7 @@ def test_what_cannot_be_done_is_said(client, options, message):
 
 
 def post(client, path, body):
-    """The status and the object of the answer to a plain POST of bytes, a text or an object."""
+    """The status and JSON object of the response to a POST of bytes, a string or an object."""
     connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
     raw = body if isinstance(body, bytes | str) else json.dumps(body)
     connection.request("POST", path, raw, {"Content-Type": "application/json"})
@@ -194,7 +197,7 @@ HI = {"prompt": "hi", "max_tokens": 4}
     ],
     ids=lambda value: str(value)[:60].encode(errors="backslashreplace").decode(),
 )
-def test_what_ended_the_server_is_a_400_with_the_fields_name(client, body, field):
+def test_values_that_used_to_end_the_server_get_status_400_with_the_field(client, body, field):
     status, answer = post(client, "/v1/completions", body)
     assert status == 400 and answer["error"]["param"] == field and answer["error"]["type"] == "invalid_request_error"
     assert field is None or field in answer["error"]["message"]
@@ -203,7 +206,7 @@ def test_what_ended_the_server_is_a_400_with_the_fields_name(client, body, field
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_last_event_of_a_stream_tells_its_usage(client, chat):
+def test_the_last_event_of_a_stream_has_the_usage(client, chat):
     options = {"model": "tiny", "max_tokens": 20, "temperature": 0.7, "seed": 3, "n": 2}
     create = client.chat.completions.create if chat else client.completions.create
     options |= {"messages": HELLO} if chat else {"prompt": "ab"}
@@ -237,7 +240,8 @@ def test_calls_beyond_the_queue_are_refused_until_there_is_room(served, serving,
     end = time.monotonic() + 20
     while not served.engine.busy and time.monotonic() < end:
         time.sleep(0.01)
-    with pytest.raises(openai.InternalServerError, match="no room for 1 more samples beside 5; up to 5 run") as error:
+    full = "cannot accept 1 more samples: 5 are running or waiting, and the maximum is 5"
+    with pytest.raises(openai.InternalServerError, match=full) as error:
         client.completions.create(model="tiny", prompt="hi", n=2, max_tokens=4)
     assert error.value.status_code == 503 and error.value.response.headers["retry-after"] == "1"
     go_on.set()
@@ -249,7 +253,7 @@ def test_calls_beyond_the_queue_are_refused_until_there_is_room(served, serving,
         assert len(list(client.completions.create(model="tiny", prompt="hi", n=5, max_tokens=4, stream=True))) >= 5
 
 
-def test_a_prompt_that_takes_long_to_tokenise_keeps_nobody_waiting(served, serving):
+def test_slow_tokenisation_does_not_block_other_calls(served, serving):
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(type(served)):
@@ -271,8 +275,8 @@ def test_a_prompt_that_takes_long_to_tokenise_keeps_nobody_waiting(served, servi
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("where", ["engine", "logprobs", "template"])
-def test_an_exception_in_one_calls_text_costs_that_call_alone(served, serving, monkeypatch, where, stream):
-    """The others run at the same time, and are answered as ever."""
+def test_an_exception_in_one_calls_text_fails_only_that_call(served, serving, monkeypatch, where, stream):
+    """Concurrent calls are answered as usual."""
     decode = served.tokenizer.decode
 
     def brittle(ids, **options):
@@ -308,7 +312,7 @@ def test_an_exception_in_one_calls_text_costs_that_call_alone(served, serving, m
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_a_client_that_hangs_up_frees_its_slots(served, client, monkeypatch, stream):
+def test_a_disconnected_client_frees_its_slots(served, client, monkeypatch, stream):
     finished, step = [], served.engine.step
 
     def slow():
@@ -334,10 +338,10 @@ def test_a_client_that_hangs_up_frees_its_slots(served, client, monkeypatch, str
     assert client.completions.create(model="tiny", prompt="ab", max_tokens=5).usage.completion_tokens
 
 
-def test_a_server_whose_engine_fails_says_so_and_ends(folder):
+def test_a_failing_engine_is_reported_and_ends_the_server(folder):
     openai = pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
-    served = load_served(folder, dtype="float32", max_length=96, slots=2, cache_gib=None, steps=8)
+    served = load_served(folder, dtype="float32", max_length=96, slots=2, limits=EngineLimits(8))
     step, calls, ended = served.engine.step, [], []
 
     def fail_on_the_second():

@@ -1,14 +1,15 @@
-"""Whatever a body holds, it becomes a call or is refused by the name of its field."""
+"""Every body is converted to a call, or refused with the name of the field."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.sample.requests import BOUNDS, FieldError
-from jaxtrain.serve.load import load_served
-from jaxtrain.serve.protocol import FIELDS, Limits, read_call
+from jaxtrain.sample.requests import BOUNDS, EngineLimits, FieldError, SamplingParams
+from jaxtrain.serve.protocol import FIELDS, OTHERWISE, Limits, read_call
+from jaxtrain.serve.served import load_served
 
 HUGE = "9" * 400
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -19,7 +20,7 @@ DEEP = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
 def served(tmp_path_factory):
     folder = save(tmp_path_factory.mktemp("model") / "tiny", "llama", vocab_size=259, num_hidden_layers=1)
     write_byte_tokenizer(folder)
-    return load_served(folder, dtype="float32", max_length=96, slots=8, alternatives=5)
+    return load_served(folder, dtype="float32", max_length=96, slots=8, limits=EngineLimits(alternatives=5))
 
 
 def read(served, body, chat=False):
@@ -138,33 +139,34 @@ def test_a_field_of_a_chat_is_refused_by_name(served, change, field):
         (b'{"prompt": "\xed\xa0\x80"}', "not JSON in UTF-8"),
         ("", "not JSON in UTF-8: Expecting value"),
         ('{"prompt": "hi"', "not JSON in UTF-8"),
-        ('{"\\ud800": 1, "prompt": "hi"}', "holds a lone surrogate"),
+        ('{"\\ud800": 1, "prompt": "hi"}', "contains a lone surrogate"),
     ],
 )
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_body_that_is_no_object_is_refused(served, body, message, chat):
+def test_a_body_that_is_not_an_object_is_refused(served, body, message, chat):
     with pytest.raises(ValueError, match=message) as error:
         read(served, body, chat)
     str(error.value).encode()
 
 
 @pytest.mark.parametrize("depth", [300, 600, 900, 990])
-def test_nesting_that_json_bears_is_refused_too(served, depth):
-    """The representation in a message, or the template, may not bear it."""
+def test_deep_nesting_is_refused(served, depth):
+    """Otherwise repr() in a message, or the template, may exceed the recursion limit."""
     deep = "[" * depth + "]" * depth
     for body in (f'{{"prompt": {deep}}}', f'{{"prompt": "hi", "stop": {deep}}}', f'{{"prompt": "hi", "n": {deep}}}'):
         with pytest.raises(ValueError, match=r"prompt|stop|n=|n must|nested too deeply"):
             read(served, body)
 
 
-def test_what_is_given_arrives(served):
+def test_request_fields_reach_the_sampling_params(served):
     options = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "n": 2}
+    options |= {"min_tokens": 2}
     options |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
     body = options | {"stop": "x", "stop_token_ids": [7], "logit_bias": {"5": -1}, "logprobs": 3, "prompt": "ab"}
     call = read(served, body | {"user": "me", "seed": 3, "echo": False, "best_of": 1, "stream": None})
     params = call.request.params
     assert {name: getattr(params, name) for name in options} == options
-    assert params.stop == ["x"] and params.logit_bias == {5: -1} and params.alternatives == 3
+    assert params.stop == ("x",) and params.logit_bias == {5: -1} and params.alternatives == 3
     assert params.stop_ids == [7, *served.stop_ids] and call.logprobs and not call.stream
     assert call.request.prompt_ids.tolist() == served.tokenizer.encode("ab")
 
@@ -181,3 +183,9 @@ def test_a_pair_of_surrogates_is_a_character(served):
 def test_log_probabilities_without_alternatives(served, value, chat, expected):
     call = read(served, (CHAT if chat else {"prompt": "hi"}) | {"logprobs": value}, chat)
     assert (call.logprobs, call.request.params.alternatives) == expected
+
+
+def test_every_sampling_parameter_is_a_field_or_has_a_reason_not_to_be():
+    parameters = {field.name for field in fields(SamplingParams)}
+    assert parameters - FIELDS.keys() <= OTHERWISE.keys() <= parameters
+    assert {name for name in parameters - OTHERWISE.keys() if FIELDS[name].parameter != name} == set()

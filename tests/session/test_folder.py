@@ -1,4 +1,4 @@
-"""A run is resumed with the config that it began with only, and a refused start leaves every byte as it was."""
+"""A run is resumed only with its config, and a refused start changes no byte."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import hf_folders
@@ -32,7 +33,7 @@ def place(tmp_path_factory) -> Path:
     shutil.copy(folder / "train.jsonl", folder / "same.jsonl")
     write_arithmetic(folder / "other", train_rows=60, eval_rows=8, seed=1)
     for seed, name in enumerate(("base", "base2")):
-        model = hf_folders.hf_model("llama", seed, vocab_size=259)
+        model = hf_folders.hf_model("llama", seed, vocab_size=259, num_hidden_layers=1)
         model.save_pretrained(folder / name)
         write_byte_tokenizer(folder / name)
     assert sft.run(config_of(folder, "done")).exit_code == 0
@@ -68,9 +69,14 @@ def config_of(place: Path, run: str, **changes):
     return parse_config(tree_of(place, run, **changes), "test")
 
 
+def settled(config):
+    """With what a run settles by itself at its start: the date of its chat template."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})
+
+
 @pytest.fixture
 def done(place, tmp_path) -> Path:
-    """A copy of the finished run, under the name that `config_of(place, ...)` is given."""
+    """A copy of the complete run, under the name that `config_of(place, ...)` uses."""
     shutil.copytree(place / "done", tmp_path / "run")
     return tmp_path / "run"
 
@@ -95,6 +101,20 @@ REFUSED = {
     "train.steps: 2 -> 4": {"train__steps": 4},  # under a cosine schedule
     "data.train.columns.prompt: null -> ": {"data__train__columns": {"prompt": "question"}},
 }
+
+
+def test_the_day_on_which_a_run_began_is_its_date(place, done):
+    """Chat templates that write the date would else change the ids from day to day."""
+    assert effective_config(done).data.date == date.today().isoformat()
+    text = (done / CONFIG).read_text()
+    (done / CONFIG).write_text(text.replace(date.today().isoformat(), "2020-02-03"))
+    with open_run(config_of(place, str(done))) as folder:
+        assert folder.config.data.date == "2020-02-03"
+    with (
+        pytest.raises(ValueError, match=r'data\.date: "2020-02-03" -> "2020-02-04"'),
+        open_run(config_of(place, str(done), data__date="2020-02-04")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -140,7 +160,7 @@ def test_what_does_not_change_the_numbers_may_change(place, done, monkeypatch):
     assert content(done) == before
 
 
-def test_a_longer_run_at_a_constant_rate_goes_on_and_the_config_stays_as_it_was_written(place):
+def test_train_steps_may_grow_with_a_constant_schedule_and_config_yaml_is_kept(place):
     run = place / "longer"
     assert sft.run(config_of(place, "longer", optimizer__schedule="constant")).exit_code == 0
     written = (run / CONFIG).read_bytes()
@@ -151,7 +171,7 @@ def test_a_longer_run_at_a_constant_rate_goes_on_and_the_config_stays_as_it_was_
         sft.run(config_of(place, "longer", optimizer__schedule="constant", train__steps=1))
 
 
-def test_a_permitted_change_is_recorded_with_its_step_and_is_the_runs_config_from_then_on(place, done):
+def test_a_permitted_change_is_recorded_with_its_step_and_becomes_the_runs_config(place, done):
     changed = config_of(place, str(done), train__steps=3, optimizer__learning_rate=0.02)
     with pytest.raises(ValueError, match=r"--allow-change train\.steps$"):
         sft.run(changed, allow_change=["optimizer"])  # a section covers its keys, and no others
@@ -163,7 +183,7 @@ def test_a_permitted_change_is_recorded_with_its_step_and_is_the_runs_config_fro
     assert line["changes"].keys() == {"optimizer.learning_rate", "train.steps"}
     assert (done / CONFIG).read_bytes() == written
     assert effective_config(done).optimizer.learning_rate == 0.02
-    assert read_saved_run(done).config == changed
+    assert read_saved_run(done).config == settled(changed)
     assert read_saved_run(done, 2).config.optimizer.learning_rate == 0.01
     sft.run(changed)  # without the option
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0\.02 -> 0\.01"):
@@ -196,34 +216,36 @@ def test_other_files_under_the_same_path_are_refused(place, done, key, tmp_path)
     assert content(done) == before
 
 
-def test_a_finished_run_says_so_and_nothing_is_touched(place, done, capsys):
+def test_a_complete_run_prints_a_message_and_changes_nothing(place, done, capsys):
     before = content(done)
     assert sft.run(config_of(place, str(done))).exit_code == 0
-    assert f"the run in {done} is finished: train.steps=2" in capsys.readouterr().out
+    assert f"the run in {done} is finished: it has 2 steps" in capsys.readouterr().out
     assert content(done) == before
 
 
-def test_a_run_whose_data_is_exhausted_is_finished_too(place, capsys):
-    short = config_of(place, "short", data__train__epochs=1, data__train__limit=20, train__steps=50)
+@pytest.mark.parametrize("length", [{"train__epochs": 2}, {"data__train__epochs": 2}], ids=str)
+def test_a_run_given_by_epochs_is_finished_too(place, length, capsys, request):
+    name = f"short-{request.node.callspec.id}"
+    short = config_of(place, name, data__train__limit=20, train__steps=None, **length)
     assert sft.run(short).exit_code == 0
-    before = content(place / "short")
+    before = content(place / name)
     assert sft.run(short).exit_code == 0
-    assert "its training data was exhausted after step" in capsys.readouterr().out
-    assert content(place / "short") == before
+    assert "is finished: it has" in capsys.readouterr().out
+    assert content(place / name) == before
 
 
-def test_a_run_of_another_recipe_is_refused_in_a_line(place, done):
+def test_another_recipe_is_refused_in_one_line(place, done):
     before = content(done)
     tree = tree_of(place, str(done), rl={"rewards": [{"function": "exact_answer"}], "max_completion_length": 8})
     tree |= {"recipe": "rl", "train": {"steps": 2}}
-    with pytest.raises(ValueError, match="holds a run of recipe sft and this config is of recipe rl") as error:
+    with pytest.raises(ValueError, match="holds a run of recipe sft, but this config has recipe rl") as error:
         rl.run(parse_config(tree, "test"), allow_change=["recipe"])
     assert "\n" not in str(error.value)
     assert content(done) == before
 
 
-def test_a_start_that_fails_before_the_first_checkpoint_binds_nobody(place, tmp_path):
-    """Also where the first batch is what fails: the run's folder accepts the config that is put right."""
+def test_a_run_without_a_checkpoint_accepts_another_config(place, tmp_path):
+    """Also if the first batch fails: the run's folder accepts the corrected config."""
     (tmp_path / "bad.jsonl").write_text('{"prompt": \n')
     run = str(tmp_path / "run")
     with pytest.raises(ValueError, match="bad"):
@@ -232,11 +254,12 @@ def test_a_start_that_fails_before_the_first_checkpoint_binds_nobody(place, tmp_
         sft.run(config_of(place, str(tmp_path / "second"), model__path="nowhere", model__tokenizer=str(place / "base")))
     assert not (tmp_path / "second").exists()
     assert sft.run(config_of(place, run)).exit_code == 0
-    assert effective_config(tmp_path / "run") == config_of(place, run)
+    assert effective_config(tmp_path / "run") == settled(config_of(place, run))
 
 
 HOLDER = """
 import sys, time
+from datetime import date
 from pathlib import Path
 from jaxtrain.session.lock import FolderLock
 with FolderLock(Path(sys.argv[1])):
@@ -245,7 +268,7 @@ with FolderLock(Path(sys.argv[1])):
 """
 
 
-def test_one_run_at_a_time_holds_the_folder(place, done):
+def test_only_one_run_at_a_time_uses_the_folder(place, done):
     before = content(done)
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(done)], stdout=subprocess.PIPE, text=True)
     try:
@@ -273,7 +296,7 @@ def test_an_export_has_the_config_of_its_checkpoint(place, done, tmp_path):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_without_a_config_has_the_folders_and_a_warning(place, done, monkeypatch):
+def test_a_checkpoint_without_a_config_uses_the_folders_config_with_a_warning(place, done, monkeypatch):
     monkeypatch.setattr(Checkpoints, "read_meta", lambda self, step=None: (2, {"num_tokens": 1}))
     with pytest.warns(RuntimeWarning, match=r"the config in the checkpoint of step 2 cannot be read, so config\.yaml"):
         assert read_saved_run(done).config == load_config(done / CONFIG)
@@ -287,3 +310,43 @@ def test_an_export_refuses_to_merge_into_another_base(place, tmp_path):
     with pytest.raises(ValueError, match=r"which has changed since: model\.safetensors has other content"):
         export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+OBJECTIVE = """
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jaxtrain.objectives import Logp
+from jaxtrain.types import Mean
+
+
+@dataclass(frozen=True)
+class Scaled:
+    scale: float
+
+    needs = (Logp(),)
+    signals = ()
+    separable = True
+
+    def __call__(self, scores, batch, norm):
+        loss = -self.scale * jnp.sum(scores.logp * batch.loss_weights) / jnp.maximum(norm.tokens, 1)
+        return loss, {"loss": Mean(loss, 1.0)}
+"""
+
+
+def test_an_objective_of_the_users_own_trains_is_bound_to_its_fields_and_is_not_needed_for_an_export(place, tmp_path):
+    (tmp_path / "mine.py").write_text(OBJECTIVE)
+    objective = {"name": f"{tmp_path / 'mine.py'}:Scaled", "scale": 3.0}
+    run = tmp_path / "run"
+    assert sft.run(config_of(place, str(run), objective=objective)).exit_code == 0
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    plain = [json.loads(line)["loss"] for line in (place / "done" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(3 * plain[0], rel=1e-4)
+    with pytest.raises(ValueError, match=r"objective\.scale: 3\.0 -> 2\.0"):
+        sft.run(config_of(place, str(run), objective=objective | {"scale": 2.0}, train__steps=4))
+    (tmp_path / "mine.py").unlink()
+    code = f"from jaxtrain import export_run; export_run({str(run)!r}, {str(tmp_path / 'export')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "export" / "model.safetensors").is_file() and "warning" not in done.stderr.lower()

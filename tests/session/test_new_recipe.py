@@ -1,10 +1,11 @@
-"""A new objective and its recipe are two short files, and their numbers are right."""
+"""A new objective and its recipe are two short files, and their losses are correct."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from dpo_recipe import run
 
 from converters.tokenizer import write_byte_tokenizer
@@ -12,20 +13,7 @@ from jaxtrain.config import parse_config
 from jaxtrain.session.record import read_metrics
 
 FILES = [Path(__file__).parent.parent / name for name in ("dpo_objective.py", "dpo_recipe.py")]
-MODEL = {
-    "model_type": "qwen3",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
+MODEL = tiny.HF_CONFIG | {"vocab_size": 259, "max_position_embeddings": 256}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +50,8 @@ def test_dpo_and_its_recipe_are_two_short_files(place):
     assert lines[-1]["rewards/accuracies"] > 0.9 and lines[-1]["loss"] < 0.6
 
 
-def test_a_pair_has_the_loss_that_it_has_alone(place):
-    """Rows of one pair each, and the same pairs two to a row: the same loss of the first two steps of four pairs."""
+def test_packed_pairs_have_the_loss_of_separate_pairs(place):
+    """One pair per row and two pairs per row have the same losses in the first two steps of four pairs."""
     alone = train(place, "alone", packing=False)
     assert alone[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert alone[-1]["rewards/accuracies"] > 0.9

@@ -240,9 +240,9 @@ def test_saves_leave_no_threads_and_no_descriptors_behind(tmp_path):
     state = {"w": jnp.zeros(4)}
     with Checkpoints(tmp_path, every=1, keep=2) as checkpoints:
         counts = []
-        for step in range(1, 201):
+        for step in range(1, 61):
             checkpoints.save(step, state, {}, {})
-            if step in (20, 200):
+            if step in (20, 60):
                 checkpoints.wait()
                 counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
     assert counts[0] == counts[1]
@@ -359,3 +359,33 @@ def test_a_file_size_limit_is_an_error_and_the_older_checkpoint_is_valid(tmp_pat
     restored = Checkpoints(tmp_path, 1, 3).restore({"w": jax.ShapeDtypeStruct((1000,), jnp.float32)})
     assert restored is not None
     assert restored.step == 1
+
+
+def test_kept_steps_stay_beside_the_newest(tmp_path):
+    state = {"x": jax.numpy.arange(3.0)}
+    with Checkpoints(str(tmp_path), 1, 1) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.kept[:] = [2] if step < 4 else [4]
+            checkpoints.save(step, state, {"0": {}}, {})
+            checkpoints.wait()
+            assert checkpoints.steps() == {1: [1], 2: [2], 3: [2, 3], 4: [4], 5: [4, 5]}[step]
+
+
+def test_multiples_of_keep_every_stay_beside_the_newest(tmp_path):
+    with Checkpoints(str(tmp_path), 1, 1, keep_every=3) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, {"x": jax.numpy.arange(3.0)}, {"0": {}}, {})
+            checkpoints.wait()
+            assert checkpoints.steps() == {1: [1], 2: [2], 3: [3], 4: [3, 4], 5: [3, 5]}[step]
+
+
+def test_a_checkpoint_is_overdue_when_its_minutes_have_passed_since_the_last(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Checkpoints(str(tmp_path), 1000, 1, minutes=2) as checkpoints:
+        assert not checkpoints.overdue()
+        now[0] += 121
+        assert checkpoints.overdue()
+        checkpoints.save(1, {"x": jax.numpy.arange(3.0)}, {"0": {}}, {})
+        assert not checkpoints.overdue()
+    assert not Checkpoints(str(tmp_path), 1000, 1).overdue()

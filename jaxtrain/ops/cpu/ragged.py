@@ -4,13 +4,10 @@ XLA's CPU backend multiplies every row by every group's matrix in `lax.ragged_do
 row once, at the cost of half a tile per group.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
-from jax import lax
-
-from jaxtrain.types import Array
+from jax import Array, lax
+from jaxtyping import Float, Integer
 
 _TILE = 64  # rows of one group that are multiplied by its matrix at once
 
@@ -31,8 +28,10 @@ class _Tiles:
         return group, self.ends[group] - self.sizes[group] + first, self.sizes[group] - first
 
 
-def grouped_matmul(x: Array, kernels: Array, sizes: Array) -> Array:
-    """x [M, I], kernels [G, I, O], sizes [G] -> [M, O]; 0 in rows that belong to no group."""
+def grouped_matmul(
+    x: Float[Array, "M I"], kernels: Float[Array, "G I O"], sizes: Integer[Array, " G"]
+) -> Float[Array, "M O"]:
+    """Each row times the matrix of its group; 0 in rows that belong to no group."""
     tiles, rows = _Tiles(sizes), len(x)
     x = jnp.pad(x, ((0, _TILE), (0, 0)))
 
@@ -46,8 +45,8 @@ def grouped_matmul(x: Array, kernels: Array, sizes: Array) -> Array:
     return jnp.where(jnp.arange(rows)[:, None] < tiles.ends[-1], out, 0)
 
 
-def grouped_outer(x: Array, g: Array, sizes: Array) -> Array:
-    """x [M, I], g [M, O], sizes [G] -> [G, I, O]: the product x^T g of every group, summed in float32."""
+def grouped_outer(x: Float[Array, "M I"], g: Float[Array, "M O"], sizes: Integer[Array, " G"]) -> Float[Array, "G I O"]:
+    """The product x^T g of every group, summed in float32."""
     tiles = _Tiles(sizes)
     x, g = (jnp.pad(rows, ((0, _TILE), (0, 0))) for rows in (x, g))
 

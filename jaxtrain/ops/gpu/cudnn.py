@@ -1,10 +1,9 @@
 """cuDNN's fused attention over packed rows, on Hopper GPUs and later.
 
-JAX's public `dot_product_attention` knows segments only as a mask of [T, T]; the function below it takes the place and
-length of every segment instead, and skips what lies between segments. Not yet run on a GPU: `auto` does not choose it.
+JAX's public `dot_product_attention` takes segments only as a mask [T, T]. The private function that it calls takes the
+start and length of every segment and skips pairs of tokens of different segments. Not run on a GPU yet, so
+`impl="auto"` does not select it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -14,34 +13,36 @@ import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Integer
 
+from jaxtrain.ops.blockwise import AttentionOptions
 from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.types import Array
 
-# The kernel's statistics are [B, segments, N, T] in float32, so the limit is a matter of memory.
+# The kernel's statistics are float32 [B, segments, N, T], so the limit bounds their memory.
 MAX_SEGMENTS = 64
 
 
 def cudnn_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Integer[Array, "B T"],
+    options: AttentionOptions,
     *,
-    window: int | None,
-    scale: float,
     mesh: Mesh | None,
-    otherwise: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-    """Attention within packed rows: q [B, T, N, H], k and v [B, T, K, H] in 16 bits -> [B, T, N, H].
+    fallback: Callable[[Array, Array, Array, Array], Array],
+) -> Float[Array, "B T N H"]:
+    """Attention within packed rows, in 16-bit floats; see `attend`.
 
-    `otherwise(q, k, v, segment_ids)` computes the same for rows of more than `MAX_SEGMENTS` segments.
+    `fallback(q, k, v, segment_ids)` computes the same for rows of more than `MAX_SEGMENTS` segments.
     """
 
-    def rows(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def rows(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
         starts, lengths, count = segment_table(segment_ids, MAX_SEGMENTS)
-        fused = partial(_fused, starts=starts, lengths=lengths, window=window, scale=scale)
+        fused = partial(_fused, starts=starts, lengths=lengths, options=options)
         fits = count.max() <= MAX_SEGMENTS
-        return jax.lax.cond(fits, fused, lambda q, k, v: otherwise(q, k, v, segment_ids), q, k, v)
+        return jax.lax.cond(fits, fused, lambda q, k, v: fallback(q, k, v, segment_ids), q, k, v)
 
     if mesh is None or mesh.size == 1:
         return rows(q, k, v, segment_ids)
@@ -51,8 +52,10 @@ def cudnn_attention(
     )
 
 
-def segment_table(segment_ids: jax.Array, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs of equal ids in [B, T]: starts [B, limit + 1], lengths [B, limit] (-1 after the last run) and counts [B]."""
+def segment_table(
+    segment_ids: Integer[Array, "B T"], limit: int
+) -> tuple[Integer[jax.Array, "B {limit+1}"], Integer[jax.Array, "B {limit}"], Integer[jax.Array, " B"]]:
+    """Runs of equal ids: their starts, their lengths (both -1 after the last run) and their counts."""
     length = segment_ids.shape[1]
     opens = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     count = opens.sum(1, dtype=jnp.int32)
@@ -70,10 +73,9 @@ def _fused(
     *,
     starts: jax.Array,
     lengths: jax.Array,
-    window: int | None,
-    scale: float,
+    options: AttentionOptions,
 ) -> jax.Array:
-    # JAX takes the stride of a key from the queries' heads, so keys and values must have as many.
+    # JAX computes the strides of keys from the number of query heads, so keys and values must have as many heads.
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     out = dot_product_attention(
         q,
@@ -83,9 +85,9 @@ def _fused(
         kv_seqlen=lengths,
         q_offsets=starts,
         kv_offsets=starts,
-        scale=scale,
+        scale=options.scale,
         mask_type=MaskType.PADDING_CAUSAL,
-        sliding_window_length=window,
+        sliding_window_length=options.window,
     )
-    assert isinstance(out, jax.Array)  # it is a tuple only where residuals are asked for
+    assert isinstance(out, jax.Array)  # a tuple only if residuals are requested
     return out

@@ -1,6 +1,4 @@
-"""Splash attention (JAX's own Pallas kernel for TPU) over packed rows that lie on a mesh."""
-
-from __future__ import annotations
+"""Splash attention (JAX's Pallas kernel for TPU) over packed rows, sharded over a mesh."""
 
 from functools import partial
 
@@ -10,40 +8,37 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Integer
 
-from jaxtrain.ops.blockwise import RESIDUALS
+from jaxtrain.ops.blockwise import RESIDUALS, AttentionOptions
 from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.types import Array
 
-_LANES = 128  # of a vector register: blocks are multiples of it
+_LANES = 128  # lanes of a vector register: blocks are multiples of it
 
-# Tokens of a block, at most. Large blocks pay the kernel's per-block overhead less often; MaxText's published v5p and
-# v6e configurations use 512 to 2048, and these are the largest that fit the vector memory of v5e, v5p and v6e alike.
+# The largest number of tokens of a block. Larger blocks reduce the kernel's overhead per block. MaxText's published v5p
+# and v6e configurations use 512 to 2048; these are the largest that fit the vector memory of v5e, v5p and v6e.
 _BLOCK = 1024
 _BLOCK_COMPUTE = 512
 
 
 def splash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Integer[Array, "B T"],
+    options: AttentionOptions,
     *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    sinks: jax.Array | None,
+    sinks: Float[Array, " N"] | None,
     mesh: Mesh | None,
     interpret: bool,
-) -> jax.Array:
-    """Attention within packed rows: q [B, T, N, H], k and v [B, T, K, H], segment_ids [B, T] -> [B, T, N, H].
-
-    Each device attends for its rows and its heads. `sinks` [N] are scores of a key without value.
-    """
-    attention = partial(_rows, window=window, scale=scale, softcap=softcap, interpret=interpret)
+) -> Float[Array, "B T N H"]:
+    """Attention within packed rows; see `attend`. Each device computes its rows and its heads."""
+    attention = partial(_rows, options=options, interpret=interpret)
     if mesh is None or mesh.size == 1:
         return attention(q, k, v, segment_ids, sinks)
     heads = P(ROWS, None, "tensor")
-    # The compiler cannot see into the kernel, so it would gather every row onto every device.
+    # The kernel is opaque to the compiler, which would gather all rows onto all devices.
     return jax.shard_map(
         attention,
         mesh=mesh,
@@ -54,32 +49,30 @@ def splash_attention(
 
 
 def _rows(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
-    sinks: jax.Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    sinks: Array | None,
     *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    options: AttentionOptions,
     interpret: bool,
-) -> jax.Array:
+) -> Array:
     length, heads = q.shape[1:3]
-    short = -length % _LANES
-    # Padding behind the last token is causal future to all of them, whatever its segment.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * scale, k, v))
-    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, short)))
+    padding = -length % _LANES
+    # The causal mask hides padding after the last token from all tokens, in any segment.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * options.scale, k, v))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
     attention = kernel.make_splash_mha_single_device(
-        masks.MultiHeadMask([_mask(length + short, window)] * heads),
-        block_sizes=_block_sizes(length + short),
-        attn_logits_soft_cap=softcap,
+        masks.MultiHeadMask([_mask(length + padding, options.window)] * heads),
+        block_sizes=_block_sizes(length + padding),
+        attn_logits_soft_cap=options.softcap,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
     segments = kernel.SegmentIds(segment_ids, segment_ids)
     out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
-    assert isinstance(out, jax.Array)  # it is a tuple only where residuals are asked for
+    assert isinstance(out, jax.Array)  # a tuple only if residuals are requested
     return out.swapaxes(1, 2)[:, :length]
 
 
@@ -105,5 +98,5 @@ def _block_sizes(length: int) -> kernel.BlockSizes:
 
 
 def _largest_block(length: int, limit: int) -> int:
-    """The largest multiple of a register's lanes up to `limit` that divides `length`."""
+    """The largest multiple of `_LANES` up to `limit` that divides `length`."""
     return max(block for block in range(_LANES, min(length, limit) + 1, _LANES) if length % block == 0)

@@ -27,7 +27,7 @@ def test_project_tangent_and_its_transpose_are_tensordots(kernel, rank):
 
 def test_outer_sums_over_rows_in_float32():
     x, y = normal(5, 3).astype(jnp.bfloat16), normal(5, 4).astype(jnp.bfloat16)
-    actual = matmul.outer(x, y)
+    actual = matmul.outer_product(x, y)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, x.astype(jnp.float32).T @ y.astype(jnp.float32), rtol=0, atol=1e-5)
 

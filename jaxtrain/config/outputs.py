@@ -1,0 +1,25 @@
+"""The sections of what a run writes: checkpoints and metrics."""
+
+from __future__ import annotations
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from jaxtrain.config.sections import Section
+
+
+class CheckpointSection(Section):
+    every: PositiveInt = 500  # steps
+    minutes: PositiveFloat | None = None  # and after the step at which so many have passed since the last one
+    keep: PositiveInt = 2  # the newest
+    keep_every: PositiveInt | None = None  # and those of multiples of so many steps, a multiple of `every`
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> CheckpointSection:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(f"keep_every={self.keep_every} is not a multiple of every={self.every}")
+        return self
+
+
+class LogSection(Section):
+    every: PositiveInt = 10
+    tensorboard: bool = True

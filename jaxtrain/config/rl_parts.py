@@ -1,0 +1,73 @@
+"""Sections of `rl:` about the world around the policy: rewards, environment, placement."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
+from jaxtrain.config.python_values import Given, import_path
+from jaxtrain.config.sections import NonNegativeInt, Section
+
+
+class RewardSection(Section):
+    # package.module:name, file.py:name, a ready one of jaxtrain.rl.rewards by its bare name, or a function: one that is
+    # named runs in processes that can be killed, one that is given in the process that trains
+    function: Given
+    weight: float = 1.0
+    seconds: PositiveFloat = 30.0  # the limit of one call
+    args: dict[str, Any] = Field(default_factory=dict)  # further keywords for the function
+
+    @property
+    def name(self) -> str:
+        """What metrics call it."""
+        return import_path(self.function).rpartition(":")[2].rpartition(".")[2]
+
+
+class RewardModelSection(Section):
+    path: Annotated[str, INPUT_PATH]  # a Hugging Face folder of a reward model with the policy's tokenizer
+    name: str = "reward_model"  # what metrics call it
+    weight: float = 1.0
+
+
+class EnvironmentSection(Section):
+    # package.module:name, file.py:name, a ready one of jaxtrain.rl.environments by its bare name, or the class itself
+    factory: Given
+    args: dict[str, Any] = Field(default_factory=dict)  # keywords for the factory
+    weight: float = 1.0  # of the environment's own rewards, beside those of rl.rewards
+    max_turns: PositiveInt = 8
+    max_tokens: PositiveInt | None = None  # of a conversation, prompt and environment included; default: what fits
+    seconds: PositiveFloat = 30.0  # the limit of one reset or step
+
+    def max_length(self, row_length: int) -> int:
+        """Tokens of a conversation that is packed into rows of `row_length`."""
+        return min(self.max_tokens or row_length, row_length)
+
+
+class PlacementSection(Section):
+    kind: Annotated[Literal["colocated", "disjoint", "ray"], MAY_CHANGE] = "colocated"
+    # disjoint: this many of the devices sample, the others train
+    rollout_devices: Annotated[PositiveInt | None, MAY_CHANGE] = None
+    # colocated: this many adjacent processes of the run sample together with one engine, for models that do not fit one
+    processes_per_engine: Annotated[PositiveInt, MAY_CHANGE] = 1
+    workers: Annotated[PositiveInt, MAY_CHANGE] = 1  # ray: processes that sample
+    # ray: a worker that takes longer for its share is given up
+    worker_seconds: Annotated[PositiveFloat, MAY_CHANGE] = 600.0
+    # ray: what a worker asks of the cluster, e.g. {GPU: 1}
+    resources: Annotated[dict[str, float], MAY_CHANGE] = Field(default_factory=dict)
+    staleness: NonNegativeInt = 0  # optimizer steps that a rollout's policy may lie behind; 0: on policy
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PlacementSection:
+        if (self.rollout_devices is None) == (self.kind == "disjoint"):
+            raise ValueError(f"kind={self.kind} with rollout_devices={self.rollout_devices}: they belong to `disjoint`")
+        if self.kind != "colocated" and self.processes_per_engine > 1:
+            raise ValueError(
+                f"processes_per_engine={self.processes_per_engine} belongs to kind=colocated, and this is "
+                f"kind={self.kind}"
+            )
+        for key in ("workers", "worker_seconds", "resources") if self.kind != "ray" else ():
+            if getattr(self, key) != PlacementSection.model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"{key}={getattr(self, key)} belongs to kind=ray, and this is kind={self.kind}")
+        return self

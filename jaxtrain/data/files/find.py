@@ -1,0 +1,165 @@
+"""Which files a path names: a local file, folder or glob, the same as a URL, or a data set on the Hugging Face hub."""
+
+import difflib
+import glob
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from jaxtrain.data.files.blobs import LocalBlob, RemoteBlob, StoredBlob, data_errors
+from jaxtrain.data.files.columnar import ArrowRows, ParquetRows
+from jaxtrain.data.files.compressed import SUFFIXES, CompressedBlob
+from jaxtrain.data.files.errors import DataError
+from jaxtrain.data.files.hub_datasets import HUB, hub_files, is_hub
+from jaxtrain.data.files.records import ArrayRecordRows
+from jaxtrain.data.files.rows import Rows
+from jaxtrain.data.files.text import Csv, JsonArray, JsonLines, holds_array
+from jaxtrain.remote import RemoteError, filesystem_of, is_url
+
+_TEXT = (".jsonl", ".json", ".csv")
+_STORED: dict[str, Callable[[StoredBlob, int | None], Rows]] = {
+    ".parquet": ParquetRows,
+    ".arrow": ArrowRows,
+    ".feather": ArrowRows,
+    ".array_record": ArrayRecordRows,
+}
+_SAVED = "state.json"  # beside the files that `datasets.save_to_disk` writes
+KINDS = (*_TEXT, *(text + packed for text in _TEXT for packed in SUFFIXES), *_STORED)
+
+
+def find_files(path: str, *, config: str | None = None, split: str | None = None) -> list[str]:
+    """The data files behind a file name, a folder (all in it) or a glob, local or as a URL, sorted.
+
+    `config` and `split` are those of a data set on the hub. Raises DataError if there is none.
+    """
+    if is_hub(path):
+        return hub_files(path, config, split, lambda name: file_format(name) is not None)
+    if config is not None or split is not None:
+        raise DataError(f"{path}: `config` and `split` are for data sets on the hub, written {HUB}owner/name")
+    if is_url(path):
+        return _find_remote(path)
+    return _find_local(path.removeprefix("file://"))
+
+
+def file_format(name: str) -> str | None:
+    """Which of `KINDS` a file is by its name. A shard's number may follow: `x.array_record-00000-of-00010`."""
+    name = re.sub(r"-\d+-of-\d+$", "", _without_query(name))
+    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if name.endswith(kind)), None)
+
+
+def open_blob(name: str) -> StoredBlob:
+    return RemoteBlob(name, *_filesystem(name)) if is_url(name) else LocalBlob(name)
+
+
+def open_rows(name: str, limit: int | None, files: int) -> Rows:
+    """The first `limit` rows of a file, one of `files` that the source has."""
+    stored, kind = open_blob(name), file_format(name)
+    assert kind is not None, name
+    if kind in _STORED:
+        return _STORED[kind](stored, limit)
+
+    def content() -> Any:
+        return CompressedBlob(stored, files) if kind.endswith(SUFFIXES) else stored
+
+    if kind.startswith(".csv"):
+        return Csv(content(), limit)
+    is_array = not kind.startswith(".jsonl") and holds_array(content())
+    return (JsonArray if is_array else JsonLines)(content(), limit)
+
+
+def _find_local(path: str) -> list[str]:
+    where = Path(path)
+    if where.is_file():
+        if file_format(path) is None:
+            raise DataError(f"{path}: unknown kind of file; known: {', '.join(KINDS)}")
+        return [str(where)]
+    if where.is_dir():
+        files = (file for file in where.rglob("*") if file.is_file())
+        # Hidden ones are copies that editors and notebooks leave.
+        shown = (file for file in files if not any(part.startswith(".") for part in file.relative_to(where).parts))
+        return _data_files(path, sorted(map(str, shown)))
+    found = [file for file in sorted(glob.glob(path, recursive=True)) if file_format(file)]
+    if not found:
+        raise DataError(f"{path}: no such file" + _nearest_file(where))
+    return found
+
+
+def _find_remote(url: str) -> list[str]:
+    filesystem, path = _filesystem(url)
+    with data_errors(url):
+        if set(_without_query(url)) & set("*?["):
+            found = sorted(file for file in filesystem.glob(path) if file_format(file))
+        elif file_format(url) is not None:
+            found = [path] if _exists(filesystem, path) else []
+        else:
+            return _data_files(url, sorted(map(filesystem.unstrip_protocol, filesystem.find(path))))
+    if not found:
+        raise DataError(f"{url}: no such file")
+    return [url] if found == [path] else [filesystem.unstrip_protocol(file) for file in found]
+
+
+def _without_query(name: str) -> str:
+    """Of a URL that ends with `?key=value`; in HTTP whatever follows a question mark, which elsewhere is a glob's."""
+    if name.startswith(("http://", "https://")):
+        return urlsplit(name).path
+    return re.sub(r"\?[\w-]+=.*$", "", name) if is_url(name) else name
+
+
+def _exists(filesystem: Any, path: str) -> bool:
+    """`exists` of the HTTP file system begins to download the file."""
+    try:
+        filesystem.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _data_files(folder: str, names: list[str]) -> list[str]:
+    """The data files among all files of a folder."""
+    by_folder: dict[str, list[str]] = {}
+    for name in names:
+        by_folder.setdefault(name.rpartition("/")[0], []).append(name)
+    splits = [within for within, files in by_folder.items() if f"{within}/{_SAVED}" in files]
+    if len(splits) > 1 and any(name.endswith("/dataset_dict.json") for name in names):
+        raise DataError(
+            f"{folder}: `datasets` has saved a DatasetDict there: name the folder of one of its splits, as "
+            f"{' or '.join(splits)}"
+        )
+    found = [name for within, files in by_folder.items() for name in _saved(within, files) if file_format(name)]
+    if not found:
+        raise DataError(f"{folder}: the folder holds no data file ({', '.join(KINDS)})")
+    return found
+
+
+def _saved(folder: str, names: list[str]) -> list[str]:
+    """The files of a folder that hold its rows: where `datasets.save_to_disk` wrote it, those that its record names.
+    The others are the record, and what `map` has cached there."""
+    record = f"{folder}/{_SAVED}"
+    if record not in names or f"{folder}/dataset_info.json" not in names:
+        return [name for name in names if not name.endswith("/dataset_dict.json")]
+    blob = open_blob(record)
+    try:
+        files = json.loads(blob.read(0, blob.size))["_data_files"]
+        return [f"{folder}/{each['filename']}" for each in files]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{record}: is not what `datasets.save_to_disk` writes: {error!r}") from None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    try:
+        return filesystem_of(url)
+    except RemoteError as error:
+        raise DataError(str(error)) from None
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    if folder != path.parent:
+        return f" (the nearest folder that exists is {folder})"
+    near = difflib.get_close_matches(path.name, [file.name for file in folder.iterdir()], 1, cutoff=0.4)
+    return f"; did you mean {folder / near[0]}?" if near else f" in the folder {folder}"

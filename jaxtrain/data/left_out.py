@@ -1,0 +1,170 @@
+"""What a chat template leaves out of a conversation: found by changing a part and rendering again.
+
+A part whose words stand in the rendered text is taken for written, so that few conversations are rendered twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jaxtrain.data.answers import THOUGHTS, opened_thought
+from jaxtrain.data.rendering import PROBE, REASONING, Chat, Template
+from jaxtrain.data.tracing import Message, Trace
+
+Render = Callable[[Chat], str]
+
+CHOICES = (
+    "data.split_turns=true makes every turn a separate example, prompted as it is when the model is used; "
+    "data.split_turns=false accepts it, and counts the rows as `thoughts_left_out`"
+)
+
+
+class LeftOut:
+    """Checks under one template. Safe to call from threads."""
+
+    def __init__(self, template: Template):
+        self._template = template
+        self._written: set[tuple[Any, ...]] = set()  # what was seen to be written: roles, schemas, kinds of call
+
+    def check(self, text: str, chat: Chat, render: Render, first: int = 0) -> None:
+        """Raises ValueError where `text`, which is `render(chat)`, leaves out schemas of tools, tool calls, or what a
+        message of another role than the assistant's says, from message number `first` on.
+        """
+        # Some templates write the schemas into the system message alone, or into the first user's.
+        roles = chat.messages[0]["role"], frozenset(message["role"] for message in chat.messages)
+        key = ("tools", self._template.source(chat.tools), *roles)
+        if chat.tools and not self._is_written(key, text, render, [chat._replace(tools=None)]):
+            called = ", ".join(str((tool.get("function") or tool).get("name")) for tool in chat.tools)
+            raise ValueError(
+                f"the chat template never writes the schemas of tools, so the model would not see {called}: give a "
+                "template that does as model.chat_template, or leave the tools out"
+            )
+        for number, message in enumerate(chat.messages[first:], first):
+            role, said = message["role"], str(message.get("content") or "").strip()
+            if role != "assistant" and said:
+                changed = chat.with_message(number, message | {"content": PROBE})
+                key = ("role", role) if said in text else None
+                if not self._is_written(key, text, render, [changed]):
+                    raise ValueError(
+                        f"messages[{number}]: the chat template writes nothing for a message of the role {role!r}: "
+                        "give a template that does as model.chat_template"
+                    )
+            self._check_calls(text, chat, number, render)
+
+    def check_turns(self, traced: Trace, chat: Chat, weights: Sequence[float], *, accept: bool) -> bool:
+        """Whether the template leaves out thoughts of trained turns because these are not the last.
+
+        Raises ValueError for them unless they are accepted, and in any case for thoughts that it writes in no turn and
+        for other content that it leaves out.
+        """
+        text, blocks, left_out = traced.text, traced.blocks, False
+        for number, message in enumerate(chat.messages):
+            if message["role"] != "assistant" or not weights[number]:
+                continue
+            for part, words, changed in _parts(message):
+                written = number in blocks and words in text[slice(*blocks[number])]
+                key = (part, self._template.source(chat.tools), *_kind(chat, number)) if written else None
+                if self._is_written(key, text, self._render, [chat.with_message(number, changed)]):
+                    continue
+                where = f"messages[{number}]"
+                if part == "content":
+                    what = "its content beside its tool_calls" if message.get("tool_calls") else "the assistant's words"
+                    raise ValueError(
+                        f"{where}: the chat template does not write {what}: give a template that does as "
+                        "model.chat_template, or try data.split_turns=true, since some write it in the last turn"
+                    )
+                alone = chat.until(number + 1)
+                if not self._is_written(None, self._render(alone), self._render, [alone.with_message(number, changed)]):
+                    prompt = self._template.trace(chat.until(number), prompt=True).text
+                    behind = ", or write it behind the thought that the prompt opens, with data.split_turns=true"
+                    raise ValueError(
+                        f"{where}: the chat template does not write its reasoning: give a template that does as "
+                        "model.chat_template, or put the reasoning into the content"
+                        + (behind if opened_thought(prompt) else "")
+                    )
+                if not accept:
+                    raise ValueError(
+                        f"{where}: the chat template leaves out the thoughts of earlier turns, so this one would be "
+                        f"trained as an answer without a thought: {CHOICES}; a template that keeps them, such as "
+                        "model.chat_template=builtin:qwen3-thinking, trains all turns of a row at once"
+                    )
+                left_out = True
+        return left_out
+
+    def _check_calls(self, text: str, chat: Chat, number: int, render: Render) -> None:
+        message = chat.messages[number]
+        calls = message.get("tool_calls") or []
+        for place, call in enumerate(calls):
+            function = call.get("function")
+            said = function if isinstance(function, dict) else call
+            changes: list[dict[str, Any]] = [{"name": PROBE}]
+            if said.get("arguments") not in (None, "", "{}", {}):
+                changes.append({"arguments": "{}" if isinstance(said["arguments"], str) else {}})
+            others = [{"function": said | change} if said is function else change for change in changes]
+            changed = [
+                chat.with_message(number, message | {"tool_calls": [*calls[:place], call | other, *calls[place + 1 :]]})
+                for other in others
+            ]
+            key = ("call", self._template.source(chat.tools), place, len(calls), len(changes), *_kind(chat, number))
+            if not self._is_written(key, text, render, changed):
+                which = f"tool_calls[{place}]" if len(calls) > 1 else "tool_calls"
+                beside = " beside content (null where there is none)" if message.get("content") else ""
+                raise ValueError(
+                    f"messages[{number}]: the chat template does not write its {which}{beside}: give a template that "
+                    "does as model.chat_template"
+                )
+
+    def _is_written(self, key: tuple[Any, ...] | None, text: str, render: Render, changed: list[Chat]) -> bool:
+        """Whether the text depends on what is changed. A `key` that was seen to be written is not tried again."""
+        if key is not None and key in self._written:
+            return True
+        try:
+            if any(render(chat) == text for chat in changed):
+                return False
+        except ValueError:  # the template refuses the change, so it reads it
+            pass
+        if key is not None:
+            self._written.add(key)
+        return True
+
+    def _render(self, chat: Chat) -> str:
+        return self._template.trace(chat).text
+
+
+def _kind(chat: Chat, number: int) -> tuple[Any, ...]:
+    """What a template's choice of the parts of a turn may depend on."""
+    message, following = chat.messages[number], [message["role"] for message in chat.messages[number + 1 :]]
+    has = [bool(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
+    return *has, *following[:1], "user" in following
+
+
+def split_thought(message: Message) -> tuple[str, str]:
+    """The thought and the answer of a turn, whether the thought has a separate key or stands in the content."""
+    content = message.get("content") or ""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], content
+    begin, end = THOUGHTS[0]
+    thought, found, answer = content.rpartition(end)
+    return (thought.rpartition(begin)[2], answer) if found else ("", content)
+
+
+def without_thought(message: Message) -> Message:
+    kept = {key: value for key, value in message.items() if key not in REASONING}
+    return kept | {"content": split_thought(message)[1].lstrip()} if message.get("content") else kept
+
+
+def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:
+    """The thought and the content of a turn: their words, and the message with others in their place."""
+    thought, answer = split_thought(message)
+    inline = thought and not message.get("reasoning_content")
+    if thought.strip():
+        if inline:
+            begin, end = THOUGHTS[0]
+            changed = message | {"content": f"{begin}\n{PROBE}\n{end}\n\n{answer.lstrip()}"}
+        else:
+            changed = message | {key: PROBE for key in REASONING if key in message}
+        yield "thought", thought.strip(), changed
+    if answer.strip():
+        before = message["content"].removesuffix(answer) if inline else ""
+        yield "content", answer.strip(), message | {"content": before + PROBE}

@@ -1,0 +1,90 @@
+"""Distillation from a teacher with another tokenizer: the distance of sorted probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Float, Integer
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from jaxtrain.objectives.checked import Checked
+from jaxtrain.objectives.objective import Correct, Entropy, Logp, ScoreRequest, TopLogps, weighted_mean
+from jaxtrain.objectives.segments import segment_sums
+from jaxtrain.types import GROUP_PLACE, TEACHER_PROBS, TEACHER_SHIFT, Array, Batch, Mean, Norm, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ULD(Checked):
+    """divergence_weight * ULD(teacher, student) + ce_weight * cross-entropy, over the weighted tokens.
+
+    ULD is the Universal Logit Distillation of Boizard et al. 2024 (arXiv:2402.12030): of the probabilities p of the
+    student and q of the teacher, each in descending order,
+
+        sum over the ranks i of |p_(i) - q_(i)|
+
+    which needs no token to mean the same to both. As in GOLD (Patiño et al. 2025, Hugging Face), p and q belong to
+    groups of tokens that write the same text (`data.alignment`): a group's distribution is that of its first token
+    times the probabilities of the further ones, and so need not sum to 1. A group counts once, with the weight of its
+    first token, and the sum over the groups is divided by the weighted tokens. TRL's GOLDTrainer differs: its default
+    takes the logits at a token, which predict the next one; it leaves the end of a turn out; and its mean is over the
+    groups of a sequence, then over sequences.
+
+    The ranks are the `top_k` largest ones and one bucket of the others, which gives a lower bound. It is too small by
+    2 min(rest of p, rest of q) at most, the metric `uld_gap`; with `top_k` of the smaller vocabulary it is exact.
+    """
+
+    divergence_weight: PositiveFloat = 1.0
+    ce_weight: NonNegativeFloat = 1.0  # without it nothing but the continuations within groups says which token it is
+    top_k: PositiveInt = 128
+
+    @property
+    def needs(self) -> tuple[ScoreRequest, ...]:
+        return Logp(), Entropy(), Correct(), TopLogps(self.top_k)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return GROUP_PLACE, TEACHER_PROBS
+
+    @property
+    def separable(self) -> bool:
+        return False
+
+    def __call__(self, scores: Scores, batch: Batch, norm: Norm) -> tuple[Float[Array, ""], dict[str, Mean]]:
+        weights, places, teacher = batch.loss_weights, batch.signals[GROUP_PLACE], batch.signals[TEACHER_PROBS]
+        student = group_probs(scores, places)
+        assert teacher.shape == student.shape, f"{TEACHER_PROBS} {teacher.shape} is not of top_k={self.top_k}"
+        distance = jnp.abs(student - teacher).sum(2)
+        losses = self.divergence_weight * distance - self.ce_weight * scores.logp
+        of_groups = weights * (places == 1)
+        metrics = {
+            "loss": weighted_mean(losses, weights),
+            "uld": weighted_mean(distance, of_groups),
+            "uld_gap": weighted_mean(2 * jnp.minimum(student[..., -1], teacher[..., -1]), of_groups),
+            "aligned": weighted_mean(places > 0, weights),
+            "ce_loss": weighted_mean(-scores.logp, weights),
+            "entropy": weighted_mean(scores.entropy, weights),
+            "mean_token_accuracy": weighted_mean(scores.correct, weights),
+        }
+        return jnp.sum(losses * weights) / jnp.maximum(norm.tokens, 1), metrics
+
+
+def group_probs(scores: Scores, places: Integer[Array, "B T"]) -> Float[Array, "B T K"]:
+    """At the first token of each group, its `top_logps` probabilities in descending order and their rest: K = k + 1.
+
+    They are those of the first token times the probabilities of the further ones, and so sum to the product of these.
+    `places` are those of the tokens within their groups, 1, 2 ...; 0 in no group. 0 at all other tokens.
+    """
+    first = places == 1
+    groups = jnp.where(places > 0, jnp.cumsum(first, 1), 0)
+    further = jnp.exp(segment_sums(jnp.where(places > 1, scores.logp, 0), groups))[..., None]
+    probs = jnp.exp(scores.top_logps) * further
+    rest = jnp.maximum(further - probs.sum(2, keepdims=True), 0)
+    return jnp.where(first[..., None], jnp.concatenate([probs, rest], 2), 0)
+
+
+def to_student(teacher: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T K"]:
+    """What stands at the teacher's first tokens of the groups, at the student's; 0 elsewhere."""
+    first = batch.signals[GROUP_PLACE] == 1
+    at = jnp.where(first, jnp.arange(first.shape[1]) + batch.signals[TEACHER_SHIFT], 0)
+    return jnp.where(first[..., None], jnp.take_along_axis(teacher, at[..., None], 1), 0)

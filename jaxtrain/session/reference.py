@@ -1,0 +1,86 @@
+"""The reference of preference objectives: a frozen model, or its log-probabilities, computed once."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from jaxtrain.config import MeshSection, ReferenceSection, TeacherSection
+from jaxtrain.data.pipeline import TrainStream
+from jaxtrain.parallel.batches import move_batch
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.roles.reference import reference_role
+from jaxtrain.roles.role import Role, TrainedRole
+from jaxtrain.session.session import Session
+from jaxtrain.types import REF_LOGPS, Batch
+
+
+def policy_devices(section: ReferenceSection | TeacherSection | None) -> Sequence[Any]:
+    """The devices that train: all but the last `reference.devices` or `teacher.devices`.
+
+    Raises ValueError if none is left.
+    """
+    devices, count = jax.devices(), section.devices if section else 0
+    if not count:
+        return devices
+    name = "teacher" if isinstance(section, TeacherSection) else "reference"
+    if jax.process_count() > 1:
+        raise ValueError(f"{name}.devices needs a single process: with several the {name} shares the policy's")
+    if count >= len(devices):
+        raise ValueError(f"{name}.devices={count} of {len(devices)} devices leaves none to train on")
+    return devices[:-count]
+
+
+def frozen_mesh(section: MeshSection, count: int) -> jax.sharding.Mesh:
+    """A mesh of the last `count` devices, with parameters and rows split over all of them."""
+    alone = section.model_copy(update={"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
+    return make_mesh(alone, jax.devices()[-count:])
+
+
+class ReferenceLogps:
+    """Adds the signal `ref_logps` to placed batches that lack it, if the objective reads it. The reference is loaded
+    when it is first needed."""
+
+    def __init__(self, session: Session, policy: TrainedRole):
+        self._session, self._policy = session, policy
+        self._needed = REF_LOGPS in session.config.objective.signals
+
+    def load_for(self, stream: TrainStream) -> None:
+        """Load the reference now, so that a wrong one is an error at the start, unless the data has the signal."""
+        if self._needed and REF_LOGPS not in stream.signals:
+            assert self.role
+
+    def __call__(self, batch: Batch) -> Batch:
+        if not self._needed or REF_LOGPS in batch.signals:
+            return batch
+        logps = move_batch(self.role.logps(batch), self._policy.mesh)
+        return batch._replace(signals={**batch.signals, REF_LOGPS: logps})
+
+    @cached_property
+    def role(self) -> Role:
+        return load_reference(self._session, self._policy)
+
+
+def load_reference(session: Session, policy: TrainedRole) -> Role:
+    """The model of `reference.path`, or the one that the run starts from, on its own devices if it has any.
+
+    Raises ValueError for one with other token ids than the policy.
+    """
+    config = session.config
+    section = config.reference or ReferenceSection()
+    mesh = policy.mesh
+    if section.devices:
+        mesh = frozen_mesh(config.mesh, section.devices)
+    elif section.path is None and policy.restored:
+        return reference_role(policy)
+    model = policy.section
+    if section.path is not None:
+        other = dict.fromkeys(("config", "tokenizer", "add_tokens", "lora", "quantize"))
+        model = model.model_copy(update={**other, "path": section.path})
+    role = session.role("reference", model, mesh)
+    both = (role.tokenizer, session.tokenizer)
+    if section.path is not None and None not in both and both[0].get_vocab() != both[1].get_vocab():
+        raise ValueError(f"reference.path={section.path} has another tokenizer than the policy")
+    role.load()
+    return role

@@ -1,0 +1,127 @@
+"""The teacher of distillation: a frozen model whose hidden states and head, or probabilities, the step reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from jaxtrain.config import ModelSection
+from jaxtrain.data.aligned import AlignedEncoder
+from jaxtrain.data.alignment import Aligner
+from jaxtrain.data.formats import Encoder
+from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
+from jaxtrain.ops.head_chunks import Head
+from jaxtrain.parallel.batches import move_batch
+from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.roles.role import Role, TrainedRole
+from jaxtrain.session.reference import frozen_mesh
+from jaxtrain.session.session import Session
+from jaxtrain.types import TEACHER_PROBS, Batch
+
+
+class HiddenStates:
+    """Adds the hidden states of the teacher to placed batches, and gives the student's steps its head.
+
+    The teacher's forward pass runs once for a whole batch, before the student's step, without a gradient.
+    """
+
+    def __init__(self, session: Session, student: TrainedRole):
+        """Raises ValueError for a teacher with other token ids than the student."""
+        self._student, self._preset = student, session.config.mesh.preset
+        self.encode = session.encoder(student)
+        self.role = teacher_role(session)
+        check_same_ids(session, student, self.role)
+
+    def load(self) -> None:
+        """Read the teacher's weights."""
+        self.role.load()
+        self._student.teacher_head = on_mesh(self.role.head(), self._student.mesh, self._preset)
+
+    def __call__(self, batch: Batch) -> Batch:
+        hidden = move_batch(self.role.hidden(batch), self._student.mesh)
+        return batch._replace(signals={**batch.signals, TEACHER_HIDDEN: hidden})
+
+
+class AlignedTeacher:
+    """Adds the probabilities of a teacher with another tokenizer to placed batches.
+
+    The teacher's tokens are a signal of the batch. It runs once for a whole batch, in the rows and segments of the
+    student's, and its probabilities are carried to the student's tokens by their groups (`data.alignment`).
+    """
+
+    def __init__(self, session: Session, student: TrainedRole):
+        """Raises ValueError for tokenizers that cannot be aligned, and for an objective of more ranks than a vocabulary
+        has."""
+        self._student, data = student, session.config.data
+        self.role = teacher_role(session)
+        mine, other = needed_tokenizers(session, self.role)
+        sizes = [role.model.config.vocab_size for role in (student, self.role)]
+        ranks = [request.k for request in session.config.objective.needs if isinstance(request, TopLogps)]
+        if len(ranks) != 1:
+            raise ValueError(f"an objective with the signal {TEACHER_PROBS} must also need the score TopLogps")
+        (self._k,) = ranks
+        if self._k > min(sizes):
+            raise ValueError(f"objective.top_k={self._k} is more than the {min(sizes)} tokens of a vocabulary")
+        teacher = Encoder.configured(other, data, vocab_size=sizes[1])
+        self.encode = AlignedEncoder(session.encoder(student), teacher, Aligner(mine, other), data)
+
+    def load(self) -> None:
+        """Read the teacher's weights."""
+        self.role.load()
+
+    def __call__(self, batch: Batch) -> Batch:
+        probs = move_batch(self.role.group_probs(batch, self._k), self._student.mesh)
+        return batch._replace(signals={**batch.signals, TEACHER_PROBS: probs})
+
+
+def teacher_role(session: Session) -> Role:
+    """The model of `teacher.path`, declared and not loaded, on its own devices if it has any."""
+    config, section = session.config, session.config.teacher
+    assert section is not None
+    mine = config.model  # of which the teacher has what does not depend on the architecture
+    model = ModelSection(
+        path=section.path,
+        compute_dtype=mine.compute_dtype,
+        param_dtype=section.param_dtype or mine.compute_dtype,
+        attention=mine.attention,
+        vocab_multiple=mine.vocab_multiple,
+    )
+    return session.role("teacher", model, frozen_mesh(config.mesh, section.devices) if section.devices else None)
+
+
+def needed_tokenizers(session: Session, teacher: Role) -> tuple[Any, Any]:
+    """The student's and the teacher's. Raises ValueError where one is missing."""
+    mine, other = session.tokenizer, teacher.tokenizer
+    for key, tokenizer in (("model.tokenizer", mine), ("teacher.path", other)):
+        if tokenizer is None:
+            raise ValueError(f"{key}: there is no tokenizer, by which student and teacher are aligned")
+    return mine, other
+
+
+def check_same_ids(session: Session, student: TrainedRole, teacher: Role) -> None:
+    """Raise ValueError unless a token id means the same to both; the vocabularies may be padded differently."""
+    sizes = [role.model.config.vocab_size for role in (student, teacher)]
+    mine, other = session.tokenizer, teacher.tokenizer
+    if mine is None or other is None:
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"teacher.path: its vocabulary has {sizes[1]} tokens, and the student's has {sizes[0]}")
+        return
+    if mine.get_vocab() != other.get_vocab():
+        differing = sorted(mine.get_vocab().items() ^ other.get_vocab().items(), key=lambda item: item[1])
+        raise ValueError(
+            f"teacher.path={teacher.section.path} has another tokenizer than the student: {len(differing)} entries "
+            f"differ, such as {differing[0]}. A divergence needs equal token ids; recipe distill needs none "
+            "with objective.name=ULD, and recipe rl with teacher.aligned=true"
+        )
+    if len(mine) > min(sizes):
+        raise ValueError(f"the tokenizer has {len(mine)} tokens, and one of the models has only {min(sizes)}")
+
+
+def on_mesh(head: Head, mesh: jax.sharding.Mesh, preset: str) -> Head:
+    """The head on the devices of `mesh`, sharded as a student's is. Copies nothing that is there already."""
+    axes = ("vocab", "embed") if head.transposed else ("embed", "vocab")
+    shapes = {"teacher's head": head.weight}
+    (sharding,) = param_specs({"teacher's head": axes}, shapes, RULES[preset], mesh).values()
+    return replace(head, weight=jax.device_put(head.weight, sharding))

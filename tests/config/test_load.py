@@ -1,0 +1,46 @@
+"""From YAML and overrides to a config, and back."""
+
+import pytest
+import yaml
+
+from jaxtrain.config.load import ConfigError, dump_config, known_keys, load_config, parse_config
+
+TREE = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "a.jsonl"}}}
+RL = TREE | {"recipe": "rl", "rl": {"rewards": [{"function": "exact_answer"}]}}
+
+
+@pytest.mark.parametrize("text", ["2e-5", "+2E-05", ".2e-4", "2.0e-5", "0.00002"])
+def test_a_number_with_an_exponent_is_a_number(tmp_path, text):
+    """YAML 1.1 reads some of these as strings."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(TREE) + f"optimizer: {{learning_rate: {text}}}\n")
+    for config in (load_config(file), parse_config(dict(TREE), "x", [f"optimizer.learning_rate={text}"])):
+        assert config.optimizer.learning_rate == pytest.approx(2e-5)
+
+
+def test_an_override_below_a_name_alone_keeps_the_name():
+    tree = RL | {"objective": "GSPO", "rl": RL["rl"] | {"algorithm": "gspo"}}
+    config = parse_config(tree, "x", ["objective.beta=0.5", "rl.algorithm.max_refills=2"])
+    assert (type(config.objective).__name__, config.objective.beta) == ("GSPO", 0.5)
+    assert (config.algorithm.name, config.algorithm.max_refills) == ("gspo", 2)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [TREE, RL, RL | {"sampling": {"top_p": 0.5}}, TREE | {"objective": {"name": "SFT"}, "callbacks": []}],
+)
+def test_what_is_dumped_is_read_back_as_an_equal_config(tree, tmp_path):
+    config = parse_config(tree, "x")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_keys_are_those_of_all_sections_with_their_types():
+    keys = dict(known_keys())
+    assert keys["run.seed"] is not None and "rl.rewards.function" in keys and "objective.beta" in keys
+    assert all(key.rpartition(".")[0] in keys for key in keys if "." in key)  # a section is a key, too
+
+
+def test_the_origin_is_named_and_a_fault_at_an_index_keeps_the_index():
+    with pytest.raises(ConfigError, match=r"^my\.yaml:\n  unknown key data\.train\.1\.pth; did you mean data\."):
+        parse_config(TREE | {"data": {"train": [{"path": "a"}, {"path": "b", "pth": "c"}]}}, "my.yaml")

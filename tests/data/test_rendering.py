@@ -1,0 +1,77 @@
+import json
+
+import pytest
+from chat_templates import QWEN25, tokenizer
+from stock_templates import STOCK
+
+from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.data.rendering import Template
+
+USER = {"role": "user", "content": "What?"}
+WRITTEN = '{"a":  [1, "é"]}'  # with spaces that `json.dumps` would not write
+
+
+def made(name):
+    stock = STOCK[name]
+    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
+
+
+def rendered(tok, *messages, kwargs=None, date=None, **run_kwargs):
+    template = Template(tok, run_kwargs, date)
+    return template.trace(template.chat(list(messages), None, kwargs)).text
+
+
+def calling(arguments, **message):
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return {"role": "assistant", **message, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("arguments", [WRITTEN, json.loads(WRITTEN)], ids=["text", "mapping"])
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.2", "gpt-oss", "mistral3", "granite4"])
+def test_arguments_are_mappings_where_the_template_writes_them_as_json(name, arguments):
+    assert '{"a": [1, "é"]}' in rendered(made(name), USER, calling(arguments))
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(WRITTEN, WRITTEN), (json.loads(WRITTEN), '{"a": [1, "é"]}')])
+@pytest.mark.parametrize("name", ["deepseek-v3", "r1-distill"])
+def test_arguments_are_text_where_the_template_joins_them_to_text(name, arguments, expected):
+    assert f"json\n{expected}\n" in rendered(made(name), USER, calling(arguments))
+
+
+def test_arguments_are_text_where_a_mapping_would_be_written_as_python_shows_it():
+    shown = QWEN25.replace("tool_call.arguments | tojson", "tool_call.arguments")
+    assert '{"a": [1, "é"]}' in rendered(tokenizer(shown), USER, calling(json.loads(WRITTEN)))
+
+
+def test_arguments_that_are_no_json_are_a_models_own_words():
+    assert "{{broken" in rendered(made("qwen2.5"), USER, calling("{{broken"))
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["none", "null", "empty"])
+@pytest.mark.parametrize("name", STOCK)
+def test_a_call_without_content_is_rendered_in_the_form_that_the_template_reads(name, content):
+    if name in ("phi4", "smollm3", "gemma3"):
+        pytest.skip("it writes no calls")
+    text = rendered(made(name), USER, calling({"a": 1}, **content))
+    assert "add" in text and not {"None", "null"} & set(text.replace("\n", " ").split())
+
+
+@pytest.mark.parametrize(("name", "written"), [("llama3.2", "01 Feb 2024"), ("gpt-oss", "2024-02-01")])
+def test_the_date_is_that_of_the_run(name, written):
+    assert written in rendered(made(name), USER, date="2024-02-01")
+    today = rendered(made(name), USER)
+    assert written not in today
+    assert today == made(name).apply_chat_template([USER], tokenize=False)
+
+
+def test_a_conversations_arguments_override_those_of_the_run():
+    tok = made("llama3.2")
+    assert "Date: today" in rendered(tok, USER, date_string="today")
+    assert "Date: now" in rendered(tok, USER, date_string="today", kwargs={"date_string": "now"})
+
+
+def test_options_of_rendering_are_no_arguments_of_a_template():
+    with pytest.raises(ValueError, match=r"data\.chat_template_kwargs: add_generation_prompt is an option"):
+        ChatTokenizer(made("qwen3"), template_kwargs={"add_generation_prompt": True})
+    with pytest.raises(ValueError, match="chat_template_kwargs: tokenize is an option of rendering"):
+        ChatTokenizer(made("qwen3")).prompt([USER], template_kwargs={"tokenize": False})

@@ -1,0 +1,110 @@
+"""What `jaxtrain preview` prints is what the run then does, and no model is needed for it."""
+
+import io
+import json
+from pathlib import Path
+
+import commands
+import pytest
+from rich.console import Console
+
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.config import parse_config
+from jaxtrain.recipes import sft
+from jaxtrain.recipes.preview import preview
+from jaxtrain.session.record import read_metrics
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder with a config.json and a tokenizer, and no weights; data of which a row is refused and one is cut."""
+    write_byte_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(commands.MODEL))
+    rows = [{"prompt": f"{n} + {n}?", "completion": str(2 * n)} for n in range(40)]
+    rows[1] = {"prompt": "what?", "completion": ""}
+    rows[2] = {"prompt": "Which?", "completion": "x" * 100}
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "recipe": "sft",
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path / "model"), "compute_dtype": "float32"},
+        "data": {"train": {"path": str(tmp_path / "sums.jsonl")}, "max_length": 64, "on_bad_row": "skip"},
+        "train": {"epochs": 2, "batch_size": 8},
+        "optimizer": {"warmup_ratio": 0.2},
+        "log": {"every": 1, "tensorboard": False},
+    }
+
+
+def shown(tree, **options):
+    file = io.StringIO()
+    preview(parse_config(tree, "test"), console=Console(file=file, width=200, **options), rows=3)
+    return file.getvalue()
+
+
+def test_piped_output_is_plain_and_brackets_what_is_trained(tree):
+    text = shown(tree)
+    assert "sums: 40 rows, weight 1" in text
+    assert "sums.jsonl:1: " in text and "0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦0<|im_end|>⟧\n" in text
+    assert "refused: " in text and "sums.jsonl:2: " in text
+    assert "64 tokens, " in text and "truncated from 1" in text
+    assert "39 examples of " in text and "rows: 1 truncated, 0 dropped, 0 split, 0 prompt truncated, 1 bad rows" in text
+    assert "\x1b" not in text
+
+
+def test_a_terminal_shows_what_is_trained_in_green(tree):
+    text = shown(tree, force_terminal=True, color_system="standard")
+    assert "\x1b[32m0\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in text and "⟦" not in text
+
+
+def test_the_files_of_a_folder_are_listed(tree, tmp_path):
+    (tmp_path / "many").mkdir()
+    for number in range(12):
+        (tmp_path / "many" / f"{number:02}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    tree["data"]["train"]["path"] = str(tmp_path / "many")
+    text = shown(tree)
+    assert "  12 files:" in text and "many/09.jsonl\n  ...\n" in text and "10.jsonl" not in text
+
+
+def test_weights_other_than_one_are_shown(tree, tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}
+    (tmp_path / "sums.jsonl").write_text(json.dumps(row) + "\n")
+    assert "⟦0.5: b<|im_end|>⟧" in shown(tree)
+
+
+def test_steps_and_schedule_are_those_of_the_run(tree, recwarn):
+    text = shown(tree)
+    tree["model"] = {"config": commands.MODEL, "tokenizer": tree["model"]["path"], "compute_dtype": "float32"}
+    metrics = sft.run(parse_config(tree, "test")).metrics
+    steps = len(read_metrics(Path(tree["run"]["dir"])))
+    assert f"the run: 80 rows, 78 examples, {metrics['num_tokens']:,} tokens, packed to" in text
+    assert f"; {steps} steps of 8 x 64 tokens" in text
+    assert f"learning rate: cosine, 2e-05 after {-(-steps // 5)} steps of warm-up, 0 at the end, step {steps}" in text
+
+
+def test_rows_that_end_the_run_are_counted_and_named(tree):
+    tree["data"]["on_bad_row"] = "error"
+    with pytest.warns(UserWarning, match="skipped a bad row"):
+        text = shown(tree)
+    assert "1 rows are refused: the run ends at the first" in text
+
+
+def test_without_end_an_epoch_is_counted(tree):
+    tree["train"] = {"steps": 7, "batch_size": 8}
+    text = shown(tree)
+    assert "an epoch: 40 rows, 39 examples" in text and "0 at the end, step 7" in text
+
+
+def test_prompts_of_reinforcement_learning(tree):
+    rl = {"rewards": [{"function": "exact_answer"}], "prompts": 4, "generations": 2, "max_completion_length": 8}
+    text = shown(tree | {"recipe": "rl", "rl": rl | {"iterations": 3}, "train": {"epochs": 2}})
+    assert "0 + 0?<|im_end|>\n<|im_start|>assistant\n" in text and "⟦" not in text
+    assert "the run: 80 prompts, 60 steps; 4 prompts x 2 samples make 3 steps" in text
+    assert "step 60" in text
+
+
+def test_ids_without_a_tokenizer(tree, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}\n')
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "tokenizer_config.json").unlink(missing_ok=True)
+    tree["model"] = {"config": commands.MODEL}
+    assert "5 ⟦6 7 ⟧" in shown(tree)

@@ -1,0 +1,81 @@
+"""Recipe reward: pairs and labels, the export in transformers, and its use as a reward in reinforcement learning."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recipe_runs import checksums, killed_copy, logged, prepare, train
+
+from converters.tokenizer import load_tokenizer
+from jaxtrain.config import ConfigError
+from jaxtrain.session.export import export_run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("reward"), "reward")
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    return train(place, "whole")
+
+
+def test_the_export_scores_texts_as_transformers_does_and_the_metrics_are_those_of_its_scores(place, whole):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification
+
+    export_run(place / "whole", place / "export")
+    model = AutoModelForSequenceClassification.from_pretrained(place / "export")
+    tokenizer = load_tokenizer(place / "export")
+    rows = [json.loads(line) for line in (place / "eval.jsonl").read_text().splitlines()]
+    scores = np.zeros((len(rows), 2))
+    for number, row in enumerate(rows):
+        for side, name in enumerate(("chosen", "rejected")):
+            ids = tokenizer.apply_chat_template(row["prompt"] + row[name], return_dict=False)
+            with torch.no_grad():
+                scores[number, side] = model(torch.tensor([ids])).logits.item()
+    difference = scores[:, 0] - scores[:, 1]
+    metrics = whole[-1]
+    assert metrics["eval_loss"] == pytest.approx(np.mean(np.log1p(np.exp(-difference))), abs=1e-4)
+    assert metrics["eval_accuracy"] == pytest.approx(np.mean(difference > 0))
+    assert metrics["eval_margin"] == pytest.approx(difference.mean(), abs=1e-4)
+    for name, value in (("min", scores.min()), ("mean", scores.mean()), ("max", scores.max())):
+        assert metrics[f"eval_{name}_reward"] == pytest.approx(value, abs=1e-4)
+    confidence = 1 / (1 + np.exp(-np.abs(difference)))
+    bins = ((confidence - 0.5) * 20).astype(int).clip(0, 9)
+    gaps = [abs(confidence[bins == b].sum() - (difference[bins == b] > 0).sum()) for b in range(10)]
+    assert metrics["eval_calibration_error"] == pytest.approx(sum(gaps) / len(rows), abs=1e-4)
+
+
+def test_labels_are_fitted(place):
+    rows = [{"text": word * 3, "label": word == "good "} for word in ("good ", "bad ") * 16]
+    (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data.train.path={place / 'labels.jsonl'}"
+    for kind in ("binary", "regression"):
+        lines = train(place, kind, f"objective={{name: PointwiseReward, kind: {kind}}}", data, "data.eval=null")
+        assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert "eval_calibration_error" not in lines[-1]
+
+
+def test_a_killed_run_goes_on_exactly(place, whole):
+    """The state after a kill; tests/recipes/test_processes.py kills one of the recipes."""
+    killed_copy(place / "whole", place / "killed")
+    train(place, "killed")
+    assert logged(place / "killed") == logged(place / "whole")
+    assert checksums(place / "killed") == checksums(place / "whole")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=DPO"], "DPO needs Logp, which model.head=scalar does not compute"),
+        (["model.head=lm"], "BradleyTerry needs Reward, which model.head=lm does not compute"),
+        (["eval.generate=5"], "recipe reward has no eval.generate: a reward model does not generate text"),
+        (["reference.devices=2"], "`reference` has no effect with recipe reward"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(place, overrides, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        train(place, "refused", *overrides)

@@ -1,0 +1,153 @@
+"""Recipe rl on two processes: as on one, with an engine for each or one for both, and resumed on as many or others."""
+
+from pathlib import Path
+
+import commands
+import pytest
+import yaml
+from recipe_runs import checksums, killed_copy, logged
+
+from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.config import load_config
+from jaxtrain.data.arithmetic import write_arithmetic
+from jaxtrain.recipes.run import run
+from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
+
+STEPS = 4
+LORA = "model.lora={rank: 4}"
+CASES = {  # overrides; each takes several updates on the same samples
+    "grpo": [LORA, "rl.minibatches=2", "objective.beta=0.1"],
+    "ppo": ["rl.algorithm=ppo", "rl.iterations=2", "rl.minibatches=2", "objective.beta=0.1"],
+    "dapo": [
+        "rl.algorithm={name: dapo, overlong_filter: false}",
+        "rl.minibatches=2",
+        "rl.support=8",
+        "sampling.top_k=5",
+        "sampling.temperature=0.9",
+    ],
+}
+RESUMED_AFTER = {"ppo": 3, "dapo": 2}  # steps, in the middle of updates and between rollouts
+ONE_ENGINE = "rl.placement.processes_per_engine=2"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rl-processes")
+    write_byte_tokenizer(folder / "tokenizer")
+    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
+    config = {
+        "recipe": "rl",
+        "run": {"dir": str(folder / "run")},
+        "model": {
+            "config": commands.MODEL | {"max_position_embeddings": 128},
+            "tokenizer": str(folder / "tokenizer"),
+            "compute_dtype": "float32",
+            "remat": "none",
+        },
+        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
+        "train": {"steps": STEPS},
+        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
+        "checkpoint": {"every": 1, "keep": 10},
+        "log": {"every": 1, "tensorboard": False},
+        "rl": {
+            "prompts": 4,
+            "generations": 4,
+            "max_completion_length": 8,
+            "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
+            "reward_workers": 1,
+            "slots": 16,
+        },
+    }
+    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def overrides(place: Path, case: str, name: str) -> list[str]:
+    evaluation = f"data.eval={{path: {place / 'eval.jsonl'}}}"
+    judged = [evaluation, "eval={every: 4, generate: 3, max_new_tokens: 8}"] if case == "ppo" else []
+    return [f"run.dir={place / case / name}", *CASES[case], *judged]
+
+
+def train(place: Path, case: str, name: str) -> None:
+    assert run(load_config(place / "rl.yaml", overrides(place, case, name))).exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def one(place) -> None:
+    """The runs of one process."""
+    for case in CASES:
+        train(place, case, "one")
+
+
+@pytest.fixture(scope="module")
+def two(place, one) -> None:
+    """The runs of two processes, whole and from the middle of the updates of one process."""
+    killed_copy(place / "ppo" / "one", place / "ppo" / "on", 1)
+    runs = [*((case, "two") for case in CASES), ("grpo", "one engine"), ("ppo", "on")]
+    calls = [
+        ["train", str(place / "rl.yaml"), *overrides(place, *each), *([ONE_ENGINE] if each[1] == "one engine" else [])]
+        for each in runs
+    ]
+    commands.Job(place, 2, calls, devices=2).finish()
+
+
+@pytest.fixture(scope="module")
+def resumed(place, two) -> None:
+    """On two processes, what a kill has left of runs of two: in the middle of updates, or between rollouts."""
+    for case, step in RESUMED_AFTER.items():
+        killed_copy(place / case / "two", place / case / "killed", step)
+    calls = [["train", str(place / "rl.yaml"), *overrides(place, case, "killed")] for case in RESUMED_AFTER]
+    commands.Job(place, 2, calls, devices=2).finish()
+
+
+def samples(run: Path) -> list[tuple]:
+    """Of each sample: where it belongs, and its tokens."""
+    return [
+        (step, t.prompt.number, t.sample, t.completion_ids.tolist(), t.reward, t.left_out)
+        for step in recorded_steps(run)
+        for t in read_step(run, step)
+    ]
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """The same samples, and numbers as nearly as float32 has them."""
+    assert samples(run) == samples(other)
+    lines, expected = logged(run), logged(other)
+    assert [sorted(line) for line in lines] == [sorted(line) for line in expected]
+    for line, there in zip(lines, expected, strict=True):
+        for name in line.keys() & {"step", "num_tokens", "epoch", "reward", "reward_std", "completions/mean_length"}:
+            assert line[name] == pytest.approx(there[name], rel=1e-9), name
+        for name in line.keys() & {"loss", "grad_norm", "kl", "entropy", "critic/loss", "eval_reward"}:
+            assert line[name] == pytest.approx(there[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(place, two, case):
+    assert_equal(place / case / "two", place / case / "one")
+    names = {path.name for path in (place / case / "two" / FOLDER).iterdir()}
+    assert {"step_00000001.0-of-2.parquet", "step_00000001.1-of-2.parquet"} <= names
+
+
+def test_an_engine_of_two_processes_equals_one_of_each(place, two):
+    assert_equal(place / "grpo" / "one engine", place / "grpo" / "two")
+
+
+@pytest.mark.parametrize("case", RESUMED_AFTER)
+def test_a_killed_job_goes_on_exactly(place, resumed, case):
+    assert logged(place / case / "killed") == logged(place / case / "two")
+    assert checksums(place / case / "killed") == checksums(place / case / "two")
+    assert samples(place / case / "killed") == samples(place / case / "two")
+
+
+def test_the_updates_of_one_process_go_on_on_two_and_back(place, two):
+    assert_equal(place / "ppo" / "on", place / "ppo" / "one")
+    killed_copy(place / "ppo" / "two", place / "ppo" / "back", 1)
+    train(place, "ppo", "back")
+    assert_equal(place / "ppo" / "back", place / "ppo" / "one")
+
+
+def test_the_samples_have_different_rewards(place, one):
+    """Else the tests above would see nothing of rewards and advantages."""
+    for case in CASES:
+        assert len({sample[4] for sample in samples(place / case / "one")}) > 1
+        assert any(line.get("grad_norm", 0) > 1e-3 for line in logged(place / case / "one"))

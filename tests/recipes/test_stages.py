@@ -1,0 +1,38 @@
+"""Stages: each starts from the export of the one before, and can be interrupted and used alone."""
+
+import signal
+
+import commands
+import pytest
+from recipe_runs import prepare_stages
+from safetensors.numpy import load_file
+
+from jaxtrain.config.stages import load_stages
+from jaxtrain.recipes.run import run
+from jaxtrain.session.export import export_run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return prepare_stages(tmp_path_factory.mktemp("stages"))
+
+
+def test_stages_run_report_and_go_on_where_they_were_killed(place):
+    config = place / "stages.yaml"
+    folder = place / "pipeline"
+    process = commands.start(config)
+    while process.poll() is None and not (folder / "dpo" / "metrics.jsonl").exists():
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=600)
+    output = commands.train(config)
+    assert "is finished" in output  # the first stage is not run again
+    report = (folder / "report.md").read_text()
+    assert "## sft (sft): step 4, exported" in report and "## dpo (preference): step 6, exported" in report
+    # The second stage alone, from the first one's export, is the same run.
+    _, dpo = load_stages(config)
+    alone = dpo.config.model_copy(update={"run": dpo.config.run.model_copy(update={"dir": str(place / "alone")})})
+    run(alone)
+    export_run(place / "alone", place / "alone export")
+    first, second = (load_file(where / "model.safetensors") for where in (dpo.export, place / "alone export"))
+    assert all((first[name] == second[name]).all() for name in first) and first.keys() == second.keys()

@@ -1,0 +1,61 @@
+"""`EngineSampler`: what is drawn depends on the seed, the prompt's number, the sample and the weights alone."""
+
+import threading
+
+import pytest
+import samplers
+import tiny
+
+from jaxtrain.rl.sampler import EngineSampler
+from jaxtrain.rl.sync import WeightSync, rollout_model
+from jaxtrain.train.preemption import Interrupted
+
+
+@pytest.fixture(scope="module")
+def made():
+    trainer = tiny.model(**samplers.SIZES)
+    params = tiny.random_params(trainer)
+    spec = samplers.spec(rollout_model(trainer, None))
+    sync = WeightSync(trainer, spec.model)
+    return spec, sync, params
+
+
+def sampler(made) -> EngineSampler:
+    spec, sync, params = made
+    return spec.build(sync(params).params, 0, sync)
+
+
+def test_a_prompts_samples_are_the_same_in_any_company(made):
+    one = sampler(made)
+    expected = one.sample(samplers.PROMPTS, 5)
+    samplers.same(one.sample(samplers.PROMPTS[::-1], 5)[::-1], expected)
+    samplers.same(one.sample(samplers.PROMPTS[2:], 3), [expected[2][:3]])
+    assert len({tuple(t.completion_ids) for t in expected[0]}) > 1
+
+
+def test_weights_set_from_another_thread_are_taken_between_device_calls(made):
+    one = sampler(made)
+    engine, params = one._engine, made[2]
+    engine.limits = engine.limits._replace(steps=1)  # a device call a token
+    calls, step = [], engine.step
+
+    def step_and_set():
+        if len(calls) == 2:
+            thread = threading.Thread(target=one.set_params, args=(params, 9))
+            thread.start()
+            thread.join()
+        calls.append(engine.version)
+        return step()
+
+    engine.step = step_and_set
+    (group,) = one.sample(samplers.PROMPTS[:1], 1)
+    versions = group[0].versions.tolist()
+    assert versions == sorted(versions) and set(versions) == {0, 9}
+    samplers.same([[group[0]]], sampler(made).sample(samplers.PROMPTS[:1], 1))  # the weights are equal
+
+
+def test_an_interrupted_sampler_gives_up(made):
+    one = sampler(made)
+    one.interrupt()
+    with pytest.raises(Interrupted):
+        one.sample(samplers.PROMPTS, 2)
