@@ -53,7 +53,8 @@ def job(count: int, within: float = 30.0) -> tuple[list[Peers], list[list[int]]]
 
 
 def kill(member: Peers) -> None:
-    """As the kernel does with the connections of a process that ends."""
+    """As the kernel does with the connections of a process that ends, which itself reacts to nothing any more."""
+    member._failure = JobFailure(member.process, member.host, "it is dead", KILLED)
     for connection in list(member._connections):
         connection.shutdown(socket.SHUT_RDWR)
 

@@ -60,7 +60,7 @@ def test_a_model_that_is_its_own_teacher_has_no_distance(place):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "has another tokenizer than the student.*objective.name=ULD needs none"),
+        ([], "has another tokenizer than the student.*recipe distill needs none with objective.name=ULD"),
         ([ULD, "teacher.cache=x"], "teacher.cache holds log-probabilities of the student's own ids"),
         (["objective={name: ULD, top_k: 300}"], "objective.top_k=300 is more than the 259 tokens"),
         ([ULD, "data.overlong=keep_completion"], "data.overlong=keep_completion would cut"),
