@@ -47,9 +47,9 @@ def compile_seconds() -> float:
     return _OF_THREAD.seconds
 
 
-def _on_span(event: str, start: float, end: float, **_: Any) -> None:
+def _on_span(event: str, start_time: float, end_time: float, **_: Any) -> None:
     if event in _PARTS:
-        _OF_THREAD.add(event, start, end)
+        _OF_THREAD.add(event, start_time, end_time)
 
 
 jax.monitoring.register_event_time_span_listener(_on_span)

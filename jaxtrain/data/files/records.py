@@ -29,7 +29,8 @@ class ArrayRecordRows:
             raise DataError(f"{blob.name}: ArrayRecord files are read from local folders only; copy the file first")
         self._blob, self._name, self._size = blob, blob.name, blob.size
         try:
-            self._records = len(ArrayRecordDataSource([blob.name]))
+            found: Any = ArrayRecordDataSource([blob.name])
+            self._records = len(found)
         except (ValueError, RuntimeError, OSError) as error:
             raise DataError(f"{blob.name}: broken ArrayRecord file: {error}") from None
         self._rows = self._records if limit is None else min(self._records, limit)
@@ -78,4 +79,5 @@ def _open_records(blob: LocalBlob, records: int) -> Any:
     from grain.sources import ArrayRecordDataSource
 
     blob.check_unchanged()
-    return ArrayRecordDataSource([_AllRecords(blob.name, 0, records, records)])
+    whole: Any = _AllRecords(blob.name, 0, records, records)
+    return ArrayRecordDataSource([whole])
