@@ -159,6 +159,20 @@ def launch(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="folder of a run, which may be on another machine")],
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """Show how a run is doing: state, step, speed, goodput, newest checkpoint and metrics, and its processes."""
+    import json
+
+    from jaxtrain.observe.status import read_status, status_text
+
+    found = read_status(run)
+    typer.echo(json.dumps(found, indent=1) if as_json else status_text(found), nl=as_json)
+
+
+@app.command()
 def preview(
     config: ConfigArgument,
     overrides: OverridesArgument = None,

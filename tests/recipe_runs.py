@@ -18,7 +18,7 @@ from jaxtrain.session.record import CHECKPOINTS, read_metrics
 from jaxtrain.train.checkpoint import Checkpoints
 
 STEPS = 6
-CLOCKS = ("seconds", "time", "per_second", "memory", "mfu")
+CLOCKS = ("seconds", "time", "per_second", "memory", "mfu", "goodput", "engine")
 TEACHER = {
     "vocab_size": 300,  # padded differently than the student's 259
     "hidden_size": 32,

@@ -9,6 +9,8 @@ from typing import Self
 
 import jax
 
+from jaxtrain.observe.run_files import METRICS
+
 
 class MetricLog:
     """Writes metrics.jsonl (and tensorboard/) to `run_dir`, on process 0 only.
@@ -22,7 +24,7 @@ class MetricLog:
         self._file = self._board = None
         if jax.process_index() != 0:
             return
-        path = Path(run_dir) / "metrics.jsonl"
+        path = Path(run_dir) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resumed_from is None else resumed_from
         _drop_after(path, last)

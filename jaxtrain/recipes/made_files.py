@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.session.lock import LOCK, FolderLock
-from jaxtrain.session.record import QUICKSTART_MARK as MARK
-from jaxtrain.session.record import RUN_FILES, write_atomically
+from jaxtrain.observe.run_files import LOCK, RUN_FILES
+from jaxtrain.observe.run_files import QUICKSTART_MARK as MARK
+from jaxtrain.session.lock import FolderLock
+from jaxtrain.session.record import write_atomically
 
 EXPORT = "export"  # in a run's folder
 

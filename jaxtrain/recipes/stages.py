@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from jaxtrain.config.stages import Stage
+from jaxtrain.observe.run_files import METRICS
 from jaxtrain.recipes.run import run
 from jaxtrain.session.export import export_run
 from jaxtrain.session.record import best_step, read_metrics, write_atomically
@@ -50,7 +51,7 @@ def write_report(stages: Sequence[Stage]) -> Path:
     """Write the report of the stages that have begun, and return its path."""
     lines = ["# Stages", ""]
     for stage in stages:
-        found = read_metrics(stage.folder) if (stage.folder / "metrics.jsonl").is_file() else []
+        found = read_metrics(stage.folder) if (stage.folder / METRICS).is_file() else []
         if not found:
             lines += [f"## {stage.name} ({stage.config.recipe}): no step yet", ""]
             continue

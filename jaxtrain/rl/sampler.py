@@ -64,8 +64,9 @@ class EngineSampler:
                 self._sampling.release()
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the newest `set_params`: bytes of the parameters, and seconds of their transfer."""
-        return self._metrics
+        """Of the newest `set_params` the bytes and seconds of the transfer; the engine's slots and memory in use since
+        the last call."""
+        return self._metrics | self._engine.usage()
 
     def agree_on_interrupts(self, check: Callable[[], None]) -> None:
         """Call `check` before each device call instead of looking for interrupts of this process alone.

@@ -22,6 +22,7 @@ from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, 
 from jaxtrain.sample.filters import SlotSettings
 from jaxtrain.sample.requests import Chunk, Completion, EngineLimits, FinishReason, Request, check_request
 from jaxtrain.sample.samples import Sample, default_settings
+from jaxtrain.sample.usage import EngineUsage
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Engine:
         self._submitted = 0
         self._params, self.version = place_params(self.model, params), version
         self._buffers = Buffers(self.model, self._params, slots, max_length)
+        self._usage = EngineUsage(self.model, slots)
 
     def set_params(self, params: Params, version: int) -> None:
         """Use these weights from the next device call on. Requests in flight keep their cached keys and values."""
@@ -191,6 +193,10 @@ class Engine:
         """Number of slots that a device call decodes: fewer than all when few are live and no sample is waiting."""
         return self._buffers.rows
 
+    def usage(self) -> dict[str, float]:
+        """Slots and memory in use since the last call; see `EngineUsage.read`."""
+        return self._usage.read(self._params)
+
     @property
     def busy(self) -> bool:
         """Whether any sample is running or waiting."""
@@ -211,6 +217,7 @@ class Engine:
         if not admitted and not self._waiting and live.sum() <= self._buffers.small_rows < self._buffers.rows:
             self._compact()
         self._buffers.fit(int(self._state.position[live].max()) + steps)
+        self._usage.count(int(live.sum()), self._buffers.rows, self._buffers.columns)
         # With samples waiting, a call ends early once an eighth of the slots has become free.
         quorum = max(1, int(live.sum()) - self.slots // 8) if self._waiting else 1
         return failed + self._collect(jax.device_get(self._decode(steps, quorum)))

@@ -18,14 +18,10 @@ import jax
 from jaxtrain.config import RunConfig, config_tree, dump_config
 from jaxtrain.config.changes import Change, check_keys, covers, differences, input_paths
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
+from jaxtrain.observe.run_files import CHANGES, CHECKPOINTS, CONFIG, FINISHED, INPUTS
 from jaxtrain.session.inputs import Fingerprint, changed_file, input_fingerprints
 from jaxtrain.session.lock import FolderLock, sees_nonce
 from jaxtrain.session.record import (
-    CHANGES,
-    CHECKPOINTS,
-    CONFIG,
-    FINISHED,
-    INPUTS,
     effective_config,
     effective_inputs,
     recorded_changes,

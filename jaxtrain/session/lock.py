@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Self
 
-LOCK = ".lock"
+from jaxtrain.observe.run_files import LOCK
 
 # What flock raises on file systems that have no locks.
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)

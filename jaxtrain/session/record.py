@@ -10,21 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.config import ConfigError, RunConfig, load_config, parse_config
+from jaxtrain.observe.run_files import CHANGES, CHECKPOINTS, CONFIG, INPUTS, METRICS, QUICKSTART_MARK
 from jaxtrain.session.inputs import Fingerprint
 from jaxtrain.train.checkpoint import Checkpoints
-
-CONFIG = "config.yaml"  # the initial config; written once
-INPUTS = "inputs.json"  # fingerprints of the initial input files
-CHANGES = "config_changes.jsonl"  # permitted changes, each with its step and the complete config after it
-FINISHED = "finished.json"  # the step after which the run was complete
-CHECKPOINTS = "checkpoints"
-QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart made here and may replace
-
-# Everything that a run writes into its folder, except for the lock.
-RUN_FILES = (
-    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS),
-    *("metrics.jsonl", "tensorboard", "inspection", "experience", "trajectories"),
-)
 
 
 class SavedRun(NamedTuple):
@@ -123,4 +111,4 @@ def write_atomically(path: Path, text: str) -> None:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

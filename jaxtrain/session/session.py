@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -39,12 +38,14 @@ from jaxtrain.session.actions import Scheduled, load_callback, run_once
 from jaxtrain.session.best import BestEvaluation
 from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, summary, warn_of_positions
 from jaxtrain.session.folder import RunFolder, open_run
+from jaxtrain.session.monitor import RunMonitor
 from jaxtrain.session.report import MetricWindow
 from jaxtrain.train.agree import gather_values
-from jaxtrain.train.guard import check_finite, warn_of_recompilation
+from jaxtrain.train.guard import FiniteChecks, warn_of_recompilation
 from jaxtrain.train.job import Job
 from jaxtrain.train.lockstep import Agreement, in_step
 from jaxtrain.train.preemption import Interrupted, Preemption, exit_code
+from jaxtrain.train.state import joined_states
 from jaxtrain.train.step import StepReport
 from jaxtrain.types import Batch, TrainState
 
@@ -71,6 +72,8 @@ class Session:
         self.config, self.mesh, self.folder, self.preemption = config, mesh, folder, job.preemption
         self.tokenizer = make_tokenizer(config.model)
         self._stack = stack  # closed with the run
+        self._monitor = RunMonitor(folder.path, job.watchdog)
+        wall = self._monitor.wall
         self._checkpoints = stack.enter_context(folder.checkpoints())
         stack.enter_context(job.reporting())  # left first
         self._num_steps = config.train.steps  # None until the data has been counted
@@ -82,9 +85,9 @@ class Session:
         self._data: Resumable | None = None
         self._started = self._save_now = False  # the latter: since `checkpoint.minutes` have passed
         self._start, self._num_tokens, self._evaluated_at = 0, 0, 0
-        self._recent: deque[Batch] = deque(maxlen=config.train.max_skipped_in_a_row + 1)
         self._reports: dict[str, StepReport] = {}
-        self._unchecked: tuple[int, Mapping[str, StepReport]] | None = None
+        limit = config.train.max_skipped_in_a_row
+        self._finite = FiniteChecks(limit, folder.path / "inspection", job.watchdog)
         self._best = BestEvaluation(config.eval.best)
         self._evaluators: dict[str, Callable[[], MetricValues]] = {}
         self._every: list[Scheduled] = []
@@ -92,8 +95,9 @@ class Session:
             self.every(callback.every, load_callback(callback))
         # The order of `_actions` makes a resumed run log the same as an uninterrupted one.
         self._report_action = Scheduled(self._report_is_due, self._report)
-        self._evaluate_action = Scheduled(lambda step: step % config.eval.every == 0, self._evaluate)
-        self._save_action = Scheduled(lambda step: self._is_saved(step) or step == self._best.step, self._save)
+        evaluate, save = wall.during("evaluating", self._evaluate), wall.during("saving", self._save)
+        self._evaluate_action = Scheduled(lambda step: step % config.eval.every == 0, evaluate)
+        self._save_action = Scheduled(lambda step: self._is_saved(step) or step == self._best.step, save)
 
     @classmethod
     @contextmanager
@@ -223,7 +227,8 @@ class Session:
 
     def every(self, steps: int, function: Callable[[Session], None]) -> None:
         """Call `function(session)` after every `steps` steps, and after the last one."""
-        self._every.append(Scheduled(lambda step: step % steps == 0, lambda: function(self)))
+        call = self._monitor.wall.during("other", lambda: function(self))
+        self._every.append(Scheduled(lambda step: step % steps == 0, call))
 
     # Restoring
 
@@ -235,7 +240,7 @@ class Session:
         """
         self._roles, self._data = roles, data
         warn_of_positions(roles[0].declared.hf, self.config.data.max_length)
-        restored = self._checkpoints.restore(_tree({role.name: role.abstract_state() for role in roles}))
+        restored = self._checkpoints.restore(joined_states({role.name: role.abstract_state() for role in roles}))
         if restored is None:
             for role in roles:
                 role.load()
@@ -249,6 +254,7 @@ class Session:
             self._num_tokens = restored.meta["num_tokens"]
             self._evaluated_at = restored.meta["evaluated_at"]
             self._best.restore(restored.meta.get("best"))
+            self._monitor.carry_over(restored.meta.get("wall_time"), restored.step)
         self.step = self._start = roles[0].step
         if self.folder.finished(self.step, self.num_steps):
             raise _CompletedError
@@ -266,8 +272,9 @@ class Session:
         log = MetricLog(self.config.run.dir, self.config.log.tensorboard, self.step or None)
         self._log = self._stack.enter_context(log)
         self.progress = self._stack.enter_context(Progress(self.num_steps, self.step))
+        self._stack.enter_context(self._monitor.running(self.step, self.num_steps))
         if self._evaluate_action.due(self.step) and self._evaluated_at < self.step:
-            self._evaluate()  # a signal interrupted the evaluation after this step
+            self._evaluate_action.run()  # a signal interrupted the evaluation after this step
 
     # The loop
 
@@ -284,9 +291,9 @@ class Session:
         exhausted adds batches of padding until the data of all is exhausted.
         """
         self.begin()
-        iterator = in_step(batches, self._agreement)
+        iterator = self._monitor.wall.iterate("waiting", in_step(batches, self._agreement))
         while not self.ended and (batch := next(iterator, None)) is not None:
-            self._recent.append(batch)
+            self._finite.add(batch)
             started = time.perf_counter()
             yield self._roles[0].place(batch)
             self._after_step(batch, time.perf_counter() - started)
@@ -308,35 +315,28 @@ class Session:
 
     def _after_step(self, batch: Batch, seconds: float) -> None:
         self.step += 1
+        self._monitor.stepped(self.step)
         self._agreement.started()
         if self.step == self._start + 2:
             warn_of_recompilation(self._roles[0].compilations(), batch)
-        self._check_finite()
-        self._unchecked = (self.step, self._reports)
+        self._finite.check()
+        self._finite.stepped(self.step, self._reports)
         self.window.add(self._reports, batch, seconds)
         self.progress.update(self.step)
         self._signal, self._save_now = self._agreement.stopping(), self._agreement.saving()
         if not self._signal:
             run_once((action for action in self._actions if action.due(self.step)), self.step)
 
-    def _check_finite(self) -> None:
-        """Raise NonFiniteError if the update was not finite in too many consecutive steps, up to the previous one."""
-        if self._unchecked is None:
-            return
-        (step, reports), self._unchecked = self._unchecked, None
-        limit = self.config.train.max_skipped_in_a_row
-        with self._agreement.watchdog.waits(f"step {step}"):
-            for name, report in reports.items():
-                check_finite(report, self._recent, limit, step, self.folder.path / "inspection", name)
-
     def _finish(self) -> None:
         """Run the final actions: all of them if the run is complete, report and save after a signal."""
         if not self._started:
             return
-        self._check_finite()
+        self._finite.check()
         run_once([self._report_action, self._save_action] if self._signal else self._actions, self.step)
         if self._signal:
-            self._checkpoints.wait()
+            with self._monitor.wall.spent("saving"):
+                self._checkpoints.wait()
+            self._monitor.end = "stopped"
             self.progress.print(f"{signal.Signals(self._signal).name}: stopped after step {self.step}, which was saved")
         else:
             self.progress.print(summary(self.step, self.num_steps, self.metrics, self._early_end))
@@ -357,7 +357,9 @@ class Session:
         return self._checkpoints.due(step) or self._save_now
 
     def _report(self) -> None:
-        metrics = self.window.close()
+        with self._agreement.watchdog.waits(f"the report of step {self.step}"):
+            metrics = self.window.close()
+        metrics |= self._monitor.metrics()
         if isinstance(self._data, TrainStream):
             metrics |= data_metrics(self._data, is_last=self.step >= self.num_steps)
         self._log.log(self.step, metrics)
@@ -383,18 +385,13 @@ class Session:
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "evaluated_at": self._evaluate_action.done_at,
             "best": self._best.state(),
+            "wall_time": self._monitor.wall.seconds(),
             **self.folder.meta(),
         }
-        tree = _tree({role.name: role.state for role in self._roles})
+        tree = joined_states({role.name: role.state for role in self._roles})
         self._checkpoints.kept[:] = [] if self._best.step is None else [self._best.step]
         self._checkpoints.save(self.step, tree, self._data.get_state(), meta)
 
     @property
     def outcome(self) -> Outcome:
         return Outcome(exit_code(self._signal) if self._signal else 0, self.metrics)
-
-
-def _tree(states: Mapping[str, TrainState]) -> dict[str, Any]:
-    """The first role's leaves without a prefix, as an export expects them; those of the others under their names."""
-    first, *others = states
-    return {**states[first]._asdict(), **{name: states[name] for name in others}}

@@ -1,7 +1,8 @@
 """Checks of the reports of steps: losses that are not finite, and recompilation."""
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxtrain.train.step import StepReport
+from jaxtrain.train.watchdog import Watchdog
 from jaxtrain.types import Batch
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,35 @@ def check_finite(
         f"batches are in {path}. The parameters{of_role} are those before these steps. A lower {rate}, a longer "
         "optimizer.warmup_steps or model.compute_dtype=float32 often help"
     )
+
+
+class FiniteChecks:
+    """Checks the reports of a step after the next one was dispatched, so that the host is one step ahead of the device.
+
+    `limit` and `folder` are those of `check_finite`.
+    """
+
+    def __init__(self, limit: int, folder: Path, watchdog: Watchdog):
+        self._limit, self._folder, self._watchdog = limit, folder, watchdog
+        self._recent: deque[Batch] = deque(maxlen=limit + 1)
+        self._unchecked: tuple[int, Mapping[str, StepReport]] | None = None
+
+    def add(self, batch: Batch) -> None:
+        """The next step is dispatched with `batch`, on the host."""
+        self._recent.append(batch)
+
+    def stepped(self, step: int, reports: Mapping[str, StepReport]) -> None:
+        """The reports of `step`, by role, are checked by the next `check`."""
+        self._unchecked = step, reports
+
+    def check(self) -> None:
+        """Raise NonFiniteError if the update was not finite in too many consecutive steps, up to the previous one."""
+        if self._unchecked is None:
+            return
+        (step, reports), self._unchecked = self._unchecked, None
+        with self._watchdog.waits(f"step {step}"):
+            for name, report in reports.items():
+                check_finite(report, self._recent, self._limit, step, self._folder, name)
 
 
 def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,17 +29,19 @@ class Watchdog:
     def __init__(self, limit: float | None = None) -> None:
         self._limit = limit
         self.waiting: list[str] | None = None  # what for; a new list for each wait, so that two differ
+        self.waited = 0.0  # seconds within `waits` so far
         self._seen, self._seconds = self.waiting, 0.0
         self._past: deque[float] = deque(maxlen=64)
 
     @contextmanager
     def waits(self, for_what: str) -> Iterator[None]:
-        """The main thread waits for a step or its data."""
-        self.waiting = [for_what]
+        """The main thread waits for a step of the devices, and so for the other processes."""
+        self.waiting, start = [for_what], time.perf_counter()
         try:
             yield
         finally:
             self.waiting = None
+            self.waited += time.perf_counter() - start
 
     def tick(self, seconds: float, others_busy: bool = False) -> None:
         """`seconds` have passed. While other processes are busy, one that waits for them is not late."""

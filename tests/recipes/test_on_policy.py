@@ -18,7 +18,7 @@ from jaxtrain.recipes.run import run
 from jaxtrain.rl.trajectories import read_step
 
 FOUR_DEVICES = {"preset": "fsdp_tensor", "tensor": 2, "fsdp": 2}  # whose rows are split in two
-CLOCKS = ("seconds", "time", "per_second", "memory", "mfu")
+CLOCKS = ("seconds", "time", "per_second", "memory", "mfu", "goodput", "engine")
 
 
 @pytest.fixture(scope="module")

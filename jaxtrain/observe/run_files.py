@@ -1,0 +1,17 @@
+"""The names of what a run writes into its folder."""
+
+CONFIG = "config.yaml"  # the initial config; written once
+INPUTS = "inputs.json"  # fingerprints of the initial input files
+CHANGES = "config_changes.jsonl"  # permitted changes, each with its step and the complete config after it
+FINISHED = "finished.json"  # the step after which the run was complete
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+HEARTBEATS = "heartbeats"  # of every process, rewritten several times a minute
+LOCK = ".lock"  # names the process that uses the folder
+QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart made here and may replace
+
+# Everything that a run writes into its folder, except for the lock.
+RUN_FILES = (
+    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS),
+    *("tensorboard", "inspection", "experience", "trajectories"),
+)
