@@ -24,7 +24,7 @@ from jaxtrain.roles.role import Role
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids, tokenizer_folder
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
-from jaxtrain.session.mirror import local_folder
+from jaxtrain.session.mirror import local_run
 from jaxtrain.session.record import SavedRun, checkpoint_folder, parse_model, read_saved_run
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params
@@ -45,7 +45,7 @@ def export_run(
     Raises ValueError if `run` is not a run or has no such checkpoint, if the base has changed since the run started, or
     if `out` is not empty.
     """
-    run = local_folder(run)
+    run = local_run(run)
     saved, declared, params = _restore(run, step)
     section = saved.config.model
     tokenizer = make_tokenizer(section)

@@ -76,7 +76,7 @@ class RunMirror:
         return name not in (LOCK, ORIGIN) and not (self._direct and name.startswith(f"{CHECKPOINTS}/"))
 
 
-def local_folder(run: str | Path) -> Path:
+def local_run(run: str | Path) -> Path:
     """The folder of a run to read: `run`, or where that is a URL a copy until this process ends. Raises RemoteError."""
     if not is_url(str(run)):
         return Path(run)

@@ -13,7 +13,7 @@ from jaxtrain.remote import RemoteError, cache_home, copied_folder
 from jaxtrain.session.export import export_run
 from jaxtrain.session.folder import checkpoint_steps
 from jaxtrain.session.lock import LOCK
-from jaxtrain.session.mirror import RunMirror, local_folder
+from jaxtrain.session.mirror import RunMirror, local_run
 from jaxtrain.session.record import CHECKPOINTS, ORIGIN
 
 
@@ -57,7 +57,7 @@ def test_a_run_at_a_url_is_resumed_and_exported_as_a_local_one(preference_run, m
     RunMirror("memory://runs/a", path=tmp_path / "killed").push()
     run(load_config(place / "run.yaml", ["run.dir=memory://runs/a"]))
     shutil.rmtree(cache_home() / "runs")  # what counts is at the URL
-    copy = local_folder("memory://runs/a")
+    copy = local_run("memory://runs/a")
     assert checkpoint_steps(copy) == checkpoint_steps(whole)
     assert recipe_runs.checksums(copy) == recipe_runs.checksums(whole)
     assert recipe_runs.logged(copy) == recipe_runs.logged(whole)
@@ -102,7 +102,7 @@ def test_orbax_writes_the_checkpoints_of_a_run_at_gs(preference_run, storage, tm
     stop = f"callbacks=[{{every: 3, function: {tmp_path / 'stop.py'}:stop}}]"
     outcomes = [run(load_config(place / "run.yaml", ["run.dir=gs://bucket/runs/a", *more])) for more in ([stop], [])]
     assert [each.exit_code for each in outcomes] == [128 + signal.SIGTERM, 0]
-    copy = local_folder("gs://bucket/runs/a")
+    copy = local_run("gs://bucket/runs/a")
     assert not (copy / CHECKPOINTS).exists() and checkpoint_steps(copy)[-1] == 6
     assert recipe_runs.checksums(copy) == recipe_runs.checksums(place / "whole")
     assert recipe_runs.logged(copy) == recipe_runs.logged(place / "whole")
