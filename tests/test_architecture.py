@@ -26,6 +26,7 @@ LAYERS = [
 HOST_ONLY = {
     *("jaxtrain.types", "jaxtrain.named", "jaxtrain.hub", "jaxtrain.remote"),
     *("jaxtrain.config", "jaxtrain.data", "jaxtrain.launch"),
+    *("jaxtrain.observe.status", "jaxtrain.observe.heartbeat", "jaxtrain.observe.run_files"),
 }
 FOR_CONVERTERS = {
     *("jaxtrain.types", "jaxtrain.named", "jaxtrain.hub", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"),

@@ -8,6 +8,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 HEARTBEATS = "heartbeats"  # of every process, rewritten several times a minute
 LOCK = ".lock"  # names the process that uses the folder
+ORIGIN = ".url"  # in a local copy: the URL of the run's folder
 QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart made here and may replace
 
 # Everything that a run writes into its folder, except for the lock.

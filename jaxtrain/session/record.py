@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.config import ConfigError, RunConfig, load_config, parse_config
-from jaxtrain.observe.run_files import CHANGES, CHECKPOINTS, CONFIG, INPUTS, METRICS, QUICKSTART_MARK
+from jaxtrain.observe.run_files import CHANGES, CHECKPOINTS, CONFIG, INPUTS, METRICS, ORIGIN, QUICKSTART_MARK
 from jaxtrain.session.inputs import Fingerprint
 from jaxtrain.train.checkpoint import Checkpoints
+
+
+def writes_checkpoints(url: str) -> bool:
+    """Whether orbax writes checkpoints at a URL itself, from all hosts together."""
+    return url.startswith("gs://")
+
+
+def checkpoint_folder(folder: Path) -> str:
+    """The folder of the checkpoints of the run in `folder`, or their URL if that is a copy of one at a URL."""
+    url = (folder / ORIGIN).read_text() if (folder / ORIGIN).exists() else ""
+    return f"{url}/{CHECKPOINTS}" if writes_checkpoints(url) else str(folder / CHECKPOINTS)
 
 
 class SavedRun(NamedTuple):
@@ -33,7 +44,7 @@ def parse_model(tree: dict[str, Any], origin: str) -> RunConfig:
 
 def best_step(folder: Path) -> int:
     """The step of the best evaluation of a run with `eval.best`, by its newest checkpoint. Raises ValueError."""
-    with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(folder), 1, 1) as checkpoints:
         found = checkpoints.read_meta()
     step = found and (found[1].get("best") or {}).get("step")
     if step is None:
@@ -49,7 +60,7 @@ def read_saved_run(
     If the checkpoint's config is missing or cannot be read, the folder's is used, with a warning. Raises ValueError if
     the folder is not a run's, or has no checkpoint of `step`.
     """
-    with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(folder), 1, 1) as checkpoints:
         found = checkpoints.read_meta(step)
     if found is None:
         return SavedRun(effective_config(folder), {}, None)
