@@ -116,10 +116,20 @@ def _check_processes(section: RLSection) -> None:
     placement, processes = section.placement, jax.process_count()
     if processes == 1:
         return
-    if placement.kind != "colocated":
+    if placement.kind == "disjoint":
         raise ValueError(
-            f"rl.placement.kind={placement.kind} supports a single process, and the run has {processes}: use "
+            f"rl.placement.kind=disjoint supports a single process, and the run has {processes}: use kind=ray, or "
             "kind=colocated, in which every process samples on its own devices"
+        )
+    if placement.staleness:
+        raise ValueError(
+            f"rl.placement.staleness={placement.staleness} supports a single process, and the run has {processes}: the "
+            "processes exchange samples, which must not overlap with their training: use staleness=0"
+        )
+    if placement.kind == "ray" and placement.workers % processes:
+        raise ValueError(
+            f"rl.placement.workers={placement.workers} must be a multiple of the {processes} processes of the run, "
+            "each of which has as many workers"
         )
     if placement.processes_per_engine > 1 and section.environment is not None:
         raise ValueError(
@@ -138,8 +148,9 @@ def build_sampler(
     if placement.kind != "ray":
         sync = WeightSync(trainer, spec.model, engines)
         return spec.build(sync(snapshot.params).params, snapshot.version, sync)
+    workers = placement.workers // jax.process_count()
     sampler = RaySampler(
-        spec, trainer, workers=placement.workers, seconds=placement.worker_seconds, resources=placement.resources
+        spec, trainer, workers=workers, seconds=placement.worker_seconds, resources=placement.resources
     )
     sampler.set_params(snapshot.params, snapshot.version)
     return sampler
