@@ -87,7 +87,7 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
     config, section = session.config, session.config.rl
     assert section is not None
     placement = section.placement
-    _check_processes(section)
+    check_processes(section)
     meshes = sampling_meshes(placement, config.mesh, session.mesh)
     mesh = meshes[jax.process_index() // placement.processes_per_engine % len(meshes)] if meshes else None
     spec = WorkerSpec(
@@ -112,7 +112,8 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
     return sampler
 
 
-def _check_processes(section: RLSection) -> None:
+def check_processes(section: RLSection) -> None:
+    """Raises ValueError for a placement that a run of several processes cannot have."""
     placement, processes = section.placement, jax.process_count()
     if processes == 1:
         return
