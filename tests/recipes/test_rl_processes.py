@@ -1,6 +1,7 @@
 """Recipe rl on two processes: as on one, with an engine for each or one for both, and resumed on as many or others."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import commands
@@ -143,6 +144,7 @@ def test_an_engine_of_two_processes_equals_one_of_each(place, two):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif("JAXTRAIN_RAY_JOBS" not in os.environ, reason="takes minutes: set JAXTRAIN_RAY_JOBS=1")
 def test_ray_workers_of_two_processes_equal_one_process(place, one, tmp_path):
     ray = "rl.placement={kind: ray, workers: 2}"
     call = ["train", str(place / "rl.yaml"), *overrides(place, "grpo", "ray"), ray]

@@ -137,11 +137,12 @@ def test_a_run_survives_a_killed_ray_worker(place, together, tmp_path, monkeypat
     assert "rollout worker 0 is lost: starting a new one" in caplog.text
 
 
-STEPS = int(os.environ.get("JAXTRAIN_RAY_STEPS", "6"))  # 100: a worker is lost about every fifth step
+STEPS = int(os.environ.get("JAXTRAIN_RAY_STEPS", "0"))  # 100: a worker is lost about every fifth step; takes minutes
 
 
 @pytest.mark.slow
 @needs_ray
+@pytest.mark.skipif(not STEPS, reason="takes minutes: set JAXTRAIN_RAY_STEPS=100")
 def test_an_asynchronous_run_survives_workers_killed_and_stopped_at_random(place, tmp_path, monkeypatch, caplog):
     ray_start.start(tmp_path)
     chosen, sent, hit, rollouts = random.Random(STEPS), [], set(), []
@@ -163,7 +164,7 @@ def test_an_asynchronous_run_survives_workers_killed_and_stopped_at_random(place
             timer.start()
 
     monkeypatch.setattr(RaySampler, "set_params", set_and_signal)
-    placement = {"kind": "ray", "workers": 2, "staleness": 1, "worker_seconds": 20}
+    placement = {"kind": "ray", "workers": 2, "staleness": 1, "worker_seconds": 60}
     losses = train(place, "lossy", placement, steps=STEPS, iterations=1)
     assert len(losses) == STEPS and np.isfinite(losses).all()
     trained = [
