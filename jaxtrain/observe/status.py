@@ -33,7 +33,8 @@ def read_status(run: Path) -> dict[str, Any]:
     first = beats[0] if beats and beats[0]["process"] == 0 else {}
     metrics, evaluations = _newest_metrics(run / METRICS)
     state = _state(run, first, now)
-    step, of_steps = first.get("step", metrics.get("step")), first.get("of_steps")
+    step: Any = first.get("step", metrics.get("step"))
+    of_steps: Any = first.get("of_steps")
     pace = first.get("seconds_per_step") if state == "running" else None
     seconds = first.get("seconds")
     return {
