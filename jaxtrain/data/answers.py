@@ -63,7 +63,7 @@ class Answers:
             if number is not None and number in blocks:
                 try:
                     found = self._locate(traced.text, blocks, chat, number, asked)
-                except ValueError:  # the marks are the template's word
+                except ValueError:  # the marks alone decide
                     found = Answer(number, start, end)
                 start, end, unlike = max(start, found.start), min(end, found.end), found.unlike
             answers.append(Answer(assistant[0] if number is None else number, start, end, unlike))
@@ -124,7 +124,7 @@ class Answers:
         kind = (before["role"], _may_switch_thoughts(before), roles)
         if kind in asked and block is not None and not results_inside and text.startswith(asked[kind], *block):
             start = block[0] + len(asked[kind])
-            return Answer(number, start, self.end_of_turn(text, start, block[1], self._within_of(chat))[0])
+            return Answer(number, start, self._end(text, start, block[1], chat, number))
         prompt, unlike = self._template.trace(chat.until(number), prompt=True), ""
         if text.startswith(prompt.text):
             start = len(prompt.text)
@@ -135,13 +135,22 @@ class Answers:
         else:
             raise _rewritten(number)
         if block is not None and not results_inside:
-            return Answer(number, start, self.end_of_turn(text, start, block[1], self._within_of(chat))[0], unlike)
+            return Answer(number, start, self._end(text, start, block[1], chat, number), unlike)
         alone = self._template.trace(chat.until(number + 1)).text
-        end, _ = self.end_of_turn(alone, len(prompt.text), len(alone), self._within_of(chat))
-        turn = alone[len(prompt.text) : end]
+        turn = alone[len(prompt.text) : self._end(alone, len(prompt.text), len(alone), chat, number)]
         if not (alone.startswith(prompt.text) and text.startswith(turn, start)):
             raise _rewritten(number)
         return Answer(number, start, start + len(turn), unlike)
+
+    def _end(self, text: str, start: int, stop: int, chat: Chat, number: int) -> int:
+        """The end of message `number`, written from `start` to `stop`, with the token that ends it.
+
+        Where no token does and others follow, the white space before them is the template's and not the turn's. Behind
+        the last turn it stays, since `closing` comes after it.
+        """
+        end, ended = self.end_of_turn(text, start, stop, self._within_of(chat))
+        is_last = number == len(chat.messages) - 1
+        return end if ended or is_last else start + len(text[start:end].rstrip())
 
     def _asked_of(self, chat: Chat) -> dict[_Asked, str]:
         """What is known of how prompts like those of this conversation begin turns."""

@@ -78,6 +78,8 @@ def conversation(row: Row, merge: Collection[str] = ()) -> Conversation:
     """
     kind = row_format(row)
     if kind == "instruction+output":
+        if row["output"] is None:
+            raise ValueError("the column 'output' is null")
         row = from_alpaca(row)
         kind = row_format(row)
     if kind == "messages":

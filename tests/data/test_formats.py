@@ -297,6 +297,14 @@ def test_a_question_of_other_formats(row, answer):
     assert columns["prompt"] in ("What", CHAT[:1])
 
 
+def test_an_instruction_is_a_question_without_an_output_and_no_example():
+    tok, encode = chat_encoder()
+    ids, columns = encode.question({"instruction": "What"})
+    assert tok.decode(ids) == TURNS.partition("Paris")[0] and columns.get("answer") is None
+    with pytest.raises(ValueError, match="the column 'output' is null"):
+        encode({"instruction": "What", "output": None})
+
+
 def test_turns_are_joined_in_questions_and_answers():
     _, encode = chat_encoder(merge=["turns", "system"])
     user = {"role": "user", "content": "is"}
