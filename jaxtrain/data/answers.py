@@ -114,8 +114,8 @@ class Answers:
     def _locate(
         self, text: str, blocks: dict[int, TextSpan], chat: Chat, number: int, asked: dict[_Asked, str]
     ) -> Answer:
-        """`asked`: how prompts begin turns, by what is asked; those found are added. Rendering the prompt of every turn
-        would take a time that grows with the square of their number.
+        """`asked`: known beginnings of turns, by what comes before them; new ones are added. Rendering the prompt of
+        every turn would take a time that grows with the square of their number.
         """
         block, before = blocks.get(number), chat.messages[number - 1]
         following = chat.messages[number + 1 : number + 2]
@@ -153,7 +153,7 @@ class Answers:
         return end if ended or is_last else start + len(text[start:end].rstrip())
 
     def _asked_of(self, chat: Chat) -> dict[_Asked, str]:
-        """What is known of how prompts like those of this conversation begin turns."""
+        """The known beginnings of turns in conversations with the same template, arguments and tools."""
         if any(map(_may_switch_thoughts, chat.messages)):
             return {}
         if len(self._asked) > _MOST_KINDS:
@@ -191,7 +191,7 @@ class Answers:
         return self._within(self._template.source(chat.tools), _json(chat.kwargs))
 
     def _find_within(self, source: str, kwargs_json: str) -> frozenset[str]:
-        """Tokens that occur within a turn of two tool calls: one that ends a call ends no turn."""
+        """Tokens that occur inside a turn with two tool calls: a token that ends a call does not end the turn."""
         calls = [probe_call(), probe_call("look")]
         chat = self._template.chat([USER, {"role": "assistant", "tool_calls": calls}], None, json.loads(kwargs_json))
         try:

@@ -39,8 +39,8 @@ _NO_END = (
     "each as the last one"
 )
 _ENDED_TWICE = (
-    "words of the assistant contain {!r}, which ends its turns in the chat template, so the model learns to stop there: "
-    "remove it from the data"
+    "words of the assistant contain {!r}, which ends its turns in the chat template, so the model learns to stop "
+    "there: remove it from the data"
 )
 
 

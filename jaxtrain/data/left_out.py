@@ -1,6 +1,6 @@
-"""What a chat template leaves out of a conversation: found by changing a part and rendering again.
+"""Finds what a chat template leaves out of a conversation, by changing a part and rendering again.
 
-A part whose words stand in the rendered text is taken for written, so that few conversations are rendered twice.
+A part whose words occur in the rendered text is assumed to be written, so that few conversations are rendered twice.
 """
 
 from __future__ import annotations
