@@ -44,7 +44,7 @@ class Answers:
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerFast):
         self._template = template
         by_length = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
-        self._added = [token.content for token in by_length]
+        self._added = [token.content for token in by_length if token.content not in dict(THOUGHTS).values()]
         self._special = [token.content for token in by_length if token.special and token.content != tokenizer.bos_token]
         self._eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else None
         self._asked: dict[tuple[str, str, bool], dict[_Asked, str]] = {}
@@ -108,7 +108,7 @@ class Answers:
         return end + len(after), bool(after)
 
     def ending(self, text: str) -> str:
-        """The added token that a text ends with, if any."""
+        """The added token that a text ends with, if any; the end of a thought is none."""
         return next((token for token in self._added if text.endswith(token)), "")
 
     def _locate(

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.answers import THOUGHTS, Answer, Answers, opened_thought
-from jaxtrain.data.left_out import CHOICES, LeftOut, split_thought, without_thought
+from jaxtrain.data.left_out import CHOICES, LeftOut, split_thought, without_thought, words_before_thought
 from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template
 from jaxtrain.data.tokens import encode, token_weights, without_limits
 from jaxtrain.data.tracing import Message, Trace
@@ -159,6 +159,11 @@ class ChatTokenizer:
         thought, answer = split_thought(chat.messages[last])
         if traced.text.startswith(prompt) or not begin or not thought.strip():
             return None
+        if words_before_thought(chat.messages[last]):
+            raise ValueError(
+                f"messages[{last}]: the prompt opens a thought, so the turn must begin with its only one, and this one "
+                "has words or another thought before its last thought"
+            )
         bare = chat.with_message(last, without_thought(chat.messages[last]))
         written = self._template.trace(bare)
         (found,) = self._answers.find(written, bare, [0.0] * last + [1.0])

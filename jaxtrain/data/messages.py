@@ -24,6 +24,7 @@ _ROLES = {  # of ShareGPT, ms-swift and OpenAI's function calls, beside those th
     "tool_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of one call or of a list of them
+_CALL_KEYS = ("name", "arguments", "type", "id", "index")  # of a call or of the function in it
 # The roles that may precede each role; None is the beginning.
 _AFTER = {
     "system": (None,),
@@ -277,16 +278,26 @@ def _joined_text(parts: list[Any], where: str) -> str:
 
 
 def _tool_call(call: Any, where: str, tools: Any, *, filled: bool) -> Message:
-    """A tool call without added nulls. Arguments that are JSON stay text: templates differ in what they read."""
+    """A tool call without added nulls. Arguments that are JSON stay text: templates differ in what they read. Where
+    there are none they are an empty mapping, since templates would write `null`."""
     call = _parsed(call, f"{where}: a tool call")
     if not isinstance(call, dict):
         raise ValueError(f"{where}: a tool call must be a mapping, not {type(call).__name__}")
     call = tool_call_without_fillings(call, tools, filled=filled)
     inner = call.get("function")
-    arguments = (inner if isinstance(inner, dict) else call).get("arguments")
+    function = inner if isinstance(inner, dict) else call
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
-        _json(arguments, f"{where}: a tool call's arguments")
-    return call
+        arguments = _json(arguments, f"{where}: a tool call's arguments") if arguments.strip() else None
+    if isinstance(arguments, dict):
+        return call
+    if arguments is not None:
+        raise ValueError(f"{where}: a tool call's arguments must be a mapping, not {type(arguments).__name__}")
+    others = [name for name, value in function.items() if name not in _CALL_KEYS and value not in (None, "", [], {})]
+    if others:
+        raise ValueError(f"{where}: a tool call has no `arguments`, but {others[0]!r}: write them as `arguments`")
+    function = function | {"arguments": {}}
+    return call | {"function": function} if isinstance(inner, dict) else function
 
 
 def _check_turns(messages: list[Message]) -> None:

@@ -212,6 +212,12 @@ def test_the_last_turn_is_ended_where_the_template_does_not(template):
     assert alone.input_ids[-1] != tok.eos_token_id
 
 
+def test_the_end_of_a_thought_ends_no_turn():
+    tok = made("glm4.5")
+    (run,) = trained(tok, ChatTokenizer(tok)([USER, answer("<think>hm</think>")]))
+    assert run.endswith("</think><|user|>")
+
+
 def test_words_of_the_next_turn_are_not_trained():
     """Where no token ends a turn, the next one may begin in a token with the space between the two."""
     template = VICUNA.replace("USER: ", "capital: ")
