@@ -185,8 +185,8 @@ class Reader:
                     self._make(source, row)
                 except (DataError, StreamEndError):  # named or counted when it is read
                     continue
-                assert self.signals is not None
-                return self.signals
+                if self.signals is not None:
+                    return self.signals
         return {}
 
     def _warn(self, error: DataError) -> None:
