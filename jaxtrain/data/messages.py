@@ -278,8 +278,7 @@ def _joined_text(parts: list[Any], where: str) -> str:
 
 
 def _tool_call(call: Any, where: str, tools: Any, *, filled: bool) -> Message:
-    """A tool call without added nulls. Arguments that are JSON stay text: templates differ in what they read. Where
-    there are none they are an empty mapping, since templates would write `null`."""
+    """A tool call without added nulls. Arguments that are JSON stay text: templates differ in what they read."""
     call = _parsed(call, f"{where}: a tool call")
     if not isinstance(call, dict):
         raise ValueError(f"{where}: a tool call must be a mapping, not {type(call).__name__}")
@@ -289,15 +288,12 @@ def _tool_call(call: Any, where: str, tools: Any, *, filled: bool) -> Message:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{where}: a tool call's arguments") if arguments.strip() else None
-    if isinstance(arguments, dict):
-        return call
-    if arguments is not None:
+    if not isinstance(arguments, dict | None):
         raise ValueError(f"{where}: a tool call's arguments must be a mapping, not {type(arguments).__name__}")
     others = [name for name, value in function.items() if name not in _CALL_KEYS and value not in (None, "", [], {})]
-    if others:
+    if arguments is None and others:
         raise ValueError(f"{where}: a tool call has no `arguments`, but {others[0]!r}: write them as `arguments`")
-    function = function | {"arguments": {}}
-    return call | {"function": function} if isinstance(inner, dict) else function
+    return call
 
 
 def _check_turns(messages: list[Message]) -> None:
