@@ -6,7 +6,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.data.prompts import PromptStream, question_within
 from jaxtrain.data.sources import DataError, Row, Source
+from jaxtrain.hub import local_folder
 from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.session.data import checked_length, warn_of_positions
 from jaxtrain.types import Example
@@ -50,8 +50,10 @@ def preview(config: RunConfig, *, rows: int = 5, console: Console | None = None)
     tokenizer = make_tokenizer(config.model)
     origin = config.model.config if config.model.path is None else config.model.path
     assert origin is not None
+    if not isinstance(origin, Mapping):
+        origin = local_folder(origin, weights=False)
     if config.model.backend == "torchax":
-        hf = dict(origin) if isinstance(origin, Mapping) else read_json_config(Path(origin))
+        hf = dict(origin) if isinstance(origin, Mapping) else read_json_config(origin)
         vocab_size = (hf.get("text_config") or hf)["vocab_size"]
     else:
         model, hf = read_config(origin)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import commands
+import fsspec
 import pytest
 from rich.console import Console
 
@@ -128,6 +129,19 @@ def test_prompts_of_reinforcement_learning(tree):
     assert "0 + 0?<|im_end|>\n<|im_start|>assistant\n" in text and "⟦" not in text
     assert "the run: 80 prompts, 60 steps; 4 prompts x 2 samples make 3 steps" in text
     assert "step 60" in text
+
+
+@pytest.mark.parametrize("backend", ["jaxtrain", "torchax"])
+def test_weights_of_a_remote_model_are_not_copied(tree, tmp_path, monkeypatch, backend):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"memory://models/{tmp_path.name}-{backend}"
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"large")
+    filesystem, folder = fsspec.core.url_to_fs(url)
+    filesystem.put(f"{tmp_path / 'model'}/", folder, recursive=True)
+    tree["model"] |= {"path": url, "backend": backend}
+    assert "⟦0<|im_end|>⟧" in shown(tree)
+    copied = {path.name for path in (tmp_path / "cache").rglob("*")}
+    assert "config.json" in copied and "model.safetensors" not in copied
 
 
 def test_ids_without_a_tokenizer(tree, tmp_path):
