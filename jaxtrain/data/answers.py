@@ -95,9 +95,14 @@ class Answers:
             )
         return token or self._eos
 
-    def end_of_turn(self, text: str, start: int, end: int, within: frozenset[str] = frozenset()) -> tuple[int, bool]:
+    def end_of_turn(
+        self, text: str, start: int, end: int, within: frozenset[str] = frozenset(), *, is_last: bool = True
+    ) -> tuple[int, bool]:
         """The end of a turn that is written from `start` to `end`, without what follows its last token, such as a line
         break; and whether a token ends it. `within`: tokens that end a part of a turn and not the turn.
+
+        Where no token ends it, white space at its end belongs to it if it `is_last`, since the token that is then added
+        (`closing`) comes after it. Otherwise it separates the turn from the next one.
         """
         stripped = start + len(text[start:end].rstrip())
         token = next((token for token in self._added if text.endswith(token, start, stripped)), None)
@@ -105,7 +110,7 @@ class Answers:
             return stripped, True
         # Some templates end the text once, after the loop; in others the next message's first token ends the turn.
         after = next((token for token in self._special if text.startswith(token, end)), "")
-        return end + len(after), bool(after)
+        return (end + len(after) if after or is_last else stripped), bool(after)
 
     def ending(self, text: str) -> str:
         """The added token that a text ends with, if any; the end of a thought is none."""
@@ -118,13 +123,14 @@ class Answers:
         every turn would take a time that grows with the square of their number.
         """
         block, before = blocks.get(number), chat.messages[number - 1]
-        following = chat.messages[number + 1 : number + 2]
-        results_inside = bool(following) and following[0]["role"] == "tool" and number + 1 not in blocks
+        following, within = chat.messages[number + 1 : number + 2], self._within_of(chat)
+        is_last = not following
+        results_inside = not is_last and following[0]["role"] == "tool" and number + 1 not in blocks
         roles = frozenset(message["role"] for message in chat.messages[:number])
         kind = (before["role"], _may_switch_thoughts(before), roles)
         if kind in asked and block is not None and not results_inside and text.startswith(asked[kind], *block):
             start = block[0] + len(asked[kind])
-            return Answer(number, start, self._end(text, start, block[1], chat, number))
+            return Answer(number, start, self.end_of_turn(text, start, block[1], within, is_last=is_last)[0])
         prompt, unlike = self._template.trace(chat.until(number), prompt=True), ""
         if text.startswith(prompt.text):
             start = len(prompt.text)
@@ -135,22 +141,13 @@ class Answers:
         else:
             raise _rewritten(number)
         if block is not None and not results_inside:
-            return Answer(number, start, self._end(text, start, block[1], chat, number), unlike)
+            return Answer(number, start, self.end_of_turn(text, start, block[1], within, is_last=is_last)[0], unlike)
         alone = self._template.trace(chat.until(number + 1)).text
-        turn = alone[len(prompt.text) : self._end(alone, len(prompt.text), len(alone), chat, number)]
+        end, _ = self.end_of_turn(alone, len(prompt.text), len(alone), within, is_last=is_last)
+        turn = alone[len(prompt.text) : end]
         if not (alone.startswith(prompt.text) and text.startswith(turn, start)):
             raise _rewritten(number)
         return Answer(number, start, start + len(turn), unlike)
-
-    def _end(self, text: str, start: int, stop: int, chat: Chat, number: int) -> int:
-        """The end of message `number`, written from `start` to `stop`, with the token that ends it.
-
-        Where no token does and others follow, the white space before them is the template's and not the turn's. Behind
-        the last turn it stays, since `closing` comes after it.
-        """
-        end, ended = self.end_of_turn(text, start, stop, self._within_of(chat))
-        is_last = number == len(chat.messages) - 1
-        return end if ended or is_last else start + len(text[start:end].rstrip())
 
     def _asked_of(self, chat: Chat) -> dict[_Asked, str]:
         """The known beginnings of turns in conversations with the same template, arguments and tools."""
