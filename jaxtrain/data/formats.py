@@ -137,7 +137,13 @@ class Encoder(RowEncoder):
         Raises ValueError for a row that cannot be read, or that holds no token to learn from.
         """
         with _nesting_bounded():
-            made = self._encode(row)
+            try:
+                made = self._encode(row)
+            except ValueError as error:
+                if "refuses the conversation" not in str(error) or "system" not in str(error).lower():
+                    raise
+                hint = "data.merge=[system] joins a system message to the user's turn after it"
+                raise ValueError(f"{error}; {hint}") from error
         if WEIGHT in row and (weight := row_weight(row)) != 1:
             if isinstance(made, RowExamples):
                 made = made._replace(items=[_weighed(example, weight) for example in made.items])
