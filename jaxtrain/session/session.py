@@ -261,11 +261,10 @@ class Session:
             return
         self._started = True
         self.folder.start(self.step)
-        updates = None if self.config.rl is None else self.config.rl.updates
-        self.window = MetricWindow(self._roles[0].model, self._num_tokens, updates)
-        log = MetricLog(self.config.run.dir, self.config.log.tensorboard, self.step or None)
-        self._log = self._stack.enter_context(log)
-        self.progress = self._stack.enter_context(Progress(self.num_steps, self.step))
+        config, stack = self.config, self._stack
+        self.window = MetricWindow(self._roles[0].model, self._num_tokens, config.rl.updates if config.rl else None)
+        self._log = stack.enter_context(MetricLog(self.folder.path, config.log.tensorboard, self.step or None))
+        self.progress = stack.enter_context(Progress(self.num_steps, self.step))
         if self._evaluate_action.due(self.step) and self._evaluated_at < self.step:
             self._evaluate()  # a signal interrupted the evaluation after this step
 
@@ -378,6 +377,7 @@ class Session:
         """Save a checkpoint, without frozen weights: they are read, or initialized, again."""
         assert self._data is not None
         self._checkpoints.wait()  # so that `saved_steps` includes the previous one
+        self.folder.publish()  # before the checkpoint: a resumed run has the metrics of all steps before it
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
