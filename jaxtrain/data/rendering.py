@@ -133,7 +133,7 @@ def _with_calls(message: Message, empty: str | None, text: bool) -> Message:
 
 
 def _with_arguments(function: Message, text: bool) -> Message:
-    arguments = function.get("arguments")
+    arguments: Any = function.get("arguments")
     if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         arguments = {}  # templates would write null or an empty text
     if isinstance(arguments, str) == text:
