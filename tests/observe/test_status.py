@@ -82,7 +82,7 @@ def test_a_dead_process_is_named(run):
 def test_a_folder_of_runs_is_named_as_such(run):
     (run / "sft").mkdir()
     (run / "config.yaml").rename(run / "sft" / "config.yaml")
-    with pytest.raises(ValueError, match="is not the folder of a run: it has no config.yaml; those in it are: sft"):
+    with pytest.raises(ValueError, match=r"is not the folder of a run: it has no config\.yaml; those in it are: sft"):
         read_status(run)
 
 
