@@ -19,7 +19,7 @@ SECTIONS = {"experience": "*", FOLDER: "*"}  # folders of a run whose files must
 SAMPLES = ("sampler_logps", "raw_logps", "versions", "token_rewards", "advantages")  # arrays of a trajectory
 EQUAL = ("step", "num_tokens", "epoch", "learning_rate", "data/examples", "reward", "completions/mean_length")
 CLOSE = ("loss", "grad_norm", "kl", "entropy", "critic/loss", "eval_loss", "eval_reward", "eval_calibration_error")
-"""Metrics of a run that are equal on another number of processes, and those that are so as nearly as float32 has them."""
+"""Metrics that are equal on another number of processes, and those that are so as nearly as float32 has them."""
 
 
 class Case(NamedTuple):
@@ -110,9 +110,20 @@ def differences_in_samples(run: Path, other: Path) -> list[str]:
     for name in CLOSE:
         if not _close([line.get(name) for line in lines], [line.get(name) for line in expected], 1e-4):
             found.append(f"metric {name}")
-    if [tokens(each) for each in (run,)] != [tokens(other)]:
+    if tokens(run) != tokens(other):
         found.append("samples")
     return found + lost_or_repeated(run, other)
+
+
+def differences_in_losses(run: Path, other: Path) -> list[str]:
+    """What differs in the losses of two runs on the same samples, beyond the rounding of float32."""
+    lines, expected = ([line for line in logged(each) if "loss" in line] for each in (run, other))
+    names = [name for name in ("step", "num_tokens", *CLOSE) if not name.startswith("eval")]
+    return [
+        f"metric {name}"
+        for name in names
+        if not _close([line.get(name) for line in lines], [line.get(name) for line in expected], 1e-4)
+    ]
 
 
 def lost_or_repeated(run: Path, other: Path) -> list[str]:
@@ -211,7 +222,12 @@ def _records(content: bytes) -> list[bytes]:
 
 def write_result(work: str, run: Path, other: Path, file: Path) -> int:
     """Write what the comparison `work` of two runs has found, or the error that it raised."""
-    comparisons = {"equal": differences, "samples": differences_in_samples, "prompts": lost_or_repeated}
+    comparisons = {
+        "equal": differences,
+        "samples": differences_in_samples,
+        "losses": differences_in_losses,
+        "prompts": lost_or_repeated,
+    }
     try:
         found = comparisons[work](run, other)
     except Exception as error:

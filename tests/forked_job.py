@@ -65,7 +65,14 @@ class ForkedJob:
     """The processes of one command of `jaxtrain`. The process `rank` kills itself by `kill`, if it comes to that."""
 
     def __init__(
-        self, folder: Path, processes: int, command: Sequence[str], *, devices: int, rank: int = 0, kill: Kill | None
+        self,
+        folder: Path,
+        processes: int,
+        command: Sequence[str],
+        *,
+        devices: int,
+        rank: int = 0,
+        kill: Kill | None = None,
     ):
         """`folder`: of what the processes print, and of their events. `devices`: of all processes together."""
         self._folder, self.started, self._began = folder, time.monotonic(), time.time()

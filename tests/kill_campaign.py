@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from campaign_runs import CASES, command, prepare_cases, write_result
 from forked_job import START_UP, ForkedJob, Kill, fork, import_recipes, phase_durations
+from process_comparison import compare, compared_table
 
 MARK = "JAXTRAIN_KILL_CAMPAIGN"  # a variable of the environment of all processes
 KILLS_OF_A_RUN = 4
@@ -100,7 +101,7 @@ class Campaign:
             failures += [fault] if fault else []
         if not failures:
             work = "prompts" if CASES[recipe].alone else "samples" if processes == MIXED else "equal"
-            failures += self._compare(work, run, self.reference(recipe, processes))
+            failures += self.compare(work, run, self.reference(recipe, processes))
         failures += self._left_behind()
         for failure in failures:
             say(f"FAILURE {run}: {failure}")
@@ -120,7 +121,7 @@ class Campaign:
         """In two of three cases in a random phase, else at a random time."""
         choose, durations = self._random, self._durations[recipe, str(count)][rank]
         if choose.random() < 1 / 3:
-            return Kill(START_UP, 1, choose.random() * 0.8 * self._seconds[recipe, str(count)])
+            return Kill(START_UP, 1, choose.random() * 0.6 * self._seconds[recipe, str(count)])
         phase = choose.choice(sorted(durations))
         entry = choose.randrange(max(1, len(durations[phase]) // 2)) + 1
         at_once = choose.random() < 0.2
@@ -138,7 +139,7 @@ class Campaign:
             kill=kill,
         )
 
-    def _compare(self, work: str, run: Path, other: Path) -> list[str]:
+    def compare(self, work: str, run: Path, other: Path) -> list[str]:
         file = self._folder / "compared.json"
         file.unlink(missing_ok=True)
         in_a_process(lambda: write_result(work, run, other, file), self._folder / "compared.log")
@@ -200,6 +201,13 @@ def main() -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.folder / "compiled"))
     import_recipes()
     campaign, rows = Campaign(given.folder, given.seed), []
+    if given.compare:
+        found = {}
+        for name in [name for name in names if not CASES[name].alone]:
+            found[name] = compare(given.folder, name, campaign.compare, say)
+            (given.folder / "compared.md").write_text(compared_table(found))
+        say(compared_table(found))
+        return int(any(any(runs.values()) for runs in found.values()))
     for name in names:
         for processes in ["1"] if CASES[name].alone else given.processes.split(","):
             rows.append(campaign.row(name, processes, given.kills))
