@@ -48,10 +48,10 @@ CASES = {
         ),
     ),
     "grpo ahead": Case("rl", _AHEAD, alone=True),
-    "grpo ahead, 2 devices": Case(
+    "grpo ahead on 2 devices": Case(
         "rl", (*_AHEAD, "rl.placement.kind=disjoint", "rl.placement.rollout_devices=1"), alone=True, devices=2
     ),
-    "grpo ahead, Ray": Case("rl", (*_AHEAD, "rl.placement.kind=ray", "rl.placement.workers=1"), alone=True),
+    "grpo ahead in Ray": Case("rl", (*_AHEAD, "rl.placement.kind=ray", "rl.placement.workers=1"), alone=True),
 }
 
 
