@@ -193,9 +193,10 @@ def fork(work: Callable[[], int], log: Path, environ: Mapping[str, str] = {}, ki
 
 def import_recipes() -> None:
     """Import what the forked processes use."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # which tensorboardX would import: seconds, and threads
+    sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would import it: seconds, and threads
     for module in ("jaxtrain.cli", *(f"jaxtrain.recipes.{each}" for each in RECIPES), "tensorboardX"):
         importlib.import_module(module)
+    del sys.modules["torch"]
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = os.environ.get("JAXTRAIN_TEST_XLA_FLAGS", COMPILE_FAST)
 

@@ -196,10 +196,10 @@ def main() -> int:
     given = parser.parse_args()
     names = given.recipes.split(",")
     given.folder.mkdir(parents=True, exist_ok=True)
-    in_a_process(lambda: prepare_cases(given.folder, names) or 0, given.folder / "prepared.log")
     os.environ[MARK] = str(os.getpid())
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.folder / "compiled"))
     import_recipes()
+    in_a_process(lambda: prepare_cases(given.folder, names) or 0, given.folder / "prepared.log")
     campaign, rows = Campaign(given.folder, given.seed), []
     if given.compare:
         found = {}

@@ -1,19 +1,15 @@
-"""Recipe rl on two processes: as on one, with an engine for each or one for both, and resumed on as many or others."""
+"""Recipe rl on two and four processes: as on one, with an engine for each or for two, resumed on as many or others."""
 
 from pathlib import Path
 
 import commands
 import pytest
-import yaml
-from recipe_runs import checksums, killed_copy, logged
+from recipe_runs import checksums, killed_copy, logged, prepare
 
-from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import load_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes.run import run
 from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
 
-STEPS = 4
 LORA = "model.lora={rank: 4}"
 CASES = {  # overrides; each takes several updates on the same samples
     "grpo": [LORA, "rl.minibatches=2", "objective.beta=0.1"],
@@ -32,34 +28,7 @@ ONE_ENGINE = "rl.placement.processes_per_engine=2"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rl-processes")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
-    config = {
-        "recipe": "rl",
-        "run": {"dir": str(folder / "run")},
-        "model": {
-            "config": commands.MODEL | {"max_position_embeddings": 128},
-            "tokenizer": str(folder / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
-        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
-        "train": {"steps": STEPS},
-        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
-        "checkpoint": {"every": 1, "keep": 10},
-        "log": {"every": 1, "tensorboard": False},
-        "rl": {
-            "prompts": 4,
-            "generations": 4,
-            "max_completion_length": 8,
-            "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
-            "reward_workers": 1,
-            "slots": 16,
-        },
-    }
-    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return prepare(tmp_path_factory.mktemp("rl-processes"), "rl")
 
 
 def overrides(place: Path, case: str, name: str) -> list[str]:
@@ -69,7 +38,7 @@ def overrides(place: Path, case: str, name: str) -> list[str]:
 
 
 def train(place: Path, case: str, name: str) -> None:
-    assert run(load_config(place / "rl.yaml", overrides(place, case, name))).exit_code == 0
+    assert run(load_config(place / "run.yaml", overrides(place, case, name))).exit_code == 0
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +54,7 @@ def two(place, one) -> None:
     killed_copy(place / "ppo" / "one", place / "ppo" / "on", 1)
     runs = [*((case, "two") for case in CASES), ("grpo", "one engine"), ("ppo", "on")]
     calls = [
-        ["train", str(place / "rl.yaml"), *overrides(place, *each), *([ONE_ENGINE] if each[1] == "one engine" else [])]
+        ["train", str(place / "run.yaml"), *overrides(place, *each), *([ONE_ENGINE] if each[1] == "one engine" else [])]
         for each in runs
     ]
     commands.Job(place, 2, calls, devices=2).finish()
@@ -96,8 +65,16 @@ def resumed(place, two) -> None:
     """On two processes, what a kill has left of runs of two: in the middle of updates, or between rollouts."""
     for case, step in RESUMED_AFTER.items():
         killed_copy(place / case / "two", place / case / "killed", step)
-    calls = [["train", str(place / "rl.yaml"), *overrides(place, case, "killed")] for case in RESUMED_AFTER]
+    calls = [["train", str(place / "run.yaml"), *overrides(place, case, "killed")] for case in RESUMED_AFTER]
     commands.Job(place, 2, calls, devices=2).finish()
+
+
+@pytest.fixture(scope="module")
+def four(place, one) -> None:
+    """On four processes, from the middle of the updates of one process: the other updates, and another rollout."""
+    killed_copy(place / "grpo" / "one", place / "grpo" / "four", 1)
+    command = ["train", str(place / "run.yaml"), *overrides(place, "grpo", "four")]
+    commands.Job(place, 4, [command], devices=4).finish()
 
 
 def samples(run: Path) -> list[tuple]:
@@ -144,6 +121,12 @@ def test_the_updates_of_one_process_go_on_on_two_and_back(place, two):
     killed_copy(place / "ppo" / "two", place / "ppo" / "back", 1)
     train(place, "ppo", "back")
     assert_equal(place / "ppo" / "back", place / "ppo" / "one")
+
+
+def test_the_updates_of_one_process_go_on_on_four(place, four):
+    assert_equal(place / "grpo" / "four", place / "grpo" / "one")
+    names = {path.name for path in (place / "grpo" / "four" / FOLDER).iterdir()}
+    assert names == {"step_00000001.parquet", *(f"step_00000003.{rank}-of-4.parquet" for rank in range(4))}
 
 
 def test_the_samples_have_different_rewards(place, one):
