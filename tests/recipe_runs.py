@@ -57,7 +57,8 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
         },
         "data": {"train": {"path": str(files.train)}, "eval": {"path": str(files.eval)}, "max_length": 96},
         "train": {"steps": STEPS, "batch_size": 8},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
+        # A larger eps than the default: Adam makes whole updates of gradients that are zero but for rounding.
+        "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "eps": 1e-3},
         "checkpoint": {"every": 2, "keep": 10},
         "eval": {"every": 2 if recipe == "distill" else 3},
         "log": {"every": 1, "tensorboard": False},

@@ -45,6 +45,7 @@ from jaxtrain.train.guard import check_finite, warn_of_recompilation
 from jaxtrain.train.job import Job
 from jaxtrain.train.lockstep import Agreement, in_step
 from jaxtrain.train.preemption import Interrupted, Preemption, exit_code
+from jaxtrain.train.state import saved_tree
 from jaxtrain.train.step import StepReport
 from jaxtrain.types import Batch, TrainState
 
@@ -79,9 +80,10 @@ class Session:
         self._agreement = Agreement(job.preemption, mesh, self._checkpoints.overdue, job.watchdog)
         self._signal = 0  # the number of the signal that ended the run
         self._roles: tuple[TrainedRole, ...] = ()
-        self._data: Resumable | None = None
+        self._data: Any = None  # a `Resumable`, from `restore` on
         self._started = self._save_now = False  # the latter: since `checkpoint.minutes` have passed
-        self._start, self._num_tokens, self._evaluated_at = 0, 0, 0
+        # The latter by the checkpoint: the last steps of the evaluation and of the functions of `every`.
+        self._start, self._num_tokens, self._done_at = 0, 0, [0]
         self._recent: deque[Batch] = deque(maxlen=config.train.max_skipped_in_a_row + 1)
         self._reports: dict[str, StepReport] = {}
         self._unchecked: tuple[int, Mapping[str, StepReport]] | None = None
@@ -225,8 +227,6 @@ class Session:
         """Call `function(session)` after every `steps` steps, and after the last one."""
         self._every.append(Scheduled(lambda step: step % steps == 0, lambda: function(self)))
 
-    # Restoring
-
     def restore(self, *roles: TrainedRole, data: Resumable) -> None:
         """Load all trained roles and the data's state from one checkpoint, or start at step 0.
 
@@ -235,7 +235,7 @@ class Session:
         """
         self._roles, self._data = roles, data
         warn_of_positions(roles[0].declared.hf, self.config.data.max_length)
-        restored = self._checkpoints.restore(_tree({role.name: role.abstract_state() for role in roles}))
+        restored = self._checkpoints.restore(saved_tree({role.name: role.abstract_state() for role in roles}))
         if restored is None:
             for role in roles:
                 role.load()
@@ -247,13 +247,11 @@ class Session:
                 role.load(restored.state[role.name])
             data.set_state(restored.data_state)
             self._num_tokens = restored.meta["num_tokens"]
-            self._evaluated_at = restored.meta["evaluated_at"]
+            self._done_at = [restored.meta["evaluated_at"], *restored.meta.get("called_at", ())]
             self._best.restore(restored.meta.get("best"))
         self.step = self._start = roles[0].step
-        if self.folder.finished(self.step, self.num_steps):
+        if self.folder.finished(self.step, self.num_steps, pending=min(self._done_at) < self.step):
             raise _CompletedError
-        for action in self._actions:
-            action.done_at = self.step
 
     def begin(self) -> None:
         """Write the config and open the metrics. `steps` calls it; further calls do nothing."""
@@ -263,11 +261,16 @@ class Session:
         self.folder.start(self.step)
         updates = None if self.config.rl is None else self.config.rl.updates
         self.window = MetricWindow(self._roles[0].model, self._num_tokens, updates)
-        log = MetricLog(self.config.run.dir, self.config.log.tensorboard, self.step or None)
+        for action in self._actions:
+            action.done_at = self.step
+        for action, done_at in zip((self._evaluate_action, *self._every), self._done_at, strict=False):  # or it is new
+            action.done_at = done_at
+        evaluated = self._evaluate_action.done_at == self.step
+        log = MetricLog(self.config.run.dir, self.config.log.tensorboard, self.step or None, evaluated=evaluated)
         self._log = self._stack.enter_context(log)
         self.progress = self._stack.enter_context(Progress(self.num_steps, self.step))
-        if self._evaluate_action.due(self.step) and self._evaluated_at < self.step:
-            self._evaluate()  # a signal interrupted the evaluation after this step
+        # Due after this step, but a signal ended the run.
+        run_once([each for each in (self._evaluate_action, *self._every) if each.due(self.step)], self.step)
 
     # The loop
 
@@ -316,7 +319,8 @@ class Session:
         self.window.add(self._reports, batch, seconds)
         self.progress.update(self.step)
         self._signal, self._save_now = self._agreement.stopping(), self._agreement.saving()
-        if not self._signal:
+        # Those of the last step are left to `_finish`, which saves after all others: a complete run is not resumed.
+        if not self._signal and self.step < self.num_steps:
             run_once((action for action in self._actions if action.due(self.step)), self.step)
 
     def _check_finite(self) -> None:
@@ -376,25 +380,20 @@ class Session:
 
     def _save(self) -> None:
         """Save a checkpoint, without frozen weights: they are read, or initialized, again."""
-        assert self._data is not None
+        run_once([self._report_action], self.step)  # not due at the best step: a resumed run knows no steps before it
         self._checkpoints.wait()  # so that `saved_steps` includes the previous one
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "evaluated_at": self._evaluate_action.done_at,
+            "called_at": [action.done_at for action in self._every],
             "best": self._best.state(),
             **self.folder.meta(),
         }
-        tree = _tree({role.name: role.state for role in self._roles})
+        tree = saved_tree({role.name: role.state for role in self._roles})
         self._checkpoints.kept[:] = [] if self._best.step is None else [self._best.step]
         self._checkpoints.save(self.step, tree, self._data.get_state(), meta)
 
     @property
     def outcome(self) -> Outcome:
         return Outcome(exit_code(self._signal) if self._signal else 0, self.metrics)
-
-
-def _tree(states: Mapping[str, TrainState]) -> dict[str, Any]:
-    """The first role's leaves without a prefix, as an export expects them; those of the others under their names."""
-    first, *others = states
-    return {**states[first]._asdict(), **{name: states[name] for name in others}}

@@ -1,4 +1,7 @@
-"""The initial `TrainState` and its shardings."""
+"""The initial `TrainState`, its shardings, and the tree of several."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,3 +38,10 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
         params=jax.tree.map(lambda leaf: leaf.sharding, state.params),
         opt_state=jax.tree_util.tree_map_with_path(of_moment, state.opt_state),
     )
+
+
+def saved_tree(states: Mapping[str, TrainState]) -> dict[str, Any]:
+    """The leaves of a checkpoint: those of the first role without a prefix, as an export expects them, and those of the
+    others under their names."""
+    first, *others = states
+    return {**states[first]._asdict(), **{name: states[name] for name in others}}
