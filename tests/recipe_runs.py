@@ -14,7 +14,7 @@ from jaxtrain.config import load_config
 from jaxtrain.data.arithmetic import write_arithmetic, write_arithmetic_pairs
 from jaxtrain.recipes.run import run
 from jaxtrain.session.folder import checkpoint_steps
-from jaxtrain.session.record import CHECKPOINTS, read_metrics
+from jaxtrain.session.record import CHECKPOINTS, checkpoint_folder, read_metrics
 from jaxtrain.train.checkpoint import Checkpoints
 
 STEPS = 6
@@ -120,7 +120,7 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 def checksums(run: Path) -> dict[str, str]:
     """Checksums of every leaf in the newest checkpoint."""
-    with Checkpoints(str(run / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(run), 1, 1) as checkpoints:
         return checkpoints._read_record(checkpoint_steps(run)[-1])["checksums"]
 
 

@@ -42,7 +42,6 @@ def of_rl(rl=None, **sections):
             with_section(data={"train": {"path": "x"}, "overlong": "keep_completion", "loss_on": "all"}),
             "data: overlong=keep_completion cuts prompts, and loss_on=all trains on them",
         ),
-        (with_section(run={"dir": "gs://b/run"}), "run.dir: gs://b/run: a run is written to a local or mounted folder"),
         (with_section(model={}), "model: give either `path`"),
         (with_section(model={"path": "a", "config": {}}), "model: give either `path`"),
         (with_section(model={"path": "a", "lora": {"r": 8}}), "model.lora.r; did you mean model.lora.rank?"),

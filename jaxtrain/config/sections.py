@@ -39,14 +39,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _local_folder(path: str) -> str:
-    if "://" in path:
-        raise ValueError(f"{path}: a run is written to a local or mounted folder, and not to a URL")
-    return path
-
-
 class RunSection(Section):
-    dir: Annotated[str, MAY_CHANGE, AfterValidator(_local_folder)] = "runs/default"  # everything the run writes
+    dir: Annotated[str, MAY_CHANGE] = "runs/default"  # everything the run writes; a folder or a URL
     seed: NonNegativeInt = 0
 
 

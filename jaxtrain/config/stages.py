@@ -59,6 +59,8 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
     if moved := [each for each in common if each.startswith("run.dir=")]:
         home = moved[-1].partition("=")[2]
         common = [each for each in common if not each.startswith("run.dir=")]
+    if "://" in home:
+        raise ConfigError(f"{path}: run.dir={home}: stages read each other's exports in a local or mounted folder")
     stages: list[Stage] = []
     for each in given:
         name = each["name"]

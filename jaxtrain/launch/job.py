@@ -40,7 +40,9 @@ def make_job(config: Path, overrides: Sequence[str], *, nodes: int | None, retri
     if has_stages(config):
         run_dir = load_stages(config, overrides)[0].folder.parent
     else:
-        run_dir = Path(load_config(config, list(overrides)).run.dir)
+        written = load_config(config, list(overrides)).run.dir
+        # The files beside a folder at a URL are in the working directory.
+        run_dir = Path(written.rstrip("/").rpartition("/")[2] if "://" in written else written)
     return LaunchJob(config, tuple(overrides), run_dir, nodes, retries, name or run_dir.name)
 
 

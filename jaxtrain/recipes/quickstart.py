@@ -227,6 +227,8 @@ def _data_home(config: RunConfig) -> Path:
 
 
 def _check_apart(folder: Path, *others: Path) -> None:
+    if ":/" in str(folder):
+        raise ValueError(f"run.dir={folder} is a URL: the quickstart writes to a local folder")
     for other in others:
         if other.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"the quickstart empties run.dir={folder}, so {other} must not be inside of it")

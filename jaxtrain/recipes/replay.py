@@ -8,6 +8,7 @@ from jaxtrain.config import RunConfig, config_tree, parse_config
 from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.parallel.distributed import initialize_distributed
 from jaxtrain.recipes import rl
+from jaxtrain.session.mirror import local_run
 from jaxtrain.session.record import effective_config, read_metrics, read_saved_run, recorded_changes
 from jaxtrain.train.agree import from_process_0
 
@@ -25,7 +26,7 @@ def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None)
 
     Raises ValueError for a folder without a reinforcement learning run or without samples.
     """
-    run, out = Path(run), Path(out)
+    run, out = local_run(run), Path(out)
     if out.resolve() == run.resolve():
         raise ValueError(f"{out}: a replay must not write to the folder of the run that it replays")
 

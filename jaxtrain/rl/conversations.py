@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.chat import ChatTokenizer, Message
-from jaxtrain.rl.deadlines import awaited, call_all
+from jaxtrain.rl.deadlines import awaited, call_all, error_text
 from jaxtrain.rl.environments import (
     REWARD_PART,
     Environment,
@@ -144,7 +144,7 @@ class _Conversation:
 
     def fail(self, error: BaseException) -> None:
         """End this conversation because its environment failed."""
-        self.finish("error", f"{type(error).__name__}: {_printable(error)}")
+        self.finish("error", f"{type(error).__name__}: {error_text(error)}")
         self.timed_out = isinstance(error, TimeoutError)
 
     def add_turn(self, completion: Completion) -> None:
@@ -199,14 +199,6 @@ class _Conversation:
             timings={"rollout": self.seconds},
             info=info | ({"error": self.error} if self.error else {}),
         )
-
-
-def _printable(error: BaseException) -> str:
-    """The message of a user's exception, even if its `__str__` raises."""
-    try:
-        return str(error).encode(errors="backslashreplace").decode()
-    except Exception as inner:  # the boundary to user code, which may raise anything
-        return f"(its message cannot be read: {type(inner).__name__})"
 
 
 def _open_environment(factory: Factory, prompt: Prompt) -> tuple[Environment, Opening]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 import threading
 import time
 from collections import deque
@@ -18,6 +19,21 @@ _MAX_TIMEOUTS = 8 * _CONCURRENT_CALLS  # after this many, the remaining calls ar
 _LOOP_SECONDS = 1.0  # an event loop that does not respond for this long is blocked by a coroutine
 _POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
 
+_CALL = threading.local()  # its `deadline`: of the call that runs in this thread
+
+
+def time_left() -> float:
+    """Seconds until the call of `call_all` that runs in this thread is abandoned; infinite outside of one."""
+    return max(getattr(_CALL, "deadline", math.inf) - time.monotonic(), 0.0)
+
+
+def error_text(error: BaseException) -> str:
+    """The message of a user's exception as valid Unicode, even if its `__str__` raises."""
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception as inner:  # the boundary to user code, which may raise anything
+        return f"(its message cannot be read: {type(inner).__name__})"
+
 
 def call_all(
     calls: Sequence[Callable[[], T]], seconds: float, interrupted: threading.Event | None = None
@@ -33,7 +49,8 @@ def call_all(
     results: dict[int, T | BaseException] = {}
     finished: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
 
-    def run(index: int) -> None:
+    def run(index: int, deadline: float) -> None:
+        _CALL.deadline = deadline
         try:
             finished.put((index, calls[index]()))
         except BaseException as error:  # the boundary to user code, which may raise anything
@@ -49,7 +66,7 @@ def call_all(
                 results[index] = TimeoutError("not started: too many other calls exceeded the limit")
                 continue
             deadlines[index] = time.monotonic() + seconds
-            threading.Thread(target=run, args=(index,), daemon=True).start()
+            threading.Thread(target=run, args=(index, deadlines[index]), daemon=True).start()
         next_deadline = min(deadlines.values(), default=time.monotonic())
         try:
             index, result = finished.get(timeout=min(max(next_deadline - time.monotonic(), 0), _POLL_SECONDS))

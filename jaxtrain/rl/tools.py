@@ -5,8 +5,8 @@
     </tool_call>
 
 A turn may have several calls; a turn without a call ends the conversation. Results are messages of the role `tool`,
-which the chat template must support. A call that cannot be parsed, or whose function raises, counts as a failure; its
-result is the error, so that the model can correct it.
+which the chat template must support. A call that cannot be parsed, or whose function raises or takes too long, counts
+as a failure; its result is the error, so that the model can correct it.
 """
 
 import ast
@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import get_json_schema
 
 from jaxtrain.data.messages import question
-from jaxtrain.rl.deadlines import awaited
+from jaxtrain.rl.deadlines import awaited, call_all, error_text, time_left
 from jaxtrain.rl.environments import Opening, Reply
 
+_SHARE_OF_TIME = 0.9  # of what is left of the environment's limit: a call may take so long and still be answered
+_MAX_ERROR = 500  # characters: an error may quote all that the model wrote, and the answer must leave it room
 _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|$)", re.DOTALL)
 
 
@@ -60,16 +62,25 @@ class Tools:
     def _call(self, call: ToolCall | ValueError) -> tuple[str, str, bool]:
         """Name, result and whether the call succeeded."""
         if isinstance(call, ValueError):
-            return "unknown", f"error: {call}", False
+            return "unknown", f"error: {_shortened(str(call))}", False
         if call.name not in self._functions:
-            message = f"error: unknown tool {call.name!r}; available tools: {', '.join(self._functions)}"
-            return _text(call.name), message, False
+            known = ", ".join(self._functions)
+            return _text(call.name), f"error: unknown tool {_shortened(call.name)!r}; available tools: {known}", False
         function = self._functions[call.name]
-        try:
+
+        def run() -> str:
             inspect.signature(function).bind(**call.arguments)
-            return call.name, str(awaited(function(**call.arguments))), True
-        except Exception as error:  # the boundary to user code: the error is the result that the model sees
-            return call.name, f"error: {str(error) or type(error).__name__}", False
+            return str(awaited(function(**call.arguments)))
+
+        (result,) = call_all([run], round(_SHARE_OF_TIME * time_left(), 2))
+        if isinstance(result, BaseException):  # any: a function may also call `exit`
+            return call.name, f"error: {_shortened(error_text(result) or type(result).__name__)}", False
+        return call.name, result, True
+
+
+def _shortened(text: str) -> str:
+    half = _MAX_ERROR // 2
+    return text if len(text) <= _MAX_ERROR else f"{text[:half]} ... {text[-half:]}"
 
 
 def _text(text: str) -> str:

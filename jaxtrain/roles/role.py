@@ -19,6 +19,7 @@ from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import Logp, Objective, TopLogps
 from jaxtrain.objectives.uld import group_probs, to_student
+from jaxtrain.observe.compilations import compilations
 from jaxtrain.ops.head_chunks import Head, TopK
 from jaxtrain.ops.token_scores import Scoring, Targets, token_scores
 from jaxtrain.optim import Schedule
@@ -163,6 +164,7 @@ class TrainedRole(Role):
         self.frozen: Params = {}
         self.teacher_head: Head | None = None  # of an objective that requests a divergence
         self._step: Any = None
+        self._compilations = 0
 
     @property
     def state(self) -> TrainState:
@@ -201,7 +203,9 @@ class TrainedRole(Role):
     def update(self, batch: Batch) -> StepReport:
         """Take one optimizer step on a placed batch. The report stays on the device until it is read."""
         state, self._state = self.state, None  # donated: its buffers are invalid even after an exception
+        before = compilations()
         self._state, report = self._step(state, self.frozen, batch, self.teacher_head)
+        self._compilations += compilations() - before
         return report
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
@@ -215,8 +219,8 @@ class TrainedRole(Role):
         return Snapshot(self.params, self.step)
 
     def compilations(self) -> int:
-        """How often the step was compiled; more than once means that shapes changed."""
-        return self._step._cache_size()
+        """How often updates compiled the step; more than once means that shapes or shardings changed."""
+        return self._compilations
 
     def _new_state(self, params: Params) -> TrainState:
         return new_state(params, self._update.optimizer, jax.random.key(self.seed))

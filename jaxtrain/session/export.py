@@ -24,7 +24,8 @@ from jaxtrain.roles.role import Role
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids, tokenizer_folder
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
-from jaxtrain.session.record import CHECKPOINTS, SavedRun, parse_model, read_saved_run
+from jaxtrain.session.mirror import local_run
+from jaxtrain.session.record import SavedRun, checkpoint_folder, parse_model, read_saved_run
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params
 
@@ -34,8 +35,8 @@ def export_run(
 ) -> None:
     """Write the model of a run's checkpoint to `out`, a folder or a URL, with merged adapters. Works on any devices.
 
-    The config is the one in the checkpoint. Adapters of a quantised base are merged into the original base, which is
-    read again.
+    `run` is a folder or a URL. The config is the one in the checkpoint. Adapters of a quantised base are merged into
+    the original base, which is read again.
 
     `step` selects the checkpoint; default: the newest.
     `dtype` casts the weights; default: the dtype of the base checkpoint, or that of the parameters.
@@ -44,7 +45,7 @@ def export_run(
     Raises ValueError if `run` is not a run or has no such checkpoint, if the base has changed since the run started, or
     if `out` is not empty.
     """
-    run = Path(run)
+    run = local_run(run)
     saved, declared, params = _restore(run, step)
     section = saved.config.model
     tokenizer = make_tokenizer(section)
@@ -130,7 +131,7 @@ def _restore(run: Path, step: int | None) -> tuple[SavedRun, Declaration, Params
     )
     _check_base(run, saved, declared)
     target: dict[str, Any] = {"params": declared.trained}
-    with Checkpoints(str(run / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(run), 1, 1) as checkpoints:
         restored = checkpoints.restore(target, partial=True, step=step)
     assert restored is not None
     if restored.step != saved.step:  # the newest is damaged, and an older one may have another config

@@ -18,14 +18,16 @@ import jax
 from jaxtrain.config import RunConfig, config_tree, dump_config
 from jaxtrain.config.changes import Change, check_keys, covers, differences, input_paths
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
+from jaxtrain.remote import is_url
 from jaxtrain.session.inputs import Fingerprint, changed_file, input_fingerprints
 from jaxtrain.session.lock import FolderLock, sees_nonce
+from jaxtrain.session.mirror import RunMirror
 from jaxtrain.session.record import (
     CHANGES,
-    CHECKPOINTS,
     CONFIG,
     FINISHED,
     INPUTS,
+    checkpoint_folder,
     effective_config,
     effective_inputs,
     recorded_changes,
@@ -53,10 +55,16 @@ class RunFolder:
     """The folder of the current run. Every process has one; only process 0 writes."""
 
     def __init__(
-        self, config: RunConfig, allow_change: Sequence[str], checked: _Checked, lock: FolderLock | None
+        self,
+        config: RunConfig,
+        allow_change: Sequence[str],
+        checked: _Checked,
+        lock: FolderLock | None,
+        mirror: RunMirror | None = None,
     ) -> None:
         self.config = config
-        self.path = Path(config.run.dir)
+        self.path = mirror.path if mirror else Path(config.run.dir)
+        self._mirror = mirror
         self._allow_change = allow_change
         self._checked = checked
         self._lock = lock
@@ -66,7 +74,7 @@ class RunFolder:
         """The run's checkpoints, to be saved and restored."""
         section = self.config.checkpoint
         return Checkpoints(
-            str(self.path / CHECKPOINTS), section.every, section.keep, section.keep_every, section.minutes
+            checkpoint_folder(self.path), section.every, section.keep, section.keep_every, section.minutes
         )
 
     def meta(self) -> dict[str, Any]:
@@ -129,6 +137,12 @@ class RunFolder:
             file = self.path / CHANGES
             before = file.read_text() if file.exists() else ""
             write_atomically(file, before + json.dumps(change) + "\n")
+        self.publish()
+
+    def publish(self) -> None:
+        """Upload what this process has written, where `run.dir` is a URL. Raises RemoteError."""
+        if self._started and self._mirror is not None:
+            self._mirror.push()
 
     def finish(self, of_steps: int, early_end: str = "the data was exhausted") -> None:
         """The run of `of_steps` steps has ended by itself, after the step of its newest checkpoint.
@@ -153,23 +167,34 @@ def open_run(config: RunConfig, *, resume: bool = True, allow_change: Sequence[s
     `run.dir` is not the same folder on all hosts.
     """
     check_keys(allow_change, config)
-    folder, lock = Path(config.run.dir), None
+    remote, processes = is_url(config.run.dir), jax.process_count()
+    mirror = RunMirror(config.run.dir, jax.process_index(), processes) if remote else None
+    folder, lock = mirror.path if mirror else Path(config.run.dir), None
     with ExitStack() as stack:
 
         def lock_and_check() -> tuple[_Checked, str]:
             nonlocal lock
             lock = stack.enter_context(FolderLock(folder))
+            if mirror is not None:
+                mirror.pull()
             return _check(config, folder, resume, allow_change), lock.nonce
 
         found, nonce = from_process_0(lock_and_check)
-        _check_same_folder(folder, nonce)
+        if mirror is None:
+            _check_same_folder(folder, nonce)
+        elif lock is None:
+            mirror.pull()
         checked = _Checked(*found)
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": checked.date})})
-        yield RunFolder(config, allow_change, checked, lock)
+        opened = RunFolder(config, allow_change, checked, lock, mirror)
+        try:
+            yield opened
+        finally:
+            opened.publish()
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(folder), 1, 1) as checkpoints:
         return checkpoints.steps()
 
 

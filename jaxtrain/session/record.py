@@ -18,6 +18,7 @@ INPUTS = "inputs.json"  # fingerprints of the initial input files
 CHANGES = "config_changes.jsonl"  # permitted changes, each with its step and the complete config after it
 FINISHED = "finished.json"  # the step after which the run was complete
 CHECKPOINTS = "checkpoints"
+ORIGIN = ".url"  # in a local copy: the URL of the run's folder
 QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart made here and may replace
 
 # Everything that a run writes into its folder, except for the lock.
@@ -25,6 +26,17 @@ RUN_FILES = (
     *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS),
     *("metrics.jsonl", "tensorboard", "inspection", "experience", "trajectories"),
 )
+
+
+def writes_checkpoints(url: str) -> bool:
+    """Whether orbax writes checkpoints at a URL itself, from all hosts together."""
+    return url.startswith("gs://")
+
+
+def checkpoint_folder(folder: Path) -> str:
+    """The folder of the checkpoints of the run in `folder`, or their URL if that is a copy of one at a URL."""
+    url = (folder / ORIGIN).read_text() if (folder / ORIGIN).exists() else ""
+    return f"{url}/{CHECKPOINTS}" if writes_checkpoints(url) else str(folder / CHECKPOINTS)
 
 
 class SavedRun(NamedTuple):
@@ -45,7 +57,7 @@ def parse_model(tree: dict[str, Any], origin: str) -> RunConfig:
 
 def best_step(folder: Path) -> int:
     """The step of the best evaluation of a run with `eval.best`, by its newest checkpoint. Raises ValueError."""
-    with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(folder), 1, 1) as checkpoints:
         found = checkpoints.read_meta()
     step = found and (found[1].get("best") or {}).get("step")
     if step is None:
@@ -61,7 +73,7 @@ def read_saved_run(
     If the checkpoint's config is missing or cannot be read, the folder's is used, with a warning. Raises ValueError if
     the folder is not a run's, or has no checkpoint of `step`.
     """
-    with Checkpoints(str(folder / CHECKPOINTS), 1, 1) as checkpoints:
+    with Checkpoints(checkpoint_folder(folder), 1, 1) as checkpoints:
         found = checkpoints.read_meta(step)
     if found is None:
         return SavedRun(effective_config(folder), {}, None)

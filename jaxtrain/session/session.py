@@ -35,7 +35,7 @@ from jaxtrain.roles.declare import declare
 from jaxtrain.roles.role import Role, TrainedRole, Update
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
 from jaxtrain.roles.torch_model import TorchModel
-from jaxtrain.session.actions import Scheduled, load_callback, run_once
+from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_once
 from jaxtrain.session.best import BestEvaluation
 from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, summary, warn_of_positions
 from jaxtrain.session.folder import RunFolder, open_run
@@ -259,18 +259,15 @@ class Session:
             return
         self._started = True
         self.folder.start(self.step)
-        updates = None if self.config.rl is None else self.config.rl.updates
-        self.window = MetricWindow(self._roles[0].model, self._num_tokens, updates)
-        for action in self._actions:
-            action.done_at = self.step
-        for action, done_at in zip((self._evaluate_action, *self._every), self._done_at, strict=False):  # or it is new
-            action.done_at = done_at
+        config, stack = self.config, self._stack
+        self.window = MetricWindow(self._roles[0].model, self._num_tokens, config.rl.updates if config.rl else None)
+        repeatable = (self._evaluate_action, *self._every)
+        mark_done(self._actions, self.step, zip(repeatable, self._done_at, strict=False))
         evaluated = self._evaluate_action.done_at == self.step
-        log = MetricLog(self.config.run.dir, self.config.log.tensorboard, self.step or None, evaluated=evaluated)
-        self._log = self._stack.enter_context(log)
-        self.progress = self._stack.enter_context(Progress(self.num_steps, self.step))
-        # Due after this step, but a signal ended the run.
-        run_once([each for each in (self._evaluate_action, *self._every) if each.due(self.step)], self.step)
+        log = MetricLog(self.folder.path, config.log.tensorboard, self.step or None, evaluated=evaluated)
+        self._log = stack.enter_context(log)
+        self.progress = stack.enter_context(Progress(self.num_steps, self.step))
+        run_once([action for action in repeatable if action.due(self.step)], self.step)  # a signal ended the run before
 
     # The loop
 
@@ -382,6 +379,8 @@ class Session:
         """Save a checkpoint, without frozen weights: they are read, or initialized, again."""
         run_once([self._report_action], self.step)  # not due at the best step: a resumed run knows no steps before it
         self._checkpoints.wait()  # so that `saved_steps` includes the previous one
+        data_state = self._data.get_state()  # may write files, as recipe rl does
+        self.folder.publish()  # before the checkpoint: a resumed run has the metrics of all steps before it
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
@@ -392,7 +391,7 @@ class Session:
         }
         tree = saved_tree({role.name: role.state for role in self._roles})
         self._checkpoints.kept[:] = [] if self._best.step is None else [self._best.step]
-        self._checkpoints.save(self.step, tree, self._data.get_state(), meta)
+        self._checkpoints.save(self.step, tree, data_state, meta)
 
     @property
     def outcome(self) -> Outcome:

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import time
+import traceback
 import warnings
 from typing import Any, NamedTuple, Self
 
@@ -361,7 +362,12 @@ def _reason(error: BaseException) -> str:
 
 def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
     # The threads of a failed save each log a traceback, hundreds of lines in total, besides the error that is raised.
-    return record.levelno < logging.ERROR or "/orbax/" not in record.pathname
+    if record.levelno < logging.ERROR:
+        return True
+    # absl names the place of the call only if it made the logger "absl" itself, before anything else asked for it.
+    trace = record.exc_info[2] if record.exc_info else None
+    places = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
+    return not any("/orbax/" in place for place in places)
 
 
 def _barrier(name: str) -> None:

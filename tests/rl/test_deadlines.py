@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from jaxtrain.rl.deadlines import awaited, call_all
+from jaxtrain.rl.deadlines import awaited, call_all, error_text, time_left
 from jaxtrain.train.preemption import Interrupted
 
 
@@ -82,3 +82,19 @@ def test_a_coroutine_that_blocks_its_loop_does_not_block_the_others(over):
     (late,) = call_all([partial(awaited, block())], 0.1)
     assert isinstance(late, TimeoutError)
     assert call_all([partial(awaited, seven())], 5.0) == [7]
+
+
+def test_a_call_knows_how_much_time_it_has_left():
+    def later():
+        time.sleep(0.2)
+        return time_left()
+
+    now, soon = call_all([time_left, later], 5.0)
+    assert 4.5 < now <= 5.0 and 4.3 < soon <= 4.8
+    assert time_left() == float("inf")
+
+
+def test_the_text_of_any_error_is_readable():
+    assert error_text(ValueError("no")) == "no"
+    assert error_text(KeyboardInterrupt()) == ""
+    assert error_text(ValueError("half of \ud800")) == "half of \\ud800"

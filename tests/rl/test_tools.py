@@ -1,4 +1,5 @@
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from chat_templates import QWEN25, tokenizer
 
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.formats import Encoder
+from jaxtrain.rl.deadlines import call_all
 from jaxtrain.rl.environments import checked_opening, checked_reply
 from jaxtrain.rl.tools import ToolCall, Tools, calculator, calculator_tools, tool_calls
 
@@ -115,6 +117,60 @@ def test_async_tools_are_awaited_and_any_exception_is_an_answer():
     )
     assert [message["content"] for message in reply.messages] == ["2048472", "error: Missing"]
     assert (reply.calls, reply.failures) == (2, 1)
+
+
+class Unreadable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def misbehaving(over):
+    def leaves() -> str:
+        """
+        Leave.
+        """
+        raise SystemExit("no further")
+
+    def unreadable() -> str:
+        """
+        Raise an error without a message.
+        """
+        raise Unreadable
+
+    def hangs() -> str:
+        """
+        Hang.
+        """
+        return str(over.wait())
+
+    return Tools(leaves, unreadable, hangs, calculator)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("leaves", "error: no further"),
+        ("unreadable", "error: (its message cannot be read: RuntimeError)"),
+        ("hangs", "error: took longer than"),
+    ],
+)
+def test_whatever_a_tool_does_the_model_is_answered_in_time(name, said):
+    """Within the environment's limit, here 2 seconds."""
+    over = threading.Event()
+    tools = misbehaving(over)
+    (reply,) = call_all([lambda: tools.step(call(f'{{"name": "{name}", "arguments": {{}}}}') + GOOD)], 2.0)
+    over.set()
+    assert not isinstance(reply, BaseException), reply
+    failed, good = (message["content"] for message in reply.messages)
+    assert failed.startswith(said) and good == "1786"
+    assert (reply.calls, reply.failures) == (2, 1)
+
+
+def test_an_error_that_quotes_a_long_text_is_short():
+    body = '{"name": "calculator", "arguments": {"expression": "' + "[" + "1, " * 2000 + ']"}}'
+    (message,) = calculator_tools().step(call(body)).messages
+    assert len(message["content"]) < 600
+    assert message["content"].startswith("error: [1, 1, ") and message["content"].endswith("is not arithmetic")
 
 
 def test_tools_must_have_unique_names():

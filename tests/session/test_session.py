@@ -281,3 +281,27 @@ def test_a_checkpoint_is_saved_when_its_minutes_have_passed(tmp_path):
         for batch in session.steps(itertools.repeat(GOOD)):
             session.report(policy=policy.update(batch))
     assert session.saved_steps() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("shapes_change", [False, True])
+def test_a_resumed_run_says_that_its_step_was_compiled_again_only_if_it_was(tmp_path, caplog, shapes_change):
+    tree = config_tree(config(tmp_path, steps=5)) | {"checkpoint": {"every": 2}}
+    wider = tiny.packed_batch([[9, 20, 3], [14, 14]] * 4, 64)
+
+    def go_on(batches):
+        with Session.open(parse_config(tree)) as session:
+            policy = session.trained_role("policy", SFT())
+            session.restore(policy, data=NoState())
+            for batch in session.steps(batches):
+                session.report(policy=policy.update(batch))
+        return session.step
+
+    def killed():
+        yield from [GOOD] * 3
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(killed())
+    assert "compiled" not in caplog.text
+    assert go_on([GOOD, wider if shapes_change else GOOD, GOOD]) == 5
+    assert ("the step was compiled 2 times" in caplog.text) == shapes_change

@@ -7,6 +7,7 @@ elsewhere.
 import hashlib
 import io
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,8 +21,17 @@ from jaxtrain.remote import RemoteError, remote_errors, version
 
 SCAN_BYTES = 16 << 20  # that are read at a time where a file is read from its beginning to its end
 _BLOCK = 1 << 19  # of a remote file, in the cache
-_OPEN_FILES = 256  # local ones at a time; a process may have about 1000, and a data set more files than that
+_MOST_OPEN = 256  # local files at a time; a process may have about 1000, and a data set more files than that
 _DIGEST_BLOCK, _DIGEST_BLOCKS = 1 << 16, 16
+
+
+def _count_open_files() -> int:
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if allowed == resource.RLIM_INFINITY else max(min(_MOST_OPEN, allowed // 4), 1)
+
+
+OPEN_FILES = _count_open_files()
+"""Files that this module holds open at a time, at most. A reader that opens files itself may hold half as many."""
 
 
 class Blob(Protocol):
@@ -53,11 +63,15 @@ class LocalBlob:
         self.name = path
         status = os.stat(path)
         self.size = status.st_size
-        self._identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        self._identity = _identity(status)
 
     def read(self, start: int, stop: int) -> bytes:
         descriptor = _open(self.name, self._identity)
         return os.pread(descriptor.number, max(min(stop, self.size) - start, 0), start)
+
+    def check_unchanged(self) -> None:
+        """Raise DataError where the name stands for another file by now: for readers that open it again."""
+        _check_identity(self.name, os.stat(self.name), self._identity)
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:
         return _blocks(self, start)
@@ -187,10 +201,17 @@ class _Descriptor:
         os.close(self.number)
 
 
-@lru_cache(_OPEN_FILES)
+@lru_cache(OPEN_FILES)
 def _open(path: str, identity: tuple[int, ...]) -> _Descriptor:
     descriptor = _Descriptor(os.open(path, os.O_RDONLY))
-    status = os.fstat(descriptor.number)
-    if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != identity:
-        raise DataError(f"{path}: was replaced or changed while the run reads it")
+    _check_identity(path, os.fstat(descriptor.number), identity)
     return descriptor
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_identity(path: str, status: os.stat_result, identity: tuple[int, ...]) -> None:
+    if _identity(status) != identity:
+        raise DataError(f"{path}: was replaced or changed while the run reads it")

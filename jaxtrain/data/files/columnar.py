@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtrain.data.columns import Row
-from jaxtrain.data.files.blobs import LocalBlob, StoredBlob, arrow_file
+from jaxtrain.data.files.blobs import OPEN_FILES, LocalBlob, StoredBlob, arrow_file
 from jaxtrain.data.files.errors import DataError
 from jaxtrain.data.files.read_cache import CACHE
 
@@ -153,28 +155,27 @@ class ArrowRows(ColumnarRows):
     """An Arrow file, or a stream, as `datasets` writes it."""
 
     def __init__(self, blob: StoredBlob, limit: int | None):
-        # A map costs no copy, and its pages are the system's to drop; a compressed batch is decoded into memory.
-        self._file = pa.memory_map(blob.name) if isinstance(blob, LocalBlob) and blob.size else arrow_file(blob)
         self._lock = threading.Lock()
+        self._offsets: list[int] = []  # of the record batches of a stream
         try:
-            if blob.read(0, len(_ARROW_FILE)) == _ARROW_FILE:
-                self._reader = pa.ipc.open_file(self._file)
-                schema, numbers = self._reader.schema, range(self._reader.num_record_batches)
-                counts = [self._reader.get_batch(number).num_rows for number in numbers]
+            opened = _open_arrow(blob)
+            if opened.reader is not None:
+                schema, numbers = opened.reader.schema, range(opened.reader.num_record_batches)
+                counts = [opened.reader.get_batch(number).num_rows for number in numbers]
             else:
-                self._reader, schema, counts = None, *self._scan_stream(blob)
+                schema, counts = self._scan_stream(blob, opened.file)
         except (pa.ArrowException, OSError, EOFError) as error:
             raise DataError(f"{blob.name}: broken Arrow file: {error}") from None
-        self.block_bytes = 0 if isinstance(self._file, pa.MemoryMappedFile) else blob.size
+        self._schema = schema
+        self.block_bytes = 0 if isinstance(opened.file, pa.MemoryMappedFile) else blob.size
         super().__init__(blob, schema, counts, limit)
 
-    def _scan_stream(self, blob: StoredBlob) -> tuple[pa.Schema, list[int]]:
-        self._schema = pa.ipc.read_schema(self._file)
-        self._offsets: list[int] = []
+    def _scan_stream(self, blob: StoredBlob, file: pa.NativeFile) -> tuple[pa.Schema, list[int]]:
+        schema = pa.ipc.read_schema(file)
         counts = []
-        while (offset := self._file.tell()) < blob.size:
+        while (offset := file.tell()) < blob.size:
             try:
-                message = pa.ipc.read_message(self._file)
+                message = pa.ipc.read_message(file)
             except EOFError:  # the mark of the end
                 break
             if message.type != "record batch":
@@ -183,12 +184,30 @@ class ArrowRows(ColumnarRows):
                     "or Parquet"
                 )
             self._offsets.append(offset)
-            counts.append(pa.ipc.read_record_batch(message, self._schema).num_rows)
-        return self._schema, counts
+            counts.append(pa.ipc.read_record_batch(message, schema).num_rows)
+        return schema, counts
 
     def _decode(self, piece: int) -> pa.RecordBatch:
         with self._lock:
-            if self._reader is not None:
-                return self._reader.get_batch(piece)
-            self._file.seek(self._offsets[piece])
-            return pa.ipc.read_record_batch(pa.ipc.read_message(self._file), self._schema)
+            opened = _open_arrow(self._blob)
+            if opened.reader is not None:
+                return opened.reader.get_batch(piece)
+            opened.file.seek(self._offsets[piece])
+            return pa.ipc.read_record_batch(pa.ipc.read_message(opened.file), self._schema)
+
+
+class _OpenArrow(NamedTuple):
+    file: pa.NativeFile
+    reader: pa.ipc.RecordBatchFileReader | None  # None: a stream
+
+
+@lru_cache(OPEN_FILES // 2)
+def _open_arrow(blob: StoredBlob) -> _OpenArrow:
+    """Opened again where too many others were since; a batch that was read stays valid."""
+    file = arrow_file(blob)
+    if isinstance(blob, LocalBlob) and blob.size:
+        blob.check_unchanged()
+        # A map costs no copy, and its pages are the system's to drop; a compressed batch is decoded into memory.
+        file = pa.memory_map(blob.name)
+    is_file = blob.read(0, len(_ARROW_FILE)) == _ARROW_FILE
+    return _OpenArrow(file, pa.ipc.open_file(file) if is_file else None)

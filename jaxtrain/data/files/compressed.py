@@ -2,8 +2,8 @@
 
 - gzip: a point is the start of a member, or a copy of zlib's state (about 40 KiB) in the middle of one.
 - zstd: a point is the start of a frame, since the decoder's state cannot be copied. A frame that is long, such as the
-  only one that `zstd FILE` writes, is compressed again, in short frames, into an unnamed temporary file, which is about
-  as large as the original and which the system removes with the process. The log says so.
+  only one that `zstd FILE` writes, is compressed again, in short frames, into an unnamed temporary file, one for all
+  files, which is about as large as the originals and which the system removes with the process. The log says so.
 
 What was decompressed between two points is held in the cache.
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import zstandard
 
@@ -125,7 +127,7 @@ class CompressedBlob:
                 content += size
                 continue
             if spool is None:
-                spool = _Spool()
+                spool = _shared_spool()
                 log.info(
                     "%s: a zstd frame of more than %d MiB cannot be read from its middle, so it is compressed again in "
                     "short frames into a temporary file; gzip, Parquet or several frames (pzstd) need none",
@@ -213,13 +215,25 @@ class _Spool:
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed, and so removed, with this object
         self._compressor, self._size = zstandard.ZstdCompressor(level=1), 0
+        self._lock = threading.Lock()
 
     def add(self, content: bytes) -> int:
         """Where in the file the content stands."""
-        start, frame = self._size, self._compressor.compress(content)
-        os.pwrite(self._file.fileno(), frame, start)
-        self._size += len(frame)
+        with self._lock:
+            start, frame = self._size, self._compressor.compress(content)
+            os.pwrite(self._file.fileno(), frame, start)
+            self._size += len(frame)
         return start
 
     def read(self, start: int, stop: int) -> bytes:
         return os.pread(self._file.fileno(), stop - start, start)
+
+
+_SPOOLS: WeakValueDictionary[str, _Spool] = WeakValueDictionary()
+
+
+def _shared_spool() -> _Spool:
+    """One for all files that are open, each of which may be one of thousands."""
+    spool = _SPOOLS.get("shared") or _Spool()
+    _SPOOLS["shared"] = spool
+    return spool

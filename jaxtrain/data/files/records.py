@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from jaxtrain.data.columns import Row
-from jaxtrain.data.files.blobs import LocalBlob, StoredBlob
+from jaxtrain.data.files.blobs import OPEN_FILES, LocalBlob, StoredBlob
 from jaxtrain.data.files.errors import DataError
 
 _BLOCK_BYTES = 8 << 20
@@ -26,20 +27,20 @@ class ArrayRecordRows:
 
         if not isinstance(blob, LocalBlob):
             raise DataError(f"{blob.name}: ArrayRecord files are read from local folders only; copy the file first")
-        self._name, self._size = blob.name, blob.size
+        self._blob, self._name, self._size = blob, blob.name, blob.size
         try:
-            self._records: Any = ArrayRecordDataSource([blob.name])
-            rows = len(self._records)
+            found: Any = ArrayRecordDataSource([blob.name])
+            self._records = len(found)
         except (ValueError, RuntimeError, OSError) as error:
             raise DataError(f"{blob.name}: broken ArrayRecord file: {error}") from None
-        self._rows = rows if limit is None else min(rows, limit)
+        self._rows = self._records if limit is None else min(self._records, limit)
 
     def __len__(self) -> int:
         return self._rows
 
     def __getitem__(self, index: int) -> Row:
         try:
-            record = self._records[index]
+            record = _open_records(self._blob, self._records)[index]
         except (ValueError, RuntimeError) as error:
             raise DataError(f"{self.place(index)}: broken record: {error}") from None
         try:
@@ -61,3 +62,22 @@ class ArrayRecordRows:
 
     def place(self, index: int) -> str:
         return f"{self._name}:record {index + 1}"
+
+
+class _AllRecords(NamedTuple):
+    """What grain takes in the place of a path, so that it does not count the records again."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+@lru_cache(OPEN_FILES // 2)
+def _open_records(blob: LocalBlob, records: int) -> Any:
+    """Opened again where too many others were since."""
+    from grain.sources import ArrayRecordDataSource
+
+    blob.check_unchanged()
+    whole: Any = _AllRecords(blob.name, 0, records, records)
+    return ArrayRecordDataSource([whole])

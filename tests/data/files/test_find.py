@@ -1,7 +1,14 @@
 import json
+import os
+import resource
+from functools import partial
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxtrain.data.files.errors import DataError
 from jaxtrain.data.files.find import KINDS, file_format, find_files, open_blob, open_rows
@@ -141,3 +148,48 @@ def test_hidden_files_of_a_folder_are_not_data(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert find_files(str(tmp_path)) == [str(tmp_path / "a.jsonl"), str(tmp_path / "b" / "d.jsonl")]
+
+
+MANY = 1500
+
+
+def _write_arrow(path, table, *, stream=False):
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _write_records(path, table):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for row in table.to_pylist():
+        writer.write(json.dumps(row).encode())
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [
+        (".jsonl", lambda path, table: path.write_text(json.dumps(table.to_pylist()[0]) + "\n")),
+        (
+            ".jsonl.zst",
+            lambda path, table: path.write_bytes(zstandard.compress(json.dumps(table.to_pylist()[0]).encode())),
+        ),
+        (".parquet", lambda path, table: pq.write_table(table, path)),
+        (".arrow", _write_arrow),
+        (".feather", partial(_write_arrow, stream=True)),
+        (".array_record", _write_records),
+    ],
+)
+def test_there_may_be_more_files_than_a_process_may_open(tmp_path, monkeypatch, suffix, write):
+    """Every file is read twice, since one that was opened may have been closed for others meanwhile."""
+    monkeypatch.setattr("jaxtrain.data.files.compressed._LONG_FRAME", 8)  # every file needs a temporary one
+    for number in range(MANY):
+        write(tmp_path / f"{number:04d}{suffix}", pa.table({"text": [f"text {number}"]}))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        rows = [open_rows(name, None, MANY) for name in find_files(str(tmp_path))]
+        for _ in range(2):
+            assert [file[0]["text"] for file in rows] == [f"text {number}" for number in range(MANY)]
+        assert len(os.listdir("/proc/self/fd")) < 800
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -1,0 +1,55 @@
+"""How often, and for how many seconds, a thread has compiled: counted by JAX's own events."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # also of a program that the persistent cache had
+_PARTS = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _COMPILED,
+)
+_MOST_SPANS = 1000
+
+
+class _Compilations(threading.local):
+    """Those of a thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self._spans: list[tuple[float, float]] = []  # that were counted, disjoint and in order
+
+    def add(self, event: str, start: float, end: float) -> None:
+        self.count += event == _COMPILED
+        while self._spans and self._spans[-1][0] >= start:  # a function that was traced within this one
+            inner = self._spans.pop()
+            self.seconds -= inner[1] - inner[0]
+        self._spans.append((start, end))
+        self.seconds += end - start
+        del self._spans[:-_MOST_SPANS]
+
+
+_OF_THREAD = _Compilations()
+
+
+def compilations() -> int:
+    """How many programs this thread has compiled, or found in the persistent cache, since JAX counts."""
+    return _OF_THREAD.count
+
+
+def compile_seconds() -> float:
+    """The seconds that this thread has traced and compiled for."""
+    return _OF_THREAD.seconds
+
+
+def _on_span(event: str, start_time: float, end_time: float, **_: Any) -> None:
+    if event in _PARTS:
+        _OF_THREAD.add(event, start_time, end_time)
+
+
+jax.monitoring.register_event_time_span_listener(_on_span)
