@@ -33,8 +33,12 @@ class MetricLog:
         if tensorboard:
             from tensorboardX import SummaryWriter  # imports torch, if that is installed: seconds
 
-            # TensorBoard drops whole steps, so what is kept of the last one is shown again.
-            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=last + (again is None))
+            # TensorBoard drops whole steps, so what is kept of the last one is shown again. Files are named by the second:
+            # a number keeps two apart that are made in the same one, and in their order.
+            folder = path.parent / "tensorboard"
+            suffix = f".{len(list(folder.glob('*'))):04d}"
+            first = last + (again is None)
+            self._board = SummaryWriter(str(folder), purge_step=first, filename_suffix=suffix)
             if again is not None:
                 self._show(last, again)
 
