@@ -40,8 +40,8 @@ PHASES = {  # functions, and what a process does while they run
 RECIPES = ("sft", "preference", "reward", "distill", "rl")
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as conftest.py
 START_UP, STEPS = "start-up", "between"
-HUNG = 240.0  # seconds after which a run of a few seconds will not end by itself
-SETTLE = 20.0  # after the end of one process, until the others must have ended
+HUNG = 900.0  # seconds after which a run of a few seconds will not end by itself, on a very busy machine
+SETTLE = 60.0  # after the end of one process, until the others must have ended
 
 
 class Kill(NamedTuple):

@@ -33,8 +33,8 @@ class MetricLog:
         if tensorboard:
             from tensorboardX import SummaryWriter  # imports torch, if that is installed: seconds
 
-            # TensorBoard drops whole steps, so what is kept of the last one is shown again. Files are named by the second:
-            # a number keeps two apart that are made in the same one, and in their order.
+            # TensorBoard drops whole steps, so what is kept of the last one is shown again. Its files are named by the
+            # second: a number keeps two of the same second apart, and in their order.
             folder = path.parent / "tensorboard"
             suffix = f".{len(list(folder.glob('*'))):04d}"
             first = last + (again is None)
