@@ -57,8 +57,7 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
         },
         "data": {"train": {"path": str(files.train)}, "eval": {"path": str(files.eval)}, "max_length": 96},
         "train": {"steps": STEPS, "batch_size": 8},
-        # A larger eps than the default: Adam makes whole updates of gradients that are zero but for rounding.
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "eps": 1e-3},
+        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
         "checkpoint": {"every": 2, "keep": 10},
         "eval": {"every": 2 if recipe == "distill" else 3},
         "log": {"every": 1, "tensorboard": False},
@@ -67,7 +66,9 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
         write_teacher(folder / "teacher")
         config["teacher"] = {"path": str(folder / "teacher")}
     if recipe == "rl":
-        config |= {"train": {"steps": 4}, "rl": RL, "checkpoint": {"every": 1, "keep": 10}}
+        # A larger eps than the default: Adam makes whole updates of gradients that are zero but for rounding.
+        optimizer = {"learning_rate": 1e-2, "schedule": "constant", "eps": 1e-3}
+        config |= {"train": {"steps": 4}, "rl": RL, "optimizer": optimizer, "checkpoint": {"every": 1, "keep": 10}}
         config["data"] = {"train": {"path": str(files.train)}, "max_length": 48}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import commands
 import pytest
-from recipe_runs import checksums, killed_copy, logged, prepare
+import yaml
+from recipe_runs import checksums, killed_copy, logged
 
+from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import load_config
+from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes.run import run
 from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
 
+STEPS = 4
 LORA = "model.lora={rank: 4}"
 CASES = {  # overrides; each takes several updates on the same samples
     "grpo": [LORA, "rl.minibatches=2", "objective.beta=0.1"],
@@ -28,7 +32,34 @@ ONE_ENGINE = "rl.placement.processes_per_engine=2"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("rl-processes"), "rl")
+    folder = tmp_path_factory.mktemp("rl-processes")
+    write_byte_tokenizer(folder / "tokenizer")
+    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
+    config = {
+        "recipe": "rl",
+        "run": {"dir": str(folder / "run")},
+        "model": {
+            "config": commands.MODEL | {"max_position_embeddings": 128},
+            "tokenizer": str(folder / "tokenizer"),
+            "compute_dtype": "float32",
+            "remat": "none",
+        },
+        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
+        "train": {"steps": STEPS},
+        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
+        "checkpoint": {"every": 1, "keep": 10},
+        "log": {"every": 1, "tensorboard": False},
+        "rl": {
+            "prompts": 4,
+            "generations": 4,
+            "max_completion_length": 8,
+            "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
+            "reward_workers": 1,
+            "slots": 16,
+        },
+    }
+    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
+    return folder
 
 
 def overrides(place: Path, case: str, name: str) -> list[str]:
@@ -38,7 +69,7 @@ def overrides(place: Path, case: str, name: str) -> list[str]:
 
 
 def train(place: Path, case: str, name: str) -> None:
-    assert run(load_config(place / "run.yaml", overrides(place, case, name))).exit_code == 0
+    assert run(load_config(place / "rl.yaml", overrides(place, case, name))).exit_code == 0
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +85,7 @@ def two(place, one) -> None:
     killed_copy(place / "ppo" / "one", place / "ppo" / "on", 1)
     runs = [*((case, "two") for case in CASES), ("grpo", "one engine"), ("ppo", "on")]
     calls = [
-        ["train", str(place / "run.yaml"), *overrides(place, *each), *([ONE_ENGINE] if each[1] == "one engine" else [])]
+        ["train", str(place / "rl.yaml"), *overrides(place, *each), *([ONE_ENGINE] if each[1] == "one engine" else [])]
         for each in runs
     ]
     commands.Job(place, 2, calls, devices=2).finish()
@@ -65,7 +96,7 @@ def resumed(place, two) -> None:
     """On two processes, what a kill has left of runs of two: in the middle of updates, or between rollouts."""
     for case, step in RESUMED_AFTER.items():
         killed_copy(place / case / "two", place / case / "killed", step)
-    calls = [["train", str(place / "run.yaml"), *overrides(place, case, "killed")] for case in RESUMED_AFTER]
+    calls = [["train", str(place / "rl.yaml"), *overrides(place, case, "killed")] for case in RESUMED_AFTER]
     commands.Job(place, 2, calls, devices=2).finish()
 
 
@@ -73,7 +104,7 @@ def resumed(place, two) -> None:
 def four(place, one) -> None:
     """On four processes, from the middle of the updates of one process: the other updates, and another rollout."""
     killed_copy(place / "grpo" / "one", place / "grpo" / "four", 1)
-    command = ["train", str(place / "run.yaml"), *overrides(place, "grpo", "four")]
+    command = ["train", str(place / "rl.yaml"), *overrides(place, "grpo", "four")]
     commands.Job(place, 4, [command], devices=4).finish()
 
 
