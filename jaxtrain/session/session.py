@@ -316,9 +316,10 @@ class Session:
         self.window.add(self._reports, batch, seconds)
         self.progress.update(self.step)
         self._signal, self._save_now = self._agreement.stopping(), self._agreement.saving()
-        # Those of the last step are left to `_finish`, which saves after all others: a complete run is not resumed.
-        if not self._signal and self.step < self.num_steps:
-            run_once((action for action in self._actions if action.due(self.step)), self.step)
+        if not self._signal:
+            # The last step is saved by `_finish`, after all other actions: a complete run is not resumed.
+            actions = self._actions if self.step < self.num_steps else self._actions[:-1]
+            run_once((action for action in actions if action.due(self.step)), self.step)
 
     def _check_finite(self) -> None:
         """Raise NonFiniteError if the update was not finite in too many consecutive steps, up to the previous one."""
