@@ -23,9 +23,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 CACHES = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtrain-tests"
 CACHE = CACHES / f"jax-{version('jax')}-{version('jaxlib')}"
 MOST_CACHED = 2 << 30  # bytes; then it begins anew, since nothing else removes programs that no test compiles any more
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
-    if sum(file.stat().st_size for file in CACHES.rglob("*") if file.is_file()) > MOST_CACHED:
-        shutil.rmtree(CACHES)
+if "PYTEST_XDIST_WORKER" not in os.environ and sum(file.stat().st_size for file in CACHES.rglob("*")) > MOST_CACHED:
+    shutil.rmtree(CACHES)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
