@@ -87,7 +87,7 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
     config, section = session.config, session.config.rl
     assert section is not None
     placement = section.placement
-    _check_processes(section)
+    check_processes(section)
     meshes = sampling_meshes(placement, config.mesh, session.mesh)
     mesh = meshes[jax.process_index() // placement.processes_per_engine % len(meshes)] if meshes else None
     spec = WorkerSpec(
@@ -112,14 +112,25 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
     return sampler
 
 
-def _check_processes(section: RLSection) -> None:
+def check_processes(section: RLSection) -> None:
+    """Raises ValueError for a placement that a run of several processes cannot have."""
     placement, processes = section.placement, jax.process_count()
     if processes == 1:
         return
-    if placement.kind != "colocated":
+    if placement.kind == "disjoint":
         raise ValueError(
-            f"rl.placement.kind={placement.kind} supports a single process, and the run has {processes}: use "
+            f"rl.placement.kind=disjoint supports a single process, and the run has {processes}: use kind=ray, or "
             "kind=colocated, in which every process samples on its own devices"
+        )
+    if placement.staleness:
+        raise ValueError(
+            f"rl.placement.staleness={placement.staleness} supports a single process, and the run has {processes}: the "
+            "processes exchange samples, which must not overlap with their training: use staleness=0"
+        )
+    if placement.kind == "ray" and placement.workers % processes:
+        raise ValueError(
+            f"rl.placement.workers={placement.workers} must be a multiple of the {processes} processes of the run, "
+            "each of which has as many workers"
         )
     if placement.processes_per_engine > 1 and section.environment is not None:
         raise ValueError(
@@ -138,8 +149,9 @@ def build_sampler(
     if placement.kind != "ray":
         sync = WeightSync(trainer, spec.model, engines)
         return spec.build(sync(snapshot.params).params, snapshot.version, sync)
+    workers = placement.workers // jax.process_count()
     sampler = RaySampler(
-        spec, trainer, workers=placement.workers, seconds=placement.worker_seconds, resources=placement.resources
+        spec, trainer, workers=workers, seconds=placement.worker_seconds, resources=placement.resources
     )
     sampler.set_params(snapshot.params, snapshot.version)
     return sampler

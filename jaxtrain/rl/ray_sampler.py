@@ -4,17 +4,22 @@ A sample depends only on the seed, the prompt and the weights, not on the worker
 lost or too slow are sent to another one.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import itertools
 import logging
+import math
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtrain.nn.model import Model
@@ -22,12 +27,13 @@ from jaxtrain.rl.rollouts import Prompt, Trajectory
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import Synced, from_host, to_host
 from jaxtrain.rl.worker import WorkerSpec
+from jaxtrain.train.agree import from_process_0, gather_values, on_all
 from jaxtrain.train.preemption import Interrupted
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 3  # for a share of the prompts, each by another worker
+_MAX_ATTEMPTS = 3  # for a share of the prompts without a finished sample, and for the start of a worker
 _POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
 _START_SECONDS = 300.0  # time limit for the start of a process: imports, JAX, the first weights
 
@@ -52,9 +58,10 @@ class RayWorker:
                 self._sampler.set_params(weights, version)
             self._version = version
 
-    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
+    def stream(self, prompts: Sequence[Prompt], samples: int) -> Iterator[tuple[int, Trajectory]]:
+        """Yield the samples as they are finished: each is the trainer's before the next one, whatever happens here."""
         assert self._sampler is not None
-        return self._sampler.sample(prompts, samples)
+        yield from self._sampler.stream(prompts, samples)
 
     def process_id(self) -> int:
         return os.getpid()
@@ -64,7 +71,14 @@ class RayWorker:
 
 
 class RaySampler:
-    """A `Sampler` with `workers` actors. Starts Ray on this machine, or joins the cluster at RAY_ADDRESS."""
+    """A `Sampler` with `workers` actors. Starts Ray on this machine, or joins the cluster at RAY_ADDRESS.
+
+    A worker that ends, or does not respond in time while it samples or receives weights, is replaced. The new process
+    starts in the background; until it has the weights, the others sample all prompts.
+
+    With several processes of the trainer each has workers of its own, in one cluster. All processes call the
+    constructor, `set_params` and `metrics` together.
+    """
 
     def __init__(
         self,
@@ -75,81 +89,97 @@ class RaySampler:
         seconds: float,
         resources: dict[str, float] | None = None,
     ):
-        """`seconds`: a worker that takes longer for its share of the prompts is replaced.
+        """`workers`: of this process. `seconds`: a worker that takes longer to receive weights, or for its share of the
+        prompts, is replaced.
 
-        Raises ValueError if Ray is not installed.
+        Raises ValueError if Ray is not installed or does not run on this host.
         """
-        if importlib.util.find_spec("ray") is None:
-            raise ValueError("placement kind=ray needs Ray: pip install 'jaxtrain[ray]'")
-        self._ray: Any = importlib.import_module("ray")
-        if not self._ray.is_initialized():
-            self._ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        self._ray = connect_ray()
         self._lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError)
         self._spec, self._trainer, self._seconds = spec, trainer, seconds
         resources = dict(resources or {})
         options = {"num_cpus": resources.pop("CPU", 1), "num_gpus": resources.pop("GPU", 0), "resources": resources}
         self._actor = self._ray.remote(**options, max_concurrency=2)(RayWorker)
-        self._handles = [self._actor.remote(spec) for _ in range(workers)]
+        first = jax.process_index() * workers
+        self._workers = [_Worker(first + number, self._actor.remote(spec)) for number in range(workers)]
         self._weights: tuple[Any, int] | None = None  # a Ray reference to the newest weights, and their version
+        self._changing = threading.RLock()  # weights may be set by another thread during sampling
         self._events: Counter[str] = Counter()
         self._sync: dict[str, float] = {}
         self._interrupted = threading.Event()
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
         """Raises exceptions of workers, and RuntimeError if a share of the prompts failed with several workers."""
-        bounds = np.linspace(0, len(prompts), min(len(self._handles), len(prompts)) + 1).astype(int).tolist()
-        waiting = deque(_Share(a, b, 0) for a, b in itertools.pairwise(bounds))
-        idle = deque(range(len(self._handles)))
-        busy: dict[Any, tuple[_Share | None, int, float]] = {}  # call -> share (None: starting), worker, deadline
-        answers: list[list[Trajectory]] = [[] for _ in prompts]
-        while waiting or any(share for share, _, _ in busy.values()):
-            while waiting and idle:
-                share, worker = waiting.popleft(), idle.popleft()
-                call = self._handles[worker].sample.remote(prompts[share.start : share.stop], samples)
-                busy[call] = share, worker, time.monotonic() + self._seconds
-            if self._interrupted.is_set():
-                raise Interrupted
-            next_deadline = min(deadline for _, _, deadline in busy.values())
-            timeout = min(max(next_deadline - time.monotonic(), 0.0), _POLL_SECONDS)
-            ready, _ = self._ray.wait(list(busy), timeout=timeout)
-            overdue = [call for call, (_, _, end) in busy.items() if call not in ready and time.monotonic() >= end]
-            for call in [*ready, *overdue]:
-                share, worker, _ = busy.pop(call)
-                try:
-                    answer = self._ray.get(call, timeout=0 if call in overdue else None)
-                    idle.append(worker)
-                    if share:
-                        answers[share.start : share.stop] = answer
-                except self._lost as error:
-                    busy[self._replace(worker, slow=call in overdue)] = None, worker, time.monotonic() + _START_SECONDS
-                    if share:
-                        if share.attempts + 1 == _MAX_ATTEMPTS:
-                            raise RuntimeError(f"{_MAX_ATTEMPTS} workers were lost with the same prompts") from error
-                        waiting.append(share._replace(attempts=share.attempts + 1))
-        return answers
+        finished: list[dict[int, Trajectory]] = [{} for _ in prompts]
+        bounds = np.linspace(0, len(prompts), min(len(self._workers), len(prompts)) + 1).astype(int).tolist()
+        waiting = deque(_Share(list(range(a, b))) for a, b in itertools.pairwise(bounds))
+        busy: dict[_Worker, _Share] = {}
+        while waiting or busy:
+            self._check_starts()
+            for worker in self._workers:
+                if waiting and worker.start is None and worker not in busy:
+                    share = busy[worker] = waiting.popleft()
+                    stream = worker.handle.stream.options(num_returns="streaming")
+                    share.stream = stream.remote([prompts[index] for index in share.prompts], samples)
+                    share.deadline = time.monotonic() + self._seconds
+            ready = self._wait(
+                [share.stream for share in busy.values()], min((s.deadline for s in busy.values()), default=math.inf)
+            )
+            for worker, share in list(busy.items()):
+                end = self._take(share, finished) if share.stream in ready else None
+                if end is None and time.monotonic() < share.deadline:
+                    continue
+                del busy[worker]
+                if isinstance(end, StopIteration):
+                    continue
+                self._replace(worker, slow=end is None)
+                share.prompts = [index for index in share.prompts if len(finished[index]) < samples]
+                if share.attempts == _MAX_ATTEMPTS:
+                    raise RuntimeError(f"{_MAX_ATTEMPTS} workers were lost with the same prompts") from end
+                share.attempts += 1
+                waiting.extend([share] if share.prompts else [])
+        return [[group[sample] for sample in range(samples)] for group in finished]
 
     def set_params(self, params: Params, version: int) -> None:
-        """Returns when every worker has the weights."""
-        start = time.perf_counter()
+        """Returns when every worker in use has the weights; with the first weights, when all workers have them.
+
+        Raises exceptions of workers, and RuntimeError if a worker cannot be started.
+        """
+        begin = time.perf_counter()
         synced = to_host(self._trainer, params)
-        self._weights = self._ray.put(synced.params), version
-        calls = [handle.set_params.remote(*self._weights) for handle in self._handles]
-        for worker, call in enumerate(calls):
-            try:
-                self._ray.get(call, timeout=_START_SECONDS)
-            except self._lost:
-                self._ray.get(self._replace(worker, slow=False), timeout=_START_SECONDS)
-        bytes_sent = float(synced.bytes * len(self._handles))
-        self._sync = {"sync/bytes": bytes_sent, "sync/seconds": time.perf_counter() - start}
+        weights = self._ray.put(synced.params), version
+        receiving: dict[Any, _Worker] = {}
+        with self._changing:
+            first, self._weights = self._weights is None, weights
+            for worker in self._workers:
+                call = worker.handle.set_params.remote(*weights)
+                if first:
+                    worker.deadline = time.monotonic() + _START_SECONDS
+                if first or worker.start is not None:
+                    worker.start = call
+                else:
+                    receiving[call] = worker
+        deadline = time.monotonic() + self._seconds
+        while receiving:
+            ended = self._wait(list(receiving), deadline)
+            for call in ended if time.monotonic() < deadline else list(receiving):
+                self._has_received(receiving.pop(call), call)
+        while first and any(worker.start is not None for worker in self._workers):
+            self._wait([], math.inf)
+            self._check_starts()
+        bytes_sent = float(synced.bytes * len(self._workers))
+        self._sync = {"sync/bytes": bytes_sent, "sync/seconds": time.perf_counter() - begin}
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the newest `set_params`, and the number of workers replaced since the last call."""
-        events, self._events = self._events, Counter()
-        counted = {f"rollout/{name}_workers": float(events[name]) for name in ("lost", "slow")}
+        with self._changing:
+            events, self._events = self._events, Counter()
+        total = sum(gather_values(events), Counter())
+        counted = {f"rollout/{name}_workers": float(total[name]) for name in ("lost", "slow")}
         return self._sync | counted
 
     def process_ids(self) -> list[int]:
-        return self._ray.get([handle.process_id.remote() for handle in self._handles])
+        return self._ray.get([worker.handle.process_id.remote() for worker in self._workers])
 
     def interrupt(self) -> None:
         """Abort sampling, also in the future: `sample` raises Interrupted shortly. Thread-safe."""
@@ -157,22 +187,109 @@ class RaySampler:
 
     def close(self) -> None:
         """Stop the workers. Ray itself keeps running, since the user may have started it."""
-        for handle in self._handles:
-            self._ray.kill(handle)
+        for worker in self._workers:
+            self._ray.kill(worker.handle)
 
-    def _replace(self, worker: int, *, slow: bool) -> Any:
-        """Replace a worker by a new process. Returns the call that completes when it has its weights."""
-        self._events["slow" if slow else "lost"] += 1
-        log.warning("rollout worker %d is %s: starting a new one", worker, "too slow" if slow else "lost")
-        self._ray.kill(self._handles[worker])
-        self._handles[worker] = self._actor.remote(self._spec)
-        assert self._weights is not None
-        return self._handles[worker].set_params.remote(*self._weights)
+    def _wait(self, calls: list[Any], deadline: float) -> list[Any]:
+        """Wait shortly for one of `calls` or a start to end, or a sample. Returns those of `calls` that have one."""
+        if self._interrupted.is_set():
+            raise Interrupted
+        starts = [worker.start for worker in self._workers if worker.start is not None]
+        timeout = min(max(deadline - time.monotonic(), 0.0), _POLL_SECONDS)
+        self._ray.wait([*calls, *starts], timeout=timeout)
+        return self._ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
+
+    def _take(self, share: _Share, finished: list[dict[int, Trajectory]]) -> Exception | None:
+        """Keep the samples that have arrived. Returns why no more will; None: more may."""
+        while self._ray.wait([share.stream], timeout=0)[0]:
+            try:
+                index, trajectory = self._ray.get(next(share.stream))
+            except (StopIteration, *self._lost) as end:
+                return end
+            group = finished[share.prompts[index]]
+            if trajectory.sample not in group:  # else another worker had finished it
+                group[trajectory.sample] = trajectory
+                share.attempts = 1
+        return None
+
+    def _check_starts(self) -> None:
+        """Take new workers that have their weights into use, and replace those that could not be started."""
+        with self._changing:
+            for worker in [worker for worker in self._workers if worker.start is not None]:
+                ended = bool(self._ray.wait([worker.start], timeout=0)[0])
+                if (ended or time.monotonic() >= worker.deadline) and self._has_received(worker, worker.start):
+                    worker.start = None
+
+    def _has_received(self, worker: _Worker, call: Any) -> bool:
+        """Whether a worker has the weights that `call` gives it, which has ended or is overdue. Else it is replaced."""
+        try:
+            self._ray.get(call, timeout=0)
+        except self._lost as error:
+            if worker.start is not None and worker.attempts == _MAX_ATTEMPTS:
+                raise RuntimeError(
+                    f"rollout worker {worker.number} could not be started in {_MAX_ATTEMPTS} attempts"
+                ) from error
+            self._replace(worker, slow=isinstance(error, self._ray.exceptions.GetTimeoutError))
+            return False
+        return True
+
+    def _replace(self, worker: _Worker, *, slow: bool) -> None:
+        """Replace a worker by a new process, which gets the newest weights."""
+        with self._changing:
+            if worker not in self._workers:
+                return  # the other thread has replaced it
+            self._events["slow" if slow else "lost"] += 1
+            log.warning("rollout worker %d is %s: starting a new one", worker.number, "too slow" if slow else "lost")
+            self._ray.kill(worker.handle)
+            attempts = 1 if worker.start is None else worker.attempts + 1
+            new = _Worker(worker.number, self._actor.remote(self._spec), attempts)
+            assert self._weights is not None
+            new.start, new.deadline = new.handle.set_params.remote(*self._weights), time.monotonic() + _START_SECONDS
+            self._workers[self._workers.index(worker)] = new
 
 
-class _Share(NamedTuple):
-    """The prompts [start:stop], and the number of failed attempts."""
+@dataclass(eq=False)
+class _Worker:
+    number: int  # among those of all processes
+    handle: Any
+    attempts: int = 1  # number of processes, this one included, since the last one that was in use
+    start: Any = None  # the call that gives it its first weights; None: it is in use
+    deadline: float = 0.0  # of `start`
 
-    start: int
-    stop: int
-    attempts: int
+
+@dataclass(eq=False)
+class _Share:
+    """Prompts for one worker."""
+
+    prompts: list[int]  # indices
+    attempts: int = 1  # number of workers, this one included, since the last sample
+    stream: Any = None  # of the worker's samples
+    deadline: float = 0.0
+
+
+def connect_ray() -> Any:
+    """The module `ray`, connected to the cluster at RAY_ADDRESS, or to one that process 0 starts on its machine.
+
+    All processes call it together. Raises ValueError if Ray is not installed, or does not run on this host.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("placement kind=ray needs Ray: pip install 'jaxtrain[ray]'")
+    ray: Any = importlib.import_module("ray")
+
+    def connect(**where: str) -> str:
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **where)
+        return ray.get_runtime_context().gcs_address
+
+    def join() -> None:
+        try:
+            connect(address=address)
+        except ConnectionError as error:
+            raise ValueError(
+                f"rl.placement.kind=ray: the cluster of process 0 at {address} has no node on this host: start Ray on "
+                "every host (`ray start`) and set RAY_ADDRESS"
+            ) from error
+
+    address = from_process_0(connect)
+    on_all(join)
+    return ray

@@ -2,6 +2,9 @@
 
 A function given by its import path runs in processes of the pool. A function given as an object, which another process
 may be unable to import, runs in threads of this process.
+
+Pebble's ProcessPool (5.2) would not do: its processes import the user's main script again, as all of `multiprocessing`,
+and a timeout ends only the worker itself, not the processes that a function has started.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -41,17 +41,26 @@ class EngineSampler:
         self._check: Callable[[], None] | None = None
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
+        groups: list[dict[int, Trajectory]] = [{} for _ in prompts]
+        for index, trajectory in self.stream(prompts, samples):
+            groups[index][trajectory.sample] = trajectory
+        return [[group[sample] for sample in range(samples)] for group in groups]
+
+    def stream(self, prompts: Sequence[Prompt], samples: int) -> Iterator[tuple[int, Trajectory]]:
+        """Yield the samples of `sample` as they are finished, each with the index of its prompt."""
         if self._conversations is not None:
-            return self._conversations.run(self._generate, prompts, samples, self._draw_seed)
+            groups = self._conversations.run(self._generate, prompts, samples, self._draw_seed)
+            yield from ((index, trajectory) for index, group in enumerate(groups) for trajectory in group)
+            return
         requests = []
         for prompt in prompts:
             room = self._engine.max_length - len(prompt.ids)
             seed, limit = self._draw_seed(prompt.number), min(self._params.max_tokens or room, room)
             requests.append(Request(prompt.ids.tolist(), replace(self._params, n=samples, max_tokens=limit, seed=seed)))
-        return [
-            [trajectory_of(prompt, sample, completion) for sample, completion in enumerate(group)]
-            for prompt, group in zip(prompts, self._generate(requests), strict=True)
-        ]
+        with self._sampling:
+            for chunk in self._engine.stream(requests, self._between_calls):
+                if chunk.completion is not None:
+                    yield chunk.request, trajectory_of(prompts[chunk.request], chunk.sample, chunk.completion)
 
     def set_params(self, params: Params, version: int) -> None:
         synced = self._sync(params)

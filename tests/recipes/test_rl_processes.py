@@ -1,9 +1,13 @@
 """Recipe rl on two processes: as on one, with an engine for each or one for both, and resumed on as many or others."""
 
+import importlib.util
+import os
 from pathlib import Path
 
 import commands
+import jax
 import pytest
+import ray_start
 import yaml
 from recipe_runs import checksums, killed_copy, logged
 
@@ -11,6 +15,7 @@ from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import load_config
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes.run import run
+from jaxtrain.rl.placement import check_processes
 from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
 
 STEPS = 4
@@ -109,11 +114,16 @@ def samples(run: Path) -> list[tuple]:
     ]
 
 
+def names(line: dict) -> list[str]:
+    """Of its metrics, without the counts of lost workers, which only Ray has."""
+    return sorted(name for name in line if not name.startswith("rollout/"))
+
+
 def assert_equal(run: Path, other: Path) -> None:
     """The same samples, and numbers as nearly as float32 has them."""
     assert samples(run) == samples(other)
     lines, expected = logged(run), logged(other)
-    assert [sorted(line) for line in lines] == [sorted(line) for line in expected]
+    assert [names(line) for line in lines] == [names(line) for line in expected]
     for line, there in zip(lines, expected, strict=True):
         for name in line.keys() & {"step", "num_tokens", "epoch", "reward", "reward_std", "completions/mean_length"}:
             assert line[name] == pytest.approx(there[name], rel=1e-9), name
@@ -130,6 +140,36 @@ def test_two_processes_equal_one(place, two, case):
 
 def test_an_engine_of_two_processes_equals_one_of_each(place, two):
     assert_equal(place / "grpo" / "one engine", place / "grpo" / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif("JAXTRAIN_RAY_JOBS" not in os.environ, reason="takes minutes: set JAXTRAIN_RAY_JOBS=1")
+def test_ray_workers_of_two_processes_equal_one_process(place, one, tmp_path):
+    ray = "rl.placement={kind: ray, workers: 2}"
+    call = ["train", str(place / "rl.yaml"), *overrides(place, "grpo", "ray"), ray]
+    with ray_start.shared(tmp_path):
+        commands.Job(place, 2, [call], devices=2).finish()
+    assert_equal(place / "grpo" / "ray", place / "grpo" / "one")
+    lines = logged(place / "grpo" / "ray")
+    assert sum(line.get("rollout/lost_workers", 0) + line.get("rollout/slow_workers", 0) for line in lines) == 0
+    assert any("rollout/lost_workers" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("placement", "problem"),
+    [
+        ("{kind: ray, workers: 3}", "workers=3 must be a multiple of the 2 processes"),
+        ("{kind: ray, workers: 2, staleness: 2}", "staleness=2 supports a single process"),
+        ("{kind: disjoint, rollout_devices: 1}", "kind=disjoint supports a single process"),
+    ],
+)
+def test_a_placement_that_processes_do_not_have_is_refused(place, monkeypatch, placement, problem):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    section = load_config(place / "rl.yaml", [f"rl.placement={placement}"]).rl
+    assert section is not None
+    with pytest.raises(ValueError, match=problem):
+        check_processes(section)
 
 
 @pytest.mark.parametrize("case", RESUMED_AFTER)

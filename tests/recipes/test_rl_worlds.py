@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import random
 import signal
+import threading
 from pathlib import Path
 
 import commands
@@ -133,6 +135,49 @@ def test_a_run_survives_a_killed_ray_worker(place, together, tmp_path, monkeypat
     np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-6)
     assert column(place / "killed", "rollout/lost_workers") == [0, 1]
     assert "rollout worker 0 is lost: starting a new one" in caplog.text
+
+
+STEPS = int(os.environ.get("JAXTRAIN_RAY_STEPS", "0"))  # 100: a worker is lost about every fifth step; takes minutes
+
+
+@pytest.mark.slow
+@needs_ray
+@pytest.mark.skipif(not STEPS, reason="takes minutes: set JAXTRAIN_RAY_STEPS=100")
+def test_an_asynchronous_run_survives_workers_killed_and_stopped_at_random(place, tmp_path, monkeypatch, caplog):
+    ray_start.start(tmp_path)
+    chosen, sent, hit, rollouts = random.Random(STEPS), [], set(), []
+    set_params = RaySampler.set_params
+
+    def set_and_signal(sampler, params, version):
+        set_params(sampler, params, version)
+        rollouts.append(version)
+        usable = [worker for worker in sampler._workers if worker.start is None and worker not in hit]
+        # The last ones early enough to be noticed; of a short run the first rollouts.
+        if usable and len(rollouts) < STEPS - 3 and (STEPS < 10 or chosen.random() < 0.2):
+            worker, how = chosen.choice(usable), (signal.SIGSTOP, signal.SIGKILL)[len(sent) % 2]
+            pid = sampler._ray.get(worker.handle.process_id.remote())
+            hit.add(worker)
+            sent.append(how)
+            timer = threading.Timer(
+                chosen.random(), os.kill, (pid, how)
+            )  # while it samples, receives weights, or idles
+            timer.start()
+
+    monkeypatch.setattr(RaySampler, "set_params", set_and_signal)
+    placement = {"kind": "ray", "workers": 2, "staleness": 1, "worker_seconds": 60}
+    losses = train(place, "lossy", placement, steps=STEPS, iterations=1)
+    assert len(losses) == STEPS and np.isfinite(losses).all()
+    trained = [
+        (t.prompt.number, t.sample)
+        for step in recorded_steps(place / "lossy")
+        for t in read_step(place / "lossy", step)
+    ]
+    assert trained == [(number, sample) for number in range(4 * STEPS) for sample in range(4)]
+    lost, slow = (sum(column(place / "lossy", f"rollout/{kind}_workers")) for kind in ("lost", "slow"))
+    assert sent.count(signal.SIGKILL) > 0 < sent.count(signal.SIGSTOP)
+    # On a busy machine a worker that nobody stopped may be too slow as well.
+    assert lost == sent.count(signal.SIGKILL) and slow >= sent.count(signal.SIGSTOP)
+    assert caplog.text.count("is lost: starting") == lost and caplog.text.count("is too slow: starting") == slow
 
 
 def test_prefetched_samples_respect_the_staleness(place, together):

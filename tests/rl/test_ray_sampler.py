@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import ray_start
@@ -46,11 +48,48 @@ def test_workers_sample_the_same_as_one_process_even_if_one_is_killed(sampler, c
     assert after[0] == before[0] and after[1] != before[1]
 
 
-def test_a_slow_workers_prompts_go_to_another(sampler, caplog):
-    before = sampler.process_ids()
+def test_finished_samples_of_a_lost_worker_are_kept(sampler, monkeypatch):
+    ids, take, kept = sampler.process_ids(), sampler._take, {}
+
+    def take_and_kill(share, finished):
+        end = take(share, finished)
+        if finished[0] and not kept:
+            kept.update(finished[0])
+            os.kill(ids[0], signal.SIGKILL)
+        return end
+
+    monkeypatch.setattr(sampler, "_take", take_and_kill)
+    expected = place(COLOCATED, seed=5)[0].sample(PROMPTS, 150)
+    groups = sampler.sample(PROMPTS, 150)
+    same(groups, expected)
+    assert kept and all(groups[0][sample] is trajectory for sample, trajectory in kept.items())
+    assert sampler.metrics()["rollout/lost_workers"] == 1
+
+
+def in_use(sampler):
+    """The process ids, once replaced workers have started."""
+    while any(worker.start is not None for worker in sampler._workers):
+        sampler._check_starts()
     sampler.sample(PROMPTS, 3)  # all is compiled
-    os.kill(before[0], signal.SIGSTOP)
-    sampler._seconds = 3.0
-    groups = sampler.sample(PROMPTS, 3)
-    assert [len(group) for group in groups] == [3, 3, 3]
+    return sampler.process_ids()
+
+
+@pytest.mark.parametrize("receiving", [True, False], ids=["weights", "sampling"])
+def test_a_stopped_worker_is_replaced_in_time(sampler, caplog, monkeypatch, receiving):
+    ids = in_use(sampler)
+    colocated, model, _ = place(COLOCATED, seed=6)
+    expected, params = colocated.sample(PROMPTS, 3), trained(model.run.mesh, seed=6)[1]
+    monkeypatch.setattr(sampler, "_seconds", 3.0)
+    os.kill(ids[0], signal.SIGSTOP)
+    start = time.monotonic()
+    if receiving:
+        sampler.set_params(params, 8)
+        assert time.monotonic() - start < 10
+    same(sampler.sample(PROMPTS, 3), expected)
     assert sampler.metrics()["rollout/slow_workers"] == 1 and "rollout worker 0 is too slow" in caplog.text
+    after = in_use(sampler)
+    assert after[0] != ids[0] and after[1] == ids[1]
+    assert sampler.metrics() == sampler.metrics() | {"rollout/lost_workers": 0, "rollout/slow_workers": 0}
+    while Path(f"/proc/{ids[0]}").exists():  # it does not keep its device
+        assert time.monotonic() - start < 60
+        time.sleep(0.1)
