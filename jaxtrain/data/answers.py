@@ -44,7 +44,7 @@ class Answers:
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerFast):
         self._template = template
         by_length = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
-        self._added = [token.content for token in by_length]
+        self._added = [token.content for token in by_length if token.content not in dict(THOUGHTS).values()]
         self._special = [token.content for token in by_length if token.special and token.content != tokenizer.bos_token]
         self._eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else None
         self._asked: dict[tuple[str, str, bool], dict[_Asked, str]] = {}
@@ -63,7 +63,7 @@ class Answers:
             if number is not None and number in blocks:
                 try:
                     found = self._locate(traced.text, blocks, chat, number, asked)
-                except ValueError:  # the marks are the template's word
+                except ValueError:  # the marks alone decide
                     found = Answer(number, start, end)
                 start, end, unlike = max(start, found.start), min(end, found.end), found.unlike
             answers.append(Answer(assistant[0] if number is None else number, start, end, unlike))
@@ -95,9 +95,14 @@ class Answers:
             )
         return token or self._eos
 
-    def end_of_turn(self, text: str, start: int, end: int, within: frozenset[str] = frozenset()) -> tuple[int, bool]:
+    def end_of_turn(
+        self, text: str, start: int, end: int, within: frozenset[str] = frozenset(), *, is_last: bool = True
+    ) -> tuple[int, bool]:
         """The end of a turn that is written from `start` to `end`, without what follows its last token, such as a line
         break; and whether a token ends it. `within`: tokens that end a part of a turn and not the turn.
+
+        Where no token ends it, white space at its end belongs to it if it `is_last`, since the token that is then added
+        (`closing`) comes after it. Otherwise it separates the turn from the next one.
         """
         stripped = start + len(text[start:end].rstrip())
         token = next((token for token in self._added if text.endswith(token, start, stripped)), None)
@@ -105,26 +110,27 @@ class Answers:
             return stripped, True
         # Some templates end the text once, after the loop; in others the next message's first token ends the turn.
         after = next((token for token in self._special if text.startswith(token, end)), "")
-        return end + len(after), bool(after)
+        return (end + len(after) if after or is_last else stripped), bool(after)
 
     def ending(self, text: str) -> str:
-        """The added token that a text ends with, if any."""
+        """The added token that a text ends with, if any; the end of a thought is none."""
         return next((token for token in self._added if text.endswith(token)), "")
 
     def _locate(
         self, text: str, blocks: dict[int, TextSpan], chat: Chat, number: int, asked: dict[_Asked, str]
     ) -> Answer:
-        """`asked`: how prompts begin turns, by what is asked; those found are added. Rendering the prompt of every turn
-        would take a time that grows with the square of their number.
+        """`asked`: known beginnings of turns, by what comes before them; new ones are added. Rendering the prompt of
+        every turn would take a time that grows with the square of their number.
         """
         block, before = blocks.get(number), chat.messages[number - 1]
-        following = chat.messages[number + 1 : number + 2]
-        results_inside = bool(following) and following[0]["role"] == "tool" and number + 1 not in blocks
+        following, within = chat.messages[number + 1 : number + 2], self._within_of(chat)
+        is_last = not following
+        results_inside = not is_last and following[0]["role"] == "tool" and number + 1 not in blocks
         roles = frozenset(message["role"] for message in chat.messages[:number])
         kind = (before["role"], _may_switch_thoughts(before), roles)
         if kind in asked and block is not None and not results_inside and text.startswith(asked[kind], *block):
             start = block[0] + len(asked[kind])
-            return Answer(number, start, self.end_of_turn(text, start, block[1], self._within_of(chat))[0])
+            return Answer(number, start, self.end_of_turn(text, start, block[1], within, is_last=is_last)[0])
         prompt, unlike = self._template.trace(chat.until(number), prompt=True), ""
         if text.startswith(prompt.text):
             start = len(prompt.text)
@@ -135,16 +141,16 @@ class Answers:
         else:
             raise _rewritten(number)
         if block is not None and not results_inside:
-            return Answer(number, start, self.end_of_turn(text, start, block[1], self._within_of(chat))[0], unlike)
+            return Answer(number, start, self.end_of_turn(text, start, block[1], within, is_last=is_last)[0], unlike)
         alone = self._template.trace(chat.until(number + 1)).text
-        end, _ = self.end_of_turn(alone, len(prompt.text), len(alone), self._within_of(chat))
+        end, _ = self.end_of_turn(alone, len(prompt.text), len(alone), within, is_last=is_last)
         turn = alone[len(prompt.text) : end]
         if not (alone.startswith(prompt.text) and text.startswith(turn, start)):
             raise _rewritten(number)
         return Answer(number, start, start + len(turn), unlike)
 
     def _asked_of(self, chat: Chat) -> dict[_Asked, str]:
-        """What is known of how prompts like those of this conversation begin turns."""
+        """The known beginnings of turns in conversations with the same template, arguments and tools."""
         if any(map(_may_switch_thoughts, chat.messages)):
             return {}
         if len(self._asked) > _MOST_KINDS:
@@ -182,7 +188,7 @@ class Answers:
         return self._within(self._template.source(chat.tools), _json(chat.kwargs))
 
     def _find_within(self, source: str, kwargs_json: str) -> frozenset[str]:
-        """Tokens that occur within a turn of two tool calls: one that ends a call ends no turn."""
+        """Tokens that occur inside a turn with two tool calls: a token that ends a call does not end the turn."""
         calls = [probe_call(), probe_call("look")]
         chat = self._template.chat([USER, {"role": "assistant", "tool_calls": calls}], None, json.loads(kwargs_json))
         try:

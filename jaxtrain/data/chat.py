@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.answers import THOUGHTS, Answer, Answers, opened_thought
-from jaxtrain.data.left_out import CHOICES, LeftOut, split_thought, without_thought
+from jaxtrain.data.left_out import CHOICES, LeftOut, split_thought, without_thought, words_before_thought
 from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template
 from jaxtrain.data.tokens import encode, token_weights, without_limits
 from jaxtrain.data.tracing import Message, Trace
@@ -26,6 +26,22 @@ class EncodedChat(NamedTuple):
     input_ids: np.ndarray  # [n] int32
     loss_weights: np.ndarray  # [n] float32
     thoughts_left_out: bool = False  # an earlier turn is trained without the thought that it should begin with
+    warnings: tuple[str, ...] = ()  # what may be wrong with how its turns end
+
+
+_NOT_ENDED = "turns of the assistant are trained without a token that ends them, since the chat template"
+_MARKS_WITHOUT_END = (
+    f"{_NOT_ENDED} leaves it out of its {{% generation %}} marks, so the model does not learn to stop: put the token "
+    "inside the marks, or remove the marks"
+)
+_NO_END = (
+    f"{_NOT_ENDED} writes none where others follow: data.split_turns=true makes every turn a separate example and ends "
+    "each as the last one"
+)
+_ENDED_TWICE = (
+    "words of the assistant contain {!r}, which ends its turns in the chat template, so the model learns to stop "
+    "there: remove it from the data"
+)
 
 
 class ChatTokenizer:
@@ -83,17 +99,17 @@ class ChatTokenizer:
         if rewritten is None:
             left_out = self._left_out.check_turns(traced, chat, weights, accept=thoughts == "accept")
             left_out |= _check_prompts(answers, accept=thoughts == "accept")
-        self._check_not_empty(text, answers)
+        closing = self._answers.closing(traced, chat) if weights[-1] else None
+        found = self._check_ends(text, answers, chat, closing, has_marks=rewritten is None and bool(traced.generated))
         spans = [(answer.start, answer.end, weights[answer.message]) for answer in answers]
         if loss_on == "all":
             spans = _turn_spans(traced, weights)
         encoding = encode(self._backend, text, add_special_tokens=False)
         outside = 1.0 if loss_on == "all" else 0.0
         ids, values = encoding.ids, token_weights(text, encoding.offsets, spans, outside)
-        closing = self._answers.closing(traced, chat) if weights[-1] else None
         if closing is not None:
             ids, values = [*ids, self._backend.token_to_id(closing)], np.append(values, np.float32(weights[-1]))
-        return EncodedChat(np.array(ids, np.int32), values, left_out)
+        return EncodedChat(np.array(ids, np.int32), values, left_out, found if loss_on == "assistant" else ())
 
     def prompt(
         self, messages: list[Message], *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
@@ -143,6 +159,11 @@ class ChatTokenizer:
         thought, answer = split_thought(chat.messages[last])
         if traced.text.startswith(prompt) or not begin or not thought.strip():
             return None
+        if words_before_thought(chat.messages[last]):
+            raise ValueError(
+                f"messages[{last}]: the prompt opens a thought, so the turn must begin with its only one, and this one "
+                "has words or another thought before its last thought"
+            )
         bare = chat.with_message(last, without_thought(chat.messages[last]))
         written = self._template.trace(bare)
         (found,) = self._answers.find(written, bare, [0.0] * last + [1.0])
@@ -151,17 +172,30 @@ class ChatTokenizer:
         text = prompt + turn + written.text[found.end :]
         return text, [Answer(last, len(prompt), len(prompt) + len(turn))]
 
-    def _check_not_empty(self, text: str, answers: list[Answer]) -> None:
-        """Raises ValueError for a trained turn of which the template writes nothing but its end."""
-        words: dict[int, str] = {}
+    def _check_ends(
+        self, text: str, answers: list[Answer], chat: Chat, closing: str | None, *, has_marks: bool
+    ) -> tuple[str, ...]:
+        """Warnings about how the trained turns end; `closing` is the token that is added behind the last message.
+
+        Raises ValueError for a turn of which the template writes nothing but its end.
+        """
+        turns: dict[int, str] = {}
         for answer in answers:
-            words[answer.message] = words.get(answer.message, "") + text[answer.start : answer.end]
-        for number, said in words.items():
-            if not said.rstrip().removesuffix(self._answers.ending(said.rstrip())).strip():
+            turns[answer.message] = turns.get(answer.message, "") + text[answer.start : answer.end].rstrip()
+        found: dict[str, None] = {}
+        for number, turn in turns.items():
+            end = self._answers.ending(turn)
+            if not turn.removesuffix(end).strip():
                 raise ValueError(
                     f"messages[{number}]: the chat template writes nothing of this assistant's turn but its end, so an "
                     "empty answer would be trained"
                 )
+            end = end or (closing if number == len(chat.messages) - 1 else None)
+            if not end:
+                found[_MARKS_WITHOUT_END if has_marks else _NO_END] = None
+            elif end in (chat.messages[number].get("content") or ""):
+                found[_ENDED_TWICE.format(end)] = None
+        return tuple(found)
 
 
 def _check_prompts(answers: list[Answer], *, accept: bool) -> bool:

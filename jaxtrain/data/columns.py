@@ -1,4 +1,5 @@
-"""The columns of a training row: which kinds of example they make, which go beside them, which are refused or ignored.
+"""The columns of a training row: the kind of example that they make, what may accompany them, what is refused or
+ignored.
 
 The names are TRL's and, of instructions, Alpaca's. A column that is null counts as absent.
 """

@@ -1,4 +1,4 @@
-"""What turns rows of data into examples for a recipe."""
+"""The interface of encoders, which make examples of the rows of data for a recipe."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def fingerprints(sources: Sequence[Source]) -> list[list[dict[str, Any]]]:
     """JSON-able: of every file of every source its path, rows, bytes and a hash.
 
     The hash covers all of a local file of up to 1 MiB, else 16 blocks of 64 KiB spread over it, the first and the last
-    among them: reading terabytes before the first step is out of the question, so an edit that keeps a large file's
+    among them: reading terabytes before the first step would take too long, so an edit that keeps a large file's
     size may go unnoticed. Of a remote file it covers the version that the server names (ETag and the like), or the
     first and last bytes; of a sequence 16 rows spread over it; of a stream the first row.
     """

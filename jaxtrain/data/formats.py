@@ -87,7 +87,7 @@ class Encoder(RowEncoder):
             )
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._split_turns, self._template_kwargs, self._date = split_turns, template_kwargs, date
-        self._warned = False
+        self._warned: set[str] = set()
         self._loss_on: LossOn = loss_on
         self.prompt_format, self._merge = prompt_format, merge
         self._settings: dict[str, Any] = {
@@ -137,7 +137,13 @@ class Encoder(RowEncoder):
         Raises ValueError for a row that cannot be read, or that holds no token to learn from.
         """
         with _nesting_bounded():
-            made = self._encode(row)
+            try:
+                made = self._encode(row)
+            except ValueError as error:
+                if "refuses the conversation" not in str(error) or "system" not in str(error).lower():
+                    raise
+                hint = "data.merge=[system] joins a system message to the user's turn after it"
+                raise ValueError(f"{error}; {hint}") from error
         if WEIGHT in row and (weight := row_weight(row)) != 1:
             if isinstance(made, RowExamples):
                 made = made._replace(items=[_weighed(example, weight) for example in made.items])
@@ -183,7 +189,7 @@ class Encoder(RowEncoder):
                         f"there is no prompt: this row has {', '.join(map(repr, row)) or 'no columns'}, and needs "
                         "`prompt` or `messages`; name them with data.train.columns, e.g. {prompt: question}"
                     )
-                row = _with_prompt(row)
+                row = _with_prompt(row if "output" in row or row.get("instruction") is None else row | {"output": None})
             if row.get("prompt") is None:
                 messages = conversation(row, self._merge).messages
                 row = {"answer": messages[-1].get("content"), **row, "prompt": messages[:-1]}
@@ -262,16 +268,21 @@ class Encoder(RowEncoder):
         if not all(chat.loss_weights.any() for chat in chats):
             raise ValueError("no token of this conversation is the assistant's")
         examples = [Example(chat.input_ids, chat.loss_weights) for chat in chats]
+        for text in [text for chat in chats for text in chat.warnings]:
+            self._warn(text)
         if not any(chat.thoughts_left_out for chat in chats):
             return examples[0] if len(examples) == 1 else RowExamples(examples)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "turns are trained without the thoughts that the chat template leaves out, as data.split_turns=false "
-                "accepts; such rows are counted as thoughts_left_out",
-                stacklevel=2,
-            )
+        self._warn(
+            "turns are trained without the thoughts that the chat template leaves out, as data.split_turns=false "
+            "accepts; such rows are counted as thoughts_left_out"
+        )
         return RowExamples(examples, ("thoughts_left_out",))
+
+    def _warn(self, text: str) -> None:
+        """Once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=3)
 
     def _from_plain(self, prompt: str, completion: str) -> Example:
         """Loss on the completion and the end-of-sequence token. One tokenisation, so that ids are those of the text."""

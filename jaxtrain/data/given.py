@@ -1,4 +1,4 @@
-"""Rows that a program gives: a list of them, or what a function named by import path returns.
+"""Rows given by a program: a list, or what a function named by its import path returns.
 
 A sequence, a grain `MapDataset` among them, has access by index and so our order. An iterable, a grain `IterDataset`
 among them, is a stream: it is read once, in its own order. Element i goes to the virtual shard i % shards, so the order
@@ -23,7 +23,7 @@ from jaxtrain.data.files.errors import DataError
 from jaxtrain.data.files.rows import Rows
 from jaxtrain.named import load_named
 
-ENDLESS = sys.maxsize  # what stands for the length of a stream until its end was seen; also grain's for `repeat()`
+ENDLESS = sys.maxsize  # the length of a stream until its end was seen; grain uses this value for `repeat()`
 _DIGEST_ROWS = 16
 
 

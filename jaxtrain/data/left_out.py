@@ -1,10 +1,11 @@
-"""What a chat template leaves out of a conversation: found by changing a part and rendering again.
+"""Finds what a chat template leaves out of a conversation, by changing a part and rendering again.
 
-A part whose words stand in the rendered text is taken for written, so that few conversations are rendered twice.
+A part whose words occur in the rendered text is assumed to be written, so that few conversations are rendered twice.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -149,22 +150,30 @@ def split_thought(message: Message) -> tuple[str, str]:
     return (thought.rpartition(begin)[2], answer) if found else ("", content)
 
 
+def words_before_thought(message: Message) -> str:
+    """What stands in the content before its last thought."""
+    thoughts, _, _ = ("" if message.get("reasoning_content") else message["content"]).rpartition(THOUGHTS[0][1])
+    return thoughts.rpartition(THOUGHTS[0][0])[0].strip()
+
+
 def without_thought(message: Message) -> Message:
     kept = {key: value for key, value in message.items() if key not in REASONING}
     return kept | {"content": split_thought(message)[1].lstrip()} if message.get("content") else kept
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:
-    """The thought and the content of a turn: their words, and the message with others in their place."""
-    thought, answer = split_thought(message)
-    inline = thought and not message.get("reasoning_content")
-    if thought.strip():
-        if inline:
-            begin, end = THOUGHTS[0]
-            changed = message | {"content": f"{begin}\n{PROBE}\n{end}\n\n{answer.lstrip()}"}
-        else:
-            changed = message | {key: PROBE for key in REASONING if key in message}
-        yield "thought", thought.strip(), changed
-    if answer.strip():
-        before = message["content"].removesuffix(answer) if inline else ""
-        yield "content", answer.strip(), message | {"content": before + PROBE}
+    """The thoughts and the content of a turn: their words, and the message with others in their place."""
+    content = message.get("content") or ""
+    if thought := message.get("reasoning_content"):
+        if thought.strip():
+            yield "thought", thought.strip(), message | {key: PROBE for key in REASONING if key in message}
+        if content.strip():
+            yield "content", content.strip(), message | {"content": PROBE}
+        return
+    # Some templates read one thought in the content, and leave out what stands before it and other thoughts.
+    pieces = re.split(f"({'|'.join(map(re.escape, THOUGHTS[0]))})", content)
+    for at in range(0, len(pieces), 2):
+        if words := pieces[at].strip():
+            part = "thought" if pieces[at + 1 : at + 2] == [THOUGHTS[0][1]] else "content"
+            changed = [*pieces[:at], pieces[at].replace(words, PROBE), *pieces[at + 1 :]]
+            yield part, words, message | {"content": "".join(changed)}

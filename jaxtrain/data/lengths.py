@@ -52,7 +52,7 @@ _SOURCE_KEYS_WITHOUT_EFFECT = {"weight", "epochs", "name"}
 
 
 class Lengths(NamedTuple):
-    """Of every row of a source: the pieces `sizes[ends[row - 1]:ends[row]]` that it makes, and what became of it."""
+    """Of every row of a source: the pieces `sizes[ends[row - 1]:ends[row]]` that it makes, and its counters."""
 
     ends: np.ndarray  # [rows] int64
     sizes: np.ndarray  # [pieces] int32: tokens

@@ -24,6 +24,7 @@ _ROLES = {  # of ShareGPT, ms-swift and OpenAI's function calls, beside those th
     "tool_response": "tool",
 }
 _CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of one call or of a list of them
+_CALL_KEYS = ("name", "arguments", "type", "id", "index")  # of a call or of the function in it
 # The roles that may precede each role; None is the beginning.
 _AFTER = {
     "system": (None,),
@@ -78,6 +79,8 @@ def conversation(row: Row, merge: Collection[str] = ()) -> Conversation:
     """
     kind = row_format(row)
     if kind == "instruction+output":
+        if row["output"] is None:
+            raise ValueError("the column 'output' is null")
         row = from_alpaca(row)
         kind = row_format(row)
     if kind == "messages":
@@ -281,9 +284,15 @@ def _tool_call(call: Any, where: str, tools: Any, *, filled: bool) -> Message:
         raise ValueError(f"{where}: a tool call must be a mapping, not {type(call).__name__}")
     call = tool_call_without_fillings(call, tools, filled=filled)
     inner = call.get("function")
-    arguments = (inner if isinstance(inner, dict) else call).get("arguments")
+    function = inner if isinstance(inner, dict) else call
+    arguments = function.get("arguments")
     if isinstance(arguments, str):
-        _json(arguments, f"{where}: a tool call's arguments")
+        arguments = _json(arguments, f"{where}: a tool call's arguments") if arguments.strip() else None
+    if not isinstance(arguments, dict | None):
+        raise ValueError(f"{where}: a tool call's arguments must be a mapping, not {type(arguments).__name__}")
+    others = [name for name, value in function.items() if name not in _CALL_KEYS and value not in (None, "", [], {})]
+    if arguments is None and others:
+        raise ValueError(f"{where}: a tool call has no `arguments`, but {others[0]!r}: write them as `arguments`")
     return call
 
 

@@ -20,7 +20,9 @@ from jaxtrain.data.sources import Source
 _WINDOW = 12  # blocks of all sources that are open together, 8 MiB each: less than half of what the cache holds
 _STREAM_SHARE = 1 << 16  # rows without an example after which a source is searched for one, at most
 _ROUNDS = 4  # of the block cipher behind index_shuffle; grain's own default
-_TABLE = 1 << 14  # rows; the cipher works on blocks of 2**16 and walks on until it hits a row, long where rows are few
+# Rows up to which a table is used: the cipher permutes at least 2**16 numbers and is repeated until it gives a row,
+# which takes long where rows are few.
+_TABLE = 1 << 14
 
 
 class Draw(NamedTuple):
@@ -36,7 +38,7 @@ class Mixture:
 
     The next row comes from the source whose share is furthest behind (stride scheduling), so that counts follow the
     weights within one row. The offset of a source within its stride is random per shard: otherwise all shards would
-    draw from the same source at the same time. An exhausted source is left out and the others continue.
+    draw from the same source at the same time. An exhausted source is skipped and the others continue.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Mixture:
     ):
         self._sources = sources
         self._weights = [source.section.weight for source in sources]
-        # Of a stream it is not known, until it is found.
+        # The end of a stream is not known until it is reached.
         self._ends: list[int | None] = [
             None if source.stream is not None or not source.section.epochs else source.section.epochs * len(source)
             for source in sources

@@ -1,8 +1,8 @@
-"""Nulls that a file format has added, told from nulls that were written.
+"""Distinguishes nulls that a file format has added from nulls that were written.
 
 Arrow, and so Parquet and the `datasets` library, gives every element of a column one struct type: each message, tool
 call and tool schema then carries the keys of all others, as null. A chat template would render them. Which nulls were
-written is decided by the best evidence that there is. First, whether the row has fillings at all:
+written is decided by the best evidence available. First, whether the row has fillings at all:
 
 - Parquet and Arrow: always.
 - JSON: where the row has the form that `datasets` writes. All messages of a column then have the same keys, with a null

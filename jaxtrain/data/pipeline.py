@@ -268,7 +268,7 @@ class TrainStream:
 
 
 def _report_order(sources: Sequence[Source], data: DataSection) -> None:
-    """Say where `data.shuffle` costs much, and where it does not apply."""
+    """Warn where `data.shuffle` is expensive, and say where it does not apply."""
     size = sum(source.block_bytes for source in sources)
     if data.shuffle is True and size > CACHE_BYTES:
         log.warning(

@@ -133,9 +133,11 @@ def _with_calls(message: Message, empty: str | None, text: bool) -> Message:
 
 
 def _with_arguments(function: Message, text: bool) -> Message:
-    arguments = function.get("arguments")
-    if arguments is None or isinstance(arguments, str) == text:
-        return function
+    arguments: Any = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+        arguments = {}  # templates would write null or an empty text
+    if isinstance(arguments, str) == text:
+        return function | {"arguments": arguments}
     if text:
         return function | {"arguments": json.dumps(arguments, ensure_ascii=False)}
     try:

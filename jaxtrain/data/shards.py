@@ -185,8 +185,8 @@ class Reader:
                     self._make(source, row)
                 except (DataError, StreamEndError):  # named or counted when it is read
                     continue
-                assert self.signals is not None
-                return self.signals
+                if self.signals is not None:
+                    return self.signals
         return {}
 
     def _warn(self, error: DataError) -> None:
@@ -284,7 +284,7 @@ class _Examples:
 
     def __iter__(self) -> Iterator[tuple[_Key, Bundle]]:
         first_piece = self.state["piece"]
-        fruitless = [0] * len(self._reader.sources)  # rows of each source since the last that gave an example
+        without_example = [0] * len(self._reader.sources)  # rows of each source since the last that gave an example
         for draw, read in self._reads():
             after = self.state | {"counts": list(draw.counts), "piece": 0}
             after |= {event: after[event] + 1 for event in read.events}
@@ -293,12 +293,14 @@ class _Examples:
                 yield _Key(draw.source, draw.row, piece), read.items[piece]
             if read.items:
                 self._reader.usable.add(draw.source)
-                fruitless = [0 if source == draw.source else count for source, count in enumerate(fruitless)]
+                without_example = [
+                    0 if source == draw.source else count for source, count in enumerate(without_example)
+                ]
             elif read is not _PAST_END:
-                fruitless[draw.source] += 1
-                if fruitless[draw.source] == self._mixture.share(draw.source):
+                without_example[draw.source] += 1
+                if without_example[draw.source] == self._mixture.share(draw.source):
                     self._reader.check_usable(draw.source, self._executor)
-                if self._mixture.repeats and min(fruitless) > self._mixture.total_rows:
+                if self._mixture.repeats and min(without_example) > self._mixture.total_rows:
                     raise DataError(_nothing_left(after))
             self.state, first_piece = after, 0
 

@@ -1,4 +1,4 @@
-"""Random access to the rows of a source: files, local or remote, a function's, or a program's.
+"""Random access to the rows of a source: those of local or remote files, of a function, or given by a program.
 
 A training run reads rows in shuffled order, so every format must support access by index; see `jaxtrain.data.files`.
 """

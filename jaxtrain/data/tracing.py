@@ -71,7 +71,7 @@ def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> 
     Raises ValueError where the template refuses the conversation.
     """
     written, pieces, events, turns = 0, [], [], []
-    messages = [dict(message) for message in messages]  # told apart by identity, so each must be a separate object
+    messages = [dict(message) for message in messages]  # distinguished by identity, so each must be a separate object
     numbers = {id(message): number for number, message in enumerate(messages)}
     speaking: dict[int, int] = {}  # loops over messages, the innermost last -> the message that each has come to
 

@@ -6,7 +6,6 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.data.prompts import PromptStream, question_within
 from jaxtrain.data.sources import DataError, Row, Source
+from jaxtrain.hub import local_folder
 from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.session.data import checked_length, warn_of_positions
 from jaxtrain.types import Example
@@ -31,6 +31,11 @@ from jaxtrain.types import Example
 _BARS, _WIDTH = 10, 40  # of the histogram
 _FILES = 10  # of a source that are named
 _TRAINED, _OTHER = ("green", "bold green"), ("dim", "none")  # neighbouring tokens alternate
+_NOTHING = Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
+_TURNS = {
+    True: "each trained turn of the assistant is a separate example, with its thought",
+    False: "a conversation is one example, also where the chat template leaves out the thoughts of earlier turns",
+}
 _OPEN, _CLOSE = "⟦", "⟧"  # around what is trained, where there are no colours
 
 
@@ -45,8 +50,10 @@ def preview(config: RunConfig, *, rows: int = 5, console: Console | None = None)
     tokenizer = make_tokenizer(config.model)
     origin = config.model.config if config.model.path is None else config.model.path
     assert origin is not None
+    if not isinstance(origin, Mapping):
+        origin = local_folder(origin, weights=False)
     if config.model.backend == "torchax":
-        hf = dict(origin) if isinstance(origin, Mapping) else read_json_config(Path(origin))
+        hf = dict(origin) if isinstance(origin, Mapping) else read_json_config(origin)
         vocab_size = (hf.get("text_config") or hf)["vocab_size"]
     else:
         model, hf = read_config(origin)
@@ -68,8 +75,10 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
 
     def pieces(row: Row) -> list[tuple[str, Example]]:
         made = encode(row)
-        shown: list[tuple[str, Example]] = []
-        for item in made.items if isinstance(made, RowExamples) else [made]:
+        items, events = (made.items, made.events) if isinstance(made, RowExamples) else ([made], ())
+        noted = [name.replace("_", " ") for name in events]
+        shown: list[tuple[str, Example]] = [] if items else [(f"no example: {', '.join(noted)}", _NOTHING)]
+        for item in items:
             found, tokens = (
                 fit(item, data.max_length, data.overlong),
                 sum(len(each.input_ids) for each in as_bundle(item)),
@@ -80,12 +89,17 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
                     for each in as_bundle(item)
                 ]
             for piece in [example for bundle in found.items for example in as_bundle(bundle)]:
-                what = f", {found.event} from {tokens}" if found.event else ""
+                what = "".join(f", {name}" for name in noted)
+                what += f", {found.event} from {tokens}" if found.event else ""
                 what += "".join(f", {name} {values[0]:g}" for name, values in piece.signals.items() if values.ndim == 1)
                 trained = np.count_nonzero(piece.loss_weights)
                 shown.append((f"{len(piece.input_ids)} tokens, {trained} trained{what}", piece))
         return shown
 
+    if config.model.chat_template is not None:
+        printer.line(f"chat template: {config.model.chat_template}")
+    if data.split_turns is not None:
+        printer.line(f"data.split_turns={str(data.split_turns).lower()}: {_TURNS[data.split_turns]}")
     printer.rows(data.train_sources, rows, pieces, keep_columns=False)
     # Bad rows are counted here, whatever the run does with them.
     lenient = data.model_copy(update={"on_bad_row": "skip"})

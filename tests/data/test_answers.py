@@ -3,6 +3,8 @@
 Each cell of the table is the list of runs of tokens that are trained, in order, or the reason of a refusal after `!`.
 """
 
+import warnings
+
 import numpy as np
 import pytest
 from chat_templates import ALPACA, CHATML, GENERATION, VICUNA, tokenizer
@@ -121,7 +123,7 @@ def check(tok, messages, expected, tools=None, kwargs=None, **options):
             chat(messages, tools=tools, template_kwargs=kwargs, **options)
         return
     made = chat(messages, tools=tools, template_kwargs=kwargs, **options)
-    assert trained(tok, made) == expected
+    assert trained(tok, made) == expected and not made.warnings
     theirs = tok.apply_chat_template(messages, tools=tools, **(kwargs or {}))["input_ids"]
     added = made.input_ids.tolist()[len(theirs) :]
     assert made.input_ids.tolist()[: len(theirs)] == theirs and len(added) <= 1
@@ -205,9 +207,56 @@ def test_reasoning_beside_a_call_is_trained():
 def test_the_last_turn_is_ended_where_the_template_does_not(template):
     tok = tokenizer(template)
     first, last = trained(tok, ChatTokenizer(tok)(CHATS["multi-turn"]))
-    assert first.strip() == "Paris" and last.replace(" ", "") == "Rome</s>"
+    assert first.lstrip() == "Paris" and last.replace(" ", "") == "Rome</s>"
     alone = ChatTokenizer(tok)(CHATS["multi-turn"], weights=[0, 1, 0, 0])
     assert alone.input_ids[-1] != tok.eos_token_id
+
+
+def test_the_end_of_a_thought_ends_no_turn():
+    tok = made("glm4.5")
+    (run,) = trained(tok, ChatTokenizer(tok)([USER, answer("<think>hm</think>")]))
+    assert run.endswith("</think><|user|>")
+
+
+def test_words_of_the_next_turn_are_not_trained():
+    """Where no token ends a turn, the next one may begin in a token with the space between the two."""
+    template = VICUNA.replace("USER: ", "capital: ")
+    tok = tokenizer(template)
+    chat = ChatTokenizer(tok)(CHATS["multi-turn"])
+    assert " capital" in [tok.decode([token]) for token in chat.input_ids]
+    assert trained(tok, chat)[0].lstrip() == "Paris"
+
+
+MARKS_WITHOUT_END = GENERATION.replace(
+    "+ '<|im_end|>' }}{% endgeneration %}{{ '", "}}{% endgeneration %}{{ '<|im_end|>"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (ALPACA, CHATS["multi-turn"], r"writes none where others follow: data\.split_turns=true"),
+        (MARKS_WITHOUT_END, CHATS["plain"], "put the token inside the marks"),
+        (CHATML, [USER, answer("Paris<|im_end|>")], r"contain '<\|im_end\|>', which ends its turns"),
+    ],
+    ids=["none between turns", "outside of the marks", "in the words"],
+)
+def test_turns_that_end_in_a_doubtful_way_are_warned_of_once(template, messages, message):
+    tok = tokenizer(template, eos_token="<|im_end|>")
+    encode = Encoder(tok)
+    with pytest.warns(UserWarning, match=message) as warned:
+        encode({"messages": messages})
+        encode({"messages": messages})
+    assert len(warned) == 1
+    assert not ChatTokenizer(tok)(messages, loss_on="all").warnings
+
+
+def test_split_turns_are_all_ended():
+    tok = tokenizer(ALPACA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = Encoder(tok, split_turns=True)({"messages": CHATS["multi-turn"]})
+    assert [each.input_ids[-1] for each in made.items] == [tok.eos_token_id] * 2
 
 
 def test_no_word_is_lost_behind_a_prompt_that_ends_with_a_space():

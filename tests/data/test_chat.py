@@ -54,7 +54,7 @@ STOCK = {
     "no token ends a turn": (
         EOS_ONCE,
         {},
-        "### user:\nWhat is the capital?\n### assistant:\n«Paris\n»### user:\nassistant\n\n"
+        "### user:\nWhat is the capital?\n### assistant:\n«Paris»\n### user:\nassistant\n\n"
         "### assistant:\n«The user is Paris. \n</s>»",
     ),
 }

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from chat_templates import CHATML, QWEN25, tokenizer
+from chat_templates import CHATML, GEMMA, QWEN25, tokenizer
 
 from jaxtrain.data.formats import Encoder
 
@@ -295,6 +295,22 @@ def test_a_question_of_other_formats(row, answer):
     assert tok.decode(ids) == TURNS.partition("Paris")[0]
     assert columns["answer"] == answer and columns.items() >= {k: v for k, v in row.items() if k != "prompt"}.items()
     assert columns["prompt"] in ("What", CHAT[:1])
+
+
+def test_a_template_without_a_system_role_names_what_to_do():
+    tok = tokenizer(GEMMA, bos_token="<bos>")
+    row = {"messages": CHAT, "system": "You are"}
+    with pytest.raises(ValueError, match=r"System role not supported; data\.merge=\[system\] joins"):
+        Encoder(tok)(row)
+    assert "You are\n\nWhat" in tok.decode(Encoder(tok, merge=["system"])(row).input_ids)
+
+
+def test_an_instruction_is_a_question_without_an_output_and_no_example():
+    tok, encode = chat_encoder()
+    ids, columns = encode.question({"instruction": "What"})
+    assert tok.decode(ids) == TURNS.partition("Paris")[0] and columns.get("answer") is None
+    with pytest.raises(ValueError, match="the column 'output' is null"):
+        encode({"instruction": "What", "output": None})
 
 
 def test_turns_are_joined_in_questions_and_answers():

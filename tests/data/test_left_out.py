@@ -94,6 +94,20 @@ def test_words_that_occur_elsewhere_do_not_hide_what_is_left_out():
         ChatTokenizer(tokenizer(silent))([USER, {"role": "assistant", "content": "What?"}])
 
 
+@pytest.mark.parametrize(
+    "content", ["<think>a</think>so<think>c</think>Paris", "Sure. <think>hm</think>Paris"], ids=["two", "not at first"]
+)
+def test_words_and_thoughts_before_the_last_one(content):
+    """Of which templates that read a thought in the content take one alone."""
+    turn = {"role": "assistant", "content": content}
+    for name in ("qwen3", "qwen3.5", "glm4.5", "nemotron3"):
+        with pytest.raises(ValueError, match=r"messages\[1\]: the chat template does not write the assistant's words"):
+            made(name)([USER, turn])
+    with pytest.raises(ValueError, match=r"messages\[1\]: .* has words or another thought before its last thought"):
+        made("r1-distill")([USER, turn], thoughts="prompted")
+    assert made("qwen2.5")([USER, turn]).loss_weights.any()
+
+
 def test_a_turn_is_a_thought_and_an_answer():
     assert split_thought(THOUGHTFUL) == ("I wonder", "Paris")
     assert split_thought(INLINE) == ("\nI wonder\n", "\n\nParis")

@@ -154,6 +154,20 @@ def test_calls_that_cannot_be_read_are_named(message, reason):
         conversation({"messages": [CHAT[0], message, {"from": "observation", "value": "r"}, CHAT[1]]})
 
 
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"name": "f", "arguments": [1]}, "arguments must be a mapping, not list"),
+        ({"name": "f", "arguments": "3"}, "arguments must be a mapping, not int"),
+        ({"name": "f", "parameters": {"a": 1}}, "has no `arguments`, but 'parameters'"),
+    ],
+)
+def test_other_arguments_are_refused(call, reason):
+    for each in (call, {"function": call}):
+        with pytest.raises(ValueError, match=reason):
+            conversation({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [each]}]})
+
+
 def test_a_system_column_is_the_first_message():
     system = {"role": "system", "content": "You are"}
     for row in (

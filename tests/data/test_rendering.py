@@ -43,6 +43,15 @@ def test_arguments_are_text_where_a_mapping_would_be_written_as_python_shows_it(
     assert '{"a": [1, "é"]}' in rendered(tokenizer(shown), USER, calling(json.loads(WRITTEN)))
 
 
+@pytest.mark.parametrize("arguments", [{}, None, "", " ", "null", "{}"], ids=repr)
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.2", "gpt-oss", "deepseek-v3", "gemma4", "qwen3.5"])
+def test_a_call_without_arguments_has_an_empty_mapping(name, arguments):
+    assert rendered(made(name), USER, calling(arguments)) == rendered(made(name), USER, calling({}))
+    bare = calling(arguments)
+    del bare["tool_calls"][0]["function"]["arguments"]
+    assert rendered(made(name), USER, bare) == rendered(made(name), USER, calling({}))
+
+
 def test_arguments_that_are_no_json_are_a_models_own_words():
     assert "{{broken" in rendered(made("qwen2.5"), USER, calling("{{broken"))
 

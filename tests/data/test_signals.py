@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import DataSection, SourceSection
+from jaxtrain.data.packing import RowExamples
 from jaxtrain.data.pipeline import TrainStream, eval_batches
 from jaxtrain.train.guard import NonFiniteError, check_finite
 from jaxtrain.train.step import StepReport
@@ -155,6 +156,20 @@ def test_padding_has_the_signals_though_the_first_rows_are_bad(source):
         return single(row)
 
     with pytest.warns(UserWarning, match="no"), stream(source, encode, on_bad_row="skip") as batches:
+        everything = list(batches)
+    assert not everything[-1].segment_ids.all()
+    for batch in everything:
+        check(batch)
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_padding_has_the_signals_though_the_first_rows_make_no_example(source, on_bad_row):
+    calls = itertools.count()
+
+    def encode(row):
+        return RowExamples([], ("equal_pairs",)) if next(calls) < 3 else single(row)
+
+    with stream(source, encode, on_bad_row=on_bad_row) as batches:
         everything = list(batches)
     assert not everything[-1].segment_ids.all()
     for batch in everything:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import commands
+import fsspec
 import pytest
 from rich.console import Console
 
@@ -65,6 +66,34 @@ def test_the_files_of_a_folder_are_listed(tree, tmp_path):
     assert "  12 files:" in text and "many/09.jsonl\n  ...\n" in text and "10.jsonl" not in text
 
 
+def test_what_is_left_out_is_said_of_each_row(tree, tmp_path):
+    """By a template that keeps the thought of the last turn alone."""
+    thoughtful = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    row = {"messages": [{"role": "user", "content": "a"}, thoughtful] * 2}
+    (tmp_path / "sums.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    (tmp_path / "last.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if loop.last and m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tree["model"]["chat_template"] = str(tmp_path / "last.jinja")
+    tree["data"]["split_turns"] = False
+    text = shown(tree)
+    assert text.count("warning: turns are trained without the thoughts") == 1
+    assert "chat template: " in text and "data.split_turns=false: " in text
+    assert text.count(", thoughts left out\n") == 3
+    tree["data"]["split_turns"] = True
+    assert "thoughts left out\n" not in (text := shown(tree)) and text.count("tokens, ") >= 6
+
+
+def test_a_row_that_makes_no_example_is_shown(tree, tmp_path):
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": rejected} for rejected in ("b", "c")]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tree |= {"recipe": "preference", "train": {"steps": 1, "batch_size": 8}}
+    assert "sums.jsonl:1: no example: equal pairs\n" in shown(tree)
+
+
 def test_weights_other_than_one_are_shown(tree, tmp_path):
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]}
     (tmp_path / "sums.jsonl").write_text(json.dumps(row) + "\n")
@@ -100,6 +129,19 @@ def test_prompts_of_reinforcement_learning(tree):
     assert "0 + 0?<|im_end|>\n<|im_start|>assistant\n" in text and "⟦" not in text
     assert "the run: 80 prompts, 60 steps; 4 prompts x 2 samples make 3 steps" in text
     assert "step 60" in text
+
+
+@pytest.mark.parametrize("backend", ["jaxtrain", "torchax"])
+def test_weights_of_a_remote_model_are_not_copied(tree, tmp_path, monkeypatch, backend):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"memory://models/{tmp_path.name}-{backend}"
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"large")
+    filesystem, folder = fsspec.core.url_to_fs(url)
+    filesystem.put(f"{tmp_path / 'model'}/", folder, recursive=True)
+    tree["model"] |= {"path": url, "backend": backend}
+    assert "⟦0<|im_end|>⟧" in shown(tree)
+    copied = {path.name for path in (tmp_path / "cache").rglob("*")}
+    assert "config.json" in copied and "model.safetensors" not in copied
 
 
 def test_ids_without_a_tokenizer(tree, tmp_path):

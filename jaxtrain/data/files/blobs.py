@@ -1,7 +1,7 @@
 """Files as bytes by ranges: local ones by system calls, remote ones through fsspec with a cache of their blocks.
 
-Local files are read and not memory-mapped, since pages of a map count as memory of the process until they are needed
-elsewhere.
+Local files are read and not memory-mapped, since mapped pages count as memory of the process until the system reclaims
+them.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from jaxtrain.data.files.errors import DataError
 from jaxtrain.data.files.read_cache import CACHE
 from jaxtrain.remote import RemoteError, remote_errors, version
 
-SCAN_BYTES = 16 << 20  # that are read at a time where a file is read from its beginning to its end
+SCAN_BYTES = 16 << 20  # read at a time when a whole file is scanned
 _BLOCK = 1 << 19  # of a remote file, in the cache
 _MOST_OPEN = 256  # local files at a time; a process may have about 1000, and a data set more files than that
 _DIGEST_BLOCK, _DIGEST_BLOCKS = 1 << 16, 16

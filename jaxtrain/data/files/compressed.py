@@ -52,7 +52,7 @@ class _Readable(Protocol):
 
 
 class CompressedBlob:
-    """The content of a compressed file. `read` is for what `blocks` has passed over."""
+    """The content of a compressed file. `read` returns only bytes that `blocks` has passed over before."""
 
     def __init__(self, stored: StoredBlob, files: int):
         """`files`: how many the source has; they share the memory for points."""

@@ -1,7 +1,7 @@
 """Data sets on the Hugging Face hub: which of a repository's files are a split, downloaded into the hub's cache.
 
-A repository says it in the header of its README (`configs`, with `data_files`), as `datasets` reads it; one that says
-nothing has the name of the split in the names of its files or folders, below a folder of the configuration's name.
+A repository says it in the header of its README (`configs`, with `data_files`), as `datasets` reads it; otherwise
+the names of files or folders contain the name of the split, below a folder named after the configuration.
 """
 
 import re

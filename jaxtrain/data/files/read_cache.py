@@ -1,4 +1,4 @@
-"""What is read again is held in memory up to a number of bytes: blocks of remote files, decoded pieces of Parquet."""
+"""A cache in memory, bounded in bytes: blocks of remote files, decoded pieces of Parquet, decompressed segments."""
 
 import itertools
 import threading
@@ -10,7 +10,7 @@ CACHE_BYTES = 256 << 20  # of all files of the process together
 
 
 class Cache:
-    """The values that were used last, up to `most_bytes` of them. Safe to use from several threads."""
+    """The most recently used values, up to `most_bytes` bytes of them. Safe to use from several threads."""
 
     def __init__(self, most_bytes: int):
         self._most, self._bytes = most_bytes, 0
@@ -45,7 +45,7 @@ class Cache:
             return self._held.get(key, (None,))[0]
 
     def put(self, key: Hashable, value: Any, size: int, *, if_room: bool = False) -> None:
-        """Hold a value; the ones used longest ago make room for it, unless it is only held `if_room` is left."""
+        """Hold a value. The least recently used ones are dropped for it, unless it is held only `if_room` is left."""
         with self._lock:
             if key in self._held or (if_room and self._bytes + size > self._most):
                 return

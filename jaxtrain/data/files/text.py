@@ -70,9 +70,9 @@ class TextRows(ABC):
 
     @abstractmethod
     def _split(self, data: bytes, final: bool) -> tuple[np.ndarray, int]:
-        """Where rows start [n] int64 in bytes that begin between rows, and where the first incomplete row would.
+        """The starts [n] int64 of the complete rows in `data`, which begins between rows, and that of the next one.
 
-        `final`: the bytes end where a row does, or the file.
+        `final`: `data` ends at the end of a row or of the file.
         """
 
     @abstractmethod
@@ -268,7 +268,7 @@ _DECODER = json.JSONDecoder()
 
 
 def holds_array(blob: Blob) -> bool:
-    """Whether a JSON file is an array. It begins the first pass, so the blob is of no use for another."""
+    """Whether a JSON file is an array. It starts the first pass over the blob, which cannot make another one."""
     starts = (block.removeprefix(_BOM).lstrip() for block in blob.blocks())
     return next((start[:1] == b"[" for start in starts if start), False)
 
