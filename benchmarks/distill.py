@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from gsm8k_answers import greedy_accuracy
 from results import machine, write_section
 from safetensors.numpy import load_file, save_file
 
@@ -35,7 +36,6 @@ from jaxtrain.data.formats import Encoder
 from jaxtrain.data.packing import BestFit, make_row, stack_rows
 from jaxtrain.objectives.distill import Distill
 from jaxtrain.objectives.objective import TEACHER_HIDDEN
-from jaxtrain.rl.rewards import exact_answer
 from jaxtrain.roles.role import Role
 from jaxtrain.session.export import export_run
 from jaxtrain.train.evaluate import make_eval_step
@@ -107,9 +107,7 @@ class HeldOut:
 
     def accuracy(self, role: Role) -> float:
         """The share of greedy answers with the right final number."""
-        answers = self._answers(role, jt.SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0))
-        right = exact_answer([str(answer.text) for (answer,) in answers], [row["answer"] for row in self.rows])
-        return float(np.mean([value or 0.0 for value in right]))
+        return greedy_accuracy(role, self.rows, ANSWER_TOKENS, LENGTH)
 
     def student_accuracy(self, folder: Path) -> float:
         return self.accuracy(self._loaded(folder))

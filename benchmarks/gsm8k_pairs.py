@@ -4,10 +4,11 @@ Usage: python benchmarks/gsm8k_pairs.py MODEL_FOLDER GSM8K_FOLDER [--steps 60] [
 
 The pairs are from GSM8K's example_model_solutions.jsonl, one for each question with both kinds of solutions; the last
 64 questions are held out. Measured on these: how often the correct solution has the higher (implicit) reward, and by
-how much, before and after training. Before it DPO's rewards are 0 by definition; those of the reward model are its
-values after one step whose learning rate is too small to change a weight. The export of the reward model is loaded in
-transformers: its rewards of the held-out solutions must be those of the run's evaluation to 1e-4. With --work an
-interrupted benchmark is resumed. Writes its section of benchmarks/RESULTS.md.
+how much, before and after training; and how many of these questions the model answers with the right final number,
+greedily in up to 200 tokens, before and after DPO. Before it DPO's rewards are 0 by definition; those of the reward
+model are its values after one step whose learning rate is too small to change a weight. The export of the reward model
+is loaded in transformers: its rewards of the held-out solutions must be those of the run's evaluation to 1e-4. With
+--work an interrupted benchmark is resumed. Writes its section of benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gsm8k_answers import greedy_accuracy
 from results import machine, write_section
 
 import jaxtrain as jt
 from jaxtrain.session.export import export_run
 
 HELD_OUT, ROWS, LENGTH, RANK, TOLERANCE = 64, 2, 384, 16, 1e-4
+ANSWER_TOKENS = 200
 RATES = {"preference": 1e-4, "reward": 2e-4}
 
 
@@ -51,7 +54,8 @@ def pairs(path: Path) -> list[dict[str, Any]]:
         kinds = {kind: [each["solution"] for each in solutions if each["is_correct"] is kind] for kind in (True, False)}
         if all(kinds.values()):
             chosen, rejected = ([{"role": "assistant", "content": kinds[kind][0]}] for kind in (True, False))
-            found.append({"prompt": message(row["question"]), "chosen": chosen, "rejected": rejected})
+            asked = {"question": row["question"], "answer": row["ground_truth"]}
+            found.append({"prompt": message(row["question"]), "chosen": chosen, "rejected": rejected, **asked})
     return found
 
 
@@ -63,7 +67,8 @@ def measure(model: Path, split: tuple[list[dict], list[dict]], work: Path, steps
     work.mkdir(parents=True, exist_ok=True)
     files = [work / "train.jsonl", work / "eval.jsonl"]
     for file, rows in zip(files, split, strict=True):
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        columns = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in columns))
 
     def train(recipe: str, name: str, run_steps: int, learning_rate: float) -> dict[str, float]:
         tree = {
@@ -93,6 +98,12 @@ def measure(model: Path, split: tuple[list[dict], list[dict]], work: Path, steps
     policy = train("preference", "dpo", steps, RATES["preference"])
     before = train("reward", "reward-before", 1, 1e-30)
     after = train("reward", "reward", steps, RATES["reward"])
+    if not (work / "dpo-export").exists():
+        export_run(work / "dpo", work / "dpo-export")
+    right = [
+        greedy_accuracy(jt.load(folder, dtype="float32"), split[1], ANSWER_TOKENS, 2 * LENGTH)
+        for folder in (model, work / "dpo-export")
+    ]
     difference = export_difference(work / "reward", work / "reward-export", split[1], after)
     text = "\n".join(
         [
@@ -104,6 +115,8 @@ def measure(model: Path, split: tuple[list[dict], list[dict]], work: Path, steps
             f"| {after['eval_accuracy']:.3f} | {before['eval_margin']:.3f} | {after['eval_margin']:.3f} "
             f"| {after['tokens_per_second']:.0f} |",
             "",
+            f"Of the {len(split[1])} held-out questions {right[0]:.1%} were answered right before DPO, and "
+            f"{right[1]:.1%} after.",
             f"{len(split[0])} pairs to train on, {len(split[1])} held out. {steps} steps of {ROWS} packed rows of "
             f"{2 * LENGTH} tokens, LoRA r{RANK}, float32, learning rates {RATES['preference']:g} and "
             f"{RATES['reward']:g}. The reward model's calibration error is {after['eval_calibration_error']:.3f}. The "
@@ -119,7 +132,7 @@ def measure(model: Path, split: tuple[list[dict], list[dict]], work: Path, steps
 
 
 def export_difference(run: Path, out: Path, rows: list[dict], metrics: dict[str, float]) -> float:
-    """Between the rewards of the run's evaluation and those of its export in transformers."""
+    """Between the rewards of the run's evaluation, of the pairs that fit, and those of its export in transformers."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -128,12 +141,15 @@ def export_difference(run: Path, out: Path, rows: list[dict], metrics: dict[str,
     model = AutoModelForSequenceClassification.from_pretrained(out, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
 
-    def reward(messages: list[dict[str, str]]) -> float:
-        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    def reward(ids: list[int]) -> float:
         with torch.inference_mode():
             return model(torch.tensor([ids])).logits.item()
 
-    scores = np.array([[reward(row["prompt"] + row[side]) for side in ("chosen", "rejected")] for row in rows])
+    pairs = [
+        [tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False) for side in ("chosen", "rejected")]
+        for row in rows
+    ]
+    scores = np.array([list(map(reward, pair)) for pair in pairs if max(map(len, pair)) <= LENGTH])
     found = {"mean_reward": scores.mean(), "min_reward": scores.min(), "max_reward": scores.max()}
     found["margin"] = (scores[:, 0] - scores[:, 1]).mean()
     return max(abs(value - metrics[f"eval_{name}"]) for name, value in found.items())

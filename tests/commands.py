@@ -32,21 +32,13 @@ MODEL = {
 
 
 def start(config: Path, *overrides: str, devices: int = 8, **environment: str) -> subprocess.Popen:
-    """All processes of a folder share the compilation cache."""
     command = ["-m", "jaxtrain.cli", "train", str(config), *overrides]
-    return _start(command, config.parent, devices, subprocess.PIPE, environment)
+    return _start(command, devices, subprocess.PIPE, environment)
 
 
-def _start(command: list[str], folder: Path, devices: int, stdout: Any, environment: dict[str, str]) -> Any:
-    environment = (
-        os.environ
-        | environment
-        | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['JAXTRAIN_TEST_XLA_FLAGS']}",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-    )
+def _start(command: list[str], devices: int, stdout: Any, environment: dict[str, str]) -> Any:
+    flags = f"--xla_force_host_platform_device_count={devices} {os.environ['JAXTRAIN_TEST_XLA_FLAGS']}"
+    environment = os.environ | environment | {"XLA_FLAGS": flags}
     command = [sys.executable, *command]
     return subprocess.Popen(command, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True)
 
@@ -58,7 +50,7 @@ class Job:
     """
 
     def __init__(self, folder: Path, processes: int, commands: Sequence[Sequence[str]], devices: int = 8):
-        """`folder`: of the compilation cache, and of what the processes print."""
+        """`folder`: of what the processes print."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
@@ -69,7 +61,7 @@ class Job:
             names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
             cluster = dict(zip(names, (address, str(processes), str(rank)), strict=True)) if processes > 1 else {}
             with file.open("w") as stdout:  # a pipe that nobody reads would be full some day
-                self.processes.append(_start(program, folder, devices // processes, stdout, cluster))
+                self.processes.append(_start(program, devices // processes, stdout, cluster))
 
     def printed(self) -> list[list[str]]:
         """What the processes have printed so far: for each command, by process."""

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -18,10 +19,14 @@ os.environ["JAXTRAIN_TEST_XLA_FLAGS"] = COMPILE_FAST  # for the processes that t
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILE_FAST}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# Compiled programs are kept between runs, and shared by the processes that tests start.
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"jax-{version('jax')}-{version('jaxlib')}"
+# Compiled programs are kept between runs, and shared by all checkouts and by the processes that tests start.
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxtrain-tests"
+CACHE = CACHES / f"jax-{version('jax')}-{version('jaxlib')}"
+MOST_CACHED = 2 << 30  # bytes; then it begins anew, since nothing else removes programs that no test compiles any more
+if "PYTEST_XDIST_WORKER" not in os.environ and sum(file.stat().st_size for file in CACHES.rglob("*")) > MOST_CACHED:
+    shutil.rmtree(CACHES)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # What runs cache of their data, so that no test finds what another version of the code wrote.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxtrain-tests-")

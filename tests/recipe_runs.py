@@ -1,4 +1,4 @@
-"""Short runs of recipes preference, reward and distill in this process, and what a run leaves in its folder."""
+"""Short runs of all recipes in this process, and what a run leaves in its folder."""
 
 import random
 import shutil
@@ -19,6 +19,14 @@ from jaxtrain.train.checkpoint import Checkpoints
 
 STEPS = 6
 CLOCKS = ("seconds", "time", "per_second", "memory", "mfu", "goodput", "engine")
+RL = {
+    "prompts": 4,
+    "generations": 4,
+    "max_completion_length": 8,
+    "rewards": [{"function": f"{Path(__file__).parent / 'recipes' / 'digits.py'}:digits"}],
+    "reward_workers": 1,
+    "slots": 16,
+}
 TEACHER = {
     "vocab_size": 300,  # padded differently than the student's 259
     "hidden_size": 32,
@@ -36,7 +44,7 @@ TEACHER = {
 def prepare(folder: Path, recipe: str = "preference") -> Path:
     """Write run.yaml, its data, a tokenizer, and for recipe distill a teacher."""
     write_byte_tokenizer(folder / "tokenizer")
-    write = write_arithmetic if recipe == "distill" else write_arithmetic_pairs
+    write = write_arithmetic_pairs if recipe in ("preference", "reward") else write_arithmetic
     files = write(folder, train_rows=40, eval_rows=10, seed=0)
     config = {
         "recipe": recipe,
@@ -57,6 +65,11 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
     if recipe == "distill":
         write_teacher(folder / "teacher")
         config["teacher"] = {"path": str(folder / "teacher")}
+    if recipe == "rl":
+        # A larger eps than the default: Adam makes whole updates of gradients that are zero but for rounding.
+        optimizer = {"learning_rate": 1e-2, "schedule": "constant", "eps": 1e-3}
+        config |= {"train": {"steps": 4}, "rl": RL, "optimizer": optimizer, "checkpoint": {"every": 1, "keep": 10}}
+        config["data"] = {"train": {"path": str(files.train)}, "max_length": 48}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
 

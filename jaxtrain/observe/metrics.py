@@ -17,22 +17,32 @@ class MetricLog:
 
     `resumed_from` is the step of the checkpoint that the run resumes from, None for a new run. Lines of later steps are
     removed, since these steps will be logged again: the file has the steps that led to the final parameters, each once.
-    This requires that a step is logged before its checkpoint is saved.
+    This requires that a step is logged before its checkpoint is saved, which is its first line. `evaluated`: whether it
+    was evaluated by then too; else further lines of that step are removed as well.
     """
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool, resumed_from: int | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, tensorboard: bool, resumed_from: int | None = None, *, evaluated: bool = True
+    ) -> None:
         self._file = self._board = None
         if jax.process_index() != 0:
             return
         path = Path(run_dir) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         last = -1 if resumed_from is None else resumed_from
-        _drop_after(path, last)
+        again = _drop_after(path, last, evaluated)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter  # imports torch, if that is installed: seconds
 
-            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=last + 1)
+            # TensorBoard drops whole steps, so what is kept of the last one is shown again. Its files are named by the
+            # second: a number keeps two of the same second apart, and in their order.
+            folder = path.parent / "tensorboard"
+            suffix = f".{len(list(folder.glob('*'))):04d}"
+            first = last + (again is None)
+            self._board = SummaryWriter(str(folder), purge_step=first, filename_suffix=suffix)
+            if again is not None:
+                self._show(last, again)
 
     def __enter__(self) -> Self:
         return self
@@ -49,9 +59,13 @@ class MetricLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in named.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()  # so that a killed run has the steps before its newest checkpoint
+            self._show(step, named)
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
+        assert self._board is not None
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()  # so that a killed run has the steps before its newest checkpoint
 
     def close(self) -> None:
         """Close the files."""
@@ -61,14 +75,25 @@ class MetricLog:
             self._board.close()
 
 
-def _drop_after(path: Path, last: int) -> None:
-    """Keep the lines up to step `last`, atomically. An incomplete last line is removed."""
+def _drop_after(path: Path, last: int, evaluated: bool) -> dict[str, float] | None:
+    """Keep the lines up to step `last`, atomically, of which only the first is kept unless it was `evaluated`.
+
+    An incomplete last line is removed. Returns the metrics of the first line of step `last` if others were removed.
+    """
     if not path.exists():
-        return
+        return None
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _step(line) <= last]
+    of_last = [number for number, line in enumerate(kept) if _step(line) == last]
+    repeated = len(of_last) > 1 and not evaluated
+    if repeated:
+        del kept[of_last[1] :]
     rewritten = path.with_suffix(".jsonl.tmp")
     rewritten.write_text("".join(kept), encoding="utf-8")
     os.replace(rewritten, path)
+    if not repeated:
+        return None
+    values = json.loads(kept[-1])
+    return {name: math.nan if values[name] is None else values[name] for name in values.keys() - {"step"}}
 
 
 def _step(line: str) -> float:

@@ -4,11 +4,13 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtrain.config import config_tree, parse_config
+from jaxtrain.config import RunConfig, config_tree, parse_config
 from jaxtrain.config.rl_parts import PlacementSection
+from jaxtrain.parallel.distributed import initialize_distributed
 from jaxtrain.recipes import rl
 from jaxtrain.session.mirror import local_run
-from jaxtrain.session.record import read_metrics, read_saved_run, recorded_changes
+from jaxtrain.session.record import effective_config, read_metrics, read_saved_run, recorded_changes
+from jaxtrain.train.agree import from_process_0
 
 
 class ReplayResult(NamedTuple):
@@ -27,8 +29,13 @@ def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None)
     run, out = local_run(run), Path(out)
     if out.resolve() == run.resolve():
         raise ValueError(f"{out}: a replay must not write to the folder of the run that it replays")
-    tree = config_tree(read_saved_run(run).config)
-    config = parse_config(tree, f"the config of {run}", [f"run.dir={out}", *(overrides or [])])
+
+    def of_replay(saved: RunConfig) -> RunConfig:
+        return parse_config(config_tree(saved), f"the config of {run}", [f"run.dir={out}", *(overrides or [])])
+
+    # The processes must join before anything of JAX is used, as it is to read a checkpoint.
+    initialize_distributed(of_replay(effective_config(run)).distributed)
+    config = of_replay(read_saved_run(run).config)
     if config.rl is None:
         raise ValueError(f"{run} is a run of recipe {config.recipe}, which records no samples")
     for change in recorded_changes(run):
@@ -40,7 +47,10 @@ def replay(run: str | Path, out: str | Path, overrides: list[str] | None = None)
         )
     section = config.rl.model_copy(update={"placement": PlacementSection()})
     rl.run(config.model_copy(update={"rl": section}), resume=False, replay=run)
-    before, after = _losses(run), _losses(out)
+    return ReplayResult(*from_process_0(lambda: _compared(_losses(run), _losses(out))))  # which wrote them
+
+
+def _compared(before: dict[int, float], after: dict[int, float]) -> ReplayResult:
     shared = before.keys() & after.keys()
     return ReplayResult(len(shared), max((abs(before[step] - after[step]) for step in shared), default=0.0))
 

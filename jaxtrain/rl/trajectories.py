@@ -66,7 +66,7 @@ def write_step(
     part = "" if deal.processes == 1 else f".{deal.process}-of-{deal.processes}"
     path = folder / f"step_{step:08d}{part}.parquet"
     table = pa.Table.from_pylist([_row(step, t) for t in trajectories], _SCHEMA)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.stem}.tmp")  # hidden, so that readers of the folder ignore what a kill leaves
     pq.write_table(table, temporary, compression="zstd")
     os.replace(temporary, path)
     if deal.process == 0:

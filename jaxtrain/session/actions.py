@@ -33,3 +33,11 @@ def run_once(actions: Iterable[Scheduled], step: int) -> None:
         if action.done_at < step:
             action.run()
             action.done_at = step
+
+
+def mark_done(actions: Iterable[Scheduled], step: int, others: Iterable[tuple[Scheduled, int]]) -> None:
+    """All have run after `step`, but each of `others` only after its own."""
+    for action in actions:
+        action.done_at = step
+    for action, done_at in others:
+        action.done_at = done_at

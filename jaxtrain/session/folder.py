@@ -43,8 +43,8 @@ class _Checked(NamedTuple):
 
     inputs: dict[str, Fingerprint]
     changes: dict[str, dict[str, Any]]  # permitted ones: key -> old and new value
-    ended_at: int | None  # the step after which the run ended by itself, before its last step
-    ended_because: str
+    ended_at: int | None  # the step after which the run ended by itself
+    ended_because: str  # empty: that was its last step
     date: str  # today for chat templates: data.date, or the day on which the run began
 
 
@@ -92,14 +92,14 @@ class RunFolder:
                 "run.dir, or permit the change with --allow-change model.tokenizer"
             )
 
-    def finished(self, step: int, steps: int) -> bool:
-        """Whether nothing is left to train after `step`, the newest checkpoint's; says so if it is.
+    def finished(self, step: int, steps: int, pending: bool) -> bool:
+        """Whether nothing is left to do after `step`, the newest checkpoint's; says so if it is.
 
-        `steps`: of the whole run.
+        `steps`: of the whole run. `pending`: whether an evaluation or a callback was missing when it was saved.
         """
-        if step and step >= steps:
+        if step and step >= steps and (not pending or step == self._checked.ended_at):
             reason = f"it has {steps} steps and its newest checkpoint is of step {step}"
-        elif step and step == self._checked.ended_at and not self._checked.changes:
+        elif step and step == self._checked.ended_at and self._checked.ended_because and not self._checked.changes:
             reason = f"{self._checked.ended_because} after step {step} of {steps}"
         else:
             return False
@@ -229,11 +229,9 @@ def _check(config: RunConfig, folder: Path, resume: bool, allow_change: Sequence
             f"Use the old values, choose another run.dir, or permit and record the change: {options}"
         )
     end = json.loads((folder / FINISHED).read_text()) if (folder / FINISHED).exists() else {}
-    because = end.get("ended_because", "")
     changes = {change.key: {"old": change.old, "new": change.new} for change in found}
-    return _Checked(
-        inputs, changes, end["step"] if because else None, because, config.data.date or stored.data.date or today
-    )
+    date = config.data.date or stored.data.date or today
+    return _Checked(inputs, changes, end.get("step"), end.get("ended_because", ""), date)
 
 
 def _changes(

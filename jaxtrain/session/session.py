@@ -34,7 +34,7 @@ from jaxtrain.roles.declare import declare
 from jaxtrain.roles.role import Role, TrainedRole, Update
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
 from jaxtrain.roles.torch_model import TorchModel
-from jaxtrain.session.actions import Scheduled, load_callback, run_once
+from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_once
 from jaxtrain.session.best import BestEvaluation
 from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, summary, warn_of_positions
 from jaxtrain.session.folder import RunFolder, open_run
@@ -45,7 +45,7 @@ from jaxtrain.train.guard import FiniteChecks, warn_of_recompilation
 from jaxtrain.train.job import Job
 from jaxtrain.train.lockstep import Agreement, in_step
 from jaxtrain.train.preemption import Interrupted, Preemption, exit_code
-from jaxtrain.train.state import joined_states
+from jaxtrain.train.state import saved_tree
 from jaxtrain.train.step import StepReport
 from jaxtrain.types import Batch, TrainState
 
@@ -82,9 +82,10 @@ class Session:
         self._agreement = Agreement(job.preemption, mesh, self._checkpoints.overdue, job.watchdog)
         self._signal = 0  # the number of the signal that ended the run
         self._roles: tuple[TrainedRole, ...] = ()
-        self._data: Resumable | None = None
+        self._data: Any = None  # a `Resumable`, from `restore` on
         self._started = self._save_now = False  # the latter: since `checkpoint.minutes` have passed
-        self._start, self._num_tokens, self._evaluated_at = 0, 0, 0
+        # The latter by the checkpoint: the last steps of the evaluation and of the functions of `every`.
+        self._start, self._num_tokens, self._done_at = 0, 0, [0]
         self._reports: dict[str, StepReport] = {}
         limit = config.train.max_skipped_in_a_row
         self._finite = FiniteChecks(limit, folder.path / "inspection", job.watchdog)
@@ -230,8 +231,6 @@ class Session:
         call = self._monitor.wall.during("other", lambda: function(self))
         self._every.append(Scheduled(lambda step: step % steps == 0, call))
 
-    # Restoring
-
     def restore(self, *roles: TrainedRole, data: Resumable) -> None:
         """Load all trained roles and the data's state from one checkpoint, or start at step 0.
 
@@ -240,7 +239,7 @@ class Session:
         """
         self._roles, self._data = roles, data
         warn_of_positions(roles[0].declared.hf, self.config.data.max_length)
-        restored = self._checkpoints.restore(joined_states({role.name: role.abstract_state() for role in roles}))
+        restored = self._checkpoints.restore(saved_tree({role.name: role.abstract_state() for role in roles}))
         if restored is None:
             for role in roles:
                 role.load()
@@ -252,14 +251,12 @@ class Session:
                 role.load(restored.state[role.name])
             data.set_state(restored.data_state)
             self._num_tokens = restored.meta["num_tokens"]
-            self._evaluated_at = restored.meta["evaluated_at"]
+            self._done_at = [restored.meta["evaluated_at"], *restored.meta.get("called_at", ())]
             self._best.restore(restored.meta.get("best"))
             self._monitor.carry_over(restored.meta.get("wall_time"), restored.step)
         self.step = self._start = roles[0].step
-        if self.folder.finished(self.step, self.num_steps):
+        if self.folder.finished(self.step, self.num_steps, pending=min(self._done_at) < self.step):
             raise _CompletedError
-        for action in self._actions:
-            action.done_at = self.step
 
     def begin(self) -> None:
         """Write the config and open the metrics. `steps` calls it; further calls do nothing."""
@@ -269,13 +266,14 @@ class Session:
         self.folder.start(self.step)
         config, stack = self.config, self._stack
         self.window = MetricWindow(self._roles[0].model, self._num_tokens, config.rl.updates if config.rl else None)
-        self._log = stack.enter_context(MetricLog(self.folder.path, config.log.tensorboard, self.step or None))
+        repeatable = (self._evaluate_action, *self._every)
+        mark_done(self._actions, self.step, zip(repeatable, self._done_at, strict=False))
+        evaluated = self._evaluate_action.done_at == self.step
+        log = MetricLog(self.folder.path, config.log.tensorboard, self.step or None, evaluated=evaluated)
+        self._log = stack.enter_context(log)
         self.progress = stack.enter_context(Progress(self.num_steps, self.step))
         stack.enter_context(self._monitor.running(self.step, self.num_steps))
-        if self._evaluate_action.due(self.step) and self._evaluated_at < self.step:
-            self._evaluate_action.run()  # a signal interrupted the evaluation after this step
-
-    # The loop
+        run_once([action for action in repeatable if action.due(self.step)], self.step)  # a signal ended the run before
 
     @property
     def ended(self) -> bool:
@@ -324,7 +322,9 @@ class Session:
         self.progress.update(self.step)
         self._signal, self._save_now = self._agreement.stopping(), self._agreement.saving()
         if not self._signal:
-            run_once((action for action in self._actions if action.due(self.step)), self.step)
+            # The last step is saved by `_finish`, after all other actions: a complete run is not resumed.
+            actions = self._actions if self.step < self.num_steps else self._actions[:-1]
+            run_once((action for action in actions if action.due(self.step)), self.step)
 
     def _finish(self) -> None:
         """Run the final actions: all of them if the run is complete, report and save after a signal."""
@@ -377,20 +377,22 @@ class Session:
 
     def _save(self) -> None:
         """Save a checkpoint, without frozen weights: they are read, or initialized, again."""
-        assert self._data is not None
+        run_once([self._report_action], self.step)  # not due at the best step: a resumed run knows no steps before it
         self._checkpoints.wait()  # so that `saved_steps` includes the previous one
+        data_state = self._data.get_state()  # may write files, as recipe rl does
         self.folder.publish()  # before the checkpoint: a resumed run has the metrics of all steps before it
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "evaluated_at": self._evaluate_action.done_at,
+            "called_at": [action.done_at for action in self._every],
             "best": self._best.state(),
             "wall_time": self._monitor.wall.seconds(),
             **self.folder.meta(),
         }
-        tree = joined_states({role.name: role.state for role in self._roles})
+        tree = saved_tree({role.name: role.state for role in self._roles})
         self._checkpoints.kept[:] = [] if self._best.step is None else [self._best.step]
-        self._checkpoints.save(self.step, tree, self._data.get_state(), meta)
+        self._checkpoints.save(self.step, tree, data_state, meta)
 
     @property
     def outcome(self) -> Outcome:

@@ -22,11 +22,13 @@ _GRACE_SECONDS = 1.0  # during start-up, until the process is ended if the main 
 class Interrupted(BaseException):
     """Work was abandoned because of a request to stop.
 
-    Not a subclass of Exception, like KeyboardInterrupt, so that handlers of errors do not catch it. The `Preemption`
-    context sets `signal` when it exits with this exception.
+    Not a subclass of Exception, like KeyboardInterrupt, so that handlers of errors do not catch it. `signal` is that of
+    the request; the `Preemption` context sets it when it exits with this exception, if it was not known.
     """
 
-    signal = 0
+    def __init__(self, signal: int = 0) -> None:
+        super().__init__()
+        self.signal = signal
 
     @property
     def exit_code(self) -> int:
@@ -65,7 +67,7 @@ class Preemption:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if isinstance(error, Interrupted):
-            error.signal = self._requested
+            error.signal = error.signal or self._requested
         self._depth -= 1
         if self._depth == 0 and threading.current_thread() is threading.main_thread():
             self._restore()
@@ -82,7 +84,7 @@ class Preemption:
     def check(self) -> None:
         """Raise `Interrupted` if this process received a signal. Can be called from any thread."""
         if self._requested:
-            raise Interrupted
+            raise Interrupted(self._requested)
 
     def on_request(self, callback: Callable[[], None]) -> None:
         """Call `callback` at the first signal, in another thread; now, if there was one. It must not block."""
@@ -133,7 +135,7 @@ class Preemption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = self._requested or number
         if self._starting and not _is_importing(frame):
-            raise Interrupted
+            raise Interrupted(self._requested)  # maybe before the body of the context, and so without `__exit__`
 
     def _unraisable(self, ignored: sys.UnraisableHookArgs) -> None:
         # Python ignores exceptions in finalisers and callbacks of the garbage collector, and prints a traceback, not

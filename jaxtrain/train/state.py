@@ -1,4 +1,4 @@
-"""The initial `TrainState` and its shardings."""
+"""The initial `TrainState`, its shardings, and the tree of several."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,8 +40,8 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     )
 
 
-def joined_states(states: Mapping[str, TrainState]) -> dict[str, Any]:
-    """The tree of a checkpoint: the leaves of the first role without a prefix, as an export expects them, and those of
-    the others under their names."""
+def saved_tree(states: Mapping[str, TrainState]) -> dict[str, Any]:
+    """The leaves of a checkpoint: those of the first role without a prefix, as an export expects them, and those of the
+    others under their names."""
     first, *others = states
     return {**states[first]._asdict(), **{name: states[name] for name in others}}

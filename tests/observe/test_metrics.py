@@ -79,6 +79,19 @@ def test_tensorboard_is_told_which_steps_come_again(tmp_path):
     assert starts == [5]
 
 
+def test_an_evaluation_that_comes_again_is_dropped(tmp_path):
+    """And TensorBoard, which can only drop whole steps, gets the rest of its step again."""
+    with MetricLog(tmp_path, tensorboard=True) as log:
+        log.log(4, {"loss": float("nan"), "lr": 0.5})
+        log.log(4, {"eval_loss": 1.0})
+    with MetricLog(tmp_path, tensorboard=True, resumed_from=4, evaluated=False) as log:
+        log.log(4, {"eval_loss": 1.0})
+    assert lines(tmp_path) == [{"step": 4, "loss": None, "lr": 0.5}, {"step": 4, "eval_loss": 1.0}]
+    again = events(max((tmp_path / "tensorboard").iterdir()))
+    assert [event.step for event in again if event.session_log.status == event.session_log.START] == [4]
+    assert [value.tag for event in again for value in event.summary.value] == ["loss", "lr", "eval_loss"]
+
+
 def events(path):
     """Records of an event file: length uint64, its crc, the message, its crc."""
     content, found = path.read_bytes(), []

@@ -1,4 +1,4 @@
-"""Recipe rl on two processes: as on one, with an engine for each or one for both, and resumed on as many or others."""
+"""Recipe rl on two and four processes: as on one, with an engine for each or for two, resumed on as many or others."""
 
 import importlib.util
 import os
@@ -105,6 +105,14 @@ def resumed(place, two) -> None:
     commands.Job(place, 2, calls, devices=2).finish()
 
 
+@pytest.fixture(scope="module")
+def four(place, one) -> None:
+    """On four processes, from the middle of the updates of one process: the other updates, and another rollout."""
+    killed_copy(place / "grpo" / "one", place / "grpo" / "four", 1)
+    command = ["train", str(place / "rl.yaml"), *overrides(place, "grpo", "four")]
+    commands.Job(place, 4, [command], devices=4).finish()
+
+
 def samples(run: Path) -> list[tuple]:
     """Of each sample: where it belongs, and its tokens."""
     return [
@@ -184,6 +192,12 @@ def test_the_updates_of_one_process_go_on_on_two_and_back(place, two):
     killed_copy(place / "ppo" / "two", place / "ppo" / "back", 1)
     train(place, "ppo", "back")
     assert_equal(place / "ppo" / "back", place / "ppo" / "one")
+
+
+def test_the_updates_of_one_process_go_on_on_four(place, four):
+    assert_equal(place / "grpo" / "four", place / "grpo" / "one")
+    names = {path.name for path in (place / "grpo" / "four" / FOLDER).iterdir()}
+    assert names == {"step_00000001.parquet", *(f"step_00000003.{rank}-of-4.parquet" for rank in range(4))}
 
 
 def test_the_samples_have_different_rewards(place, one):

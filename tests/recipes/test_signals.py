@@ -125,6 +125,20 @@ def test_during_a_rollout_with_a_slow_reward(place, tmp_path):
         assert [line[name] for name in ("loss", "reward")] == [expected[name] for name in ("loss", "reward")]
 
 
+def test_two_processes_during_a_rollout_with_slow_rewards(place, tmp_path):
+    """Both wait for a reward of their own. The signal reaches one of them, and both save and end."""
+    file, folder = slow_config(place, tmp_path / "two", slow_from=5), tmp_path / "two"
+    job = commands.Job(place, 2, [["train", str(file)]], devices=2)
+    job.wait_until(lambda: (folder / "waiting").exists() and len(logged(folder / "run")) == 2)
+    start = time.monotonic()
+    job.processes[1].send_signal(signal.SIGTERM)
+    [printed] = job.finish(128 + signal.SIGTERM)
+    assert time.monotonic() - start < SOON, printed
+    assert "SIGTERM: stopped after step 2, which was saved" in printed[0]
+    assert not any("Traceback" in output for output in printed)
+    assert (folder / "run" / "checkpoints" / "2").is_dir()
+
+
 def slow_config(place: Path, folder: Path, slow_from: int) -> Path:
     """A run in `folder`/run whose reward takes a minute from the given call on."""
     folder.mkdir()

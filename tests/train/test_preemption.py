@@ -62,6 +62,19 @@ def test_before_the_first_step_the_main_thread_is_interrupted_where_it_waits():
     assert "SIGHUP: stopped before the first step" in str(raised.value)
 
 
+def test_a_signal_that_arrives_while_the_context_is_entered_has_its_exit_code():
+    class Signalled(Preemption):
+        def _install(self):
+            super()._install()
+            signal.raise_signal(signal.SIGHUP)
+
+    preemption = Signalled()
+    with pytest.raises(Interrupted) as raised, preemption:
+        pass
+    preemption._restore()  # as the end of the process does
+    assert raised.value.exit_code == 129
+
+
 def test_a_main_thread_that_does_not_answer_is_ended():
     # As one that compiles: what is raised in a finaliser is dropped.
     code = """
