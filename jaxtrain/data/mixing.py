@@ -107,10 +107,15 @@ class Mixture:
     def draw(self, counts: tuple[int, ...]) -> Draw | None:
         """The draw after `counts` rows from each source; None when every source is exhausted."""
         places = [self._shard + count * self._num_shards for count in counts]  # in the sources' sequences of epochs
-        live = [s for s in range(len(counts)) if (end := self._end(s)) is None or places[s] < end]
+        live = []
+        for source, rows in enumerate(self._sources):
+            # The length of a stream is found when it ends, so it is asked for at every draw.
+            end = self._ends[source] if rows.stream is None else len(rows)
+            if end is None or places[source] < end:
+                live.append(source)
         if not live:
             return None
-        source = min(live, key=lambda s: (counts[s] + self._offsets[s]) / self._weights[s])
+        source = min([((counts[s] + self._offsets[s]) / self._weights[s], s) for s in live])[1]
         rows = self._sources[source]
         epoch, row = divmod(places[source], len(rows))
         if (blocks := self._blocks[source]) is not None:
@@ -118,11 +123,6 @@ class Mixture:
         elif self._shuffle and rows.stream is None:
             row = _order(len(rows), self._seed, source, epoch)(row)
         return Draw(source, row, tuple(count + (s == source) for s, count in enumerate(counts)))
-
-    def _end(self, source: int) -> int | None:
-        # The length of a stream is found when it ends, so it is asked for at every draw.
-        rows = self._sources[source]
-        return self._ends[source] if rows.stream is None else len(rows)
 
 
 class _Blocks:

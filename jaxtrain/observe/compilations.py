@@ -16,8 +16,8 @@ _PARTS = (
 _MOST_SPANS = 1000
 
 
-class _Compilations(threading.local):
-    """Those of a thread."""
+class Compilations(threading.local):
+    """Those of the thread that reads it: the number of programs, and the seconds of tracing and compiling."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -34,22 +34,17 @@ class _Compilations(threading.local):
         del self._spans[:-_MOST_SPANS]
 
 
-_OF_THREAD = _Compilations()
+COMPILATIONS = Compilations()
 
 
 def compilations() -> int:
     """How many programs this thread has compiled, or found in the persistent cache, since JAX counts."""
-    return _OF_THREAD.count
-
-
-def compile_seconds() -> float:
-    """The seconds that this thread has traced and compiled for."""
-    return _OF_THREAD.seconds
+    return COMPILATIONS.count
 
 
 def _on_span(event: str, start_time: float, end_time: float, **_: Any) -> None:
     if event in _PARTS:
-        _OF_THREAD.add(event, start_time, end_time)
+        COMPILATIONS.add(event, start_time, end_time)
 
 
 jax.monitoring.register_event_time_span_listener(_on_span)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-from jaxtrain.observe.compilations import compile_seconds
-
-T = TypeVar("T")
+from jaxtrain.observe.compilations import COMPILATIONS, Compilations
 
 Activity = Literal[
     "steps",  # updates, in reinforcement learning also the rollouts
@@ -29,22 +26,22 @@ ACTIVITIES: tuple[Activity, ...] = get_args(Activity)
 class WallTime:
     """Seconds of a run by activity. Its main thread is always busy with exactly one; `seconds` is thread-safe.
 
-    `compiling` tells the seconds that the calling thread has compiled for. They count as that activity alone.
+    The seconds in which the main thread compiled, by `compilations`, count as that activity alone.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, compiling: Callable[[], float] = compile_seconds
+        self, clock: Callable[[], float] = time.perf_counter, compilations: Compilations = COMPILATIONS
     ) -> None:
-        self._clock, self._compiling = clock, compiling
+        self._clock, self._compilations = clock, compilations
         self._seconds: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
         self._lock = threading.Lock()
         self.activity: Activity = "loading"
-        self._since, self._compiled = clock(), compiling()
+        self._since, self._compiled = clock(), compilations.seconds
 
     def become(self, activity: Activity) -> Activity:
         """The main thread is busy with `activity` from now on. Returns what it was busy with before."""
         with self._lock:
-            now, compiled = self._clock(), self._compiling()
+            now, compiled = self._clock(), self._compilations.seconds
             passed = now - self._since
             in_compiler = min(compiled - self._compiled, passed)
             self._seconds["compiling"] += in_compiler
@@ -70,15 +67,6 @@ class WallTime:
                 function()
 
         return timed
-
-    def iterate(self, activity: Activity, items: Iterator[T]) -> Iterator[T]:
-        """`items`; `activity` is what the main thread does while it waits for the next one."""
-        while True:
-            with self.spent(activity):
-                found = list(itertools.islice(items, 1))
-            if not found:
-                return
-            yield found[0]
 
     def seconds(self) -> dict[str, float]:
         """So far, by activity."""

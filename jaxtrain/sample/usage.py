@@ -26,7 +26,8 @@ class EngineUsage:
         """A device call with `live` samples, and a cache of `rows` x `columns`."""
         self._calls += 1
         self._live += live
-        self._largest = max(self._largest, (rows, columns), key=lambda size: size[0] * size[1])
+        if rows * columns > self._largest[0] * self._largest[1]:
+            self._largest = rows, columns
 
     def read(self, params: Params) -> dict[str, float]:
         """`engine/slots_in_use`, the mean share of the slots that held a sample, and `engine/memory_gib`, what weights

@@ -77,18 +77,16 @@ class Session:
         self._checkpoints = stack.enter_context(folder.checkpoints())
         stack.enter_context(job.reporting())  # left first
         self._num_steps = config.train.steps  # None until the data has been counted
-        self.step = 0  # dispatched optimizer steps of the first role
+        self.step = self._signal = 0  # dispatched steps of the first role; the signal that ended the run
         self.metrics: MetricValues = {}
         self._agreement = Agreement(job.preemption, mesh, self._checkpoints.overdue, job.watchdog)
-        self._signal = 0  # the number of the signal that ended the run
         self._roles: tuple[TrainedRole, ...] = ()
         self._data: Any = None  # a `Resumable`, from `restore` on
         self._started = self._save_now = False  # the latter: since `checkpoint.minutes` have passed
         # The latter by the checkpoint: the last steps of the evaluation and of the functions of `every`.
         self._start, self._num_tokens, self._done_at = 0, 0, [0]
         self._reports: dict[str, StepReport] = {}
-        limit = config.train.max_skipped_in_a_row
-        self._finite = FiniteChecks(limit, folder.path / "inspection", job.watchdog)
+        self._finite = FiniteChecks(config.train.max_skipped_in_a_row, folder.path / "inspection", job.watchdog)
         self._best = BestEvaluation(config.eval.best)
         self._evaluators: dict[str, Callable[[], MetricValues]] = {}
         self._every: list[Scheduled] = []
@@ -143,8 +141,6 @@ class Session:
                 session._stack.close()
                 if session._started:
                     folder.finish(session.num_steps, session._early_end)
-
-    # Declaration
 
     def trained_role(
         self,
@@ -288,9 +284,14 @@ class Session:
         exhausted adds batches of padding until the data of all is exhausted.
         """
         self.begin()
-        iterator = self._monitor.wall.iterate("waiting", in_step(batches, self._agreement))
-        while not self.ended and (batch := next(iterator, None)) is not None:
-            self._finite.add(batch)
+        wall, iterator = self._monitor.wall, in_step(batches, self._agreement)
+        while not self.ended:
+            wall.become("waiting")
+            batch = next(iterator, None)
+            wall.become("steps")
+            if batch is None:
+                return
+            self._finite.recent.append(batch)
             started = time.perf_counter()
             yield self._roles[0].place(batch)
             self._after_step(batch, time.perf_counter() - started)

@@ -53,12 +53,8 @@ class FiniteChecks:
 
     def __init__(self, limit: int, folder: Path, watchdog: Watchdog):
         self._limit, self._folder, self._watchdog = limit, folder, watchdog
-        self._recent: deque[Batch] = deque(maxlen=limit + 1)
+        self.recent: deque[Batch] = deque(maxlen=limit + 1)  # of the last steps, the one that is dispatched included
         self._unchecked: tuple[int, Mapping[str, StepReport]] | None = None
-
-    def add(self, batch: Batch) -> None:
-        """The next step is dispatched with `batch`, on the host."""
-        self._recent.append(batch)
 
     def stepped(self, step: int, reports: Mapping[str, StepReport]) -> None:
         """The reports of `step`, by role, are checked by the next `check`."""
@@ -71,7 +67,7 @@ class FiniteChecks:
         (step, reports), self._unchecked = self._unchecked, None
         with self._watchdog.waits(f"step {step}"):
             for name, report in reports.items():
-                check_finite(report, self._recent, self._limit, step, self._folder, name)
+                check_finite(report, self.recent, self._limit, step, self._folder, name)
 
 
 def _stacked(batches: Sequence[Batch]) -> dict[str, Any]:
