@@ -92,8 +92,8 @@ def _drop_after(path: Path, last: int, evaluated: bool) -> dict[str, float] | No
     os.replace(rewritten, path)
     if not repeated:
         return None
-    values = json.loads(kept[-1])
-    return {name: math.nan if values[name] is None else values[name] for name in values.keys() - {"step"}}
+    values = json.loads(kept[-1]).items()
+    return {name: math.nan if value is None else value for name, value in values if name != "step"}
 
 
 def _step(line: str) -> float:
