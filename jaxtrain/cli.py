@@ -160,7 +160,7 @@ def launch(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="folder of a run, which may be on another machine")],
+    run: Annotated[str, typer.Argument(help="local or mounted folder of a run, which may be on another machine")],
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
 ) -> None:
     """Show how a run is doing: state, step, speed, goodput, newest checkpoint and metrics, and its processes."""
@@ -168,7 +168,9 @@ def status(
 
     from jaxtrain.observe.status import read_status, status_text
 
-    found = read_status(run)
+    if "://" in run:
+        raise ValueError(f"{run} is a URL: status reads a local or mounted folder")
+    found = read_status(Path(run))
     typer.echo(json.dumps(found, indent=1) if as_json else status_text(found), nl=as_json)
 
 
@@ -190,7 +192,7 @@ def preview(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    run: Annotated[str, typer.Argument(help="folder of a run, local or a URL")],
     out: OutArgument,
     step: Annotated[int | None, typer.Option(help="step of the checkpoint; default: the newest", min=0)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's dtype")] = None,
@@ -199,12 +201,14 @@ def export(
 ) -> None:
     """Write a run's model as a Hugging Face folder, with merged adapters."""
     from jaxtrain.session.export import export_run
+    from jaxtrain.session.mirror import local_run
     from jaxtrain.session.record import best_step
 
     if best and step is not None:
         raise ValueError("give either --best or --step")
-    step = best_step(run) if best else step
-    export_run(run, out, step=step, dtype=dtype, adapter=adapter)
+    folder = local_run(run)
+    step = best_step(folder) if best else step
+    export_run(folder, out, step=step, dtype=dtype, adapter=adapter)
     typer.echo(f"wrote {out}")
 
 
@@ -256,7 +260,7 @@ def new_family(
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(help="folder of a run of recipe rl")],
+    run: Annotated[str, typer.Argument(help="folder of a run of recipe rl, local or a URL")],
     out: Annotated[Path, typer.Argument(help="folder to write")],
     overrides: OverridesArgument = None,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from jaxtrain.observe.heartbeat import DEAD_AFTER_SECONDS, read_heartbeats
-from jaxtrain.observe.run_files import CHECKPOINTS, CONFIG, LOCK, METRICS
+from jaxtrain.observe.run_files import CHECKPOINTS, CONFIG, FINISHED, LOCK, METRICS
 
 _TAIL_BYTES = 1 << 20  # of the metrics that are read: the newest ones
 _SHOWN = ("loss", "reward", "grad_norm", "learning_rate", "epoch", "num_tokens", "mfu", "peak_memory_gib")
@@ -97,7 +97,10 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 
 def _state(run: Path, beat: Mapping[str, Any], now: float) -> str:
-    """running, finished, stopped (by a signal), failed (by an error), dead, starting or not started."""
+    """running, finished, stopped (by a signal), failed (by an error), dead, starting or not started.
+
+    unknown: a run without a heartbeat that has not finished.
+    """
     lock = run / LOCK
     held_since = lock.stat().st_mtime if lock.is_file() and lock.stat().st_size else -math.inf  # empty: released
     ended = beat.get("state") != "running"
@@ -106,7 +109,7 @@ def _state(run: Path, beat: Mapping[str, Any], now: float) -> str:
     if held_since > beat.get("time", -math.inf):
         return "starting"
     if not beat:
-        return "not started"
+        return "finished" if (run / FINISHED).exists() else "unknown" if (run / METRICS).exists() else "not started"
     return beat["state"] if ended else "dead"
 
 

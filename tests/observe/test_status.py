@@ -61,8 +61,15 @@ def test_states(run, state, age, expected):
     assert status["heartbeat_age"] == pytest.approx(age, abs=5)
 
 
-def test_a_run_that_loads_is_starting(run):
+def test_a_run_without_heartbeats(run):
+    assert read_status(run)["state"] == "unknown"
+    (run / "metrics.jsonl").unlink()
     assert read_status(run)["state"] == "not started"
+    (run / "finished.json").write_text('{"step": 3}')
+    assert read_status(run)["state"] == "finished"
+
+
+def test_a_run_that_loads_is_starting(run):
     (run / ".lock").write_text("")  # released
     beat(run, age=3600)
     assert read_status(run)["state"] == "dead"

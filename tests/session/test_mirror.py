@@ -7,7 +7,9 @@ import fsspec
 import pytest
 import recipe_runs
 
+from jaxtrain.cli import export
 from jaxtrain.config import load_config
+from jaxtrain.observe.run_files import HEARTBEATS
 from jaxtrain.recipes.run import run
 from jaxtrain.remote import RemoteError, cache_home, copied_folder
 from jaxtrain.session.export import export_run
@@ -44,9 +46,9 @@ def storage(tmp_path, monkeypatch):
 
 
 def files(folder):
-    """What a folder holds beside its checkpoints, whose files have random names."""
+    """What a folder holds beside its checkpoints, whose files have random names, and what is not mirrored."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    others = {name: path for name, path in found.items() if not name.startswith(CHECKPOINTS)}
+    others = {name: path for name, path in found.items() if not name.startswith((CHECKPOINTS, HEARTBEATS))}
     return {name: path.read_bytes() for name, path in others.items() if name not in (LOCK, ORIGIN)}
 
 
@@ -62,8 +64,8 @@ def test_a_run_at_a_url_is_resumed_and_exported_as_a_local_one(preference_run, m
     assert recipe_runs.checksums(copy) == recipe_runs.checksums(whole)
     assert recipe_runs.logged(copy) == recipe_runs.logged(whole)
     assert files(copy).keys() == files(whole).keys()
-    for source, out in (("memory://runs/a", "remote"), (whole, "local")):
-        export_run(source, tmp_path / out)
+    for source, out in (("memory://runs/a", "remote"), (str(whole), "local")):
+        export(source, str(tmp_path / out), step=None, dtype=None, adapter=False, best=False)
     assert files(tmp_path / "remote") == files(tmp_path / "local")
 
 
