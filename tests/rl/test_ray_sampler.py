@@ -79,12 +79,12 @@ def test_a_stopped_worker_is_replaced_in_time(sampler, caplog, monkeypatch, rece
     ids = in_use(sampler)
     colocated, model, _ = place(COLOCATED, seed=6)
     expected, params = colocated.sample(PROMPTS, 3), trained(model.run.mesh, seed=6)[1]
-    monkeypatch.setattr(sampler, "_seconds", 3.0)
+    monkeypatch.setattr(sampler, "_seconds", 10.0)
     os.kill(ids[0], signal.SIGSTOP)
     start = time.monotonic()
     if receiving:
         sampler.set_params(params, 8)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 30
     same(sampler.sample(PROMPTS, 3), expected)
     assert sampler.metrics()["rollout/slow_workers"] == 1 and "rollout worker 0 is too slow" in caplog.text
     monkeypatch.undo()  # the new worker has compiled nothing yet
