@@ -132,3 +132,11 @@ def killed_copy(whole: Path, copy: Path, step: int | None = None) -> None:
     step = random.choice(steps[:-1]) if step is None else step
     for later in steps[steps.index(step) + 1 :]:
         shutil.rmtree(copy / CHECKPOINTS / str(later))
+
+
+def check_killed_copy_goes_on(place: Path) -> None:
+    """A run goes on from what a kill leaves as if uninterrupted; tests/test_kill_campaign.py kills real processes."""
+    killed_copy(place / "whole", place / "killed")
+    train(place, "killed")
+    assert logged(place / "killed") == logged(place / "whole")
+    assert checksums(place / "killed") == checksums(place / "whole")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipe_runs import STEPS, checksums, killed_copy, logged, losses, prepare, train
+from recipe_runs import STEPS, check_killed_copy_goes_on, losses, prepare, train
 
 from jaxtrain.config import ConfigError
 
@@ -47,11 +47,7 @@ def test_lora_and_jsd_with_cross_entropy(place):
 
 
 def test_a_killed_run_goes_on_exactly(place, whole):
-    """The state after a kill; tests/recipes/test_processes.py kills one of the recipes."""
-    killed_copy(place / "whole", place / "killed")
-    train(place, "killed")
-    assert logged(place / "killed") == logged(place / "whole")
-    assert checksums(place / "killed") == checksums(place / "whole")
+    check_killed_copy_goes_on(place)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from recipe_runs import checksums, killed_copy, logged, losses, train
+from recipe_runs import check_killed_copy_goes_on, losses, train
 
 from jaxtrain.config import ConfigError
 
@@ -54,11 +54,7 @@ def test_kto_learns_from_labels(place):
 
 
 def test_a_killed_run_goes_on_exactly(place, whole):
-    """The state after a kill; tests/recipes/test_processes.py kills one of the recipes."""
-    killed_copy(place / "whole", place / "killed")
-    train(place, "killed")
-    assert logged(place / "killed") == logged(place / "whole")
-    assert checksums(place / "killed") == checksums(place / "whole")
+    check_killed_copy_goes_on(place)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipe_runs import checksums, killed_copy, logged, prepare, train
+from recipe_runs import check_killed_copy_goes_on, prepare, train
 
 from converters.tokenizer import load_tokenizer
 from jaxtrain.config import ConfigError
@@ -60,11 +60,7 @@ def test_labels_are_fitted(place):
 
 
 def test_a_killed_run_goes_on_exactly(place, whole):
-    """The state after a kill; tests/recipes/test_processes.py kills one of the recipes."""
-    killed_copy(place / "whole", place / "killed")
-    train(place, "killed")
-    assert logged(place / "killed") == logged(place / "whole")
-    assert checksums(place / "killed") == checksums(place / "whole")
+    check_killed_copy_goes_on(place)
 
 
 @pytest.mark.parametrize(
