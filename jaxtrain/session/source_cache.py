@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jax.experimental import multihost_utils
 
 from jaxtrain.config import SourceSection
 from jaxtrain.data.columns import Row
@@ -29,6 +28,7 @@ from jaxtrain.data.sources import DataError, Source
 from jaxtrain.parallel.batches import place_batch
 from jaxtrain.roles.role import Role
 from jaxtrain.session.session import Session
+from jaxtrain.train.agree import barrier
 from jaxtrain.types import Batch, Bundle
 
 log = logging.getLogger(__name__)
@@ -113,8 +113,7 @@ def _write(path: Path, columns: Mapping[str, pa.Array], origin: dict[str, Any]) 
         partial_file = path.with_suffix(".tmp")
         pq.write_table(table, partial_file, compression="zstd")
         partial_file.replace(path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"cache {path}")
+    barrier(f"cache {path}")
 
 
 def source_items(

@@ -37,6 +37,12 @@ def gather_values(value: T) -> list[T]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
 
 
+def barrier(name: str) -> None:
+    """Return once all processes have called this, with the same name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def on_all(work: Callable[[], T]) -> T:
     """Call `work`, in which no process waits for another, and return once it has returned on all processes.
 
