@@ -19,9 +19,10 @@ os.environ |= {
 
 from tpu_decode import decode
 from tpu_head import head
+from tpu_moe import experts
 from tpu_step import step
 
-PROGRAMS = {program.__name__: program for program in (step, decode, head)}
+PROGRAMS = {program.__name__: program for program in (step, decode, head, experts)}
 
 if __name__ == "__main__":
     for line in sys.stdin:

@@ -4,11 +4,12 @@ No token is dropped and nothing is padded to a capacity: the pairs of a token an
 expert, and each expert multiplies its group of rows (`ops.ragged`).
 
 On a mesh each device sorts its own tokens and holds a shard of the experts (axis "expert") and of their hidden width
-("tensor"); parameters that "fsdp" shards are gathered first. The tokens of an "expert" group are gathered too and
-processed device by device, so every buffer has the size of one device's pairs even if all choose the same expert.
+("tensor"); parameters that "fsdp" shards are gathered first. Over "expert" only the chosen pairs travel, to the device
+that holds their expert and back (`ops.exchange`), in buffers that do not grow if all choose the same expert.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,9 @@ from jaxtyping import Bool, Float, Integer
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.mlp import ACTIVATIONS
-from jaxtrain.ops.ragged import grouped_matmul, sort_pairs, unsort_pairs
+from jaxtrain.ops.exchange import BLOCK, Slots, at_owners, plan_route, sort_into_slots
+from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
+from jaxtrain.ops.varying import varying_over
 from jaxtrain.parallel.sharding import ROWS
 from jaxtrain.types import Array, Params, Routing, get_leaf
 
@@ -61,7 +64,7 @@ class SparseMLP(nnx.Module):
         logits = self.router(x, key).astype(jnp.float32)
         scores, chosen = lax.top_k(logits, self.moe.experts_per_token)
         weights = jnp.exp(scores - jax.nn.logsumexp(scores if self.moe.renormalise else logits, -1, keepdims=True))
-        mix = partial(_mix, self.experts) if mesh is None else partial(_mix_on_mesh, self.experts, mesh)
+        mix = partial(_mix_locally, self.experts) if mesh is None else partial(_mix_on_mesh, self.experts, mesh)
         return mix(x, chosen, weights), routing_of(logits, logits >= scores[..., -1:], segment_ids > 0)
 
 
@@ -75,11 +78,12 @@ def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real
     return Routing(total(chosen), total(jax.nn.softmax(logits)), total(z)[0], total(real[..., None])[0])
 
 
-class Pairs(NamedTuple):
-    """The expert of each row of a sorted array [M, ...]."""
+class Rows(NamedTuple):
+    """Copies of tokens, sorted by expert. Rows at the end may belong to no expert: their weights are 0."""
 
+    x: Array  # [M, D]
+    weights: Array  # [M] the router's, in float32
     sizes: Array  # [E] rows of each expert
-    expert: Array  # [M] the expert of each row; E for rows at the end that belong to no expert
 
 
 class Experts(nnx.Module):
@@ -94,13 +98,20 @@ class Experts(nnx.Module):
         self.up_proj = linear("up_proj", stream, hidden)
         self.down_proj = linear("down_proj", hidden, stream)
 
-    def __call__(self, x: Float[Array, "M D"], pairs: Pairs) -> Float[Array, "M D"]:
-        """Apply the experts to rows that are sorted by expert."""
-        gate, up = self.gate_proj(x, pairs), self.up_proj(x, pairs)
+    def __call__(self, rows: Rows) -> Float[Array, "M D"]:
+        """The output of the expert of each row, times the weight of the row.
+
+        The hidden activations are multiplied by the weights: thus the gradient of a weight needs no output.
+        """
+        member = _members(rows.sizes, len(rows.x))
+        gate, up = self.gate_proj(rows.x, rows.sizes, member), self.up_proj(rows.x, rows.sizes, member)
         if self.swiglu is None:
-            return self.down_proj(ACTIVATIONS[self.activation](gate) * up, pairs)
-        gate, up = jnp.minimum(gate, self.swiglu.limit), jnp.clip(up, -self.swiglu.limit, self.swiglu.limit)
-        return self.down_proj((up + 1) * gate * jax.nn.sigmoid(self.swiglu.alpha * gate), pairs)
+            hidden = ACTIVATIONS[self.activation](gate) * up
+        else:
+            gate, up = jnp.minimum(gate, self.swiglu.limit), jnp.clip(up, -self.swiglu.limit, self.swiglu.limit)
+            hidden = (up + 1) * gate * jax.nn.sigmoid(self.swiglu.alpha * gate)
+        weights = rows.weights[:, None]
+        return self.down_proj((hidden * weights).astype(hidden.dtype), rows.sizes, member * weights)
 
     @property
     def count(self) -> int:
@@ -144,34 +155,47 @@ class ExpertLinear(nnx.Module):
             b = jnp.zeros((experts, self.lora.rank, o), self.lora.dtype)
             self.lora_b = nnx.Param(b, out_sharding=("expert", "rank", out_axis))
 
-    def __call__(self, x: Float[Array, "M I"], pairs: Pairs) -> Float[Array, "M O"]:
-        """Multiply rows that are sorted by expert."""
+    def __call__(
+        self, x: Float[Array, "M I"], sizes: Integer[Array, " E"], bias_scales: Float[Array, "M E"]
+    ) -> Float[Array, "M O"]:
+        """Multiply rows that are sorted by expert, and add the bias of each expert times `bias_scales`."""
 
         def product(x: Array, kernels: nnx.Param) -> Array:
-            return grouped_matmul(x, kernels[...].astype(x.dtype), pairs.sizes)
+            return grouped_matmul(x, kernels[...].astype(x.dtype), sizes)
 
         y = product(x, self.kernel)
         if self.bias is not None:
-            y += self.bias[...].astype(x.dtype).at[pairs.expert].get(mode="fill", fill_value=0)
+            # A matmul, since the gradient of a lookup would be a scatter.
+            y += bias_scales.astype(x.dtype) @ self.bias[...].astype(x.dtype)
         if self.lora is not None:
             assert self.lora_a is not None and self.lora_b is not None
             y += self.lora.scale * product(product(x, self.lora_a), self.lora_b)
         return y
 
 
-def _mix(experts: Experts, x: Array, chosen: Array, weights: Array) -> Array:
-    """x [..., D], chosen and weights [..., k] -> [..., D]. Experts that are not in `experts` contribute 0."""
-    k, tokens, chosen = chosen.shape[-1], x.reshape(-1, x.shape[-1]), chosen.reshape(-1)
-    local = (chosen >= 0) & (chosen < experts.count)
-    expert = jnp.where(local, chosen, experts.count)
-    order = jnp.argsort(expert, stable=True)
-    inverse = jnp.argsort(order)
-    starts = jnp.searchsorted(expert[order], jnp.arange(experts.count + 1))
-    pairs = Pairs(jnp.diff(starts).astype(jnp.int32), expert[order])
-    out = unsort_pairs(experts(sort_pairs(tokens, order, inverse, k), pairs), order, inverse)
-    weights = jnp.where(local, weights.reshape(-1), 0).astype(x.dtype).reshape(-1, k)
-    out = jnp.einsum("nkd,nk->nd", out.reshape(-1, k, x.shape[-1]), weights)
-    return out.reshape(x.shape)
+def _members(sizes: Array, rows: int) -> Array:
+    """[M, E] in float32: 1 where a row belongs to the expert."""
+    ends, row = jnp.cumsum(sizes), jnp.arange(rows)[:, None]
+    return ((row >= ends - sizes) & (row < ends)).astype(jnp.float32)
+
+
+def _mix(apply: Callable[[Array, Array, Slots], Array], block: int, experts: int, *tokens: Array) -> Array:
+    """x [..., D], chosen [..., k] of `experts`, and weights [..., k] -> [..., D].
+
+    `apply` gives the weighted outputs of rows and weights in slots.
+    """
+    x, chosen, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in tokens)
+    k = chosen.shape[1]
+    slots = sort_into_slots(chosen.reshape(-1), experts, block)
+    of_token = slots.pairs // k, slots.places.reshape(-1, k)
+    weights = copies_of_tokens(weights.reshape(-1, 1), slots.pairs, slots.places[:, None])[:, 0]
+    out = apply(copies_of_tokens(x, *of_token), jnp.where(slots.real, weights, 0), slots)
+    return sums_of_slots(out, *of_token).reshape(tokens[0].shape)
+
+
+def _mix_locally(experts: Experts, *tokens: Array) -> Array:
+    """`_mix` by experts that this device holds, all of them."""
+    return _mix(lambda x, weights, slots: experts(Rows(x, weights, slots.sizes)), 1, experts.count, *tokens)
 
 
 def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights: Array) -> Array:
@@ -179,24 +203,26 @@ def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights:
     graphdef, params = nnx.split(experts)
     specs = nnx.to_pure_dict(jax.tree.map(_spec, params, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 
+    def compute(params: Params, rows: tuple[Array, Array], sizes: Array) -> Array:
+        local: Experts = nnx.merge(graphdef, params)
+        return local(Rows(*rows, sizes))
+
     def on_device(params: Params, *tokens: Array) -> Array:
         params = jax.tree.map(partial(_gathered, x.dtype), params, specs)
         down_proj = params["down_proj"]
         if isinstance(down_proj, dict) and "bias" in down_proj:
             # The outputs of all shards of the hidden width are summed: one shard adds the bias.
             down_proj["bias"] = get_leaf(down_proj, "bias") * (lax.axis_index("tensor") == 0)
-        local: Experts = nnx.merge(graphdef, params)
-        first = lax.axis_index("expert") * local.count
 
-        def mix(tokens: tuple[Array, ...]) -> Array:
-            x, chosen, weights = tokens
-            return _mix(local, x, chosen - first, weights)
+        def by_owners(x: Array, weights: Array, slots: Slots) -> Array:
+            return at_owners(compute, "expert", params, (x, weights), plan_route(slots, "expert", (*ROWS, "tensor")))
 
         tokens = tuple(map(_varying, tokens))
         if mesh.shape["expert"] == 1:
-            return lax.psum(mix(tokens), "tensor")
-        of_group = lax.map(jax.checkpoint(mix), tuple(lax.all_gather(leaf, "expert") for leaf in tokens))
-        return lax.psum(lax.psum_scatter(of_group, "expert"), "tensor")
+            out = _mix_locally(nnx.merge(graphdef, params), *tokens)
+        else:
+            out = _mix(by_owners, BLOCK, experts.count, *tokens)
+        return lax.psum(out, "tensor")
 
     rows = PartitionSpec(ROWS)
     return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows)(
@@ -216,6 +242,5 @@ def _gathered(dtype: jnp.dtype, leaf: Array, spec: PartitionSpec) -> Array:
 
 
 def _varying(x: Array) -> Array:
-    """Mark `x` as differing between all devices: the transpose sums its gradient over them."""
-    missing = tuple(axis for axis in (*ROWS, "tensor") if axis not in jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
+    """`x` as differing between all devices."""
+    return varying_over(x, (*ROWS, "tensor"))

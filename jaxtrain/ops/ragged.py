@@ -1,12 +1,14 @@
 """Grouped matrix products: each group of rows is multiplied by its own matrix."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax import Array, lax
 from jaxtyping import Float, Integer
 
 from jaxtrain.ops.cpu import ragged as cpu
+from jaxtrain.ops.tpu import ragged as tpu
 
 
 @jax.custom_vjp
@@ -18,8 +20,7 @@ def grouped_matmul(
     `x` is sorted by group and has the dtype of `kernels`; `sizes` are the rows of each group, possibly 0. Rows at the
     end may belong to no group: they give 0.
     """
-    # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
-    return lax.platform_dependent(x, kernels, sizes, cpu=cpu.grouped_matmul, default=lax.ragged_dot)
+    return _matmul(x, kernels, sizes, transpose=False)
 
 
 def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -28,11 +29,31 @@ def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array
 
 def _backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = saved
-    d_x = grouped_matmul(g, kernels.swapaxes(1, 2), sizes)
-    return d_x, lax.platform_dependent(x, g, sizes, cpu=cpu.grouped_outer, default=_ragged_outer), None
+    d_x = _matmul(g, kernels, sizes, transpose=True)
+    d_kernels = lax.platform_dependent(
+        x, g, sizes, cpu=cpu.grouped_outer, tpu=tpu.grouped_outer, default=_ragged_outer
+    )
+    return d_x, d_kernels, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
+    """x [M, I], kernels [G, I, O], or [G, O, I] with `transpose`, -> [M, O]."""
+
+    def of_axes(product: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda x, kernels, sizes: product(x, kernels.swapaxes(1, 2) if transpose else kernels, sizes)
+
+    # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
+    return lax.platform_dependent(
+        x,
+        kernels,
+        sizes,
+        cpu=of_axes(cpu.grouped_matmul),
+        tpu=functools.partial(tpu.grouped_matmul, transpose=transpose),
+        default=of_axes(lax.ragged_dot),
+    )
 
 
 def _ragged_outer(x: Array, g: Array, sizes: Array) -> Array:
@@ -43,42 +64,44 @@ def _ragged_outer(x: Array, g: Array, sizes: Array) -> Array:
     return lax.ragged_dot_general(x, g, sizes, numbers)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def sort_pairs(
-    x: Float[Array, "n D"], order: Integer[Array, " pairs"], inverse: Integer[Array, " pairs"], k: int
-) -> Float[Array, "pairs D"]:
-    """The row of its token for every pair in `order`, where pair p belongs to token p // k.
+@jax.custom_vjp
+def copies_of_tokens(
+    x: Float[Array, "n D"], tokens: Integer[Array, " S"], slots: Integer[Array, "n k"]
+) -> Float[Array, "S D"]:
+    """The row of its token for every slot: `x[tokens]`.
 
-    `inverse` undoes the permutation `order` [n k], so that the gradient gathers where autodiff would scatter.
+    Token t has the slots `slots[t]`; other slots are padding, copies of any token. Gradients gather where autodiff
+    would scatter: that by `x` ignores padding, and that of `sums_of_slots` gives it a copy of any token's.
     """
-    return x[order // k]
+    return x[tokens]
 
 
-def _sort_fwd(x: Array, order: Array, inverse: Array, k: int) -> tuple[Array, Array]:
-    return sort_pairs(x, order, inverse, k), inverse
+def _copies_fwd(x: Array, tokens: Array, slots: Array) -> tuple[Array, tuple[Array, Array]]:
+    return copies_of_tokens(x, tokens, slots), (tokens, slots)
 
 
-def _sort_bwd(k: int, inverse: Array, g: Array) -> tuple[Array, None, None]:
-    return g[inverse].reshape(-1, k, g.shape[1]).sum(1), None, None
+def _copies_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
+    return sums_of_slots(g, *saved), None, None
 
 
-sort_pairs.defvjp(_sort_fwd, _sort_bwd)
+copies_of_tokens.defvjp(_copies_fwd, _copies_bwd)
 
 
 @jax.custom_vjp
-def unsort_pairs(
-    y: Float[Array, "pairs D"], order: Integer[Array, " pairs"], inverse: Integer[Array, " pairs"]
-) -> Float[Array, "pairs D"]:
-    """The inverse of the permutation `order`, with a gradient that gathers."""
-    return y[inverse]
+def sums_of_slots(
+    y: Float[Array, "S D"], tokens: Integer[Array, " S"], slots: Integer[Array, "n k"]
+) -> Float[Array, "n D"]:
+    """The sum of the rows of each token's slots: the transpose of `copies_of_tokens`."""
+    # Slots first: TPUs sum over the leading axis without a change of layout.
+    return y[slots.T].sum(0)
 
 
-def _unsort_fwd(y: Array, order: Array, inverse: Array) -> tuple[Array, Array]:
-    return unsort_pairs(y, order, inverse), order
+def _sums_fwd(y: Array, tokens: Array, slots: Array) -> tuple[Array, tuple[Array, Array]]:
+    return sums_of_slots(y, tokens, slots), (tokens, slots)
 
 
-def _unsort_bwd(order: Array, g: Array) -> tuple[Array, None, None]:
-    return g[order], None, None
+def _sums_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
+    return copies_of_tokens(g, *saved), None, None
 
 
-unsort_pairs.defvjp(_unsort_fwd, _unsort_bwd)
+sums_of_slots.defvjp(_sums_fwd, _sums_bwd)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxtrain.ops.ragged import grouped_matmul
+from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
 
 SIZES = {
     "uneven": [70, 0, 1, 129, 0, 40],
@@ -55,10 +55,40 @@ def test_cpu_and_other_platforms_compute_the_same():
     np.testing.assert_allclose(cpu.grouped_outer(x, g, sizes), ragged._ragged_outer(x, g, sizes), atol=3e-5)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_other_platforms_lower_to_ragged_dot(platform):
-    x, kernels, _ = problem()
+def lowered(platform):
+    x, kernels, g = problem()
     sizes = jax.ShapeDtypeStruct((6,), jnp.int32)
-    text = jax.jit(grouped_matmul).trace(x, kernels, sizes).lower(lowering_platforms=(platform,)).as_text()
+
+    def all_three(x, kernels, sizes):
+        y, backward = jax.vjp(lambda x, kernels: grouped_matmul(x, kernels, sizes), x, kernels)
+        return y, *backward(g)
+
+    return jax.jit(all_three).trace(x, kernels, sizes).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_tpus_multiply_by_kernels():
+    """`ragged_dot` itself, and its transpose that is dense there, appear nowhere."""
+    text = lowered("tpu")
+    assert text.count("custom_call @tpu_custom_call") == 3
+    assert "ragged" not in text
+
+
+def test_other_platforms_lower_to_ragged_dot():
+    text = lowered("cuda")
     assert "while" not in text
     assert "ragged" in text
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_sums_of_slots_are_the_transpose_of_copies(padding):
+    rng = np.random.default_rng(0)
+    places = jnp.asarray(rng.permutation(20 + padding)[:20].reshape(10, 2))
+    tokens = jnp.full(20 + padding, 4).at[places].set(jnp.arange(10)[:, None])
+    x, y = (jnp.asarray(rng.normal(size=(rows, 3)), jnp.float32) for rows in (10, 20 + padding))
+
+    copies, back = jax.vjp(lambda x: copies_of_tokens(x, tokens, places), x)
+    sums, forth = jax.vjp(lambda y: sums_of_slots(y, tokens, places), y)
+    np.testing.assert_array_equal(copies, x[tokens])
+    np.testing.assert_allclose(sums, y[places].sum(1), atol=1e-6)
+    np.testing.assert_array_equal(back(y)[0], sums)
+    np.testing.assert_array_equal(forth(x)[0], copies)

@@ -4,10 +4,11 @@ XLA's CPU backend multiplies every row by every group's matrix in `lax.ragged_do
 row once, at the cost of half a tile per group.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Integer
+
+from jaxtrain.ops.varying import varying_as
 
 _TILE = 64  # rows of one group that are multiplied by its matrix at once
 
@@ -41,7 +42,7 @@ def grouped_matmul(
         # Rows past the end of the group are overwritten by the next group's first tile.
         return lax.dynamic_update_slice_in_dim(out, tile, start, 0)
 
-    out = lax.fori_loop(0, tiles.last_tiles[-1], body, _zeros((len(x), kernels.shape[2]), x))[:rows]
+    out = lax.fori_loop(0, tiles.last_tiles[-1], body, varying_as(jnp.zeros((len(x), kernels.shape[2]), x.dtype), x))[:rows]
     return jnp.where(jnp.arange(rows)[:, None] < tiles.ends[-1], out, 0)
 
 
@@ -59,11 +60,4 @@ def grouped_outer(x: Float[Array, "M I"], g: Float[Array, "M O"], sizes: Integer
         return out.at[group].add(product.astype(jnp.float32))
 
     shape = (len(sizes), x.shape[1], g.shape[1])
-    return lax.fori_loop(0, tiles.last_tiles[-1], body, _zeros(shape, x).astype(jnp.float32)).astype(x.dtype)
-
-
-def _zeros(shape: tuple[int, ...], like: Array) -> Array:
-    """Zeros in the dtype of `like` that differ between the devices of a `shard_map` where `like` does."""
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    zeros = jnp.zeros(shape, like.dtype)
-    return lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return lax.fori_loop(0, tiles.last_tiles[-1], body, varying_as(jnp.zeros(shape), x)).astype(x.dtype)
