@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Integer
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.mlp import ACTIVATIONS
-from jaxtrain.ops.exchange import BLOCK, Slots, at_owners, plan_route, sort_into_slots
+from jaxtrain.ops.exchange import Slots, at_owners, block_rows, plan_route, sort_into_slots
 from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
 from jaxtrain.ops.varying import varying_over
 from jaxtrain.parallel.sharding import ROWS
@@ -215,13 +215,15 @@ def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights:
             down_proj["bias"] = get_leaf(down_proj, "bias") * (lax.axis_index("tensor") == 0)
 
         def by_owners(x: Array, weights: Array, slots: Slots) -> Array:
-            return at_owners(compute, "expert", params, (x, weights), plan_route(slots, "expert", (*ROWS, "tensor")))
+            route = plan_route(slots, block, "expert", (*ROWS, "tensor"))
+            return at_owners(compute, "expert", block, params, (x, weights), route)
 
+        block = block_rows(tokens[1].size, experts.count)
         tokens = tuple(map(_varying, tokens))
         if mesh.shape["expert"] == 1:
             out = _mix_locally(nnx.merge(graphdef, params), *tokens)
         else:
-            out = _mix(by_owners, BLOCK, experts.count, *tokens)
+            out = _mix(by_owners, block, experts.count, *tokens)
         return lax.psum(out, "tensor")
 
     rows = PartitionSpec(ROWS)

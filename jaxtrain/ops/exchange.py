@@ -1,7 +1,8 @@
 """The exchange of rows between devices that each own some of the groups (experts) that the rows belong to.
 
-Rows are sorted by group, into slots, and travel in blocks of `BLOCK` rows: a block is a tile of a TPU's memory, so that
-no layout changes on the way. The owner receives them sorted by group and then by source, at most a buffer at a time: a
+Rows are sorted by group, into slots, and travel in blocks of 8 rows: a block is a tile of a TPU's memory, so that no
+layout changes on the way. Where groups are small, the padding to blocks would cost more, and rows travel one by one.
+The owner receives them sorted by group and then by source, at most a buffer at a time: a
 round that is full leaves the rest to the next, and no row is dropped.
 """
 
@@ -18,7 +19,7 @@ from jaxtrain.ops.cpu import exchange as cpu
 from jaxtrain.ops.varying import varying_as
 from jaxtrain.types import Array
 
-BLOCK = 8  # rows of a tile of a TPU's memory
+_TILE = 8  # rows of a tile of a TPU's memory
 _BUFFER = 512  # the rows of a received buffer are a multiple: of those of a block of `ops.tpu.ragged`
 
 Function = Callable[[Any, Any, Array], Array]
@@ -50,35 +51,40 @@ class _Moves(NamedTuple):
     received: Array
 
 
+def block_rows(pairs: int, groups: int) -> int:
+    """The rows of a block: with more than one, padding is at most an eighth."""
+    return _TILE if pairs >= groups * _TILE * _TILE else 1
+
+
 def sort_into_slots(group: Integer[Array, " pairs"], groups: int, block: int) -> Slots:
     """`group` is the group of each pair, 0 to `groups - 1`."""
     count = len(group)
     order = jnp.argsort(group, stable=True)
-    sizes = jnp.sum(group[:, None] == jnp.arange(groups), 0, dtype=jnp.int32)
-    ends = jnp.cumsum(sizes)
+    ends = jnp.searchsorted(group[order], jnp.arange(groups), side="right").astype(jnp.int32)
+    sizes = jnp.diff(ends, prepend=0)
     if block == 1:
         return Slots(order, jnp.ones(count, bool), jnp.argsort(order), sizes)
     padded = -(-sizes // block) * block
     padding = jnp.cumsum(padded) - padded - (ends - sizes)  # [G] slots of padding before each group
     slot = jnp.arange(_padded_count(count, groups, block))
-    group_of_slot = jnp.searchsorted(jnp.cumsum(padded), slot, side="right", method="compare_all")
+    group_of_slot = jnp.searchsorted(jnp.cumsum(padded), slot, side="right")
     place = slot - padding.at[group_of_slot].get(mode="clip")
     real = (place < ends.at[group_of_slot].get(mode="clip")) & (group_of_slot < groups)
     return Slots(order.at[place].get(mode="clip"), real, jnp.argsort(order) + padding[group], padded)
 
 
-def plan_route(slots: Slots, axis: str, everyone: tuple[str, ...]) -> Route:
+def plan_route(slots: Slots, block: int, axis: str, everyone: tuple[str, ...]) -> Route:
     """The route of the slots of each device along the mesh axis `axis`, for a `shard_map` over the axes `everyone`."""
-    blocks = lax.all_gather(slots.sizes // BLOCK, axis)
+    blocks = lax.all_gather(slots.sizes // block, axis)
     devices = len(blocks)
     received = blocks.reshape(devices, devices, -1).sum((0, 2)).max()
     # All devices of the mesh take the same number of rounds.
-    rounds = lax.pmax(-(-received // (_capacity(len(slots.pairs)) // BLOCK)), everyone)
+    rounds = lax.pmax(-(-received // (_capacity(len(slots.pairs)) // block)), everyone)
     return Route(blocks, rounds)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def at_owners(function: Function, axis: str, params: Any, rows: Any, route: Route) -> Float[Array, "S D"]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def at_owners(function: Function, axis: str, block: int, params: Any, rows: Any, route: Route) -> Float[Array, "S D"]:
     """The rows of `function(params, rows, sizes)`, computed by the devices along `axis` that own their groups.
 
     `rows` is a tree of arrays [S, ...] in slots, the first of them as wide as the output; device d owns the groups
@@ -87,25 +93,28 @@ def at_owners(function: Function, axis: str, params: Any, rows: Any, route: Rout
     """
 
     def one_round(index: Array, y: Array) -> Array:
-        there, back, sizes = _moves(route, axis, len(y), index)
-        out = function(params, _sent(rows, there, axis), sizes)
-        return _moved(out, y, back, axis)
+        there, back, sizes = _moves(route, axis, _capacity(len(y)) // block, index)
+        out = function(params, _sent(rows, there, axis, block), sizes * block)
+        return _moved(out, y, back, axis, block)
 
     return lax.fori_loop(0, route.rounds, one_round, jnp.zeros_like(jax.tree.leaves(rows)[0]))
 
 
-def _forward(function: Function, axis: str, params: Any, rows: Any, route: Route) -> tuple[Array, tuple]:
-    return at_owners(function, axis, params, rows, route), (params, rows, route)
+def _forward(function: Function, axis: str, block: int, params: Any, rows: Any, route: Route) -> tuple[Array, tuple]:
+    return at_owners(function, axis, block, params, rows, route), (params, rows, route)
 
 
-def _backward(function: Function, axis: str, saved: tuple[Any, Any, Route], g: Array) -> tuple[Any, Any, None]:
+def _backward(
+    function: Function, axis: str, block: int, saved: tuple[Any, Any, Route], g: Array
+) -> tuple[Any, Any, None]:
     params, rows, route = saved
 
     def one_round(index: Array, sums: tuple[Any, Any]) -> tuple[Any, Any]:
-        there, back, sizes = _moves(route, axis, len(g), index)
-        _, backward = jax.vjp(lambda params, rows: function(params, rows, sizes), params, _sent(rows, there, axis))
-        d_params, d_rows = backward(_sent(g, there, axis))
-        returned = jax.tree.map(lambda d, all_rounds: _moved(d, all_rounds, back, axis), d_rows, sums[1])
+        there, back, sizes = _moves(route, axis, _capacity(len(g)) // block, index)
+        received = _sent(rows, there, axis, block)
+        _, backward = jax.vjp(lambda params, rows: function(params, rows, sizes * block), params, received)
+        d_params, d_rows = backward(_sent(g, there, axis, block))
+        returned = jax.tree.map(lambda d, all_rounds: _moved(d, all_rounds, back, axis, block), d_rows, sums[1])
         return jax.tree.map(jnp.add, sums[0], d_params), returned
 
     zeros = jax.tree.map(jnp.zeros_like, (params, rows))
@@ -115,8 +124,8 @@ def _backward(function: Function, axis: str, saved: tuple[Any, Any, Route], g: A
 at_owners.defvjp(_forward, _backward)
 
 
-def _moves(route: Route, axis: str, slots: int, index: Array) -> tuple[_Moves, _Moves, Array]:
-    """The moves of one round to the owners and back, and the rows of each of this device's groups in the buffer."""
+def _moves(route: Route, axis: str, capacity: int, index: Array) -> tuple[_Moves, _Moves, Array]:
+    """The moves of one round to the owners and back, and the blocks of each of this device's groups in the buffer."""
     devices, groups = route.blocks.shape
     own = groups // devices
     me = lax.axis_index(axis)
@@ -124,8 +133,8 @@ def _moves(route: Route, axis: str, slots: int, index: Array) -> tuple[_Moves, _
     of_owner = route.blocks.T.reshape(devices, own * devices)
     ends = jnp.cumsum(of_owner, 1)
     starts = ends - of_owner
-    first = index * (_capacity(slots) // BLOCK)
-    low, high = (jnp.clip(x, first, first + _capacity(slots) // BLOCK) for x in (starts, ends))
+    first = index * capacity
+    low, high = (jnp.clip(x, first, first + capacity) for x in (starts, ends))
     sizes = (high - low).reshape(groups, devices)
 
     def of_moved(x: Array) -> Array:
@@ -138,21 +147,21 @@ def _moves(route: Route, axis: str, slots: int, index: Array) -> tuple[_Moves, _
     )
     there = _Moves(at_source[:, me], sizes[:, me], at_owner[:, me], received)
     back = _Moves(received_at, received, returned_to, sizes[:, me])
-    return there, back, received.reshape(devices, own).sum(0) * BLOCK
+    return there, back, received.reshape(devices, own).sum(0)
 
 
-def _sent(rows: Any, moves: _Moves, axis: str) -> Any:
+def _sent(rows: Any, moves: _Moves, axis: str, block: int) -> Any:
     """Each array of `rows` [S, ...] at the owners, in a buffer of zeros."""
 
     def sent(x: Array) -> Array:
         buffer = varying_as(jnp.zeros((_capacity(len(x)), *x.shape[1:]), x.dtype), x)
-        return _moved(x, buffer, moves, axis)
+        return _moved(x, buffer, moves, axis, block)
 
     return jax.tree.map(sent, rows)
 
 
-def _moved(x: Array, into: Array, moves: _Moves, axis: str) -> Array:
-    x, blocks = (y.reshape(-1, BLOCK, *y.shape[1:]) for y in (x, into))
+def _moved(x: Array, into: Array, moves: _Moves, axis: str, block: int) -> Array:
+    x, blocks = (y.reshape(-1, block, *y.shape[1:]) for y in (x, into))
     out = lax.platform_dependent(
         x,
         blocks,

@@ -8,6 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float, Integer
 
 from jaxtrain.ops.cpu import ragged as cpu
+from jaxtrain.ops.gpu import ragged as gpu
 from jaxtrain.ops.tpu import ragged as tpu
 
 
@@ -30,8 +31,9 @@ def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array
 def _backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = saved
     d_x = _matmul(g, kernels, sizes, transpose=True)
+    forms = {"cuda": gpu.grouped_outer} if _takes_gpu_kernels(x, kernels) else {}
     d_kernels = lax.platform_dependent(
-        x, g, sizes, cpu=cpu.grouped_outer, tpu=tpu.grouped_outer, default=_ragged_outer
+        x, g, sizes, cpu=cpu.grouped_outer, tpu=tpu.grouped_outer, default=_ragged_outer, **forms
     )
     return d_x, d_kernels, None
 
@@ -45,6 +47,9 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
     def of_axes(product: Callable[..., Array]) -> Callable[..., Array]:
         return lambda x, kernels, sizes: product(x, kernels.swapaxes(1, 2) if transpose else kernels, sizes)
 
+    forms = {}
+    if _takes_gpu_kernels(x, kernels):
+        forms["cuda"] = functools.partial(gpu.grouped_matmul, transpose=transpose)
     # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
     return lax.platform_dependent(
         x,
@@ -53,7 +58,12 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
         cpu=of_axes(cpu.grouped_matmul),
         tpu=functools.partial(tpu.grouped_matmul, transpose=transpose),
         default=of_axes(lax.ragged_dot),
+        **forms,
     )
+
+
+def _takes_gpu_kernels(x: Array, kernels: Array) -> bool:
+    return gpu.supports(x, *kernels.shape[1:]) and gpu.kernels_agree(lax.ragged_dot, _ragged_outer)
 
 
 def _ragged_outer(x: Array, g: Array, sizes: Array) -> Array:

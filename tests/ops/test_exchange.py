@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxtrain.ops.exchange import BLOCK, at_owners, plan_route, sort_into_slots
+from jaxtrain.ops.exchange import at_owners, block_rows, plan_route, sort_into_slots
 
 GROUPS, PAIRS = 8, 600  # of each of four devices, so that a buffer holds 1024 rows
 CHOICES = {
@@ -15,7 +15,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("block", [1, BLOCK])
+@pytest.mark.parametrize("block", [1, 8])
 def test_slots_are_sorted_by_group_and_groups_begin_at_blocks(block):
     group = np.random.default_rng(0).choice([0, 2, 3, 6], 50)
     slots = sort_into_slots(jnp.asarray(group), 7, block)
@@ -35,8 +35,14 @@ def outputs(params, rows, sizes):
     return jnp.sin(x * scales[:, None]) * weights[:, None]
 
 
+def test_rows_travel_one_by_one_where_padding_would_be_more_than_an_eighth():
+    assert block_rows(512, 8) == 8
+    assert block_rows(511, 8) == 1
+
+
+@pytest.mark.parametrize("block", [1, 8])
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
-def test_owners_compute_what_one_device_would(choice):
+def test_owners_compute_what_one_device_would(choice, block):
     rng = np.random.default_rng(0)
     group = jnp.asarray(choice(rng), jnp.int32)
     x, cotangent = (jnp.asarray(rng.normal(size=(4 * PAIRS, 3)), jnp.float32) for _ in range(2))
@@ -47,10 +53,10 @@ def test_owners_compute_what_one_device_would(choice):
 
     def on_device(params, x, weights, group):
         params, x, weights, group = (jax.lax.pcast(a, "data", to="varying") for a in (params, x, weights, group))
-        slots = sort_into_slots(group, GROUPS, BLOCK)
-        route = plan_route(slots, "expert", ("data", "expert"))
+        slots = sort_into_slots(group, GROUPS, block)
+        route = plan_route(slots, block, "expert", ("data", "expert"))
         in_slots = x[slots.pairs], jnp.where(slots.real, weights[slots.pairs], 0)
-        out = at_owners(outputs, "expert", params, in_slots, route)[slots.places]
+        out = at_owners(outputs, "expert", block, params, in_slots, route)[slots.places]
         return jax.lax.psum(out, "data") / 2
 
     sharded = jax.shard_map(on_device, mesh=mesh, in_specs=rows, out_specs=rows)

@@ -14,19 +14,16 @@ def ragged_all_to_all(
     *,
     axis_name: str,
 ) -> Array:
-    """`lax.ragged_all_to_all`; every device gathers what all have, and takes its own."""
+    """`lax.ragged_all_to_all`; every device sees what all have, one after the other, and takes its own."""
     del recv_sizes
-    operands, starts, sizes, targets = (
-        lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)
-    )
-    devices = len(operands)
-    starts, sizes, targets = (
-        x.reshape(devices, devices, -1)[:, lax.axis_index(axis_name)].reshape(-1) for x in (starts, sizes, targets)
-    )
-    row = jnp.arange(len(output))[:, None]
-    within = (row >= targets) & (row < targets + sizes)  # [M, slices to this device]
-    piece = jnp.argmax(within, 1)
-    source = piece // (len(sizes) // devices)
-    values = operands[source, starts[piece] + row[:, 0] - targets[piece]]
-    taken = within.any(1).reshape(-1, *[1] * (output.ndim - 1))
-    return jnp.where(taken, values, output)
+    devices, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    row = jnp.arange(len(output))
+    for shift in range(devices):
+        to = [(source, (source + shift) % devices) for source in range(devices)]
+        x, *slices = (lax.ppermute(y, axis_name, to) for y in (operand, input_offsets, send_sizes, output_offsets))
+        starts, sizes, targets = (y.reshape(devices, -1)[me] for y in slices)
+        within = (row[:, None] >= targets) & (row[:, None] < targets + sizes)  # [M, slices to this device]
+        piece = jnp.argmax(within, 1)
+        values = x[starts[piece] + row - targets[piece]]
+        output = jnp.where(within.any(1).reshape(-1, *[1] * (output.ndim - 1)), values, output)
+    return output

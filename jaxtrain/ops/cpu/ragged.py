@@ -42,7 +42,9 @@ def grouped_matmul(
         # Rows past the end of the group are overwritten by the next group's first tile.
         return lax.dynamic_update_slice_in_dim(out, tile, start, 0)
 
-    out = lax.fori_loop(0, tiles.last_tiles[-1], body, varying_as(jnp.zeros((len(x), kernels.shape[2]), x.dtype), x))[:rows]
+    out = lax.fori_loop(0, tiles.last_tiles[-1], body, varying_as(jnp.zeros((len(x), kernels.shape[2]), x.dtype), x))[
+        :rows
+    ]
     return jnp.where(jnp.arange(rows)[:, None] < tiles.ends[-1], out, 0)
 
 
