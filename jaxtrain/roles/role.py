@@ -104,7 +104,8 @@ class Role:
 
         def top(params: Params, batch: Batch) -> TopK:
             head = replace(self.model.head(params), vocab_size=vocab_size)
-            targets, scoring = Targets(batch.tokens, batch.loss_weights), Scoring(temperature, top_k=k)
+            targets = Targets(batch.tokens, batch.loss_weights)
+            scoring = Scoring(temperature, top_k=k, chunk=self.model.run.head_chunk)
             scores = token_scores(self.model.hidden(params, batch), head, targets, scoring, mesh=self.model.run.mesh)
             return TopK(scores.top_ids, scores.top_logps)
 
@@ -144,7 +145,7 @@ class Role:
     def _score(self, key: Any, batch: Batch, function: Any) -> Any:
         if key not in self._compiled:
             mesh = self.model.run.mesh
-            options = None if mesh is None else compiler_options(mesh)
+            options = None if mesh is None else compiler_options(mesh, self.model.run.compiler_options)
             self._compiled[key] = jax.jit(function, compiler_options=options)
         return self._compiled[key](self.params, self.place(batch))
 
@@ -198,7 +199,7 @@ class TrainedRole(Role):
             adapters, base = initial_params(self.section, self.declared, self.seed)
             trained, self.frozen = (adapters, base) if self.model.base_frozen else (join(adapters, base), {})
             self._state = state or self._begin(trained)
-        self._step = jit_step(self._make_step(), self.state, self.mesh)
+        self._step = jit_step(self._make_step(), self.state, self.mesh, self.model.run.compiler_options)
 
     def update(self, batch: Batch) -> StepReport:
         """Take one optimizer step on a placed batch. The report stays on the device until it is read."""

@@ -75,6 +75,7 @@ class Engine:
         if max_length < 2:
             raise ValueError(f"max_length={max_length} must be at least 2: one prompt token and one new token")
         self.model = replace(model, run=replace(model.run, context=max_length))
+        self._programs = programs.with_options(model.run.compiler_options)  # prefill and decode
         self.slots, self.max_length = slots, max_length
         self.tokenizer, vocab_size = tokenizer, model.config.vocab_size
         support, alternatives = min(limits.support, vocab_size), min(limits.alternatives, vocab_size)
@@ -248,7 +249,7 @@ class Engine:
         buffers, first_rows = self._buffers, itemgetter(slice(self._buffers.rows))
         if self._device_settings is None or len(self._device_settings.seed) != buffers.rows:
             self._device_settings = jax.device_put(jax.tree.map(first_rows, self._settings))
-        (buffers.cache, buffers.marks), generated = programs.decode(
+        (buffers.cache, buffers.marks), generated = self._programs[1](
             self.model,
             self.limits,
             self._params,
@@ -344,7 +345,7 @@ class Engine:
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
             places += [(row, slot, len(prompt)) for slot in slots]
-        fresh = programs.prefill(self.model, self._params, tokens, lengths)
+        fresh = self._programs[0](self.model, self._params, tokens, lengths)
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
     def _occupy(self, slot: int, sample: Sample, marks: np.ndarray | None) -> None:
