@@ -113,6 +113,7 @@ def _forward(
     out, residuals = kernels._dot_product_attention_fwd_rule(
         *arrays, options.scale, _SEED, _DROPOUT, _NO_BIAS, *_mask(options), version, False
     )
+    assert isinstance(out, jax.Array)  # a tuple only if residuals are requested
     stats = residuals[-2]  # [B * limit, N, T]: the lse of a token, at its place within its segment
     lse = None
     if sinks is not None:
