@@ -13,7 +13,6 @@ from jaxtrain.train.step import batch_norm, score
 
 LOCAL = LayerKind(window=5, rope=Rope(theta=300.0))
 MIXED = (LOCAL, tiny.KIND, LOCAL)
-ONE_LAYER = {"num_layers": 1, "pattern": MIXED[:1]}
 
 
 def loss_and_grad(model, params, batch):
@@ -47,47 +46,6 @@ def test_packed_rows_equal_the_same_segments_alone(pattern):
     weighted = packed.loss_weights > 0
     np.testing.assert_allclose(together[weighted], apart[unpacked.loss_weights > 0], atol=1e-5)
     assert_close(loss_and_grad(model, params, packed), loss_and_grad(model, params, unpacked))
-
-
-REMAT = ["dots", "full", (), (("qkv", "keep"), ("gate", "keep")), (("attention", "keep"), ("up", "offload"))]
-
-
-@pytest.mark.parametrize("remat", REMAT, ids=str)
-def test_remat_changes_nothing(remat):
-    """Bit for bit, operation by operation; compiled, XLA may fuse the operations of a loop in another way."""
-    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
-    model = tiny.model(tiny.LORA, **ONE_LAYER)
-    params = tiny.random_params(model)
-    again = dataclasses.replace(model, run=dataclasses.replace(model.run, remat=remat))
-
-    def one_by_one(model):
-        with jax.disable_jit():
-            return jax.value_and_grad(lambda params: jnp.sin(model.hidden(params, batch)).sum())(params)
-
-    jax.tree.map(np.testing.assert_array_equal, one_by_one(model), one_by_one(again))
-    assert_close(loss_and_grad(model, params, batch), loss_and_grad(again, params, batch))
-
-
-def saved(remat, **changes):
-    """The sizes in bytes of what the layers' loop saves for the backward pass, on the device and on the host."""
-    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
-    model = tiny.model(remat=remat, **changes)
-    params = tiny.random_params(model)
-    gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(score(model, params, batch).logp)))(params)
-    forward = next(each for each in gradient.eqns if each.primitive.name == "scan")
-    stacked = [out.aval for out in forward.outvars[forward.params["num_carry"] :]]
-    on_host = [sum(each.size for each in stacked if ("host" in str(each)) == host) for host in (False, True)]
-    return np.array(on_host)
-
-
-@pytest.mark.parametrize(
-    ("name", "floats"), [("qkv", 8 * 16), ("attention", 4 * 16 + 4), ("attention_out", 64), ("gate", 96), ("up", 96)]
-)
-def test_the_loop_of_layers_saves_what_is_named(name, floats):
-    """`floats` of each of the 3 * 64 tokens of all layers: (N + 2 K) H, N (H + 1), D, F and F."""
-    nothing = saved(())
-    kept, offloaded = saved(((name, "keep"),)) - nothing, saved(((name, "offload"),)) - nothing
-    assert kept.tolist() == [3 * 64 * floats, 0] and offloaded.tolist() == [0, 3 * 64 * floats]
 
 
 def test_layers_without_a_loop_are_the_same():
