@@ -126,6 +126,10 @@ class RunConfig(Section):
         self._check_one_length()
         if self.eval.generate and self.data.eval is None and self.eval.prompts is None:
             raise ValueError("eval.generate needs data.eval or eval.prompts")
+        if self.rl is not None and self.data.eval is not None and not self.eval.generate:
+            raise ValueError(
+                "recipe rl reads data.eval only for eval.generate, the number of held-out prompts to answer"
+            )
         if (self.recipe == "rl") != (self.rl is not None):
             raise ValueError("`recipe: rl` and the section `rl` belong together")
         check_teacher(self.recipe, self.teacher, self.rl)
