@@ -23,9 +23,7 @@ from jaxtrain.config.run_config import RunConfig
 
 EXPORT = "export"  # in a stage's folder
 _ORIGIN = ("path", "config", "tokenizer", "add_tokens", "chat_template")  # keys of `model` that an export settles
-_OF_FIRST = tuple(
-    f"model.{key}{end}" for key in (*_ORIGIN, "lora.path") for end in "=."
-)  # overrides of the first stage
+_OF_FIRST = tuple(f"model.{key}{end}" for key in (*_ORIGIN, "lora.path") for end in "=.")  # overrides
 
 
 class Stage(NamedTuple):

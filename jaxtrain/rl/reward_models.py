@@ -85,7 +85,8 @@ def reward_models(session: Session, policy: Role) -> list[RewardModel]:
             raise ValueError(
                 f"rl.reward_models: {section.path} is not a reward model (a sequence classifier with one label)"
             )
-        if None not in (tokenizer, role.tokenizer) and role.tokenizer.get_vocab() != tokenizer.get_vocab():
+        own = role.tokenizer
+        if None not in (tokenizer, own) and own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"rl.reward_models: {section.path} has another tokenizer than the policy")
         role.load()
         max_length, close = config.data.max_length, None

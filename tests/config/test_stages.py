@@ -69,6 +69,6 @@ def test_a_reward_model_is_not_trained_as_a_language_model(place, tmp_path):
 
 def test_an_adapter_is_not_added_twice(place, tmp_path):
     shared = {"lora": {"path": "adapter"}}
-    with pytest.raises(ConfigError, match=r"stage sft_1: model\.lora\.path would be added to the export of stage sft_0"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.path would be added to the export of stage sft_0"):
         stages_of(place, tmp_path, "sft", "sft", model=shared)
     assert len(stages_of(place, tmp_path, "sft", "sft", model=shared, last={"model": {"lora": {"rank": 4}}})) == 2
