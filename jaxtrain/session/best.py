@@ -19,8 +19,8 @@ class BestEvaluation:
         self._since = 0  # evaluations since the best one
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of an evaluation after `step`. A value that is not finite is never the best, nor is a missing
-        one: a reward that failed for all answers has none.
+        """Take the metrics of an evaluation after `step`. A value that is not finite is never the best, nor is one that
+        is missing: a reward that failed for all answers has none.
 
         Raises ValueError if the metric is missing and no evaluation before had it.
         """
