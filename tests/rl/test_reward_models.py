@@ -7,6 +7,7 @@ from trajectories import trajectory
 
 from jaxtrain.config import ModelSection
 from jaxtrain.config.rl_parts import RewardSection
+from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.reward_models import Closing, RewardModel
@@ -49,7 +50,7 @@ def test_a_sample_is_scored_where_texts_of_its_conversation_end(name):
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     begin = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     other = tokenizer.convert_tokens_to_ids("[INST]")
-    close = Closing(tokenizer, {other, *(id for id in whole if id in tokenizer.all_special_ids)}, plain=False)
+    close = Closing(tokenizer, {other, *turn_end_ids(tokenizer)}, plain=False)
     words = whole[begin : len(whole) - len(close.ids)]
     for end in ([close.ids[0]], [other], []):
         ids = np.array([*words, *end], np.int32)
