@@ -61,7 +61,7 @@ def stages_of(place, tmp_path, *recipes, model=None, last=None):
 
 
 def test_a_reward_model_is_not_trained_as_a_language_model(place, tmp_path):
-    with pytest.raises(ConfigError, match=r"stage sft_2: stage reward_1 exports a reward model, .* sft_0/export"):
+    with pytest.raises(ConfigError, match=r"stage sft_2: stage reward_1 exports a reward model, .*sft_0/export"):
         stages_of(place, tmp_path, "sft", "reward", "sft")
     own = {"model": {"path": str(place / "pipeline" / "sft_0" / "export")}}
     assert len(stages_of(place, tmp_path, "sft", "reward", "sft", last=own)) == 3
