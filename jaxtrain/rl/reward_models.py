@@ -86,7 +86,7 @@ def reward_models(session: Session, policy: Role) -> list[RewardModel]:
                 f"rl.reward_models: {section.path} is not a reward model (a sequence classifier with one label)"
             )
         own = role.tokenizer
-        if None not in (tokenizer, own) and own.get_vocab() != tokenizer.get_vocab():
+        if tokenizer is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"rl.reward_models: {section.path} has another tokenizer than the policy")
         role.load()
         max_length, close = config.data.max_length, None
