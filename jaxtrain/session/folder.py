@@ -6,10 +6,12 @@ Nothing is written to the folder before `RunFolder.start`, so a refused start le
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,10 @@ from jaxtrain.session.record import (
 from jaxtrain.train.agree import from_process_0, gather_values
 from jaxtrain.train.checkpoint import Checkpoints
 
+log = logging.getLogger(__name__)
+
 _VISIBLE_WITHIN = 10.0  # seconds within which a shared file system shows on one host what another wrote
+_PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers")
 _TOKENIZER_KEYS = ("model.path", "model.tokenizer", "model.chat_template", "model.add_tokens")
 
 
@@ -75,17 +80,32 @@ class RunFolder:
         )
 
     def meta(self) -> dict[str, Any]:
-        """The record in every checkpoint: the resolved config, and fingerprints of the model's files."""
+        """The record in every checkpoint: the resolved config, fingerprints of the model's files, and versions."""
         inputs = {key: files for key, files in self._checked.inputs.items() if key.startswith("model.")}
-        return {"config": config_tree(self.config), "inputs": inputs}
+        return {"config": config_tree(self.config), "inputs": inputs, "versions": _versions()}
 
     def permits(self, keys: Sequence[str]) -> bool:
         """Whether `--allow-change` permits one of `keys` to change, in this start or an earlier one."""
         recorded = [key for change in recorded_changes(self.path) for key in change["changes"]]
         return any(covers(keys, key) for key in (*self._allow_change, *recorded))
 
-    def check_tokenizer(self, meta: dict[str, Any], tokenizer: Any) -> None:
-        """Raise ValueError where a checkpoint's `meta` names another tokenizer, unless a change is permitted."""
+    def check_meta(self, meta: dict[str, Any], tokenizer: Any) -> None:
+        """Compare a checkpoint's `meta` with this process: warn if it was written with other versions of packages.
+
+        Raises ValueError if it was trained with another tokenizer, unless a change is permitted.
+        """
+        here = _versions()
+        changes = [
+            f"{name} {version} -> {here[name]}"
+            for name, version in meta.get("versions", {}).items()
+            if name in here and here[name] != version
+        ]
+        if changes and self._lock is not None:
+            log.warning(
+                "the checkpoint was written with other versions (%s): the resumed run may differ in rounding from one "
+                "that was not interrupted",
+                ", ".join(changes),
+            )
         if meta["tokenizer"] != tokenizer_fingerprint(tokenizer) and not self.permits(_TOKENIZER_KEYS):
             raise ValueError(
                 f"{self.path} was trained with another tokenizer or chat template: restore that one, choose another "
@@ -188,6 +208,15 @@ def open_run(config: RunConfig, *, resume: bool = True, allow_change: Sequence[s
             yield opened
         finally:
             opened.publish()
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that determine a run's numbers, of those that are installed with their metadata."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -240,7 +240,7 @@ class Session:
             for role in roles:
                 role.load()
         else:
-            self.folder.check_tokenizer(restored.meta, self.tokenizer)
+            self.folder.check_meta(restored.meta, self.tokenizer)
             first, *others = roles
             first.load(TrainState(**{name: restored.state[name] for name in TrainState._fields}))
             for role in others:

@@ -29,6 +29,7 @@ from jaxtrain.data.sources import DataError, Source
 from jaxtrain.parallel.batches import place_batch
 from jaxtrain.roles.role import Role
 from jaxtrain.session.session import Session
+from jaxtrain.train.agree import barrier
 from jaxtrain.types import Batch, Bundle
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ def _write(path: Path, columns: Mapping[str, pa.Array], origin: dict[str, Any]) 
         partial_file = path.with_suffix(".tmp")
         pq.write_table(table, partial_file, compression="zstd")
         partial_file.replace(path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"cache {path}")
+    barrier(f"cache {path}")
 
 
 def source_items(

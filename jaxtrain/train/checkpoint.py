@@ -22,18 +22,19 @@ import warnings
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from jaxtrain.train.agree import gather_values
+from jaxtrain.train.agree import barrier, gather_values
 from jaxtrain.train.checksums import array_checksums
+from jaxtrain.train.leaves import describe, named_leaves, raw_leaves, raw_struct, show, unraw
 from jaxtrain.types import Array
 
 # Raised when a damaged folder is read or a disk is full: orbax, tensorstore and json use builtin exceptions.
 _IO_ERRORS = (OSError, ValueError, KeyError, TypeError)
 _MAX_LISTED = 5  # names in an error message
+_ATTEMPTS = 3  # saves in a row that may fail
+_RETRY_AFTER = 2.0  # seconds until a failed save of arrays that are still there is attempted again
 
 
 class CheckpointError(ValueError):
@@ -49,12 +50,23 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
+class _Save(NamedTuple):
+    """A save that is running."""
+
+    step: int
+    parts: dict[str, Any]  # of the checkpoint: state and record
+
+
 class Checkpoints:
     """The checkpoints in the folder `dir`: one every `every` steps or `minutes`, of which the newest `keep` are kept,
     and those of multiples of `keep_every` steps.
 
     All processes of a run must make the same calls in the same order. Restoring only reads; the remains of an
     interrupted save are removed by the next save.
+
+    A save that fails, because a disk is full or a bucket does not answer, does not end the run: it is warned of, and
+    attempted again as long as its arrays exist; if a step has donated them, `overdue` asks for a save of newer ones.
+    The third failure in a row is a CheckpointError.
     """
 
     def __init__(
@@ -66,14 +78,21 @@ class Checkpoints:
         self.kept: list[int] = []  # steps whose checkpoints are kept beside the newest
         self._writer: ocp.training.Checkpointer | None = None
         self._damaged: list[int] = []
-        self._saving: int | None = None
-        self._response: Any = None  # orbax's, of the running save
+        self._running: _Save | None = None
+        self._response: Any = None  # orbax's, of the running save; None if that could not be started
+        self._problem = ""  # why it could not
+        self._failures = 0  # in a row
         logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._running is not None:
+            # The other processes do not come here with this one, so nothing can be agreed on with them.
+            step, problem = self._running.step, self._result()
+            if problem:
+                warnings.warn(self._failure(step, problem), RuntimeWarning, stacklevel=2)
         self.close()
 
     def steps(self) -> list[int]:
@@ -87,48 +106,86 @@ class Checkpoints:
         return step % self._every == 0
 
     def overdue(self) -> bool:
-        """Whether `minutes` have passed on this process since the last save, or since the start."""
-        return time.monotonic() - self._saved_at >= self._seconds
+        """Whether a save is needed now: `minutes` have passed on this process since the last one or the start, or the
+        running save has failed."""
+        return self._has_failed() or time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Copy `state`, a tree of jax.Arrays, to the host and write it in the background.
 
         Waits for the running save, then returns as soon as the copy is made, so that the next step may donate the
         arrays. `data_state` is this host's part, by virtual shard; `meta` is any JSON value. A step that has a
-        checkpoint is not saved again. Raises CheckpointError if a save failed, for example because the disk is full.
+        checkpoint is not saved again. Raises CheckpointError as `wait` does.
         """
         self.wait()
         self._saved_at = time.monotonic()
-        writer = self._open()
-        if any(saved.step == step for saved in writer.checkpoints):
+        if any(saved.step == step for saved in self._open().checkpoints):
             return
-        leaves = _named_leaves(state)
+        leaves = named_leaves(state)
         record = {
             "step": step,
             "data_state": _merge_over_hosts(data_state),
             "meta": meta,
-            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "checksums": array_checksums(_raw_leaves(leaves)),
+            "leaves": {name: describe(leaf) for name, leaf in leaves.items()},
+            "checksums": array_checksums(raw_leaves(leaves)),
         }
-        parts = {"state": _raw_leaves(leaves), "record": _seal(record)}
-        self._saving = step
+        self._begin(_Save(step, {"state": raw_leaves(leaves), "record": _seal(record)}))
+
+    def _begin(self, save: _Save) -> None:
+        self._running, self._problem = save, ""
         try:
-            self._response = writer.save_checkpointables_async(step, parts, force=True)
+            self._response = self._open().save_checkpointables_async(save.step, save.parts, force=True)
         except _IO_ERRORS as error:
-            raise self._save_error(error) from error
+            self._problem = _reason(error)
 
     def wait(self) -> None:
-        """Block until the running save is on disk. Raises CheckpointError if it failed."""
-        if self._writer is None or self._saving is None:
-            return
+        """Block until the running save is on disk, or has failed and its arrays no longer exist, which is a warning.
+
+        Raises CheckpointError if three saves in a row failed.
+        """
+        while (save := self._running) is not None:
+            problems = [problem for problem in gather_values(self._result()) if problem]
+            if not problems:
+                self._failures = 0
+                return
+            self._writer = None  # it would raise the same error again; a new one also removes incomplete files
+            self._failures += 1
+            failure = self._failure(save.step, problems[0])
+            if self._failures >= _ATTEMPTS:
+                raise CheckpointError(failure)
+            exists = not any(leaf.is_deleted() for leaf in save.parts["state"].values())
+            then = "it is attempted again" if exists else "the run goes on, and a newer step is saved"
+            warnings.warn(f"{failure}; {then}", RuntimeWarning, stacklevel=2)
+            if exists:
+                time.sleep(_RETRY_AFTER)
+                self._begin(save)
+
+    def _result(self) -> str:
+        """Wait for the end of the running save. Returns why it failed; empty if it did not."""
+        problem, response = self._problem, self._response
+        self._running = self._response = None
+        if problem:
+            return problem
+        assert self._writer is not None
         try:
-            if self._response is not None:
-                # Each response has a thread with an event loop, which ends only when the result is read.
-                self._response.result()
+            # Each response has a thread with an event loop, which ends only when the result is read.
+            response.result()
             self._writer.wait()
         except _IO_ERRORS as error:
-            raise self._save_error(error) from error
-        self._saving = self._response = None
+            return _reason(error)
+        return ""
+
+    def _has_failed(self) -> bool:
+        """Whether the running save has failed. Does not wait for it."""
+        if self._response is None:
+            return self._running is not None
+        try:
+            self._response.result(timeout=0)
+        except TimeoutError:
+            return False
+        except Exception:  # any error: raised or reported by `wait`
+            return True
+        return False
 
     def close(self) -> None:
         """`wait`, and close the writer. Safe to call twice."""
@@ -149,7 +206,7 @@ class Checkpoints:
         processes find the damage, the others fail when orbax's barrier times out after 5 minutes.
         """
         self.wait()
-        wanted = _named_leaves(abstract)
+        wanted = named_leaves(abstract)
         damaged: dict[int, str] = {}
         for at in reversed(self._candidates(step)):
             try:
@@ -201,7 +258,7 @@ class Checkpoints:
                 # Renamed, so that they do not count towards `keep` and their steps can be saved again.
                 for step in self._damaged:
                     (self._dir / str(step)).rename(self._free_name(f"{step}.damaged"))
-            _barrier("checkpoints opened")
+            barrier("checkpoints opened")
             self._damaged = []
             policies: Any = ocp.training.preservation_policies
             kept = policies.AnyPreservationPolicy([policies.LatestN(self._keep), _Kept(self.kept, self._keep_every)])
@@ -229,7 +286,7 @@ class Checkpoints:
         return record
 
     def _read_state(self, step: int, record: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Array]:
-        target = {name: _raw_struct(leaf) for name, leaf in wanted.items()}
+        target = {name: raw_struct(leaf) for name, leaf in wanted.items()}
         raw, problem = {}, ""
         try:
             with _context(partial=len(wanted) < len(record["leaves"])):
@@ -238,20 +295,20 @@ class Checkpoints:
             problem = _reason(error)
         if not all(gather_values(not problem)):
             raise _DamagedError(problem or "another host could not read it")
-        leaves = {name: _unraw(raw[name], leaf) for name, leaf in wanted.items()}
-        found = array_checksums(_raw_leaves(leaves))
+        leaves = {name: unraw(raw[name], leaf) for name, leaf in wanted.items()}
+        found = array_checksums(raw_leaves(leaves))
         changed = [name for name in wanted if found[name] != record["checksums"][name]]
         if changed:
             raise _DamagedError(f"values of {', '.join(changed[:_MAX_LISTED])} were changed")
         return leaves
 
     def _check_model(self, step: int, saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> None:
-        here = {name: _describe(leaf) for name, leaf in wanted.items()}
+        here = {name: describe(leaf) for name, leaf in wanted.items()}
         faults = [f"{name} is missing in the checkpoint" for name in here.keys() - saved.keys()]
         if not partial:
             faults += [f"{name} is only in the checkpoint" for name in saved.keys() - here.keys()]
         faults += [
-            f"{name} is {_show(saved[name])} in the checkpoint and {_show(here[name])} here"
+            f"{name} is {show(saved[name])} in the checkpoint and {show(here[name])} here"
             for name in here.keys() & saved.keys()
             if saved[name] != here[name]
         ]
@@ -260,12 +317,10 @@ class Checkpoints:
             more = f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
             raise CheckpointError(f"{self._dir / str(step)} is a checkpoint of another model:\n{listed}{more}")
 
-    def _save_error(self, error: Exception) -> CheckpointError:
-        step, self._saving, self._response = self._saving, None, None
-        self._writer = None  # it would raise the same error again; a new one also removes incomplete files
+    def _failure(self, step: int, problem: str) -> str:
         older = [kept for kept in self.steps() if kept != step]
         kept = f"the checkpoint of step {older[-1]} is still valid" if older else "there is no older one"
-        return CheckpointError(f"could not save step {step} in {self._dir} ({kept}): {_reason(error)}")
+        return f"could not save step {step} in {self._dir} ({kept}): {problem}"
 
     def _list(self, damaged: dict[int, str]) -> str:
         return "; ".join(f"{self._dir / str(step)} is damaged: {problem}" for step, problem in damaged.items())
@@ -298,49 +353,6 @@ def _context(partial: bool = False) -> ocp.Context:
     return context
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves in tree order by their dotted names, e.g. `opt_state.0.mu.embed.weight`."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-    assert len(leaves) == len(paths), "two leaves with the same name"
-    return leaves
-
-
-def _describe(leaf: Any) -> list[Any]:
-    return [list(leaf.shape), str(leaf.dtype)]
-
-
-def _show(description: list[Any]) -> str:
-    shape, dtype = description
-    return f"{dtype}{shape}"
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _raw(leaf: Array) -> Array:
-    """The stored form of a leaf: the uint32 words of a typed PRNG key; other arrays unchanged."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _raw_leaves(leaves: dict[str, Array]) -> dict[str, Array]:
-    return {name: _raw(leaf) for name, leaf in leaves.items()}
-
-
-def _raw_struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    raw = jax.eval_shape(_raw, leaf)
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
-
-
-def _unraw(raw: jax.Array, leaf: Any) -> Array:
-    if not _is_key(leaf):
-        return raw
-    # `key_impl` takes an array, and `leaf` may be a ShapeDtypeStruct.
-    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(jnp.empty((), leaf.dtype)))
-
-
 def _seal(record: dict[str, Any]) -> dict[str, Any]:
     # Converted to JSON and back, since the record that is read has lists for tuples and strings for keys.
     text = json.dumps(record, sort_keys=True)
@@ -368,11 +380,6 @@ def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
     trace = record.exc_info[2] if record.exc_info else None
     places = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
     return not any("/orbax/" in place for place in places)
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def _merge_over_hosts(data_state: dict[str, Any]) -> dict[str, Any]:

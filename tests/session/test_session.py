@@ -5,6 +5,7 @@ import itertools
 import json
 
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 import tiny
 from chat_templates import CHATML, tokenizer
@@ -305,3 +306,28 @@ def test_a_resumed_run_says_that_its_step_was_compiled_again_only_if_it_was(tmp_
     assert "compiled" not in caplog.text
     assert go_on([GOOD, wider if shapes_change else GOOD, GOOD]) == 5
     assert ("the step was compiled 2 times" in caplog.text) == shapes_change
+
+
+def test_a_run_goes_on_after_a_failed_save_and_saves_the_next_step(tmp_path, monkeypatch):
+    whole = taken(tmp_path / "whole", itertools.repeat(GOOD), steps=6)
+    write, failing = ocp.training.Checkpointer.save_checkpointables_async, [True]
+
+    def fail_once(writer, step, parts, **arguments):
+        if failing.pop() if failing else False:
+            raise OSError(28, "No space left on device")
+        return write(writer, step, parts, **arguments)
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", fail_once)
+    settings = config_tree(config(tmp_path, steps=6)) | {"checkpoint": {"every": 3, "keep": 9}}
+    with (
+        pytest.warns(RuntimeWarning, match="could not save step 3 .*a newer step is saved"),
+        Session.open(parse_config(settings, "test")) as session,
+    ):
+        policy = session.trained_role("policy", SFT())
+        session.restore(policy, data=NoState())
+        for batch in session.steps(itertools.repeat(GOOD)):
+            session.report(policy=policy.update(batch))
+    assert session.saved_steps() == [4, 6]
+    losses = [[line["loss"] for line in read_metrics(tmp_path / folder / "run")] for folder in ("whole", "")]
+    assert losses[0] == losses[1]
+    assert len(whole) == 6
