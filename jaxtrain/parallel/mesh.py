@@ -68,7 +68,7 @@ def default_head_chunk(mesh: Mesh) -> int:
     """Tokens of a chunk of the head on the devices of `mesh`.
 
     Fewer and larger chunks read and write the head's gradient less often. By the compiler's estimate 2048 instead of
-    512 take a sixth off the head of an 8B model on v5p and v6e. v5e has 16 GB of memory, of which the logits of 2048
+    512 take a sixth off the head of an 8B model on v5p. v5e has 16 GB of memory, of which the logits of 2048
     tokens would take several.
     """
     large = platform_of(mesh) in ("tpu", "gpu") and mesh.devices.flat[0].device_kind != "TPU v5 lite"
