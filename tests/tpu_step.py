@@ -89,5 +89,4 @@ def report(compiled: jax.stages.Compiled) -> dict[str, int]:
         "splash_calls": len([line for line in lines if "splash_mha" in line and "custom-call(" in line]),
         # XLA:TPU compiles matrix products as convolutions.
         "products": len([line for line in lines if " convolution(" in line or " dot(" in line]),
-        "host_copies": len([line for line in lines if "S(5)" in line and "copy-start" in line]),
     }
