@@ -102,7 +102,7 @@ class RematSection(Section):
     down: Place = "recompute"  # used only by a norm after the layer (Gemma)
 
 
-Remat = Annotated[
+RematSetting = Annotated[
     Annotated[Literal["none", "dots", "full"], Tag("<preset>")] | Annotated[RematSection, Tag("<names>")],
     Discriminator(lambda value: "<names>" if isinstance(value, dict | RematSection) else "<preset>"),
 ]
@@ -119,7 +119,7 @@ class ModelSection(Section):
     compute_dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     # full: `attention` alone is kept; dots: all that `RematSection` names; none: nothing is computed again
-    remat: Annotated[Remat, MAY_CHANGE] = "full"
+    remat: Annotated[RematSetting, MAY_CHANGE] = "full"
     attention: Annotated[Literal["auto", "xla", "splash", "cudnn"], MAY_CHANGE] = "auto"
     # tokens of a chunk of logits on each device; default: 2048 on TPU (v5e: 512) and GPU, 512 elsewhere
     head_chunk: Annotated[PositiveInt | None, MAY_CHANGE] = None
