@@ -68,6 +68,15 @@ class _Launching:
     option: Annotated[list[str] | None, Doc("key=value, an option of the backend; repeatable")] = None
 
 
+@dataclass(frozen=True)
+class _Planning:
+    """Options of `plan`."""
+
+    on: Annotated[str | None, Doc("the devices: v5p:4x4x8, v5e:8x8, v6e:16x16, tpu7x:4x4x4 or cpu:8")] = None
+    slices: Annotated[int, Ge(1), Doc("TPU slices of that size, which mesh.data combines")] = 1
+    price: Annotated[float | None, Doc("of a chip and hour: gives the cost of the run")] = None
+
+
 def _with_options(*records: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
     """Gives a command, in the place of its `**given`, an option for each field of the dataclasses `records`."""
     options = [
@@ -188,6 +197,44 @@ def preview(
     from jaxtrain.recipes.preview import preview as show
 
     show(load_config(config, overrides), rows=rows)
+
+
+@app.command()
+@_with_options(_Planning)
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    only_estimate: Annotated[bool, typer.Option("--estimate", help="compile nothing")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="the ten dearest fusions by source line")] = False,
+    save: Annotated[Path | None, typer.Option(help="folder for the HLO of every program")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    **given: Any,
+) -> None:
+    """Predict memory and time of CONFIG on devices that need not be there: docs/plan.md."""
+    import json
+    import os
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator of this machine is left alone
+    from jaxtrain.config import load_config
+    from jaxtrain.plan.planner import plan as make_plan
+    from jaxtrain.plan.report import estimate_text, plan_text
+
+    devices = _Planning(**_fields_of(_Planning, given))
+    if devices.on is None:
+        raise ValueError("give the devices to plan for, for example --on v5p:4x4x8 or --on cpu:8")
+    loaded = load_config(config, overrides)
+
+    def show(target: Any, found: Any) -> None:
+        if not as_json:
+            typer.echo(estimate_text(loaded.recipe, target, found))
+
+    options = {"slices": devices.slices, "price": devices.price, "save": save, "compiled": not only_estimate}
+    made = make_plan(loaded, devices.on, first=show, **options)
+    top = 10 if profile else 0
+    if as_json:
+        typer.echo(json.dumps(made.as_json(top), indent=1))
+    elif not only_estimate:
+        typer.echo(plan_text(made, top))
 
 
 @app.command()

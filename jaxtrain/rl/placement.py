@@ -22,12 +22,13 @@ from jaxtrain.session.session import Session
 from jaxtrain.train.lockstep import Agreement
 
 
-def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
+def trainer_devices(placement: PlacementSection, devices: Sequence[Any] | None = None) -> Sequence[Any]:
     """The devices that train: all, or under `disjoint` all but the last `rollout_devices`.
 
-    Raises ValueError where none is left to train on, or a thread that samples would share devices with the trainer.
+    `devices`: all of the run; default: those of JAX. Raises ValueError where none is left to train on, or a thread that
+    samples would share devices with the trainer.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if placement.kind == "colocated" and placement.staleness and len(devices) > 1:
         # Two threads may start programs in a different order on each device; their collectives then never meet.
         raise ValueError(
@@ -43,15 +44,20 @@ def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
     return devices[:-count]
 
 
-def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: Mesh) -> tuple[Mesh, ...]:
+def sampling_meshes(
+    placement: PlacementSection, section: MeshSection, trainer: Mesh, devices: Sequence[Any] | None = None
+) -> tuple[Mesh, ...]:
     """The meshes of the engines of all processes; none: sampling is in other processes.
 
     Under `disjoint` the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them. With several
     processes each has an engine on its devices, or `processes_per_engine` have one together.
 
+    `devices`: all of the run, which say by themselves how many processes it has; default: those of JAX.
+
     Raises ValueError where the processes cannot be grouped so.
     """
-    processes, each = jax.process_count(), placement.processes_per_engine
+    devices, each = jax.devices() if devices is None else devices, placement.processes_per_engine
+    processes = len({device.process_index for device in devices})
     if processes % each:
         raise ValueError(
             f"rl.placement.processes_per_engine={each} does not divide the {processes} processes of the run"
@@ -61,15 +67,15 @@ def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: 
     if placement.kind == "disjoint":
         count = placement.rollout_devices
         assert count is not None
-        return (_engine_mesh(section, jax.devices()[-count:]),)
+        return (engine_mesh(section, devices[-count:]),)
     if processes == each:
         return (trainer,)
-    devices = sorted(trainer.devices.flat, key=lambda device: (device.process_index, device.id))
-    size = len(devices) // processes * each
-    return tuple(_engine_mesh(section, devices[at : at + size]) for at in range(0, len(devices), size))
+    mine = sorted(trainer.devices.flat, key=lambda device: (device.process_index, device.id))
+    size = len(mine) // processes * each
+    return tuple(engine_mesh(section, mine[at : at + size]) for at in range(0, len(mine), size))
 
 
-def _engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
+def engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
     """Split over "tensor" and "expert" as the trainer is, as far as the number of devices permits."""
     sizes, remaining = {}, len(devices)
     for axis in ("tensor", "expert"):
