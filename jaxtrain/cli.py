@@ -75,6 +75,7 @@ class _Planning:
     on: Annotated[str | None, Doc("the devices: v5p:4x4x8, v5e:8x8, v6e:16x16, tpu7x:4x4x4 or cpu:8")] = None
     slices: Annotated[int, Ge(1), Doc("TPU slices of that size, which mesh.data combines")] = 1
     price: Annotated[float | None, Doc("of a chip and hour: gives the cost of the run")] = None
+    save: Annotated[Path | None, Doc("folder for the HLO of every program")] = None
 
 
 def _with_options(*records: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
@@ -206,35 +207,16 @@ def plan(
     overrides: OverridesArgument = None,
     only_estimate: Annotated[bool, typer.Option("--estimate", help="compile nothing")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="the ten dearest fusions by source line")] = False,
-    save: Annotated[Path | None, typer.Option(help="folder for the HLO of every program")] = None,
+    try_others: Annotated[bool, typer.Option("--search", help="try other meshes, remat and microbatches")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
     **given: Any,
 ) -> None:
     """Predict memory and time of CONFIG on devices that need not be there: docs/plan.md."""
-    import json
-    import os
-
-    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator of this machine is left alone
     from jaxtrain.config import load_config
-    from jaxtrain.plan.planner import plan as make_plan
-    from jaxtrain.plan.report import estimate_text, plan_text
+    from jaxtrain.plan.printed import print_plan
 
-    devices = _Planning(**_fields_of(_Planning, given))
-    if devices.on is None:
-        raise ValueError("give the devices to plan for, for example --on v5p:4x4x8 or --on cpu:8")
-    loaded = load_config(config, overrides)
-
-    def show(target: Any, found: Any) -> None:
-        if not as_json:
-            typer.echo(estimate_text(loaded.recipe, target, found))
-
-    options = {"slices": devices.slices, "price": devices.price, "save": save, "compiled": not only_estimate}
-    made = make_plan(loaded, devices.on, first=show, **options)
-    top = 10 if profile else 0
-    if as_json:
-        typer.echo(json.dumps(made.as_json(top), indent=1))
-    elif not only_estimate:
-        typer.echo(plan_text(made, top))
+    options = {**_fields_of(_Planning, given), "compiled": not only_estimate, "tries": try_others}
+    print_plan(load_config(config, overrides), profile=10 if profile else 0, as_json=as_json, **options)
 
 
 @app.command()

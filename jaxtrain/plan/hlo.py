@@ -145,7 +145,10 @@ class Module:
             named = re.search(r"function_name_id=(\d+)", row)
             self._named[number] = int(named[1]) if named else 0
         elif table == "StackFrames" and (found := re.search(r"file_location_id=(\d+)(?: parent_frame_id=(\d+))?", row)):
-            self._frames[number] = int(found[1]), int(found[2] or 1) - 1  # a parent is counted from 1; the first has none
+            self._frames[number] = (
+                int(found[1]),
+                int(found[2] or 1) - 1,
+            )  # a parent is counted from 1; the first has none
 
 
 def _instruction(name: str, text: str) -> Instruction:

@@ -72,7 +72,7 @@ def test_axes_of_the_mesh_share_what_they_split():
     assert two.mesh == {"fsdp": 4, "tensor": 2}
     assert two.parameter_bytes == pytest.approx(one.parameter_bytes, rel=0.01)
     replicas = estimate(config(mesh={"data": 2}), parse_target("v5p:2x2x2"))
-    assert replicas.parameter_bytes == pytest.approx(2 * one.parameter_bytes)
+    assert replicas.parameter_bytes == pytest.approx(2 * one.parameter_bytes, rel=0.001)  # norms are whole anywhere
 
 
 def test_a_mesh_that_does_not_divide_is_an_error_with_the_nearest_one():
