@@ -24,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
 _CHUNK_TOKENS = 8  # maximum tokens of a streamed chunk
 QUICKSTART = Path("configs/quickstart/sft.yaml")
 _MODEL = "Hugging Face folder, local or a URL, or owner/name[@revision] on the hub"

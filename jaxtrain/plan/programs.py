@@ -14,6 +14,7 @@ from jaxtrain.hub import local_folder
 from jaxtrain.lora import join, split_adapters
 from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
 from jaxtrain.observe.flops import train_flops
+from jaxtrain.ops.head_chunks import Head
 from jaxtrain.ops.token_scores import Scoring
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import row_shares
@@ -45,14 +46,30 @@ class Program(NamedTuple):
     gradients: Params | None = None  # the trained parameters, of each of which the program makes a gradient
 
 
+class _ScoreLowered(Exception):  # in the place of a score
+    def __init__(self, lowered: jax.stages.Lowered):
+        self.lowered = lowered
+
+
 class AbstractRole(Role):
     """A role without weights, whose scores are lowered instead of computed."""
 
     def place(self, batch: Batch) -> Batch:
         return batch
 
+    def head(self) -> Head:
+        return jax.eval_shape(self.model.head, self.params)
+
+    def lower_score(self, score: Callable[[Role, Batch], Any], batch: Batch) -> jax.stages.Lowered:
+        """The program that a method of `Role` runs for a score."""
+        try:
+            score(self, batch)
+        except _ScoreLowered as made:
+            return made.lowered
+        raise AssertionError(f"{score} computed no score")
+
     def _score(self, key: Any, batch: Batch, function: Any) -> Any:
-        return self._jitted(key, function).lower(self.params, batch)
+        raise _ScoreLowered(self._jitted(key, function).lower(self.params, batch))
 
 
 def without_weights(config: RunConfig) -> RunConfig:
@@ -123,11 +140,11 @@ def update_program(name: str, role: TrainedRole, batch: Batch, times: float = 1)
 
 
 def scoring_program(
-    name: str, role: Role, batch: Batch, score: Callable[[Role, Batch], Any], held: Mapping[str, Any]
+    name: str, role: AbstractRole, batch: Batch, score: Callable[[Role, Batch], Any], held: Mapping[str, Any]
 ) -> Program:
     """A forward pass of an abstract role. `held`: its parameters by kind; those of a kind are in memory once."""
     segments, weights = _counted(batch)
-    lowered = score(role, _moved(batch, role.mesh))
+    lowered = role.lower_score(score, _moved(batch, role.mesh))
     flops = train_flops(role.model.config, segments, weights) / 3
     inputs = {**held, "batch": batch}
     return Program(name, lowered, inputs, role.mesh, flops, *batch_size(batch), head_trips(batch, role.mesh))

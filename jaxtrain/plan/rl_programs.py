@@ -19,6 +19,7 @@ from jaxtrain.observe.flops import train_flops
 from jaxtrain.parallel.sharding import replicated, row_shares, with_shardings
 from jaxtrain.plan.batches import abstract_batch
 from jaxtrain.plan.programs import (
+    AbstractRole,
     Program,
     abstract_role,
     initial_reference,
@@ -83,7 +84,7 @@ def _scoring_programs(roles: RunRoles, policy: TrainedRole) -> tuple[Batch, list
     logps = partial(Role.logps, temperature=objective.temperature)
     times = section.minibatches
 
-    def add(name: str, role: Role, score: Any, held: dict[str, Any], signal: str | None) -> None:
+    def add(name: str, role: AbstractRole, score: Any, held: dict[str, Any], signal: str | None) -> None:
         programs.append(scoring_program(name, role, batch(signals), score, held)._replace(times=times))
         if signal is not None:
             signals[signal] = ()

@@ -100,6 +100,64 @@ def test_a_step_is_planned_for_a_tpu(tmp_path):
     assert "splash_mha_fwd" in (tmp_path / "update.hlo").read_text()
 
 
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+QWEN_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN = MODEL | QWEN_8B | {"vocab_size": 151936, "num_key_value_heads": 8}
+TPU_CONFIGS = {  # file -> the model, the devices, and the parameters on the model's card
+    "qwen3_8b_v5p8": (QWEN, "v5p:2x2x2", 8.2e9),
+    "llama31_8b_v6e16": (LLAMA | LLAMA_8B, "v6e:4x4", 8.03e9),
+    "llama33_70b_v5p128": (LLAMA | LLAMA_70B, "v5p:4x4x8", 70.6e9),
+    "qwen3_8b_grpo_v5p4": (QWEN, "v5p:2x2x1", 8.2e9),
+}
+CONFIGS = Path(__file__).parents[2] / "configs" / "tpu"
+
+
+def tpu_config(tmp_path: Path, name: str, **changes: int) -> Path:
+    """A file of configs/tpu, with a folder for its model that holds config.json alone."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(TPU_CONFIGS[name][0] | changes))
+    whole = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    whole["model"]["path"] = str(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    return tmp_path / "run.yaml"
+
+
+def test_every_config_for_tpus_is_planned():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == TPU_CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", TPU_CONFIGS)
+def test_the_state_of_the_configs_for_tpus_fits_with_room(tmp_path, name):
+    _, on, parameters = TPU_CONFIGS[name]
+    made = plan(load_config(tpu_config(tmp_path, name)), on, compiled=False)
+    adapters = made.estimate.parameters - made.estimate.trained if made.recipe == "rl" else made.estimate.parameters
+    assert adapters == pytest.approx(parameters, rel=0.005)
+    assert made.estimate.bytes < made.target.chip.hbm / 2
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama31_8b_v6e16", "qwen3_8b_grpo_v5p4"])
+def test_the_configs_for_tpus_compile_at_real_widths(tmp_path, name):
+    """Two layers, for their time: all layers are one loop."""
+    whole = yaml.safe_load(tpu_config(tmp_path, name, num_hidden_layers=2).read_text())
+    made = planned(tmp_path, whole, "--on", TPU_CONFIGS[name][1])
+    assert made["fits"]
+    assert 0.1 < made["mfu"] < 0.8
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_every_phase_of_a_colocated_rollout_is_planned_for_a_tpu(tmp_path):

@@ -73,7 +73,7 @@ def test_cycles_count_by_the_trips_of_their_loops():
     reading = read_tpu(Module(TEXT + "}\n"), setting())
     cycles = 36 * 1010 + 16 * 500 + 7
     assert reading.compute_seconds == pytest.approx(cycles / CHIP.clock)
-    assert reading.dearest(1)[0].seconds == pytest.approx(36 * 1010 / CHIP.clock)  # none of them has a source line
+    assert reading.dearest(1)[0].seconds == pytest.approx(36 * 1000 / CHIP.clock)
 
 
 def test_collectives_by_axis_exposed_and_hidden():
