@@ -1,4 +1,4 @@
-"""Runs in an interpreter with TRL and torch: `python trl_divergences.py FOLDER`, for tests/objectives/test_distill_trl.py.
+"""Runs with TRL and torch: `python trl_divergences.py FOLDER`, for tests/objectives/test_distill_trl.py.
 
 TRL's GKDTrainer computes its loss, and torch the gradient by the student's logits, of the arrays in `problem.npz`.
 Writes `results.npz`.

@@ -314,7 +314,7 @@ def _one_of_or_path(*known: str) -> AfterValidator:
 
 class OptimizerSection(Section):
     name: Annotated[str, _one_of_or_path("adamw", "adafactor", "muon")] = "adamw"  # or package.module:function
-    learning_rate: PositiveFloat = 2e-5
+    learning_rate: PositiveFloat = 2e-5  # recipes preference and rl: 1e-6
     schedule: Annotated[str, _one_of_or_path("constant", "linear", "cosine")] = "cosine"  # or package.module:function
     warmup_steps: NonNegativeInt = 0
     warmup_ratio: Fraction = 0.0  # instead of warmup_steps: as a share of the run's steps, rounded up
