@@ -6,10 +6,10 @@ from jaxtrain.lazy import lazy
 
 if TYPE_CHECKING:
     from jaxtrain.plan.planner import plan
-    from jaxtrain.plan.report import Plan
+    from jaxtrain.plan.report import RunPlan
 
-_WHERE = {"plan": "jaxtrain.plan.planner:plan", "Plan": "jaxtrain.plan.report:Plan"}
+_WHERE = {"plan": "jaxtrain.plan.planner:plan", "RunPlan": "jaxtrain.plan.report:RunPlan"}
 
-__all__ = ["Plan", "plan"]
+__all__ = ["RunPlan", "plan"]
 
 __getattr__ = lazy(__name__, _WHERE)

@@ -20,7 +20,7 @@ from jaxtrain.types import Params
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StateEstimate:
     """Bytes are those of a device that trains."""
 
     parameters: int  # how many there are
@@ -38,7 +38,7 @@ class Estimate:
         return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def estimate(config: RunConfig, target: Target) -> Estimate:
+def estimate(config: RunConfig, target: Target) -> StateEstimate:
     """The estimate of the update of `config`. Needs neither libtpu nor devices.
 
     Raises ValueError for a mesh whose sizes do not divide the devices.
@@ -60,7 +60,7 @@ def estimate(config: RunConfig, target: Target) -> Estimate:
     one = np.ones((1, length), np.int32)
     flops = train_flops(declared.model.config, one, one.astype(np.float32), declared.model.lora) * rows
     devices = target.devices - kept
-    return Estimate(
+    return StateEstimate(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(declared.target)),
         trained=sum(leaf.size for leaf in jax.tree.leaves(trained)),
         mesh={axis: size for axis, size in sizes.items() if size > 1},

@@ -33,7 +33,7 @@ def memory_by_kind(program: Program, compiled: Compiled) -> dict[str, int]:
     return kinds
 
 
-def shown(size: float) -> str:
+def bytes_text(size: float) -> str:
     """Bytes as GB or MB."""
     return f"{size / 1e9:.2f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"
 

@@ -11,12 +11,12 @@ from converters.import_hf import read_config
 from jaxtrain.config import RunConfig
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.plan.compile import Compiled, compile_program, save_program
-from jaxtrain.plan.estimate import Estimate, estimate
+from jaxtrain.plan.estimate import StateEstimate, estimate
 from jaxtrain.plan.hlo import Module
 from jaxtrain.plan.memory import device_bytes
 from jaxtrain.plan.programs import Program, data_programs, without_weights
 from jaxtrain.plan.reading import Reading, Setting, read_tpu
-from jaxtrain.plan.report import Phase, Plan
+from jaxtrain.plan.report import Phase, RunPlan
 from jaxtrain.plan.rl_programs import rl_programs
 from jaxtrain.plan.target import Target, parse_target, target_devices
 
@@ -31,8 +31,8 @@ def plan(
     price: float | None = None,
     save: Path | None = None,
     compiled: bool = True,
-    first: Callable[[Target, Estimate], None] | None = None,
-) -> Plan:
+    first: Callable[[Target, StateEstimate], None] | None = None,
+) -> RunPlan:
     """What the run of `config` would need and how fast it would be.
 
     Args:
@@ -53,7 +53,7 @@ def plan(
     found = estimate(config, target)
     if first is not None:
         first(target, found)
-    made = Plan(config.recipe, target, found, price=price, steps=config.train.steps)
+    made = RunPlan(config.recipe, target, found, price=price, steps=config.train.steps)
     if not compiled:
         return made
     lower = data_programs if config.rl is None else rl_programs

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxtrain.config import RunConfig
-from jaxtrain.plan.estimate import Estimate
+from jaxtrain.plan.estimate import StateEstimate
 from jaxtrain.plan.planner import plan
 from jaxtrain.plan.report import estimate_text, plan_text
 from jaxtrain.plan.search import Candidate, candidate_text, search, search_text
@@ -37,7 +37,7 @@ def print_plan(
         print_search(config, on, as_json=as_json, **options)
         return
 
-    def show(target: Target, found: Estimate) -> None:
+    def show(target: Target, found: StateEstimate) -> None:
         if not as_json:
             print(estimate_text(config.recipe, target, found), flush=True)
 

@@ -23,7 +23,7 @@ _COLLECTIVES = {*_KINDS, *(f"{kind}-start" for kind in _KINDS)}
 _SWITCHES = ("nn/attention.py",)  # where a conditional chooses by the kind of a layer
 
 
-class Part(NamedTuple):
+class TimedPart(NamedTuple):
     """Of the time of a program: an instruction, in all its trips."""
 
     seconds: float
@@ -60,8 +60,8 @@ class Network(NamedTuple):
 class Reading:
     """The parts of a program, in seconds of one run on one device."""
 
-    fusions: list[Part] = field(default_factory=list)
-    kernels: list[tuple[CallPrice, Part]] = field(default_factory=list)
+    fusions: list[TimedPart] = field(default_factory=list)
+    kernels: list[tuple[CallPrice, TimedPart]] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     host_bytes: float = 0.0  # copied to and from the host
     host_seconds: float = 0.0
@@ -87,14 +87,14 @@ class Reading:
     def seconds(self) -> float:
         return self.compute_seconds + self.exposed_seconds
 
-    def dearest(self, count: int) -> list[Part]:
+    def dearest(self, count: int) -> list[TimedPart]:
         """The fusions and kernels that take longest, summed by source line and operation."""
         totals: dict[tuple[str, str], list[float]] = {}
         for part in [*self.fusions, *(part for _, part in self.kernels)]:
             total = totals.setdefault((part.where, part.operation.split("/")[-1]), [0.0, 0.0])
             total[0] += part.seconds
             total[1] += part.trips
-        made = [Part(seconds, trips, *key) for key, (seconds, trips) in totals.items()]
+        made = [TimedPart(seconds, trips, *key) for key, (seconds, trips) in totals.items()]
         return sorted(made, key=lambda part: -part.seconds)[:count]
 
 
@@ -146,8 +146,8 @@ class _Walker:
                 self.reading.host_bytes += size * times
                 self.reading.host_seconds += size * times / self.chip.host_link
 
-    def _part(self, seconds: float, each: Instruction, times: float) -> Part:
-        return Part(seconds * times, times, self.module.where(each), each.operation or each.name)
+    def _part(self, seconds: float, each: Instruction, times: float) -> TimedPart:
+        return TimedPart(seconds * times, times, self.module.where(each), each.operation or each.name)
 
     def _custom_call(self, each: Instruction, computation: str, times: float) -> None:
         if each.cycles is not None and each.target != "tpu_custom_call":

@@ -1,4 +1,4 @@
-"""`Plan`: what was found out, as text and as JSON."""
+"""`RunPlan`: what was found out, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtrain.plan.compile import Compiled
-from jaxtrain.plan.estimate import Estimate
-from jaxtrain.plan.memory import memory_by_kind, shown
+from jaxtrain.plan.estimate import StateEstimate
+from jaxtrain.plan.memory import bytes_text, memory_by_kind
 from jaxtrain.plan.programs import Program
 from jaxtrain.plan.reading import Reading
 from jaxtrain.plan.target import Target
@@ -48,12 +48,12 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The plan of a config on a target. Times are predictions of one step, in seconds; bytes are those of a device."""
 
     recipe: str
     target: Target
-    estimate: Estimate
+    estimate: StateEstimate
     phases: Sequence[Phase] = ()
     price: float | None = None  # of a chip and hour
     steps: int | None = None  # of the run
@@ -145,7 +145,7 @@ def bound(phase: Phase) -> str | None:
     return max(parts, key=lambda name: parts[name])
 
 
-def estimate_text(recipe: str, target: Target, found: Estimate) -> str:
+def estimate_text(recipe: str, target: Target, found: StateEstimate) -> str:
     """The part of the text that needs no compiler."""
     mesh = " ".join(f"{axis}={size}" for axis, size in found.mesh.items()) or "one device"
     lines = [
@@ -153,9 +153,9 @@ def estimate_text(recipe: str, target: Target, found: Estimate) -> str:
         f"  {target.chips} chips, {target.devices} devices, mesh {mesh}",
         f"  {found.parameters / 1e9:.3f}e9 parameters, {found.trained / 1e9:.3f}e9 of them trained; "
         f"{found.tokens} tokens a step",
-        f"estimate, before compilation: {shown(found.bytes)} a device without activations "
-        f"(parameters {shown(found.parameter_bytes)}, gradients {shown(found.gradient_bytes)}, "
-        f"optimizer {shown(found.optimizer_bytes)})",
+        f"estimate, before compilation: {bytes_text(found.bytes)} a device without activations "
+        f"(parameters {bytes_text(found.parameter_bytes)}, gradients {bytes_text(found.gradient_bytes)}, "
+        f"optimizer {bytes_text(found.optimizer_bytes)})",
         f"  {found.flops / 1e12:.1f} TFLOP a step (causal attention counted by half, recomputation not at all)"
         + (f": {found.seconds:.3f} s at the peak" if found.seconds else ""),
     ]
@@ -164,7 +164,7 @@ def estimate_text(recipe: str, target: Target, found: Estimate) -> str:
     return "\n".join(lines)
 
 
-def plan_text(plan: Plan, profile: int = 0) -> str:
+def plan_text(plan: RunPlan, profile: int = 0) -> str:
     """The part of the text that compiled programs are behind."""
     lines = []
     for phase in plan.phases:
@@ -183,21 +183,23 @@ def plan_text(plan: Plan, profile: int = 0) -> str:
     return "\n".join(lines)
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: RunPlan) -> str:
     if plan.target.chip is None:
-        return f"memory: {shown(plan.used)} a device; no time is predicted for a CPU"
+        return f"memory: {bytes_text(plan.used)} a device; no time is predicted for a CPU"
     hbm, worst = plan.target.chip.hbm, max(plan.phases, key=lambda phase: phase.used)
-    of = f"{shown(plan.used)} of {shown(hbm)} HBM a device, in {worst.program.name}"
+    of = f"{bytes_text(plan.used)} of {bytes_text(hbm)} HBM a device, in {worst.program.name}"
     if plan.fits:
-        return f"fits: {of}; {shown(hbm - plan.used)} free"
-    return f"does not fit: {of}; {shown(plan.used - hbm)} too much"
+        return f"fits: {of}; {bytes_text(hbm - plan.used)} free"
+    return f"does not fit: {of}; {bytes_text(plan.used - hbm)} too much"
 
 
 def _phase_lines(phase: Phase, target: Target, profile: int) -> list[str]:
     program, compiled = phase.program, phase.compiled
     times = f", {program.times:g} times a step" if program.times != 1 else ""
     lines = [f"{program.name} (compiled in {compiled.seconds:.0f} s{times})"]
-    lines.append(f"  memory {shown(phase.used)}: " + ", ".join(f"{k} {shown(v)}" for k, v in phase.memory.items() if v))
+    lines.append(
+        f"  memory {bytes_text(phase.used)}: " + ", ".join(f"{k} {bytes_text(v)}" for k, v in phase.memory.items() if v)
+    )
     reading = phase.reading
     if reading is None:
         return lines
@@ -209,7 +211,7 @@ def _phase_lines(phase: Phase, target: Target, profile: int) -> list[str]:
     )
     for (kind, axes, hidden), (size, seconds) in _by_axis(reading).items():
         how = "hidden" if hidden else "exposed"
-        lines.append(f"    {kind} over {axes}: {shown(size)}, {seconds:.4f} s {how}")
+        lines.append(f"    {kind} over {axes}: {bytes_text(size)}, {seconds:.4f} s {how}")
     for part in reading.dearest(profile):
         lines.append(f"    {1e3 * part.seconds:9.2f} ms x{part.trips:g}  {part.where}  {part.operation}")
     return lines

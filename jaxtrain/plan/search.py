@@ -9,9 +9,9 @@ from typing import Any, get_args
 import yaml
 
 from jaxtrain.config import ModelSection, RunConfig
-from jaxtrain.plan.memory import shown
+from jaxtrain.plan.memory import bytes_text
 from jaxtrain.plan.planner import plan
-from jaxtrain.plan.report import Plan
+from jaxtrain.plan.report import RunPlan
 from jaxtrain.plan.target import Target, parse_target
 
 Values = Mapping[str, Any]
@@ -26,7 +26,7 @@ class Candidate:
     """One set of values that was tried."""
 
     values: Values
-    plan: Plan | None = None
+    plan: RunPlan | None = None
     problem: str = ""  # why there is no plan
 
     @property
@@ -117,10 +117,10 @@ def candidate_text(candidate: Candidate) -> str:
     if made is None:
         return f"{values}: {candidate.problem}"
     seconds = "" if made.seconds is None else f", {made.seconds:.3f} s"
-    return f"{values}: {shown(made.used)}{', does not fit' if made.fits is False else ''}{seconds}"
+    return f"{values}: {bytes_text(made.used)}{', does not fit' if made.fits is False else ''}{seconds}"
 
 
-def nearest_fit(best: Plan) -> str:
+def nearest_fit(best: RunPlan) -> str:
     """How many chips would hold it: the state is split over them, and what a device needs beside it stays."""
     assert best.target.chip is not None
     state, hbm = best.estimate.bytes, best.target.chip.hbm

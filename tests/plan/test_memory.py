@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.plan.memory import device_bytes, shown
+from jaxtrain.plan.memory import bytes_text, device_bytes
 
 
 def test_a_device_holds_its_shard_and_all_of_what_is_replicated():
@@ -24,4 +24,4 @@ def test_a_device_holds_its_shard_and_all_of_what_is_replicated():
 
 @pytest.mark.parametrize(("size", "text"), [(2.5e9, "2.50 GB"), (3_400_000, "3.4 MB"), (-2e9, "-2.00 GB")])
 def test_sizes_are_shown_in_decimal_units(size, text):
-    assert shown(size) == text
+    assert bytes_text(size) == text

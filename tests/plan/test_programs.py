@@ -1,4 +1,4 @@
-"""Plan compiles the programs of the run: the text of each is that of the real one, for every recipe."""
+"""RunPlan compiles the programs of the run: the text of each is that of the real one, for every recipe."""
 
 import jax
 import pytest

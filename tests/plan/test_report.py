@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from jaxtrain.plan.compile import Compiled
-from jaxtrain.plan.estimate import Estimate
+from jaxtrain.plan.estimate import StateEstimate
 from jaxtrain.plan.prices import CallPrice
-from jaxtrain.plan.reading import Collective, Part, Reading
-from jaxtrain.plan.report import Phase, Plan, bound, estimate_text, plan_text
+from jaxtrain.plan.reading import Collective, Reading, TimedPart
+from jaxtrain.plan.report import Phase, RunPlan, bound, estimate_text, plan_text
 from jaxtrain.plan.target import parse_target
 
-FOUND = Estimate(8_000_000_000, 8_000_000_000, {"fsdp": 8}, 4e9, 4e9, 8e9, 131072, 7e15, 1.9)
+FOUND = StateEstimate(8_000_000_000, 8_000_000_000, {"fsdp": 8}, 4e9, 4e9, 8e9, 131072, 7e15, 1.9)
 TARGET = parse_target("v5p:2x2x2")
 
 
@@ -25,13 +25,13 @@ def reading(fusions: float, kernels: float = 0.0, exposed: float = 0.0, hidden: 
     def collective(seconds: float, hidden: bool) -> Collective:
         return Collective("all-gather", "fsdp", 8, 1e9, seconds, hidden, "nn/mlp.py:3")
 
-    part = Part(fusions, 36, "nn/mlp.py:12", "jit(step)/dot_general")
-    kernel = CallPrice("splash_mha_fwd", 1e12, kernels), Part(kernels, 36, "ops/tpu/splash.py:5", "splash")
+    part = TimedPart(fusions, 36, "nn/mlp.py:12", "jit(step)/dot_general")
+    kernel = CallPrice("splash_mha_fwd", 1e12, kernels), TimedPart(kernels, 36, "ops/tpu/splash.py:5", "splash")
     return Reading([part], [kernel], [collective(exposed, False), collective(hidden, True)])
 
 
-def plan(*phases: Phase, price: float | None = None) -> Plan:
-    return Plan("sft", TARGET, FOUND, phases, price=price, steps=1000, step_tokens=131072)
+def plan(*phases: Phase, price: float | None = None) -> RunPlan:
+    return RunPlan("sft", TARGET, FOUND, phases, price=price, steps=1000, step_tokens=131072)
 
 
 def test_the_step_is_the_sum_of_its_programs_as_often_as_they_run():

@@ -8,9 +8,9 @@ import yaml
 from jaxtrain.config import RunConfig
 from jaxtrain.plan import search as module
 from jaxtrain.plan.compile import Compiled
-from jaxtrain.plan.estimate import Estimate
-from jaxtrain.plan.reading import Part, Reading
-from jaxtrain.plan.report import Phase, Plan
+from jaxtrain.plan.estimate import StateEstimate
+from jaxtrain.plan.reading import Reading, TimedPart
+from jaxtrain.plan.report import Phase, RunPlan
 from jaxtrain.plan.search import candidate_text, changed, nearest_fit, remat_values, search, search_text
 from jaxtrain.plan.target import parse_target
 
@@ -22,14 +22,14 @@ CONFIG = RunConfig.model_validate(
         "train": {"steps": 1, "batch_size": 16},
     }
 )
-FOUND = Estimate(10**9, 10**9, {"fsdp": 8}, 4e9, 4e9, 8e9, 1024, 1e15, 1.0)
+FOUND = StateEstimate(10**9, 10**9, {"fsdp": 8}, 4e9, 4e9, 8e9, 1024, 1e15, 1.0)
 
 
-def made(seconds: float, used: float) -> Plan:
+def made(seconds: float, used: float) -> RunPlan:
     mesh = SimpleNamespace(size=8)
     program = SimpleNamespace(name="update", times=1, flops=1e15, mesh=mesh, inputs={}, gradients=None, tokens=1)
-    phase = Phase(program, Compiled("", 1.0, peak=int(used)), Reading([Part(seconds, 1, "", "")]))
-    return Plan("sft", parse_target("v5p:2x2x2"), FOUND, [phase], step_tokens=1)
+    phase = Phase(program, Compiled("", 1.0, peak=int(used)), Reading([TimedPart(seconds, 1, "", "")]))
+    return RunPlan("sft", parse_target("v5p:2x2x2"), FOUND, [phase], step_tokens=1)
 
 
 def fake_plan(config, on, **given):
