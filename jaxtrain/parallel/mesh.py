@@ -24,7 +24,7 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     Raises ValueError, naming the keys and the number of devices, if the product of the sizes is not that number.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _resolve(section, len(devices))
+    sizes = tuple(mesh_sizes(section, len(devices)).values())
     return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -75,7 +75,11 @@ def default_head_chunk(mesh: Mesh) -> int:
     return 2048 if large else 512
 
 
-def _resolve(section: MeshSection, count: int) -> tuple[int, ...]:
+def mesh_sizes(section: MeshSection, count: int) -> dict[str, int]:
+    """The sizes of `AXES`, in their order, over `count` devices.
+
+    Raises ValueError, naming the keys, if their product is not that number.
+    """
     sizes = {axis: getattr(section, axis) for axis in AXES}
     for axis in ("expert", "tensor"):
         if sizes[axis] > 1 and not splits(RULES[section.preset], axis):
@@ -93,7 +97,7 @@ def _resolve(section: MeshSection, count: int) -> tuple[int, ...]:
         sizes["fsdp"] = count // product
     elif product != count:
         raise ValueError(f"{shown} = {product}, but there are {count} devices; {_nearest(section, count)}")
-    return tuple(sizes.values())
+    return sizes
 
 
 def _nearest(section: MeshSection, count: int) -> str:

@@ -23,12 +23,13 @@ from jaxtrain.session.session import Session
 from jaxtrain.train.lockstep import Agreement
 
 
-def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
+def trainer_devices(placement: PlacementSection, devices: Sequence[Any] | None = None) -> Sequence[Any]:
     """The devices that train: all, or under `disjoint` all but the last `rollout_devices` of each process.
 
-    Raises ValueError where none is left to train on, or a thread that samples would share devices with the trainer.
+    `devices`: all of the run; default: those of JAX. Raises ValueError where none is left to train on, or a thread that
+    samples would share devices with the trainer.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if placement.kind == "colocated" and placement.staleness and len(devices) > 1:
         # Two threads may start programs in a different order on each device; their collectives then never meet.
         raise ValueError(
@@ -46,15 +47,20 @@ def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
     return [device for own in of_processes for device in own[:-count]]
 
 
-def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: Mesh) -> tuple[Mesh, ...]:
+def sampling_meshes(
+    placement: PlacementSection, section: MeshSection, trainer: Mesh, devices: Sequence[Any] | None = None
+) -> tuple[Mesh, ...]:
     """The meshes of the engines of all processes; none: sampling is in other processes.
 
     Under `disjoint` the last `rollout_devices` of each process sample, as many rows at a time as "tensor" leaves of
     them. Otherwise each process has an engine on its devices, or `processes_per_engine` have one together.
 
+    `devices`: all of the run, which say by themselves how many processes it has; default: those of JAX.
+
     Raises ValueError where the processes cannot be grouped so.
     """
-    processes, each = jax.process_count(), placement.processes_per_engine
+    devices, each = jax.devices() if devices is None else devices, placement.processes_per_engine
+    processes = len({device.process_index for device in devices})
     if processes % each:
         raise ValueError(
             f"rl.placement.processes_per_engine={each} does not divide the {processes} processes of the run"
@@ -64,7 +70,7 @@ def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: 
     if placement.kind == "disjoint":
         count = placement.rollout_devices
         assert count is not None
-        return tuple(_engine_mesh(section, own[-count:]) for own in _by_process(jax.devices()))
+        return tuple(_engine_mesh(section, own[-count:]) for own in _by_process(devices))
     return (trainer,) if processes == each else _trainer_parts(section, trainer, processes // each)
 
 

@@ -44,7 +44,7 @@ class WeightSync:
 
     def __call__(self, params: Params) -> Synced:
         start = time.perf_counter()
-        merged = _merged(self.trainer, params)
+        merged = merge(self.trainer, params)
         mesh = self.trainer.run.mesh
         if self.copies:
             mesh = next(mesh for mesh in self.copies if mesh.local_devices)
@@ -61,7 +61,7 @@ def to_host(trainer: Model, params: Params) -> Synced:
     processes, which hold only shards, call it together, and each gets all.
     """
     start = time.perf_counter()
-    host = jax.tree.map(_whole, _merged(trainer, params))
+    host = jax.tree.map(_whole, merge(trainer, params))
     return _synced(jax.tree.map(lambda leaf: leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf, host), start)
 
 
@@ -117,7 +117,8 @@ def _copied(params: Params, rollout: Model, copies: tuple[Mesh, ...]) -> Params:
 
 
 @partial(jax.jit, static_argnums=0)
-def _merged(model: Model, params: Params) -> Params:
+def merge(model: Model, params: Params) -> Params:
+    """The parameters of `model` without adapters, matrices in the compute dtype; a copy."""
     params = model.merged(params)[1]
     # Copy even if nothing is cast: else an output may share its buffer with the input, which the trainer donates.
     return jax.tree.map(jnp.copy, cast_matrices(params, model.run.dtype))

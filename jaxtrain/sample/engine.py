@@ -232,7 +232,7 @@ class Engine:
             buffers.fit(columns)
             buffers.move([], [])
             for length in buffers.prompt_lengths:
-                for rows in self._prefill_rows(length):
+                for rows in prefill_rows(self.slots, self._shares, length):
                     self._prefill([], length, rows)
             self._decode(0, 1)
             if buffers.small_rows < self.slots:
@@ -324,18 +324,12 @@ class Engine:
         for prompt, slots in fresh.items():
             by_length.setdefault(bucket_for(self._buffers.prompt_lengths, len(prompt)), []).append((prompt, slots))
         for length, group in by_length.items():
-            sizes = self._prefill_rows(length)
+            sizes = prefill_rows(self.slots, self._shares, length)
             while group:
                 # The largest size that is more than half full.
                 rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
                 self._prefill(group[:rows], length, rows)
                 group = group[rows:]
-
-    def _prefill_rows(self, length: int) -> tuple[int, ...]:
-        """The row counts of a prefill of prompts of this length: powers of four, and the maximum."""
-        maximum = max(min(self.slots, _PREFILL_TOKENS // length) // self._shares, 1)
-        smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
-        return tuple(size * self._shares for size in (*smaller, maximum))
 
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
         """Compute the keys and values of each prompt once and copy them to its slots."""
@@ -390,3 +384,11 @@ class Engine:
     def _failed(self, sample: Sample, error: Exception) -> Chunk:
         log.error("sample %d of request %d failed", sample.index, sample.number, exc_info=error)
         return sample.fail(f"{type(error).__name__}: {error}", time.perf_counter())
+
+
+def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
+    """The row counts of a prefill of prompts of this length: powers of four, and the maximum. `shares`: the number of
+    parts that rows are split into."""
+    maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
+    smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
+    return tuple(size * shares for size in (*smaller, maximum))
