@@ -41,6 +41,7 @@ def write_learnable(folder, vocab_size):
 
 
 def tree(place, algorithm, *, prompts=4, model=None, teacher=None, steps=2, **sections):
+    held_out = {"path": str(place / "eval.jsonl")} if sections.get("eval", {}).get("generate") else None
     return {
         "recipe": "rl",
         "model": {
@@ -53,7 +54,7 @@ def tree(place, algorithm, *, prompts=4, model=None, teacher=None, steps=2, **se
         "teacher": teacher or {"path": str(place / "teacher")},
         "data": {
             "train": {"path": str(place / "train.jsonl")},
-            "eval": {"path": str(place / "eval.jsonl")},
+            "eval": held_out,
             "max_length": 48,
         },
         "train": {"steps": steps},
