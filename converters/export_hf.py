@@ -54,6 +54,7 @@ class TrainedText:
     tokenizer: PreTrainedTokenizerFast | None = None  # with added tokens
     chat_template: str | None = None  # replaces that of the folder
     end_ids: Sequence[int] = ()  # tokens that end an answer, added to `eos_token_id` in generation_config.json
+    padding: tuple[str, int] | None = None  # the token, and its id, that replaces the padding token of the folder
 
 
 UNCHANGED_TEXT = TrainedText()
@@ -105,6 +106,8 @@ def export_hf(
         return folder
     scalar = "value_head.kernel" in leaves
     config_json = _with_dtype(for_head(to_hf(config, hf), config, scalar), cast["embed.weight"])
+    if text.padding is not None:
+        config_json["pad_token_id"] = text.padding[1]
     with temporary_folder(folder) as partial:
         write_checkpoint(partial, files, fetch)
         if own_head:
@@ -197,6 +200,10 @@ def write_text_files(
         text.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     if text.chat_template is not None:
         _replace_template(folder, text.chat_template)
+    if text.padding is not None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).is_file():
+                _write_json(folder / name, {**read_json_object(folder / name), "pad_token": text.padding[0]})
     _write_generation_config(folder, hf, text.end_ids)
 
 

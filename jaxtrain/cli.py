@@ -24,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
 _CHUNK_TOKENS = 8  # maximum tokens of a streamed chunk
 QUICKSTART = Path("configs/quickstart/sft.yaml")
 _MODEL = "Hugging Face folder, local or a URL, or owner/name[@revision] on the hub"
@@ -66,6 +65,16 @@ class _Launching:
     name: Annotated[str | None, Doc("of the job; default: the last part of run.dir")] = None
     cluster: Annotated[Path | None, Doc("YAML file with the backend's options")] = None
     option: Annotated[list[str] | None, Doc("key=value, an option of the backend; repeatable")] = None
+
+
+@dataclass(frozen=True)
+class _Planning:
+    """Options of `plan`."""
+
+    on: Annotated[str | None, Doc("the devices: v5p:4x4x8, v5e:8x8, v6e:16x16, tpu7x:4x4x4 or cpu:8")] = None
+    slices: Annotated[int, Ge(1), Doc("TPU slices of that size, which mesh.data combines")] = 1
+    price: Annotated[float | None, Doc("of a chip and hour: gives the cost of the run")] = None
+    save: Annotated[Path | None, Doc("folder for the HLO of every program")] = None
 
 
 def _with_options(*records: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
@@ -188,6 +197,25 @@ def preview(
     from jaxtrain.recipes.preview import preview as show
 
     show(load_config(config, overrides), rows=rows)
+
+
+@app.command()
+@_with_options(_Planning)
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    only_estimate: Annotated[bool, typer.Option("--estimate", help="compile nothing")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="the ten dearest fusions by source line")] = False,
+    try_others: Annotated[bool, typer.Option("--search", help="try other meshes, remat and microbatches")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    **given: Any,
+) -> None:
+    """Predict memory and time of CONFIG on devices that need not be there: docs/plan.md."""
+    from jaxtrain.config import load_config
+    from jaxtrain.plan.printed import print_plan
+
+    options = {**_fields_of(_Planning, given), "compiled": not only_estimate, "tries": try_others}
+    print_plan(load_config(config, overrides), profile=10 if profile else 0, as_json=as_json, **options)
 
 
 @app.command()

@@ -37,6 +37,7 @@ USERS_OF_DATA = {
     "jaxtrain.rl",
     "jaxtrain.recipes",
     "jaxtrain.serve",
+    "jaxtrain.plan",
     "jaxtrain.cli",
 }
 USERS_OF_TORCH = {"converters.reference"}  # inside functions only: every module is imported without torch below

@@ -190,16 +190,19 @@ data.train.split data.train.weight data.virtual_shards data.workers
 distributed distributed.heartbeat_timeout distributed.initialization_timeout distributed.port
 distributed.shutdown_timeout distributed.step_timeout distributed.unreachable_timeout
 eval eval.batches eval.best eval.best.metric
-eval.best.mode eval.best.patience eval.every eval.generate eval.max_new_tokens eval.prompts eval.prompts.args
+eval.best.mode eval.best.patience eval.every eval.generate eval.greedy eval.max_new_tokens eval.prompts eval.prompts.args
 eval.prompts.columns eval.prompts.config eval.prompts.epochs eval.prompts.limit eval.prompts.name eval.prompts.path
 eval.prompts.rows eval.prompts.source eval.prompts.split eval.prompts.weight eval.rewards eval.rewards.args
 eval.rewards.function eval.rewards.seconds eval.rewards.weight eval.samples eval.temperature log log.every
 log.tensorboard mesh mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model model.add_tokens
 model.add_tokens.alone model.add_tokens.count model.add_tokens.names model.add_tokens.prefix model.add_tokens.special
-model.add_tokens.suffix model.attention model.backend model.chat_template model.compute_dtype model.config model.head
+model.add_tokens.suffix model.attention model.backend model.chat_template model.compiler_options
+model.compute_dtype model.config model.head model.head_chunk
 model.lora model.lora.alpha model.lora.dropout model.lora.dtype model.lora.modules_to_save model.lora.path
 model.lora.rank model.lora.rslora model.lora.targets model.modules model.modules.attention model.modules.mlp
-model.modules.norm model.param_dtype model.path model.quantize model.remat model.router_aux_loss_coef
+model.modules.norm model.param_dtype model.path model.quantize model.remat
+model.remat.attention model.remat.attention_out model.remat.down model.remat.gate model.remat.qkv model.remat.up
+model.router_aux_loss_coef
 model.router_z_loss_coef model.tokenizer model.vocab_multiple objective objective.aggregation objective.beta
 objective.correction objective.correction.cap objective.correction.floor objective.correction.level
 objective.correction.mode objective.dual_clip objective.entropy_coefficient objective.entropy_max

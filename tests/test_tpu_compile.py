@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 V5P_BYTES = 95e9
-# A forward kernel, the same again in the backward pass (full remat), and one each for dq and for dk and dv.
-SPLASH_CALLS = 4
+# A forward kernel, whose residuals are kept, and one each for dq and for dk and dv.
+SPLASH_CALLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,19 @@ def test_a_tiny_step_compiles_with_splash_attention(compiled, topology, tensor):
     assert report["splash_calls"] == SPLASH_CALLS
 
 
+def test_kept_activations_are_not_computed_again(compiled):
+    """Counted in compiled layers of real widths: a policy that does not see the products would compute them again."""
+    reports = {
+        name: compiled("step", "8b-wide", "v5p:2x2x1", 1, 4, 1024, remat)
+        for name, remat in {"full": "full", "dots": "dots", "least": {}, "mlp": {"gate": "keep", "up": "keep"}}.items()
+    }
+    calls = {name: report["splash_calls"] for name, report in reports.items()}
+    assert calls == {"full": SPLASH_CALLS, "dots": SPLASH_CALLS, "least": SPLASH_CALLS + 1, "mlp": SPLASH_CALLS + 1}
+    again = {name: report["products"] - reports["dots"]["products"] for name, report in reports.items()}
+    # Queries, keys, values, the projection of the attention, gate and up; nothing needs the output of the layer.
+    assert again == {"full": 6, "dots": 0, "least": 6, "mlp": 4}
+
+
 @pytest.mark.slow
 def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(compiled):
     report = compiled("step", "8b", "v5p:2x2x2", 2, 16, 8192)
@@ -54,8 +67,14 @@ def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(compiled):
 
 def test_decode_does_not_copy_the_cache(compiled):
     """With another order of its axes, XLA would copy the keys and values of every layer twice at every call."""
-    report = compiled("decode", "v5p:2x2x1", 4)
+    report = compiled("decode", "v5p:2x2x1", 4, 1024)
     assert report["temporaries"] < report["buffer"]
+
+
+def test_decode_gathers_logits_and_not_the_head(compiled):
+    """At a real vocabulary the head is 32 times as large as the logits of 64 slots."""
+    report = compiled("decode", "v5p:2x2x1", 4, 151936)
+    assert 0 < report["largest_gather"] <= report["logits"]
 
 
 @pytest.mark.slow

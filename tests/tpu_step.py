@@ -8,6 +8,7 @@ from jaxtrain.config import MeshSection, OptimizerSection
 from jaxtrain.nn.config import LayerKind, ModelConfig, Rope
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
+from jaxtrain.nn.remat import Remat
 from jaxtrain.objectives.sft import SFT
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
@@ -39,20 +40,24 @@ def qwen3(vocab: int, width: int, hidden: int, layers: int, heads: int, head_dim
 
 SHAPES = {
     "tiny": qwen3(1000, 256, 512, layers=2, heads=16, head_dim=64, tied=True),
+    "8b-wide": qwen3(151936, 4096, 12288, layers=2, heads=32, head_dim=128, tied=False),
     "8b": qwen3(151936, 4096, 12288, layers=36, heads=32, head_dim=128, tied=False),  # Qwen/Qwen3-8B's config.json
 }
 
 
-def step(shape: str, topology: str, tensor: int, rows: int, length: int) -> dict[str, int]:
-    return report(compile_step(shape, topology, tensor, rows, length))
+def step(
+    shape: str, topology: str, tensor: int, rows: int, length: int, remat: str | dict[str, str] = "full"
+) -> dict[str, int]:
+    places = remat if isinstance(remat, str) else tuple(remat.items())
+    return report(compile_step(shape, topology, tensor, rows, length, places))
 
 
-def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int) -> jax.stages.Compiled:
-    """The step of a run: bf16 compute, fp32 parameters and AdamW moments, full remat, donated state."""
+def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int, remat: Remat) -> jax.stages.Compiled:
+    """The step of a run: bf16 compute, fp32 parameters and AdamW moments, donated state."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     section = MeshSection(preset="fsdp_tensor" if tensor > 1 else "fsdp", tensor=tensor)
     mesh = make_mesh(section, devices)
-    model = Model(SHAPES[shape], run=Execution(jnp.dtype("bfloat16"), "full", "auto", mesh))
+    model = Model(SHAPES[shape], run=Execution(jnp.dtype("bfloat16"), remat, "auto", mesh))
     schedule = make_schedule(OptimizerSection(), 10)
     tx = make_optimizer(OptimizerSection(), schedule, model.axes())
 
@@ -76,9 +81,12 @@ def report(compiled: jax.stages.Compiled) -> dict[str, int]:
     assert memory is not None
     text = compiled.as_text()
     assert text is not None
+    lines = text.splitlines()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "not_donated": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "splash_calls": len([line for line in text.splitlines() if "splash_mha" in line and "custom-call(" in line]),
+        "splash_calls": len([line for line in lines if "splash_mha" in line and "custom-call(" in line]),
+        # XLA:TPU compiles matrix products as convolutions.
+        "products": len([line for line in lines if " convolution(" in line or " dot(" in line]),
     }

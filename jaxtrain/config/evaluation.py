@@ -27,6 +27,7 @@ class EvalSection(Section):
     max_new_tokens: PositiveInt = 64
     samples: PositiveInt = 1  # answers to each prompt
     temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy
+    greedy: bool = False  # one greedy answer to each prompt as well, beside those at a temperature
     # what judges the answers; default: whether they are equal to the data's (recipe rl: rl.rewards)
     rewards: list[RewardSection] = Field(default_factory=list)
     best: BestSection | None = None
@@ -35,6 +36,8 @@ class EvalSection(Section):
     def _answers(self) -> EvalSection:
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"samples={self.samples} at temperature=0 would all be equal: give a temperature")
+        if self.greedy and not self.temperature:
+            raise ValueError("greedy=true has no effect at temperature=0, where all answers are greedy")
         given = {"prompts": self.prompts, "rewards": self.rewards, "temperature": self.temperature}
         if not self.generate and (unused := [name for name, value in given.items() if value]):
             raise ValueError(f"{unused[0]} has no effect without `generate`")

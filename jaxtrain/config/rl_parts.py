@@ -47,7 +47,7 @@ class EnvironmentSection(Section):
 
 class PlacementSection(Section):
     kind: Annotated[Literal["colocated", "disjoint", "ray"], MAY_CHANGE] = "colocated"
-    # disjoint: this many of the devices sample, the others train
+    # disjoint: this many of the devices of each process sample, the others train
     rollout_devices: Annotated[PositiveInt | None, MAY_CHANGE] = None
     # colocated: this many adjacent processes of the run sample together with one engine, for models that do not fit one
     processes_per_engine: Annotated[PositiveInt, MAY_CHANGE] = 1

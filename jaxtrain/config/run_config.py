@@ -34,6 +34,7 @@ _PRESETS = {  # the objective of each recipe, unless `objective.name` says so
     "reward": "jaxtrain.objectives:BradleyTerry",
     "distill": "jaxtrain.objectives:Distill",
 }
+_SMALL_UPDATES = 1e-6  # TRL's learning rate of DPO, KTO and GRPO: the default of these recipes
 _NO_TEXT = "a reward model does not generate text"
 # Keys that mean nothing to a recipe, and what does instead.
 _NOT_FOR: dict[str, dict[str, str]] = {
@@ -83,8 +84,12 @@ class RunConfig(Section):
     @classmethod
     def _with_context(cls, tree: Any) -> Any:
         """`objective` is checked against that of `rl.algorithm`, whatever else may be wrong in `rl`. A reward model has
-        a scalar head.
+        a scalar head. Preferences and rewards need smaller updates than texts.
         """
+        if isinstance(tree, dict) and tree.get("recipe") in ("preference", "rl"):
+            optimizer = tree.get("optimizer", {})
+            if isinstance(optimizer, dict):
+                tree = {**tree, "optimizer": {"learning_rate": _SMALL_UPDATES, **optimizer}}
         if isinstance(tree, dict) and tree.get("recipe") == "reward" and isinstance(model := tree.get("model"), dict):
             tree = {**tree, "model": {"head": "scalar", **model}}
         if not isinstance(tree, dict) or not isinstance(rl := tree.get("rl"), dict):
@@ -126,6 +131,10 @@ class RunConfig(Section):
         self._check_one_length()
         if self.eval.generate and self.data.eval is None and self.eval.prompts is None:
             raise ValueError("eval.generate needs data.eval or eval.prompts")
+        if self.rl is not None and self.data.eval is not None and not self.eval.generate:
+            raise ValueError(
+                "recipe rl reads data.eval only for eval.generate, the number of held-out prompts to answer"
+            )
         if (self.recipe == "rl") != (self.rl is not None):
             raise ValueError("`recipe: rl` and the section `rl` belong together")
         check_teacher(self.recipe, self.teacher, self.rl)

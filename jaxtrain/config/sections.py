@@ -87,6 +87,27 @@ class ModulesSection(Section):
     norm: str | None = None  # default: jaxtrain.nn.norm:RMSNorm
 
 
+Place = Literal["keep", "recompute", "offload"]
+
+
+class RematSection(Section):
+    """What becomes of the activations of a layer until its backward pass: kept, computed again, or moved to the host's
+    memory. The input of a layer is always kept."""
+
+    qkv: Place = "recompute"  # queries, keys and values as they are projected
+    attention: Place = "recompute"  # the output of the attention, and one float per head and token
+    attention_out: Place = "recompute"  # the output of the projection of `attention`
+    gate: Place = "recompute"  # of a dense feed-forward layer, before the activation function
+    up: Place = "recompute"
+    down: Place = "recompute"  # used only by a norm after the layer (Gemma)
+
+
+RematSetting = Annotated[
+    Annotated[Literal["none", "dots", "full"], Tag("<preset>")] | Annotated[RematSection, Tag("<names>")],
+    Discriminator(lambda value: "<names>" if isinstance(value, dict | RematSection) else "<preset>"),
+]
+
+
 class ModelSection(Section):
     path: Annotated[str | None, INPUT_PATH] = None  # a Hugging Face folder, a URL or a name on the hub
     config: dict[str, Any] | None = None  # instead of `path`: a config.json's content, random weights
@@ -97,8 +118,13 @@ class ModelSection(Section):
     chat_template: Annotated[str | None, INPUT_PATH] = None
     compute_dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
-    remat: Annotated[Literal["none", "dots", "full"], MAY_CHANGE] = "full"  # what the backward pass computes again
+    # full: `attention` alone is kept; dots: all that `RematSection` names; none: nothing is computed again
+    remat: Annotated[RematSetting, MAY_CHANGE] = "full"
     attention: Annotated[Literal["auto", "xla", "splash", "cudnn"], MAY_CHANGE] = "auto"
+    # tokens of a chunk of logits on each device; default: 2048 on TPU (v5e: 512) and GPU, 512 elsewhere
+    head_chunk: Annotated[PositiveInt | None, MAY_CHANGE] = None
+    # of XLA, for the training step, prefill and decode
+    compiler_options: Annotated[dict[str, str | int | float | bool], MAY_CHANGE] = {}
     modules: ModulesSection = ModulesSection()  # classes that replace modules of the decoder: see docs/modules.md
     head: str = "lm"  # or `scalar` (rewards, values), or package.module:function (a head of one's own)
     backend: Literal["jaxtrain", "torchax"] = (
@@ -314,7 +340,7 @@ def _one_of_or_path(*known: str) -> AfterValidator:
 
 class OptimizerSection(Section):
     name: Annotated[str, _one_of_or_path("adamw", "adafactor", "muon")] = "adamw"  # or package.module:function
-    learning_rate: PositiveFloat = 2e-5
+    learning_rate: PositiveFloat = 2e-5  # recipes preference and rl: 1e-6
     schedule: Annotated[str, _one_of_or_path("constant", "linear", "cosine")] = "cosine"  # or package.module:function
     warmup_steps: NonNegativeInt = 0
     warmup_ratio: Fraction = 0.0  # instead of warmup_steps: as a share of the run's steps, rounded up

@@ -7,7 +7,8 @@
       - {name: dpo, recipe: preference, data: ..., train: ...}
 
 What stands beside `stages` is of every stage, unless the stage says otherwise. A stage's folder is `run.dir/NAME`; its
-model is `run.dir/NAME/export`, which the next stage reads.
+model is `run.dir/NAME/export`, which the next stage reads: `model.path` and the other keys that an export settles,
+beside `stages` or in an override of all stages, are of the first stage alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jaxtrain.config.run_config import RunConfig
 
 EXPORT = "export"  # in a stage's folder
 _ORIGIN = ("path", "config", "tokenizer", "add_tokens", "chat_template")  # keys of `model` that an export settles
+_OF_FIRST = tuple(f"model.{key}{end}" for key in (*_ORIGIN, "lora.path") for end in "=.")  # overrides
 
 
 class Stage(NamedTuple):
@@ -69,11 +71,34 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
         if stages:
             model = {key: value for key, value in (shared.get("model") or {}).items() if key not in _ORIGIN}
             base = shared | {"model": {**model, "path": str(stages[-1].export)}}
+            common = [change for change in common if not change.startswith(_OF_FIRST)]
         folder = Path(home) / name
         whole = _merged(base, parts) | {"run": {**(shared.get("run") or {}), "dir": str(folder)}}
         config = parse_config(deepcopy(whole), f"{path}, stage {name}", [*common, *own[name]])
+        if stages:
+            _check_start(config, stages, f"{path}, stage {name}", lora=(parts.get("model") or {}).get("lora"))
         stages.append(Stage(name, config, folder))
     return stages
+
+
+def _check_start(config: RunConfig, before: Sequence[Stage], where: str, *, lora: Any) -> None:
+    """Raise ConfigError for a stage that would read the export before it as something else than it is. `lora`: the
+    stage's own section."""
+    last = before[-1]
+    if config.model.path != str(last.export):
+        return
+    if config.model.lora and config.model.lora.path and not lora:
+        raise ConfigError(
+            f"{where}: model.lora.path would be added to the export of stage {last.name} a second time: give `lora` in "
+            f"the `model` of stage {before[0].name} instead"
+        )
+    if last.config.recipe == "reward" and config.recipe != "reward":
+        models = [stage for stage in before if stage.config.recipe != "reward"]
+        start = str(models[-1].export) if models else "the checkpoint to start from"
+        raise ConfigError(
+            f"{where}: stage {last.name} exports a reward model, from which recipe {config.recipe} cannot start: give "
+            f"the stage its own model.path, such as {start}"
+        )
 
 
 def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from jaxtrain.types import LABEL, MARGIN, MISMATCHED, REF_LOGPS, SIGN, Bundle, E
 
 _SIDES = ("chosen", "rejected")
 _KNOWN = {"chosen", "rejected", *OPTIONAL_COLUMNS["chosen+rejected"], "margin", WEIGHT, *REFERENCE_COLUMNS}
-_PREVIOUS = "row before"  # a column of ours: a whole row
+_PREVIOUS = "row before"  # a column of ours: the last row before with another prompt
 
 
 class PairRows(NamedTuple):
@@ -252,8 +252,8 @@ class PairEncoder(AnswerEncoder):
 class LabelEncoder(AnswerEncoder):
     """Answers with a label -> examples, with the signal `label` on all tokens: a pair gives two, labelled 1 and 0.
 
-    With `mismatched` an example is a bundle with another one: its prompt with the answer of the row before, whose label
-    is `MISMATCHED`. KTO estimates its KL divergence from these.
+    With `mismatched` an example is a bundle with another one: its prompt with the answer of the last row before that
+    has another prompt, whose label is `MISMATCHED`. KTO estimates its KL divergence from these.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class LabelEncoder(AnswerEncoder):
 
     @property
     def fingerprint(self) -> str:
-        return f"{super().fingerprint} {self._mismatched}"
+        return f"{super().fingerprint} {'of another prompt' if self._mismatched else False}"
 
     def reference_columns(self, row: Row) -> list[str]:
         own = [f"ref_{side}_logps" for side in _SIDES] if row.get("chosen") is not None else ["ref_logps"]
@@ -296,7 +296,29 @@ class LabelEncoder(AnswerEncoder):
                 "the KL divergence of KTO is estimated from answers of other rows, which needs access by index and at "
                 "least two rows: use objective.loss=apo_zero, which has none"
             )
-        return columns | {_PREVIOUS: source[(row - 1) % len(source)]}
+        return columns | {_PREVIOUS: self._row_before(source, row)}
+
+    def _row_before(self, source: Source, row: int) -> Row:
+        """The last row before `row`, around the start of the source, whose prompt is another: several answers to one
+        prompt often follow each other. The one before `row` itself where `row` cannot be read."""
+        asked, before = self._asked(source[row]), source[(row - 1) % len(source)]
+        for back in range(1, len(source)):
+            other = source[(row - back) % len(source)]
+            if asked is None or self._asked(other) not in (None, asked):
+                return other
+        if self._asked(before) is None:
+            return before
+        raise ValueError(
+            "the KL divergence of KTO is estimated from answers to other prompts, and all rows have the same one: use "
+            "objective.loss=apo_zero, which has none"
+        )
+
+    def _asked(self, row: Row) -> Any:
+        """The prompt of a row; None where it cannot be read."""
+        try:
+            return self._answers(row)[0][0]["prompt"]
+        except ValueError:
+            return None
 
     def __call__(self, row: Row) -> Example | Bundle | RowExamples:
         """Raises ValueError for a row that cannot be read, or that holds no token to learn from."""

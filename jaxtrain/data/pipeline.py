@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 TOTALS = ("examples", "tokens", "slots")  # of the batches handed out; slots: tokens, padding included
 
+_SENT_ROWS = 512  # that all shards of a host together send to worker processes at a time
 _BATCHES_AHEAD = 2
 
 
@@ -174,6 +175,8 @@ class TrainStream:
         processes = self._data.processes
         if processes and self._reader.pool is None:
             self._reader.pool = EncodePool(self._encode, processes)
+            # To send rows to another process costs as much as to encode some, so more are sent at a time.
+            self._reader.chunk_rows = max(self._reader.chunk_rows, _SENT_ROWS // len(self._shards))
         threads = max(self._data.workers, 2 * processes)
         self._reader.chunks_ahead = max(2, -(-2 * threads // len(self._shards)))
         return ThreadPoolExecutor(threads, thread_name_prefix="read")

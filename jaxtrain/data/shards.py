@@ -66,7 +66,7 @@ class Reader:
         self.sources, self.bundle_size = sources, bundle_size
         self._data, self._encode = data, encode
         self.pool: EncodePool | None = None  # where rows are encoded by `submit`; None: in its threads
-        self.chunks_ahead = _CHUNKS_AHEAD
+        self.chunk_rows, self.chunks_ahead = _CHUNK, _CHUNKS_AHEAD  # of a shard
         self._has_more = isinstance(encode, RowEncoder) and type(encode).more_columns is not RowEncoder.more_columns
         self._warned = False
         self.usable: set[int] = set()  # sources of which some row is known to give an example
@@ -310,7 +310,7 @@ class _Examples:
         while True:
             while len(ahead) < self._reader.chunks_ahead:
                 chunk: list[Draw] = []
-                while len(chunk) < _CHUNK and (draw := self._mixture.draw(counts)) is not None:
+                while len(chunk) < self._reader.chunk_rows and (draw := self._mixture.draw(counts)) is not None:
                     counts = draw.counts
                     chunk.append(draw)
                 ahead.append((chunk, self._reader.submit(self._executor, [(draw.source, draw.row) for draw in chunk])))

@@ -42,6 +42,18 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [token for token in ends if token in special - within]
 
 
+def closing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What a conversation ends with after the words of its last answer: the token that ends the turn, where the
+    template has one, and what it writes after that, such as the line break of ChatML. Empty without a chat template.
+    """
+    if not tokenizer.chat_template:
+        return []
+    encoded = ChatTokenizer(tokenizer)(_PROBES[0], thoughts="accept")
+    _, stop = trained_spans(encoded.loss_weights)[-1]
+    start = stop - (encoded.input_ids[stop - 1] in turn_end_ids(tokenizer))
+    return encoded.input_ids[start:].tolist()
+
+
 def _turns(encoded: EncodedChat) -> list[list[int]]:
     """The ids of each run of tokens that are trained."""
     return [encoded.input_ids[start:stop].tolist() for start, stop in trained_spans(encoded.loss_weights)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jaxtrain.nn.cache import LayerCache, order_on
@@ -14,6 +15,7 @@ from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.norm import RMSNorm
+from jaxtrain.nn.remat import ATTENTION_OUT, QKV
 from jaxtrain.nn.rope import RopeTable, apply_rope
 from jaxtrain.ops.attend import Impl, attend
 from jaxtrain.ops.blockwise import AttentionOptions, MaskInputs
@@ -84,6 +86,7 @@ class Attention(nnx.Module):
         body. `keys` are dropout keys for the adapters of the four projections, or Nones.
         """
         q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        q, k, v = (checkpoint_name(each, QKV) for each in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32)
@@ -107,7 +110,7 @@ class Attention(nnx.Module):
 
         branches = [branch(each, rope) for each, rope in zip(kinds, inputs.ropes, strict=True)]
         out, written = branches[kind](q, k, v) if isinstance(kind, int) else jax.lax.switch(kind, branches, q, k, v)
-        return self.o_proj(out, keys[3]), written
+        return checkpoint_name(self.o_proj(out, keys[3]), ATTENTION_OUT), written
 
 
 def _with_cached(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Integer
 
 from jaxtrain.nn.attention import Attention, AttentionInputs
@@ -22,21 +23,13 @@ from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
+from jaxtrain.nn.remat import Remat, remat_policy
 from jaxtrain.nn.rope import rope_tables, token_segment_lengths
 from jaxtrain.ops.attend import Impl
-from jaxtrain.ops.blockwise import RESIDUALS
 from jaxtrain.ops.project import project_on_table
+from jaxtrain.parallel.mesh import CompilerOptions
 from jaxtrain.parallel.sharding import constrain_rows
 from jaxtrain.types import Array, Params, Routing
-
-# The values that the forward pass saves; the backward pass recomputes the others.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-        jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Execution:
     """Settings of a forward pass that do not change its result, except for rounding and `context`."""
 
     dtype: np.dtype = FLOAT32
-    remat: str = "none"
+    remat: Remat = "none"
     attention: Impl = "auto"
     mesh: jax.sharding.Mesh | None = None
     _: KW_ONLY
@@ -52,6 +45,8 @@ class Execution:
     # Unroll the loop over layers. On a CPU a tenth of the step is spent on copying saved values into stacked arrays and
     # out of them. Only without remat: see `hidden`.
     unroll: bool = False
+    head_chunk: int = 512  # tokens of a chunk of the head: see `ops.token_scores.Scoring`
+    compiler_options: CompilerOptions = ()  # of the training step, and of prefill and decode
 
 
 class Block(nnx.Module):
@@ -196,7 +191,7 @@ class Decoder(nnx.Module):
         if run.remat != "none":
             # XLA merges nothing across the iterations of a loop, so no barrier is needed to prevent it.
             assert not run.unroll, run.remat
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[run.remat], prevent_cse=False)
+            body = jax.checkpoint(body, policy=remat_policy(run.remat), prevent_cse=False)
         layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
         x, routing = jax.lax.scan(body, x, layers, unroll=run.unroll)
         return self._features(x), routing
@@ -268,13 +263,17 @@ class Decoder(nnx.Module):
             return self.custom_head.kernel[...]
         return self.embed.table() if self.lm_head is None else self.lm_head.table()
 
-    def logits(self, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
+    def logits(self, hidden: Float[Array, "*tokens D"], mesh: jax.sharding.Mesh | None) -> Float[Array, "*tokens V"]:
         """Logits in float32, for decoding and tests, where the tokens are few."""
         kernel = self.head().astype(hidden.dtype)
         if self.lm_head is self.custom_head is None:
             logits = project_on_table(hidden, kernel)
         else:
             logits = jnp.tensordot(hidden, kernel, 1, preferred_element_type=jnp.float32)
+        if mesh is not None and mesh.shape["tensor"] > 1:
+            # As the head is sharded: where the logits are needed whole, the compiler may otherwise gather the head.
+            spec = (*[PartitionSpec.UNCONSTRAINED] * (logits.ndim - 1), "tensor")
+            logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec(*spec)))
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits[..., : self.config.vocab_size]

@@ -5,10 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
+from jaxtrain.nn.remat import DOWN, GATE, UP
 from jaxtrain.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -42,5 +44,5 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], keys: list[Array | None]) -> Float[Array, "B T D"]:
         """`keys` are dropout keys for the adapters of the three projections, or Nones."""
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, keys[0]))
-        return self.down_proj(gate * self.up_proj(x, keys[1]), keys[2])
+        gate, up = checkpoint_name(self.gate_proj(x, keys[0]), GATE), checkpoint_name(self.up_proj(x, keys[1]), UP)
+        return checkpoint_name(self.down_proj(ACTIVATIONS[self.activation](gate) * up, keys[2]), DOWN)

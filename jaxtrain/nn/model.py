@@ -153,7 +153,7 @@ class Model:
 
     def logits(self, params: Params, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens V"]:
         """Logits in float32. `ops.token_scores` computes scores without them."""
-        return self._merge(params).logits(hidden)
+        return self._merge(params).logits(hidden, self.run.mesh)
 
     def values(self, params: Params, hidden: Float[Array, "*tokens D"]) -> Float[Array, "*tokens"]:
         """The outputs of a scalar head, float32."""

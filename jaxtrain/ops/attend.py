@@ -39,7 +39,8 @@ def attend(
     (GPT-OSS).
 
     `impl="auto"` selects the kernel for the platform of `mesh`, or of JAX's default device without a mesh: splash
-    attention on TPU for packed rows, else plain XLA. On other platforms than TPU splash attention is interpreted, for
+    attention on TPU for packed rows, else plain XLA. On a GPU, cuDNN's attention is selected where a run is declared
+    (`roles.declare`), after a comparison with XLA. On other platforms than TPU splash attention is interpreted, for
     tests.
 
     Raises ValueError if shapes do not match or the kernel does not support an argument.
@@ -55,16 +56,16 @@ def attend(
         interpret = platform != "tpu"
         return splash_attention(q, k, v, tokens.q_seg, options, sinks=sinks, mesh=mesh, interpret=interpret)
     if impl == "cudnn":
-        if options.softcap is not None or sinks is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
-            raise ValueError(f"impl='cudnn' takes 16-bit floats (here {q.dtype}), no softcap and no sinks; use 'xla'")
+        if options.softcap is not None or q.dtype not in (jnp.bfloat16, jnp.float16):
+            raise ValueError(f"impl='cudnn' takes 16-bit floats (here {q.dtype}) and no softcap; use 'xla'")
         if platform != "gpu":
             raise ValueError(f"impl='cudnn' needs a GPU, not {platform}; use 'auto'")
 
-        def fallback(q: Array, k: Array, v: Array, seg: Array) -> Array:
+        def fallback(q: Array, k: Array, v: Array, seg: Array, sinks: Array | None) -> Array:
             index = jnp.broadcast_to(jnp.arange(seg.shape[1]), seg.shape)  # in packed rows, equivalent to positions
-            return blockwise_attention(q, k, v, None, MaskInputs(index, seg), options)
+            return blockwise_attention(q, k, v, sinks, MaskInputs(index, seg), options)
 
-        return cudnn_attention(q, k, v, tokens.q_seg, options, mesh=mesh, fallback=fallback)
+        return cudnn_attention(q, k, v, tokens.q_seg, options, sinks=sinks, mesh=mesh, fallback=fallback)
     return blockwise_attention(q, k, v, sinks, tokens, options)
 
 

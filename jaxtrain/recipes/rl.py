@@ -73,7 +73,7 @@ def run(
         deal = Deal.of_run(section.placement.processes_per_engine)
         sampler = make_sampler(session, policy)
         environment_weight = section.environment.weight if section.environment else 1.0
-        models = reward_models(session)
+        models = reward_models(session, policy)
         reward, held_out = (
             RewardScorer(section.rewards, pool, environment_weight, models, session.num_steps) for _ in range(2)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from jaxtrain.config.stages import Stage
 from jaxtrain.observe.run_files import METRICS
 from jaxtrain.recipes.run import run
 from jaxtrain.session.export import export_run
+from jaxtrain.session.folder import checkpoint_steps
 from jaxtrain.session.record import best_step, read_metrics, write_atomically
+from jaxtrain.train.agree import barrier, gather_values
 from jaxtrain.train.preemption import Preemption
 
 REPORT = "report.md"
+_EXPORTED = "exported_step"  # a file in a stage's folder: the step of its checkpoint that `export` has
 
 
 def run_stages(
@@ -35,12 +39,32 @@ def run_stages(
         outcome = run(stage.config, resume=resume, allow_change=allow_change, preemption=preemption)
         if outcome.exit_code:
             return outcome.exit_code
-        if not _is_exported(stage) and jax.process_index() == 0:
-            step = None if stage.config.eval.best is None else best_step(stage.folder)
-            export_run(stage.folder, stage.export, step=step)
+        _export(stage)
         if jax.process_index() == 0:
             write_report(stages)
     return 0
+
+
+def _export(stage: Stage) -> None:
+    """Export a complete stage, unless that is done. All processes call it, which read parameters together.
+
+    A stage that has gone on since its export, such as to a larger `train.steps`, is exported again.
+    """
+    best = stage.config.eval.best is not None
+    step = best_step(stage.folder) if best else checkpoint_steps(stage.folder)[-1]
+    record = stage.folder / _EXPORTED
+    done = _is_exported(stage) and record.is_file() and record.read_text() == str(step)
+    if gather_values(done)[0]:
+        return
+    if jax.process_index() == 0:
+        record.unlink(missing_ok=True)
+        if _is_exported(stage):
+            shutil.rmtree(stage.export)
+    barrier(f"{stage.name} may be exported")
+    export_run(stage.folder, stage.export, step=step)
+    if jax.process_index() == 0:
+        write_atomically(record, str(step))
+    barrier(f"{stage.name} is exported")
 
 
 def _is_exported(stage: Stage) -> bool:

@@ -47,7 +47,10 @@ def eval_rewards(
     with `pass_rates` if there are several to a prompt.
 
     `eval.rewards` judge them, or else `scorer`, of which `metrics` returns those since the last call; they are reported
-    with the prefix `eval_`. `sampler` has the conversations with an environment. None without `eval.generate`.
+    with the prefix `eval_`. With `eval.greedy` all of them also of greedy answers, with the prefix `eval_greedy_`.
+    `sampler` has the conversations with an environment. None without `eval.generate`.
+
+    Raises ValueError for unusable data, and for greedy conversations with an environment.
     """
     config = session.config
     prompts = held_out_questions(session, encode)
@@ -61,11 +64,16 @@ def eval_rewards(
 
     deal = Deal.of_run(1 if config.rl is None else config.rl.placement.processes_per_engine)
 
-    def own_answers() -> list[Trajectory]:
-        if sampler is not None and config.rl is not None and config.rl.environment is not None:
+    converses = sampler is not None and config.rl is not None and config.rl.environment is not None
+    if converses and config.eval.greedy:
+        raise ValueError("eval.greedy: conversations with an environment are sampled as `sampling` says")
+
+    def own_answers(*, greedy: bool) -> list[Trajectory]:
+        if converses:
+            assert sampler is not None
             sampler.set_params(*role.snapshot())
             return deal.sample(sampler, prompts, config.eval.samples)
-        groups = answer_prompts(session, role, [prompt.ids for prompt in prompts])
+        groups = answer_prompts(session, role, [prompt.ids for prompt in prompts], greedy=greedy)
         return [
             trajectory_of(prompt, sample, completion)
             for prompt, group in zip(prompts, groups, strict=True)
@@ -73,16 +81,20 @@ def eval_rewards(
             for sample, completion in enumerate(group)
         ]
 
-    def evaluate() -> MetricValues:
-        own = scorer(own_answers())
+    def judged(prefix: str, answers: list[Trajectory]) -> MetricValues:
+        own = scorer(answers)
         scored = deal.share(own)
         texts = np.array(deal.merge(scored, [t.text for t in own]), object).reshape(len(prompts), -1)
-        parts = {f"eval_rewards/{name}": name for name in sorted({name for t in scored for name in t.rewards})}
-        columns = {"eval_reward": [t.reward for t in scored]}
+        parts = {f"{prefix}rewards/{name}": name for name in sorted({name for t in scored for name in t.rewards})}
+        columns = {f"{prefix}reward": [t.reward for t in scored]}
         columns |= {key: [t.rewards.get(name, np.nan) for t in scored] for key, name in parts.items()}
-        found = {f"eval_{name}": value for name, value in metrics().items()}
+        found = {f"{prefix}{name}": value for name, value in metrics().items()}
         for key, values in columns.items():
             found |= pass_rates(key, np.array(values).reshape(texts.shape), texts)
         return found
+
+    def evaluate() -> MetricValues:
+        found = judged("eval_", own_answers(greedy=False))
+        return found | (judged("eval_greedy_", own_answers(greedy=True)) if config.eval.greedy else {})
 
     return evaluate

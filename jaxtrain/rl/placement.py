@@ -1,8 +1,9 @@
 """Where sampling happens: on the trainer's devices, on others of this process, or in other processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -22,12 +23,13 @@ from jaxtrain.session.session import Session
 from jaxtrain.train.lockstep import Agreement
 
 
-def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
-    """The devices that train: all, or under `disjoint` all but the last `rollout_devices`.
+def trainer_devices(placement: PlacementSection, devices: Sequence[Any] | None = None) -> Sequence[Any]:
+    """The devices that train: all, or under `disjoint` all but the last `rollout_devices` of each process.
 
-    Raises ValueError where none is left to train on, or a thread that samples would share devices with the trainer.
+    `devices`: all of the run; default: those of JAX. Raises ValueError where none is left to train on, or a thread that
+    samples would share devices with the trainer.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if placement.kind == "colocated" and placement.staleness and len(devices) > 1:
         # Two threads may start programs in a different order on each device; their collectives then never meet.
         raise ValueError(
@@ -38,20 +40,27 @@ def trainer_devices(placement: PlacementSection) -> Sequence[Any]:
         return devices
     count = placement.rollout_devices
     assert count is not None
-    if count >= len(devices):
-        raise ValueError(f"rl.placement.rollout_devices={count} of {len(devices)} devices leaves none to train on")
-    return devices[:-count]
+    of_processes = _by_process(devices)
+    if fewest := [len(own) for own in of_processes if count >= len(own)]:
+        whose = "devices" if len(of_processes) == 1 else "devices of a process"
+        raise ValueError(f"rl.placement.rollout_devices={count} of {fewest[0]} {whose} leaves none to train on")
+    return [device for own in of_processes for device in own[:-count]]
 
 
-def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: Mesh) -> tuple[Mesh, ...]:
+def sampling_meshes(
+    placement: PlacementSection, section: MeshSection, trainer: Mesh, devices: Sequence[Any] | None = None
+) -> tuple[Mesh, ...]:
     """The meshes of the engines of all processes; none: sampling is in other processes.
 
-    Under `disjoint` the last `rollout_devices` sample, as many rows at a time as "tensor" leaves of them. With several
-    processes each has an engine on its devices, or `processes_per_engine` have one together.
+    Under `disjoint` the last `rollout_devices` of each process sample, as many rows at a time as "tensor" leaves of
+    them. Otherwise each process has an engine on its devices, or `processes_per_engine` have one together.
+
+    `devices`: all of the run, which say by themselves how many processes it has; default: those of JAX.
 
     Raises ValueError where the processes cannot be grouped so.
     """
-    processes, each = jax.process_count(), placement.processes_per_engine
+    devices, each = jax.devices() if devices is None else devices, placement.processes_per_engine
+    processes = len({device.process_index for device in devices})
     if processes % each:
         raise ValueError(
             f"rl.placement.processes_per_engine={each} does not divide the {processes} processes of the run"
@@ -61,12 +70,21 @@ def sampling_meshes(placement: PlacementSection, section: MeshSection, trainer: 
     if placement.kind == "disjoint":
         count = placement.rollout_devices
         assert count is not None
-        return (_engine_mesh(section, jax.devices()[-count:]),)
-    if processes == each:
-        return (trainer,)
-    devices = sorted(trainer.devices.flat, key=lambda device: (device.process_index, device.id))
-    size = len(devices) // processes * each
+        return tuple(_engine_mesh(section, own[-count:]) for own in _by_process(devices))
+    return (trainer,) if processes == each else _trainer_parts(section, trainer, processes // each)
+
+
+def _trainer_parts(section: MeshSection, trainer: Mesh, parts: int) -> tuple[Mesh, ...]:
+    """The trainer's devices as meshes of adjacent processes."""
+    devices = [device for own in _by_process(trainer.devices.flat) for device in own]
+    size = len(devices) // parts
     return tuple(_engine_mesh(section, devices[at : at + size]) for at in range(0, len(devices), size))
+
+
+def _by_process(devices: Iterable[Any]) -> list[list[Any]]:
+    """Of each process, in the order of their ids."""
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return [list(own) for _, own in groupby(ordered, key=lambda device: device.process_index)]
 
 
 def _engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
@@ -102,8 +120,11 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
         template_kwargs=session.config.data.chat_template_kwargs,
         date=session.config.data.date,
     )
-    engines = meshes if len(meshes) > 1 else ()
-    sampler = build_sampler(placement, spec, policy.model, policy.snapshot(), engines)
+    copies: tuple[Mesh, ...] = ()
+    if len(meshes) > 1:
+        disjoint = placement.kind == "disjoint"
+        copies = _trainer_parts(config.mesh, session.mesh, len(meshes)) if disjoint else meshes
+    sampler = build_sampler(placement, spec, policy.model, policy.snapshot(), copies)
     if placement.processes_per_engine > 1:
         assert isinstance(sampler, EngineSampler) and mesh is not None
         sampler.agree_on_interrupts(Agreement(session.preemption, mesh).check)
@@ -117,16 +138,6 @@ def check_processes(section: RLSection) -> None:
     placement, processes = section.placement, jax.process_count()
     if processes == 1:
         return
-    if placement.kind == "disjoint":
-        raise ValueError(
-            f"rl.placement.kind=disjoint supports a single process, and the run has {processes}: use kind=ray, or "
-            "kind=colocated, in which every process samples on its own devices"
-        )
-    if placement.staleness:
-        raise ValueError(
-            f"rl.placement.staleness={placement.staleness} supports a single process, and the run has {processes}: the "
-            "processes exchange samples, which must not overlap with their training: use staleness=0"
-        )
     if placement.kind == "ray" and placement.workers % processes:
         raise ValueError(
             f"rl.placement.workers={placement.workers} must be a multiple of the {processes} processes of the run, "
@@ -140,14 +151,14 @@ def check_processes(section: RLSection) -> None:
 
 
 def build_sampler(
-    placement: PlacementSection, spec: WorkerSpec, trainer: Model, snapshot: Snapshot, engines: tuple[Mesh, ...] = ()
+    placement: PlacementSection, spec: WorkerSpec, trainer: Model, snapshot: Snapshot, copies: tuple[Mesh, ...] = ()
 ) -> EngineSampler | RaySampler:
     """A sampler with the weights of `snapshot`, which are those of the model `trainer`.
 
-    `engines`: the meshes of all engines, if there are several.
+    `copies`: as in `WeightSync`.
     """
     if placement.kind != "ray":
-        sync = WeightSync(trainer, spec.model, engines)
+        sync = WeightSync(trainer, spec.model, copies)
         return spec.build(sync(snapshot.params).params, snapshot.version, sync)
     workers = placement.workers // jax.process_count()
     sampler = RaySampler(

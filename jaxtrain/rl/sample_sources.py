@@ -11,6 +11,7 @@ from jaxtrain.data.prompts import PromptStream
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.rollouts import Sampler
 from jaxtrain.session.session import Session
+from jaxtrain.train.agree import beside_training
 from jaxtrain.types import Params
 
 CollectSamples = Callable[[], Collected | None]
@@ -56,7 +57,8 @@ class PrefetchingSource:
 
     A rollout starts when its first update will be at most `staleness` optimizer steps after the newest weights. Weights
     that arrive during a rollout are used from the engine's next device call on, so tokens may be newer than that. Each
-    token is tagged with the version that sampled it.
+    token is tagged with the version that sampled it. The threads of several processes exchange their values beside
+    those of the trainer.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class PrefetchingSource:
         return self._state
 
     def close(self) -> None:
-        """Wait for the running rollout, and start no other."""
+        """Wait for the sampling that is running, and start no other."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -107,20 +109,23 @@ class PrefetchingSource:
             self._thread.join()
 
     def _work(self, first: int) -> None:
-        due = first - self._staleness
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda at=due: self._closed or self._newest_version >= at)
-                if self._closed:
+        with beside_training(lambda: self._closed):
+            due = first - self._staleness
+            while self._wait_until(due):
+                try:
+                    rollout = _Rollout(self._collect(), self._read_state(), None)
+                except BaseException as error:  # raised in the trainer's thread, by `__call__`
+                    rollout = _Rollout(None, None, error)
+                self._rollouts.put(rollout)
+                if rollout.collected is None:
                     return
-            try:
-                rollout = _Rollout(self._collect(), self._read_state(), None)
-            except BaseException as error:  # raised in the trainer's thread, by `__call__`
-                rollout = _Rollout(None, None, error)
-            self._rollouts.put(rollout)
-            if rollout.collected is None:
-                return
-            due += self._updates
+                due += self._updates
+
+    def _wait_until(self, version: int) -> bool:
+        """Wait for weights of at least this version. False if the source is closed instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._newest_version >= version)
+            return not self._closed
 
 
 def make_source(

@@ -38,14 +38,18 @@ class WeightSync:
 
     trainer: Model
     rollout: Model
-    engines: tuple[Mesh, ...] = ()  # the meshes of all engines on the trainer's devices, if there are several
+    # With several engines, meshes of the trainer's devices, one for each engine: those of the engines, or those of the
+    # same processes. Each gets a copy of the parameters.
+    copies: tuple[Mesh, ...] = ()
 
     def __call__(self, params: Params) -> Synced:
         start = time.perf_counter()
-        merged = _merged(self.trainer, params)
-        if self.engines:
-            merged = _to_engines(merged, self.rollout, self.engines)
-        elif self.rollout.run.mesh != self.trainer.run.mesh:
+        merged = merge(self.trainer, params)
+        mesh = self.trainer.run.mesh
+        if self.copies:
+            mesh = next(mesh for mesh in self.copies if mesh.local_devices)
+            merged = _copied(merged, rollout_model(self.rollout, mesh), self.copies)
+        if self.rollout.run.mesh != mesh:
             merged = jax.device_put(merged, serving_shardings(self.rollout))
         return _synced(merged, start)
 
@@ -57,7 +61,7 @@ def to_host(trainer: Model, params: Params) -> Synced:
     processes, which hold only shards, call it together, and each gets all.
     """
     start = time.perf_counter()
-    host = jax.tree.map(_whole, _merged(trainer, params))
+    host = jax.tree.map(_whole, merge(trainer, params))
     return _synced(jax.tree.map(lambda leaf: leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf, host), start)
 
 
@@ -91,29 +95,30 @@ def from_host(rollout: Model, tree: Params) -> Params:
     return params if rollout.run.mesh is None else jax.device_put(params, serving_shardings(rollout))
 
 
-def _to_engines(params: Params, rollout: Model, engines: tuple[Mesh, ...]) -> Params:
-    """The parameters on the mesh of this process's engine.
+def _copied(params: Params, rollout: Model, copies: tuple[Mesh, ...]) -> Params:
+    """The parameters on the mesh of `rollout`, which is the one of `copies` with this process's devices.
 
-    The trainer's devices are arranged as (engine, axes of its mesh), over which one program replicates the parameters
-    to every engine. An engine's arrays are then made of its shards without a copy.
+    The trainer's devices are arranged as (copy, axes of its mesh), over which one program replicates the parameters to
+    every copy. A copy's arrays are then made of its shards without another copy.
     """
     arranged = Mesh(
-        np.stack([mesh.devices for mesh in engines]),
-        ("engine", *engines[0].axis_names),
-        axis_types=(AxisType.Auto,) * (1 + len(engines[0].axis_names)),
+        np.stack([mesh.devices for mesh in copies]),
+        ("copy", *copies[0].axis_names),
+        axis_types=(AxisType.Auto,) * (1 + len(copies[0].axis_names)),
     )
     own = serving_shardings(rollout)
     placed = jax.device_put(params, jax.tree.map(lambda leaf: NamedSharding(arranged, leaf.spec), own))
 
-    def of_engine(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    def of_copy(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
         shards = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
-    return jax.tree.map(of_engine, placed, own)
+    return jax.tree.map(of_copy, placed, own)
 
 
 @partial(jax.jit, static_argnums=0)
-def _merged(model: Model, params: Params) -> Params:
+def merge(model: Model, params: Params) -> Params:
+    """The parameters of `model` without adapters, matrices in the compute dtype; a copy."""
     params = model.merged(params)[1]
     # Copy even if nothing is cast: else an output may share its buffer with the input, which the trainer donates.
     return jax.tree.map(jnp.copy, cast_matrices(params, model.run.dtype))

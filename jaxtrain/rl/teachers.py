@@ -24,7 +24,7 @@ from jaxtrain.rl.rollouts import SUPPORTS, Packed, Prompt, Sampler, Trajectory, 
 from jaxtrain.rl.translation import Translation, translation
 from jaxtrain.roles.reference import reference_role
 from jaxtrain.roles.role import Role, TrainedRole
-from jaxtrain.session.reference import frozen_mesh, policy_devices
+from jaxtrain.session.reference import policy_devices
 from jaxtrain.session.session import MetricValues, Session
 from jaxtrain.session.teacher import HiddenStates, check_same_ids, teacher_role
 from jaxtrain.train.agree import gather_values
@@ -138,10 +138,12 @@ def _with_supports_alone(packed: Packed) -> Packed:
     return packed._replace(batch=packed.batch._replace(signals=signals))
 
 
-def student_devices(placement: PlacementSection, teacher: TeacherSection | None) -> Sequence[Any]:
+def student_devices(
+    placement: PlacementSection, teacher: TeacherSection | None, devices: Sequence[Any] | None = None
+) -> Sequence[Any]:
     """The devices that train: those of `trainer_devices`, without those of `teacher.devices`. Raises ValueError."""
-    devices = trainer_devices(placement)
-    return policy_devices(teacher) if teacher is not None and teacher.devices else devices
+    trainer = trainer_devices(placement, devices)
+    return policy_devices(teacher, devices) if teacher is not None and teacher.devices else trainer
 
 
 def make_teacher(session: Session, policy: TrainedRole) -> TeacherLogps | HiddenStates:
@@ -165,7 +167,7 @@ def make_teacher(session: Session, policy: TrainedRole) -> TeacherLogps | Hidden
         role = reference_role(policy)  # which shares the frozen weights under LoRA
     else:
         if section.path is None:
-            role = session.role("teacher", policy.section, frozen_mesh(config.mesh, section.devices))
+            role = session.role("teacher", policy.section, session.frozen_mesh(section.devices))
         else:
             role = teacher_role(session)
             if not section.aligned:

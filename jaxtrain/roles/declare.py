@@ -18,8 +18,11 @@ from jaxtrain.lora import check_targets
 from jaxtrain.nn.config import Lora, ModelConfig, Modules, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
+from jaxtrain.nn.remat import DENSE_ONLY, RECOMPUTE, Remat
+from jaxtrain.ops.attend import Impl
+from jaxtrain.ops.gpu.parity import HeadShapes, agrees_with_xla
 from jaxtrain.ops.quantize import QuantizedFormat, quantize_kernels
-from jaxtrain.parallel.mesh import platform_of
+from jaxtrain.parallel.mesh import check_compiler_options, default_head_chunk, platform_of
 from jaxtrain.parallel.sharding import RULES, param_specs, with_shardings
 from jaxtrain.roles.full_modules import with_full_modules
 from jaxtrain.roles.tokenizer import tokenizer_folder
@@ -72,7 +75,7 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     Raises ValueError, which names the key, if the section does not fit the checkpoint or the mesh.
     """
     if section.backend == "torchax":
-        run = Execution(jnp.dtype(section.compute_dtype), mesh=mesh)
+        run = _execution(section, mesh)
         torch_model = open_torch_model(section, run)
         shardings = param_specs(torch_model.axes(), torch_model.abstract(), RULES[preset], mesh)
         target = with_shardings(torch_model.abstract(), shardings)
@@ -83,7 +86,12 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     config, hf = read_config(origin, vocab_multiple=multiple)
     config = replace(config, modules=Modules(**section.modules.model_dump()))
     unroll = platform_of(mesh) == "cpu" and section.remat == "none" and config.num_layers <= _MAX_UNROLLED_LAYERS
-    run = Execution(jnp.dtype(section.compute_dtype), section.remat, section.attention, mesh, unroll=unroll)
+    run = replace(
+        _execution(section, mesh),
+        remat=_remat(section, config),
+        attention=_attention(section, config, mesh),
+        unroll=unroll,
+    )
     lora, added = _lora(section, config), _added_tokens(section)
     if added:
         config = replace(config, vocab_size=max(config.vocab_size, added.first + added.count))
@@ -102,6 +110,54 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     shapes = model.abstract()
     shardings = param_specs(model.axes(), shapes, RULES[preset], mesh)
     return Declaration(model, hf, with_shardings(shapes, shardings), section.quantize, added)
+
+
+def _execution(section: ModelSection, mesh: jax.sharding.Mesh) -> Execution:
+    """What every model has, whatever its layers are."""
+    options = tuple(section.compiler_options.items())
+    check_compiler_options(mesh, options)
+    return Execution(
+        jnp.dtype(section.compute_dtype),
+        mesh=mesh,
+        head_chunk=section.head_chunk or default_head_chunk(mesh),
+        compiler_options=options,
+    )
+
+
+def _attention(section: ModelSection, config: ModelConfig, mesh: jax.sharding.Mesh) -> Impl:
+    """`auto` on a GPU is cuDNN's attention if it takes the model's layers and equals XLA's on this GPU."""
+    here = mesh.devices.flat[0].client is jax.local_devices()[0].client  # a topology has no GPU to compare on
+    sixteen_bit = section.compute_dtype != "float32"
+    if section.attention != "auto" or platform_of(mesh) != "gpu" or not here or not sixteen_bit:
+        return section.attention
+    tensor = mesh.shape["tensor"]
+    layers = [
+        HeadShapes(
+            heads=config.num_heads // tensor,
+            kv_heads=max(config.num_kv_heads // tensor, 1),
+            width=config.head_dim,
+            window=window,
+            softcap=config.attention_softcap,
+            sinks=config.sinks,
+            dtype=jnp.dtype(section.compute_dtype),
+        )
+        for window in {kind.window for kind in config.pattern}
+    ]
+    return "cudnn" if all(agrees_with_xla(shapes) for shapes in layers) else "xla"
+
+
+def _remat(section: ModelSection, config: ModelConfig) -> Remat:
+    """Raises ValueError for the name of an activation that the model does not have."""
+    if isinstance(section.remat, str):
+        return section.remat
+    places = section.remat.model_dump()
+    for name in DENSE_ONLY if config.moe else ():
+        if places.pop(name) != RECOMPUTE:
+            raise ValueError(
+                f"model.remat.{name} names an activation of a dense feed-forward layer; this model of family "
+                f"{config.family} has a mixture of experts: leave it out"
+            )
+    return tuple(places.items())
 
 
 def _router_loss(section: ModelSection, config: ModelConfig) -> RouterLoss:

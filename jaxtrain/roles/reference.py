@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from jaxtrain.lora import join
+from jaxtrain.roles.declare import Declaration
 from jaxtrain.roles.initial import adapter_params, full_params, initial_params
 from jaxtrain.roles.role import Role, TrainedRole
 
@@ -21,7 +22,12 @@ def reference_role(policy: TrainedRole) -> Role:
     if section.lora is not None and section.lora.path is not None:
         adapters = adapter_params(section, declared, policy.seed, policy.frozen)
         return Role("reference", section, declared, policy.seed, join(adapters, policy.frozen))
-    bare = declared._replace(model=replace(policy.model, lora=None, new_tokens=None))
+    bare = bare_declaration(policy)
     return Role(
         "reference", section, bare, policy.seed, join(full_params(section, declared, policy.seed), policy.frozen)
     )
+
+
+def bare_declaration(policy: TrainedRole) -> Declaration:
+    """That of the policy's model without adapters and rows of new tokens."""
+    return policy.declared._replace(model=replace(policy.model, lora=None, new_tokens=None))

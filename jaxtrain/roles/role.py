@@ -104,7 +104,8 @@ class Role:
 
         def top(params: Params, batch: Batch) -> TopK:
             head = replace(self.model.head(params), vocab_size=vocab_size)
-            targets, scoring = Targets(batch.tokens, batch.loss_weights), Scoring(temperature, top_k=k)
+            targets = Targets(batch.tokens, batch.loss_weights)
+            scoring = Scoring(temperature, top_k=k, chunk=self.model.run.head_chunk)
             scores = token_scores(self.model.hidden(params, batch), head, targets, scoring, mesh=self.model.run.mesh)
             return TopK(scores.top_ids, scores.top_logps)
 
@@ -142,11 +143,14 @@ class Role:
         return move_batch(batch, mesh)
 
     def _score(self, key: Any, batch: Batch, function: Any) -> Any:
+        return self._jitted(key, function)(self.params, self.place(batch))
+
+    def _jitted(self, key: Any, function: Any) -> jax.stages.Wrapped:
         if key not in self._compiled:
             mesh = self.model.run.mesh
-            options = None if mesh is None else compiler_options(mesh)
+            options = None if mesh is None else compiler_options(mesh, self.model.run.compiler_options)
             self._compiled[key] = jax.jit(function, compiler_options=options)
-        return self._compiled[key](self.params, self.place(batch))
+        return self._compiled[key]
 
 
 class TrainedRole(Role):
@@ -198,7 +202,7 @@ class TrainedRole(Role):
             adapters, base = initial_params(self.section, self.declared, self.seed)
             trained, self.frozen = (adapters, base) if self.model.base_frozen else (join(adapters, base), {})
             self._state = state or self._begin(trained)
-        self._step = jit_step(self._make_step(), self.state, self.mesh)
+        self._step = jit_step(self._make_step(), self.state, self.mesh, self.model.run.compiler_options)
 
     def update(self, batch: Batch) -> StepReport:
         """Take one optimizer step on a placed batch. The report stays on the device until it is read."""
@@ -211,12 +215,22 @@ class TrainedRole(Role):
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """Lower the step for placed batches of this shape without running it.
 
-        `.compile()` gives its memory usage, and later updates do not compile it again.
+        `.compile()` gives its memory usage, and later updates do not compile it again. Before `load`, the state and the
+        frozen weights are shapes only; so may be the batch.
         """
-        return self._step.lower(self.state, self.frozen, batch, self.teacher_head)
+        if self._state is not None:
+            return self._step.lower(self._state, self.frozen, batch, self.teacher_head)
+        state = self.abstract_state()
+        step = jit_step(self._make_step(), state, self.mesh)
+        return step.lower(state, self.declared.frozen, batch, self.teacher_head)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(self.params, self.step)
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step."""
+        return self._update.train.microbatches
 
     def compilations(self) -> int:
         """How often updates compiled the step; more than once means that shapes or shardings changed."""

@@ -12,7 +12,7 @@ from jaxtrain.sample import decode as programs
 from jaxtrain.sample.capacity import commit_like, empty_buffers
 from jaxtrain.types import Params
 
-_MIN_COLUMNS, _MIN_PROMPT = 64, 32
+_MIN_COLUMNS, MIN_PROMPT = 64, 32
 _SMALL_DIVISOR, _MIN_SPLIT_SLOTS = 4, 8  # from 8 slots on, a second size has a quarter of the rows
 
 PromptIds = tuple[int, ...]
@@ -26,9 +26,9 @@ class Buffers:
         shares = row_shares(model.run.mesh)
         self.small_rows = -(-slots // (_SMALL_DIVISOR * shares)) * shares if slots >= _MIN_SPLIT_SLOTS else slots
         """Rows of the smaller of the two sizes, used when few slots are live and no sample is waiting."""
-        self.lengths = _bucket_lengths(max_length, _MIN_COLUMNS)
+        self.lengths = bucket_lengths(max_length, _MIN_COLUMNS)
         """The bucket sizes of the columns."""
-        self.prompt_lengths = _bucket_lengths(max_length, _MIN_PROMPT)
+        self.prompt_lengths = bucket_lengths(max_length, MIN_PROMPT)
         """The bucket sizes that a prefill's prompts are padded to."""
         self.rows, self.columns = slots, self.lengths[0]
         self.cache, self.marks = commit_like(model, params, empty_buffers(model, slots, self.columns))
@@ -91,7 +91,7 @@ def bucket_for(lengths: tuple[int, ...], tokens: int) -> int:
     return next((length for length in lengths if length >= tokens), lengths[-1])
 
 
-def _bucket_lengths(max_length: int, minimum: int) -> tuple[int, ...]:
+def bucket_lengths(max_length: int, minimum: int) -> tuple[int, ...]:
     """Powers of two from `minimum` on and the midpoints between them, up to `max_length`."""
     sizes = {max_length}
     for power in range(int(math.log2(minimum)), max_length.bit_length()):

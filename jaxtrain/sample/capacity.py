@@ -67,7 +67,7 @@ def place_params(model: Model, params: Params) -> Params:
 
     A decode step reads every weight, so a weight sharded over "fsdp" would be gathered at every step.
     """
-    placed = _place(model, params)
+    placed = lay_out(model, params)
     return commit_like(model, placed, placed)
 
 
@@ -84,7 +84,8 @@ def commit_like(model: Model, params: Params, tree: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def _place(model: Model, params: Params) -> Params:
+def lay_out(model: Model, params: Params) -> Params:
+    """The program of `place_params`."""
     params = cast_matrices(params, model.run.dtype)
     if model.run.mesh is not None:
         params = jax.lax.with_sharding_constraint(params, serving_shardings(model))

@@ -17,6 +17,7 @@ from jaxtyping import Integer
 
 from jaxtrain.nn.cache import KVCache, LayerCache, cache_spec, order_on
 from jaxtrain.nn.model import Model
+from jaxtrain.parallel.mesh import CompilerOptions
 from jaxtrain.parallel.sharding import ROWS, constrain_rows, replicated
 from jaxtrain.sample.constraints import Tries, advance, constrain, forbid_stops, increment_counts
 from jaxtrain.sample.filters import SlotSettings, TokenValues, draw
@@ -56,12 +57,14 @@ class Generated(NamedTuple):
         return jax.tree.map(lambda column: np.array(column[slot, : self.counts[slot]]), self.values)
 
 
-@partial(jax.jit, static_argnums=0)
-def prefill(model: Model, params: Params, tokens: Integer[Array, "R P"], lengths: Integer[Array, " R"]) -> Layers:
+def _prefill(model: Model, params: Params, tokens: Integer[Array, "R P"], lengths: Integer[Array, " R"]) -> Layers:
     """Keys and values of every layer for right-padded prompts of `lengths` tokens."""
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (columns < lengths[:, None]).astype(jnp.int32)
     return _placed(model, model.prefill(params, tokens, columns, segments))
+
+
+prefill = jax.jit(_prefill, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -131,8 +134,7 @@ def mark(marks: Integer[Array, "B V"], row: Integer[Array, " V"], slot: Integer[
     return lax.dynamic_update_slice_in_dim(marks, row[None], slot, 0)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode(
+def _decode(
     model: Model,
     limits: EngineLimits,
     params: Params,
@@ -211,6 +213,20 @@ def decode(
     mesh = model.run.mesh
     # Replicated, since every host reads all of it.
     return memory, generated if mesh is None else lax.with_sharding_constraint(generated, replicated(mesh))
+
+
+decode = jax.jit(_decode, static_argnums=(0, 1), donate_argnums=3)
+
+
+def with_options(options: CompilerOptions) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """`prefill` and `decode`, compiled with these options of XLA."""
+    if not options:
+        return prefill, decode
+    given = dict(options)
+    return (
+        jax.jit(_prefill, static_argnums=0, compiler_options=given),
+        jax.jit(_decode, static_argnums=(0, 1), donate_argnums=3, compiler_options=given),
+    )
 
 
 def cache_sharding(model: Model) -> LayerCache | None:

@@ -75,6 +75,7 @@ class Engine:
         if max_length < 2:
             raise ValueError(f"max_length={max_length} must be at least 2: one prompt token and one new token")
         self.model = replace(model, run=replace(model.run, context=max_length))
+        self._programs = programs.with_options(model.run.compiler_options)  # prefill and decode
         self.slots, self.max_length = slots, max_length
         self.tokenizer, vocab_size = tokenizer, model.config.vocab_size
         support, alternatives = min(limits.support, vocab_size), min(limits.alternatives, vocab_size)
@@ -231,7 +232,7 @@ class Engine:
             buffers.fit(columns)
             buffers.move([], [])
             for length in buffers.prompt_lengths:
-                for rows in self._prefill_rows(length):
+                for rows in prefill_rows(self.slots, self._shares, length):
                     self._prefill([], length, rows)
             self._decode(0, 1)
             if buffers.small_rows < self.slots:
@@ -248,7 +249,7 @@ class Engine:
         buffers, first_rows = self._buffers, itemgetter(slice(self._buffers.rows))
         if self._device_settings is None or len(self._device_settings.seed) != buffers.rows:
             self._device_settings = jax.device_put(jax.tree.map(first_rows, self._settings))
-        (buffers.cache, buffers.marks), generated = programs.decode(
+        (buffers.cache, buffers.marks), generated = self._programs[1](
             self.model,
             self.limits,
             self._params,
@@ -323,18 +324,12 @@ class Engine:
         for prompt, slots in fresh.items():
             by_length.setdefault(bucket_for(self._buffers.prompt_lengths, len(prompt)), []).append((prompt, slots))
         for length, group in by_length.items():
-            sizes = self._prefill_rows(length)
+            sizes = prefill_rows(self.slots, self._shares, length)
             while group:
                 # The largest size that is more than half full.
                 rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
                 self._prefill(group[:rows], length, rows)
                 group = group[rows:]
-
-    def _prefill_rows(self, length: int) -> tuple[int, ...]:
-        """The row counts of a prefill of prompts of this length: powers of four, and the maximum."""
-        maximum = max(min(self.slots, _PREFILL_TOKENS // length) // self._shares, 1)
-        smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
-        return tuple(size * self._shares for size in (*smaller, maximum))
 
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
         """Compute the keys and values of each prompt once and copy them to its slots."""
@@ -344,7 +339,7 @@ class Engine:
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
             places += [(row, slot, len(prompt)) for slot in slots]
-        fresh = programs.prefill(self.model, self._params, tokens, lengths)
+        fresh = self._programs[0](self.model, self._params, tokens, lengths)
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
     def _occupy(self, slot: int, sample: Sample, marks: np.ndarray | None) -> None:
@@ -389,3 +384,11 @@ class Engine:
     def _failed(self, sample: Sample, error: Exception) -> Chunk:
         log.error("sample %d of request %d failed", sample.index, sample.number, exc_info=error)
         return sample.fail(f"{type(error).__name__}: {error}", time.perf_counter())
+
+
+def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
+    """The row counts of a prefill of prompts of this length: powers of four, and the maximum. `shares`: the number of
+    parts that rows are split into."""
+    maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
+    smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
+    return tuple(size * shares for size in (*smaller, maximum))

@@ -19,16 +19,17 @@ class BestEvaluation:
         self._since = 0  # evaluations since the best one
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of an evaluation after `step`. A value that is not finite is never the best.
+        """Take the metrics of an evaluation after `step`. A value that is not finite is never the best, nor is one that
+        is missing: a reward that failed for all answers has none.
 
-        Raises ValueError if the metric is not among them.
+        Raises ValueError if the metric is missing and no evaluation before had it.
         """
         if self._section is None:
             return
         name = self._section.metric
-        if name not in metrics:
+        if name not in metrics and self.value is None:
             raise ValueError(f"eval.best.metric={name} is no metric of an evaluation: {', '.join(metrics) or 'none'}")
-        value, self._since = metrics[name], self._since + 1
+        value, self._since = metrics.get(name, math.nan), self._since + 1
         sign = 1 if self._section.mode == "min" else -1
         if math.isfinite(value) and (self.value is None or sign * value < sign * self.value):
             self.step, self.value, self._since = step, value, 0

@@ -75,7 +75,7 @@ def held_out_loss(
 
 def exact_match(session: Session, role: TrainedRole, encode: RowEncoder) -> Callable[[], MetricValues] | None:
     """An evaluator of `eval_exact_match`: the share of answers to the first `eval.generate` prompts that are those of
-    the data.
+    the data; with `eval.greedy` also of `eval_greedy_exact_match`.
 
     None without `eval.generate`. Unusable data raise ValueError now, not at the first evaluation.
     """
@@ -83,14 +83,18 @@ def exact_match(session: Session, role: TrainedRole, encode: RowEncoder) -> Call
     if not prompts:
         return None
 
-    def run() -> MetricValues:
-        answers = answer_prompts(session, role, [prompt.input_ids for prompt in prompts])
+    def share(*, greedy: bool) -> float:
+        answers = answer_prompts(session, role, [prompt.input_ids for prompt in prompts], greedy=greedy)
         right = [
             str(answer.text).strip() == prompt.answer.strip()
             for group, prompt in zip(answers, prompts, strict=True)
             for answer in group
         ]
-        return {"eval_exact_match": sum(right) / len(right)}
+        return sum(right) / len(right)
+
+    def run() -> MetricValues:
+        found = {"eval_exact_match": share(greedy=False)}
+        return found | ({"eval_greedy_exact_match": share(greedy=True)} if session.config.eval.greedy else {})
 
     return run
 
@@ -109,17 +113,20 @@ def eval_prompts(session: Session, make: Callable[[int, Row], T], *, keep_column
     return held_out_prompts(sources, config.data, make, count=config.eval.generate, keep_columns=keep_columns)
 
 
-def answer_prompts(session: Session, role: TrainedRole, prompts: Sequence[np.ndarray]) -> list[list[Completion]]:
-    """`eval.samples` answers of `role` to each prompt of ids [n]; the same draws at every evaluation.
+def answer_prompts(
+    session: Session, role: TrainedRole, prompts: Sequence[np.ndarray], *, greedy: bool = False
+) -> list[list[Completion]]:
+    """`eval.samples` answers of `role` to each prompt of ids [n], the same draws at every evaluation; or a greedy one.
 
     They end at the model's end tokens and at `sampling.stop`. Raises Interrupted if the run was asked to stop.
     """
     section, shares = session.config.eval, row_shares(role.model.run.mesh)
+    samples, temperature = (1, 0.0) if greedy else (section.samples, section.temperature)
     # Created for each call, so that its copy of the weights is not kept during training; its compiled programs are.
     engine = Engine(
         role.model,
         role.params,
-        slots=-(-min(len(prompts) * section.samples, _SLOTS) // shares) * shares,
+        slots=-(-min(len(prompts) * samples, _SLOTS) // shares) * shares,
         max_length=max(map(len, prompts)) + section.max_new_tokens,
         tokenizer=session.tokenizer,
         version=session.step,
@@ -127,15 +134,15 @@ def answer_prompts(session: Session, role: TrainedRole, prompts: Sequence[np.nda
     given = session.config.sampling or SamplingParams()
     sampling = SamplingParams(
         max_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        n=section.samples,
+        temperature=temperature,
+        n=samples,
         stop=given.stop,
         min_tokens=given.min_tokens,
         stop_ids=session.stop_ids(role),
         logprobs=False,
     )
     requests = [
-        Request(ids, sampling if not section.temperature else replace(sampling, seed=number))
+        Request(ids, sampling if not temperature else replace(sampling, seed=number))
         for number, ids in enumerate(prompts)
     ]
     return engine.generate(requests, session.check)

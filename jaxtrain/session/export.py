@@ -1,5 +1,7 @@
 """Exports a run's checkpoint, or a role in memory, to a Hugging Face folder."""
 
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from jaxtrain.session.mirror import local_run
 from jaxtrain.session.record import SavedRun, checkpoint_folder, parse_model, read_saved_run
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params
+
+log = logging.getLogger(__name__)
 
 
 def export_run(
@@ -113,12 +117,30 @@ def _trained_text(section: ModelSection, declared: Declaration, tokenizer: Any) 
     """What the run changed: added tokens, the chat template, and the tokens that end an answer (see `stop_ids`)."""
     if tokenizer is None:
         return TrainedText()
-    generates = declared.model.output == LANGUAGE
+    generates, ends = declared.model.output == LANGUAGE, stop_ids(section, declared.hf, tokenizer)
     return TrainedText(
         tokenizer=tokenizer if section.add_tokens else None,
         chat_template=tokenizer.chat_template if section.chat_template is not None else None,
-        end_ids=stop_ids(section, declared.hf, tokenizer) if generates else [],
+        end_ids=ends if generates else [],
+        padding=_other_padding(declared.hf, tokenizer, ends) if declared.model.output == SCALAR else None,
     )
+
+
+def _other_padding(hf: Mapping[str, Any], tokenizer: Any, ends: Collection[int]) -> tuple[str, int] | None:
+    """A special token to pad the texts of a reward model with, where its padding token also ends texts, as that of
+    SmolLM2 does: transformers reads the score at the last token that is no padding, which would be the one before."""
+    if hf.get("pad_token_id", tokenizer.pad_token_id) not in ends:
+        return None
+    special = {
+        added.content: token
+        for token, added in sorted(tokenizer.added_tokens_decoder.items())
+        if added.special and token not in ends
+    }
+    if not special:
+        log.warning("no special token can pad texts: transformers scores a text that ends with the padding token wrong")
+        return None
+    name = tokenizer.unk_token if tokenizer.unk_token in special else next(iter(special))
+    return name, special[name]
 
 
 def _restore(run: Path, step: int | None) -> tuple[SavedRun, Declaration, Params]:

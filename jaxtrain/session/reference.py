@@ -6,22 +6,24 @@ from typing import Any
 
 import jax
 
-from jaxtrain.config import MeshSection, ReferenceSection, TeacherSection
+from jaxtrain.config import ReferenceSection, TeacherSection
 from jaxtrain.data.pipeline import TrainStream
 from jaxtrain.parallel.batches import move_batch
-from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.reference import reference_role
 from jaxtrain.roles.role import Role, TrainedRole
+from jaxtrain.session.roles import RunRoles
 from jaxtrain.session.session import Session
 from jaxtrain.types import REF_LOGPS, Batch
 
 
-def policy_devices(section: ReferenceSection | TeacherSection | None) -> Sequence[Any]:
+def policy_devices(
+    section: ReferenceSection | TeacherSection | None, devices: Sequence[Any] | None = None
+) -> Sequence[Any]:
     """The devices that train: all but the last `reference.devices` or `teacher.devices`.
 
-    Raises ValueError if none is left.
+    `devices`: all of the run; default: those of JAX. Raises ValueError if none is left.
     """
-    devices, count = jax.devices(), section.devices if section else 0
+    devices, count = jax.devices() if devices is None else devices, section.devices if section else 0
     if not count:
         return devices
     name = "teacher" if isinstance(section, TeacherSection) else "reference"
@@ -30,12 +32,6 @@ def policy_devices(section: ReferenceSection | TeacherSection | None) -> Sequenc
     if count >= len(devices):
         raise ValueError(f"{name}.devices={count} of {len(devices)} devices leaves none to train on")
     return devices[:-count]
-
-
-def frozen_mesh(section: MeshSection, count: int) -> jax.sharding.Mesh:
-    """A mesh of the last `count` devices, with parameters and rows split over all of them."""
-    alone = section.model_copy(update={"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
-    return make_mesh(alone, jax.devices()[-count:])
 
 
 class ReferenceLogps:
@@ -67,20 +63,22 @@ def load_reference(session: Session, policy: TrainedRole) -> Role:
 
     Raises ValueError for one with other token ids than the policy.
     """
-    config = session.config
-    section = config.reference or ReferenceSection()
-    mesh = policy.mesh
-    if section.devices:
-        mesh = frozen_mesh(config.mesh, section.devices)
-    elif section.path is None and policy.restored:
+    section = session.config.reference or ReferenceSection()
+    if not section.devices and section.path is None and policy.restored:
         return reference_role(policy)
-    model = policy.section
-    if section.path is not None:
-        other = dict.fromkeys(("config", "tokenizer", "add_tokens", "lora", "quantize"))
-        model = model.model_copy(update={**other, "path": section.path})
-    role = session.role("reference", model, mesh)
+    role = other_reference(session, policy)
     both = (role.tokenizer, session.tokenizer)
     if section.path is not None and None not in both and both[0].get_vocab() != both[1].get_vocab():
         raise ValueError(f"reference.path={section.path} has another tokenizer than the policy")
     role.load()
     return role
+
+
+def other_reference(roles: RunRoles, policy: TrainedRole) -> Role:
+    """A reference that has its own parameters, declared and not loaded."""
+    section = roles.config.reference or ReferenceSection()
+    model = policy.section
+    if section.path is not None:
+        other = dict.fromkeys(("config", "tokenizer", "add_tokens", "lora", "quantize"))
+        model = model.model_copy(update={**other, "path": section.path})
+    return roles.role("reference", model, roles.frozen_mesh(section.devices) if section.devices else policy.mesh)

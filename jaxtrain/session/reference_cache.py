@@ -48,13 +48,16 @@ def _origin(session: Session, encode: AnswerEncoder) -> dict[str, Any]:
     config = session.config
     assert config.reference is not None
     path, lora = config.reference.path or config.model.path, config.model.lora
-    model: dict[str, Any] = {"dtype": config.model.compute_dtype}
+    model: dict[str, Any] = {"dtype": config.model.compute_dtype, "param_dtype": config.model.param_dtype}
+    model |= {"modules": config.model.modules.model_dump()}
     if path is None:
         model |= {"config": config.model.config, "seed": config.run.seed}
     else:
         model |= {"files": fingerprint_path("reference.path", path)}
-    if lora and lora.path and config.reference.path is None:
-        model |= {"adapter": fingerprint_path("model.lora.path", lora.path)}
+    if config.reference.path is None:
+        model |= {"quantize": config.model.quantize}
+        if lora and lora.path:
+            model |= {"adapter": fingerprint_path("model.lora.path", lora.path)}
     return {"model": model, "encoder": encode.fingerprint}
 
 

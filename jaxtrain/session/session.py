@@ -21,25 +21,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jaxtrain.config import ModelSection, OptimizerSection, RunConfig
+from jaxtrain.config import RunConfig
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.pipeline import TrainStream
-from jaxtrain.objectives.objective import Objective
 from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.progress import Progress
-from jaxtrain.optim import Schedule, make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.roles.declare import declare
-from jaxtrain.roles.role import Role, TrainedRole, Update
+from jaxtrain.roles.role import Role, TrainedRole
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
-from jaxtrain.roles.torch_model import TorchModel
 from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_once
 from jaxtrain.session.best import BestEvaluation
 from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, summary, warn_of_positions
 from jaxtrain.session.folder import RunFolder, open_run
 from jaxtrain.session.monitor import RunMonitor
 from jaxtrain.session.report import MetricWindow
+from jaxtrain.session.roles import RunRoles
 from jaxtrain.train.agree import gather_values
 from jaxtrain.train.guard import FiniteChecks, warn_of_recompilation
 from jaxtrain.train.job import Job
@@ -64,19 +61,19 @@ class _CompletedError(Exception):
     """The run was already complete when it was opened. Ends the `with` block of `Session.open`."""
 
 
-class Session:
+class Session(RunRoles):
     """One open run: its roles, data, folder, checkpoints, metrics and signals. Open it with `Session.open`."""
 
     def __init__(self, folder: RunFolder, mesh: jax.sharding.Mesh, job: Job, stack: ExitStack):
         config = folder.config  # with what the run has settled, such as its date
-        self.config, self.mesh, self.folder, self.preemption = config, mesh, folder, job.preemption
+        super().__init__(config, mesh, jax.devices())
+        self.folder, self.preemption = folder, job.preemption
         self.tokenizer = make_tokenizer(config.model)
         self._stack = stack  # closed with the run
         self._monitor = RunMonitor(folder.path, job.watchdog)
         wall = self._monitor.wall
         self._checkpoints = stack.enter_context(folder.checkpoints())
         stack.enter_context(job.reporting())  # left first
-        self._num_steps = config.train.steps  # None until the data has been counted
         self.step = self._signal = 0  # dispatched steps of the first role; the signal that ended the run
         self.metrics: MetricValues = {}
         self._agreement = Agreement(job.preemption, mesh, self._checkpoints.overdue, job.watchdog)
@@ -141,48 +138,6 @@ class Session:
                 session._stack.close()
                 if session._started:
                     folder.finish(session.num_steps, session._early_end)
-
-    def trained_role(
-        self,
-        name: str,
-        objective: Objective,
-        *,
-        model: ModelSection | None = None,
-        optimizer: OptimizerSection | None = None,
-    ) -> TrainedRole:
-        """A role that is trained by `objective`; `model` and `optimizer` default to the config's sections."""
-        section, optimizer = model or self.config.model, optimizer or self.config.optimizer
-        declared = declare(section, self.mesh, self.config.mesh.preset)
-        if isinstance(declared.model, TorchModel) and (self.config.recipe != "sft" or self.config.eval.generate):
-            raise ValueError("model.backend=torchax cannot decode: it supports only recipe sft without eval.generate")
-        schedule = self._schedule(optimizer)
-        tx = make_optimizer(optimizer, schedule, declared.trained_axes)
-        update = Update(objective, tx, schedule, self.config.train)
-        return TrainedRole(name, section, declared, self.config.run.seed, update)
-
-    def _schedule(self, optimizer: OptimizerSection) -> Schedule:
-        """The schedule over `num_steps`, which are known before the first step is traced."""
-        if self._num_steps is not None:
-            return make_schedule(optimizer, self._num_steps)
-        return lambda step: make_schedule(optimizer, self.num_steps)(step)
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the complete run: `train.steps`, or the number that was counted when the data was opened.
-
-        Raises ValueError if the data must be counted and has not been opened.
-        """
-        if self._num_steps is None:
-            raise ValueError("the number of steps is not known yet: open the data before `restore`, or set train.steps")
-        return self._num_steps
-
-    @num_steps.setter
-    def num_steps(self, steps: int) -> None:
-        self._num_steps = steps
-
-    def role(self, name: str, model: ModelSection, mesh: jax.sharding.Mesh | None = None) -> Role:
-        """A role whose parameters are not trained, on `mesh` (default: the run's)."""
-        return Role(name, model, declare(model, mesh or self.mesh, self.config.mesh.preset), self.config.run.seed)
 
     def encoder(self, role: Role) -> Encoder:
         """The encoder of data rows to examples for `role`."""

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jax.experimental import multihost_utils
 
 from jaxtrain.config import SourceSection
 from jaxtrain.data.columns import Row

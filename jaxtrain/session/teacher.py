@@ -14,9 +14,9 @@ from jaxtrain.data.formats import Encoder
 from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
 from jaxtrain.ops.head_chunks import Head
 from jaxtrain.parallel.batches import move_batch
-from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.parallel.sharding import RULES, param_specs, with_shardings
 from jaxtrain.roles.role import Role, TrainedRole
-from jaxtrain.session.reference import frozen_mesh
+from jaxtrain.session.roles import RunRoles
 from jaxtrain.session.session import Session
 from jaxtrain.types import TEACHER_PROBS, Batch
 
@@ -76,11 +76,11 @@ class AlignedTeacher:
         return batch._replace(signals={**batch.signals, TEACHER_PROBS: probs})
 
 
-def teacher_role(session: Session) -> Role:
+def teacher_role(roles: RunRoles) -> Role:
     """The model of `teacher.path`, declared and not loaded, on its own devices if it has any."""
-    config, section = session.config, session.config.teacher
+    section = roles.config.teacher
     assert section is not None
-    mine = config.model  # of which the teacher has what does not depend on the architecture
+    mine = roles.config.model  # of which the teacher has what does not depend on the architecture
     model = ModelSection(
         path=section.path,
         compute_dtype=mine.compute_dtype,
@@ -88,7 +88,7 @@ def teacher_role(session: Session) -> Role:
         attention=mine.attention,
         vocab_multiple=mine.vocab_multiple,
     )
-    return session.role("teacher", model, frozen_mesh(config.mesh, section.devices) if section.devices else None)
+    return roles.role("teacher", model, roles.frozen_mesh(section.devices) if section.devices else None)
 
 
 def needed_tokenizers(session: Session, teacher: Role) -> tuple[Any, Any]:
@@ -120,8 +120,11 @@ def check_same_ids(session: Session, student: TrainedRole, teacher: Role) -> Non
 
 
 def on_mesh(head: Head, mesh: jax.sharding.Mesh, preset: str) -> Head:
-    """The head on the devices of `mesh`, sharded as a student's is. Copies nothing that is there already."""
+    """The head on the devices of `mesh`, sharded as a student's is. Copies nothing that is there already. A head
+    may be of shapes only."""
     axes = ("vocab", "embed") if head.transposed else ("embed", "vocab")
     shapes = {"teacher's head": head.weight}
     (sharding,) = param_specs({"teacher's head": axes}, shapes, RULES[preset], mesh).values()
+    if isinstance(head.weight, jax.ShapeDtypeStruct):
+        return replace(head, weight=with_shardings(head.weight, sharding))
     return replace(head, weight=jax.device_put(head.weight, sharding))

@@ -24,7 +24,7 @@ from jaxtrain.session.source_cache import CacheItem, cached_rows, score_packed, 
 from jaxtrain.session.teacher import check_same_ids, teacher_role
 from jaxtrain.types import Batch
 
-_DEFAULT = 64
+DEFAULT_TOP = 64
 
 
 class CachedLogps:
@@ -38,7 +38,7 @@ class CachedLogps:
         config, section = session.config, session.config.teacher
         assert section is not None and section.cache is not None
         self._session, self._temperature = session, config.objective.temperature
-        self._k = section.top_logps or _DEFAULT
+        self._k = section.top_logps or DEFAULT_TOP
         teacher = teacher_role(session)
         check_same_ids(session, student, teacher)
         self._common = min(role.model.config.vocab_size for role in (student, teacher))

@@ -32,7 +32,7 @@ from jaxtrain.objectives.router import router_loss
 from jaxtrain.ops.head_chunks import Head, TopK
 from jaxtrain.ops.token_scores import LossDerivative, Scoring, Targets, Teacher, token_scores
 from jaxtrain.optim import Schedule
-from jaxtrain.parallel.mesh import compiler_options
+from jaxtrain.parallel.mesh import CompilerOptions, compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
 from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, Scores, TrainState
 
@@ -125,7 +125,7 @@ def scores_of(
         hidden,
         model.head(params),
         Targets(batch.tokens, batch.loss_weights, batch.signals.get("supports")),
-        Scoring(logp.temperature, entropy.differentiable, divergence, top and top.k),
+        Scoring(logp.temperature, entropy.differentiable, divergence, top and top.k, model.run.head_chunk),
         teacher=teacher,
         loss_derivative=loss_derivative,
         mesh=model.run.mesh,
@@ -299,11 +299,14 @@ def make_step(
     return step
 
 
-def jit_step(step: Step, state: TrainState, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+def jit_step(
+    step: Step, state: TrainState, mesh: jax.sharding.Mesh, options: CompilerOptions = ()
+) -> jax.stages.Wrapped:
     """The jitted step. It donates the state, which keeps its shardings, so the step compiles once. `frozen` is not
     donated, because other roles or an engine may share it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=compiler_options(mesh))
+    options_of_step = compiler_options(mesh, options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options_of_step)
 
 
 def add_metrics(one: Metrics, other: Metrics) -> dict[str, Metric]:

@@ -9,6 +9,7 @@ from jaxtrain.config.evaluation import EvalSection
     ("given", "message"),
     [
         ({"generate": 2, "samples": 4}, "samples=4 at temperature=0"),
+        ({"generate": 2, "greedy": True}, "greedy=true has no effect at temperature=0"),
         ({"temperature": 0.5}, "temperature has no effect without `generate`"),
     ],
 )

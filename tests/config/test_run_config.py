@@ -47,3 +47,11 @@ def test_a_run_that_nothing_ends_is_refused_when_it_starts():
 def test_keys_without_a_use_are_those_of_the_other_recipe():
     assert RunConfig.model_validate(SFT).unused == {}
     assert RunConfig.model_validate(RL).unused["train"] == {"batch_size"}
+
+
+@pytest.mark.parametrize(("recipe", "rate"), [("sft", 2e-5), ("preference", 1e-6), ("reward", 2e-5), ("rl", 1e-6)])
+def test_preferences_and_rewards_have_a_small_learning_rate_by_default(recipe, rate):
+    tree = (RL if recipe == "rl" else SFT) | {"recipe": recipe}
+    assert RunConfig.model_validate(tree).optimizer.learning_rate == rate
+    given = tree | {"optimizer": {"learning_rate": 3e-4, "b2": 0.95}}
+    assert RunConfig.model_validate(given).optimizer.learning_rate == 3e-4

@@ -37,3 +37,38 @@ def test_what_is_wrong_names_the_stage(place, tmp_path, changes, message):
         load_stages(tmp_path / "wrong.yaml")
     with pytest.raises(ConfigError, match="unknown key stages"):
         load_config(place / "stages.yaml")
+
+
+def test_an_override_of_the_checkpoint_is_of_the_first_stage(place):
+    """The others start from exports: `model.path` on the command line does not take them back to it."""
+    origin = ["model.path=base", "model.config=null", "model.add_tokens.names=[<a>]", "model.chat_template=t.jinja"]
+    sft, dpo = load_stages(place / "stages.yaml", [*origin, "model.lora.path=adapter"])
+    assert (sft.config.model.path, sft.config.model.lora.path) == ("base", "adapter")
+    assert dpo.config.model.path == str(sft.export) and dpo.config.model.lora is None
+    assert dpo.config.model.add_tokens is None and dpo.config.model.chat_template is None
+    _, own = load_stages(place / "stages.yaml", [*origin, "dpo.model.path=other"])
+    assert own.config.model.path == "other"
+
+
+def stages_of(place, tmp_path, *recipes, model=None, last=None):
+    tree = yaml.safe_load((place / "stages.yaml").read_text())
+    sft = tree["stages"][0]
+    tree["model"] |= model or {}
+    tree["stages"] = [{**sft, "name": f"{recipe}_{n}", "recipe": recipe} for n, recipe in enumerate(recipes)]
+    tree["stages"][-1] |= last or {}
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(tree))
+    return load_stages(tmp_path / "stages.yaml")
+
+
+def test_a_reward_model_is_not_trained_as_a_language_model(place, tmp_path):
+    with pytest.raises(ConfigError, match=r"stage sft_2: stage reward_1 exports a reward model, .*sft_0/export"):
+        stages_of(place, tmp_path, "sft", "reward", "sft")
+    own = {"model": {"path": str(place / "pipeline" / "sft_0" / "export")}}
+    assert len(stages_of(place, tmp_path, "sft", "reward", "sft", last=own)) == 3
+
+
+def test_an_adapter_is_not_added_twice(place, tmp_path):
+    shared = {"lora": {"path": "adapter"}}
+    with pytest.raises(ConfigError, match=r"model\.lora\.path would be added to the export of stage sft_0"):
+        stages_of(place, tmp_path, "sft", "sft", model=shared)
+    assert len(stages_of(place, tmp_path, "sft", "sft", model=shared, last={"model": {"lora": {"rank": 4}}})) == 2

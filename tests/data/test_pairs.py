@@ -165,9 +165,15 @@ def stream(rows, tokenizer, **changes):
     )
 
 
-def test_mismatched_answers_are_those_of_the_row_before(tokenizer):
-    texts = ["one", "two", "three"]
-    rows = [{"prompt": f"Q{n}", "completion": text, "label": True} for n, text in enumerate(texts)]
+@pytest.mark.parametrize(
+    ("prompts", "others"),
+    [((0, 1, 2), (2, 0, 1)), ((0, 0, 1, 1, 1), (4, 4, 1, 1, 1))],  # several answers to one prompt follow each other
+)
+def test_mismatched_answers_are_of_the_last_row_before_with_another_prompt(tokenizer, prompts, others):
+    texts = ["one", "two", "three", "four", "five"][: len(prompts)]
+    rows = [
+        {"prompt": f"Q{asked}", "completion": text, "label": True} for asked, text in zip(prompts, texts, strict=True)
+    ]
     found = set()
     with stream(rows, tokenizer) as batches:
         for batch in batches:
@@ -180,13 +186,20 @@ def test_mismatched_answers_are_those_of_the_row_before(tokenizer):
                     prompt = tokenizer.decode(batch.tokens[row][at])
                     number = next(n for n in range(3) if f"Q{n}" in prompt)
                     found.add((number, words.strip(), batch.signals["label"][row][at][0] == MISMATCHED))
-    expected = {(n, text, False) for n, text in enumerate(texts)} | {(n, texts[n - 1], True) for n in range(3)}
+    expected = {(asked, text, False) for asked, text in zip(prompts, texts, strict=True)}
+    expected |= {(asked, texts[other], True) for asked, other in zip(prompts, others, strict=True)}
     assert found == expected
 
 
 def test_a_single_row_has_no_answer_of_another(tokenizer):
     with pytest.raises(ValueError, match=r"objective\.loss=apo_zero"):
         stream([{"prompt": "Q", "completion": "a", "label": True}], tokenizer)
+    same = [{"prompt": "Q", "completion": text, "label": True} for text in "ab"]
+    with (
+        pytest.raises(ValueError, match=r"the same one: use objective\.loss=apo_zero"),
+        stream(same, tokenizer) as batches,
+    ):
+        next(batches)
 
 
 def test_unknown_columns_are_reported(tokenizer, caplog):

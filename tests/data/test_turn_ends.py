@@ -4,7 +4,7 @@ import chat_templates
 import pytest
 from stock_templates import STOCK
 
-from jaxtrain.data.turn_ends import turn_end_ids
+from jaxtrain.data.turn_ends import closing_ids, turn_end_ids
 
 CASES = {
     "CHATML": ["<|im_end|>"],
@@ -65,3 +65,19 @@ def test_a_template_without_an_end_is_given_the_end_of_the_sequence():
 
 def test_without_a_template():
     assert ends(None) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_conversation_ends_with_its_closing(name):
+    """The rendered text of any answer ends with it, and it begins with the token that ends the turn."""
+    tokenizer = chat_templates.tokenizer(getattr(chat_templates, name))
+    closing = closing_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(closing[:1]) == CASES[name]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}], tokenize=False
+    )
+    assert text.endswith(tokenizer.decode(closing)) and "So." not in tokenizer.decode(closing)
+
+
+def test_nothing_closes_a_text_without_a_template():
+    assert closing_ids(chat_templates.tokenizer(None)) == []

@@ -48,14 +48,6 @@ def test_packed_rows_equal_the_same_segments_alone(pattern):
     assert_close(loss_and_grad(model, params, packed), loss_and_grad(model, params, unpacked))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(remat):
-    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
-    model = tiny.model()
-    params = tiny.random_params(model)
-    assert_close(loss_and_grad(model, params, batch), loss_and_grad(tiny.model(remat=remat), params, batch))
-
-
 def test_layers_without_a_loop_are_the_same():
     batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
     model = tiny.model(pattern=MIXED)

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from jaxtrain.config import MeshSection
-from jaxtrain.parallel.mesh import compiler_options, make_mesh
+from jaxtrain.parallel.mesh import check_compiler_options, compiler_options, default_head_chunk, make_mesh
 
 
 def section(**sizes):
@@ -67,3 +67,15 @@ def test_rows_are_split_over_experts_too():
 
 def test_compiler_options_are_those_of_the_mesh_and_not_of_the_host():
     assert compiler_options(make_mesh(MeshSection())) == {}
+    assert compiler_options(make_mesh(MeshSection()), (("one", 1),)) == {"one": 1}
+
+
+def test_an_option_that_the_compiler_does_not_know_is_named():
+    mesh = make_mesh(MeshSection())
+    check_compiler_options(mesh, (("xla_cpu_enable_fast_math", True),))
+    with pytest.raises(ValueError, match=r"model.compiler_options.xla_no_such=1 is refused .* for cpu: .*No such"):
+        check_compiler_options(mesh, (("xla_cpu_enable_fast_math", True), ("xla_no_such", 1)))
+
+
+def test_the_default_chunk_of_the_head_on_a_cpu():
+    assert default_head_chunk(make_mesh(MeshSection())) == 512

@@ -41,6 +41,7 @@ def write_learnable(folder, vocab_size):
 
 
 def tree(place, algorithm, *, prompts=4, model=None, teacher=None, steps=2, **sections):
+    held_out = {"path": str(place / "eval.jsonl")} if sections.get("eval", {}).get("generate") else None
     return {
         "recipe": "rl",
         "model": {
@@ -53,7 +54,7 @@ def tree(place, algorithm, *, prompts=4, model=None, teacher=None, steps=2, **se
         "teacher": teacher or {"path": str(place / "teacher")},
         "data": {
             "train": {"path": str(place / "train.jsonl")},
-            "eval": {"path": str(place / "eval.jsonl")},
+            "eval": held_out,
             "max_length": 48,
         },
         "train": {"steps": steps},
@@ -100,9 +101,10 @@ def test_the_reverse_kl_falls_and_a_run_stopped_between_two_updates_goes_on_exac
 
 
 def test_gkds_loss_is_that_of_recipe_distill_on_the_same_rows(place, tmp_path):
-    on_policy = tree(place, "gkd", objective={"kind": "reverse_kl", "temperature": 1.3})
+    evaluation = {"every": 2, "generate": 4}
+    on_policy = tree(place, "gkd", objective={"kind": "reverse_kl", "temperature": 1.3}, eval=evaluation)
     on_policy["rl"]["minibatches"] = 1
-    lines = train(on_policy | {"eval": {"every": 2, "generate": 4}}, tmp_path / "gkd")
+    lines = train(on_policy, tmp_path / "gkd")
     samples = read_step(tmp_path / "gkd", 1)
     rows = [
         {

@@ -49,6 +49,36 @@ def test_the_export_scores_texts_as_transformers_does_and_the_metrics_are_those_
     assert metrics["eval_calibration_error"] == pytest.approx(sum(gaps) / len(rows), abs=1e-4)
 
 
+def test_texts_that_end_with_the_padding_token_have_equal_scores_in_transformers(place):
+    """As those of SmolLM2, whose padding token ends texts: transformers reads the last token that is no padding."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+    tokenizer = load_tokenizer(place / "tokenizer")
+    end = tokenizer.eos_token
+    tokenizer.pad_token = end
+    tokenizer.save_pretrained(place / "padded tokenizer")
+    pairs = [{"prompt": "Is it?", "chosen": " Yes, " + "it is. " * n, "rejected": " No"} for n in range(8)]
+    (place / "plain.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    lines = train(
+        *(place, "plain", "data.prompt_format=plain", f"model.tokenizer={place / 'padded tokenizer'}"),
+        *(f"data.train.path={place / 'plain.jsonl'}", f"data.eval.path={place / 'plain.jsonl'}", "train.steps=3"),
+        f"model.config.pad_token_id={tokenizer.eos_token_id}",
+    )
+    export_run(place / "plain", place / "plain export")
+    model = AutoModelForSequenceClassification.from_pretrained(place / "plain export")
+    read = PreTrainedTokenizerFast.from_pretrained(place / "plain export")
+    assert model.config.pad_token_id == read.pad_token_id != tokenizer.eos_token_id
+    read.padding_side = "right"
+    scores = []
+    for side in ("chosen", "rejected"):
+        texts = [pair["prompt"] + pair[side] + end for pair in pairs]
+        with torch.no_grad():
+            given = read(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+            scores.append(model(**given).logits[:, 0])
+    assert lines[-1]["eval_margin"] == pytest.approx((scores[0] - scores[1]).mean().item(), abs=1e-4)
+
+
 def test_labels_are_fitted(place):
     rows = [{"text": word * 3, "label": word == "good "} for word in ("good ", "bad ") * 16]
     (place / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray_start
 
-from converters.tokenizer import write_byte_tokenizer
+from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.config import parse_config
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
@@ -249,8 +249,12 @@ def test_a_reward_model_scores_as_transformers_does(place):
     judge.save_pretrained(place / "judge")
     judges = [{"path": str(place / "judge"), "name": "judge", "weight": 2.0}]
     train(place, "judged", {}, rewards=[], reward_models=judges, steps=2)
+    tokenizer = load_tokenizer(place / "tokenizer")
+    closing = tokenizer("<|im_end|>\n")["input_ids"]  # as the text that a reward model is trained on
+    ends = closing[0], tokenizer.eos_token_id
     for t in read_step(place / "judged", 1):
-        ids = torch.tensor(np.concatenate([t.prompt.ids, t.completion_ids])[None].astype(np.int64))
+        words = t.completion_ids[: len(t.completion_ids) - (t.completion_ids[-1] in ends)]
+        ids = torch.tensor(np.concatenate([t.prompt.ids, words, closing])[None].astype(np.int64))
         with torch.no_grad():
             expected = judge.score(judge.model(ids).last_hidden_state)[0, -1].item()
         assert t.rewards["judge"] == pytest.approx(expected, abs=1e-4) and t.reward == 2 * t.rewards["judge"]

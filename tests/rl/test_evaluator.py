@@ -45,7 +45,7 @@ def evaluator(tmp_path, sampler, scorer, generate=3):
     tree = {
         "recipe": "rl",
         "model": {"path": "base"},
-        "data": {"train": file, "eval": file, "max_length": 128},
+        "data": {"train": file, "max_length": 128} | ({"eval": file} if generate else {}),
         "train": {"steps": 1},
         "eval": {"generate": generate},
         "rl": {"environment": {"factory": "my_game.py:Game"}, "max_completion_length": 8},

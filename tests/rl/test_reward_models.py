@@ -1,13 +1,16 @@
+import chat_templates
 import jax
 import numpy as np
+import pytest
 import tiny
 from trajectories import trajectory
 
 from jaxtrain.config import ModelSection
 from jaxtrain.config.rl_parts import RewardSection
+from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.nn.model import Model
-from jaxtrain.rl.reward_models import RewardModel
+from jaxtrain.rl.reward_models import Closing, RewardModel
 from jaxtrain.rl.reward_pool import RewardPool
 from jaxtrain.rl.scoring import RewardScorer
 from jaxtrain.roles.declare import Declaration
@@ -35,6 +38,27 @@ def test_it_reads_the_last_token_of_each_sample_whatever_it_is_packed_with():
         expected = model.values(params, model.hidden(params, alone))[0, -1]
         np.testing.assert_allclose(value, expected, atol=2e-6)
     assert np.ptp(given) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["CHATML", "LLAMA3", "GEMMA"])
+def test_a_sample_is_scored_where_texts_of_its_conversation_end(name):
+    """However it ended: by the template's token, by another end token, or cut off."""
+    tokenizer = chat_templates.tokenizer(getattr(chat_templates, name))
+    asked = [{"role": "user", "content": "Why?"}]
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": "So."}], tokenize=False)
+    whole = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    begin = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    other = tokenizer.convert_tokens_to_ids("[INST]")
+    close = Closing(tokenizer, {other, *turn_end_ids(tokenizer)}, plain=False)
+    words = whole[begin : len(whole) - len(close.ids)]
+    for end in ([close.ids[0]], [other], []):
+        ids = np.array([*words, *end], np.int32)
+        t = trajectory(begin, len(ids), completion_ids=ids)
+        closed = close(t)
+        assert closed.completion_ids.tolist() == whole[begin:] and closed.length == begin + len(whole[begin:])
+        written = t._replace(prompt=t.prompt._replace(columns={"prompt": "Why?"}))
+        assert Closing(tokenizer, {other}, plain=True)(written) is written
 
 
 def test_its_part_is_weighted_and_one_that_is_not_finite_loses_its_sample():

@@ -4,7 +4,7 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.config.sections import LoraSection
+from jaxtrain.config.sections import LoraSection, RematSection
 from jaxtrain.ops.quantize import Quantized
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import LORA_TARGETS, declare
@@ -48,10 +48,26 @@ def test_layers_are_unrolled_where_the_backward_pass_saves_all():
     assert declared(remat="none").model.run.unroll and not declared(remat="full").model.run.unroll
 
 
+def test_named_activations_are_the_policy_of_the_layers():
+    places = dict(declared(remat=RematSection(gate="offload")).model.run.remat)
+    assert places.pop("gate") == "offload" and set(places.values()) == {"recompute"}
+
+
+def test_the_chunk_of_the_head_is_that_of_the_platform_or_the_section():
+    assert declared().model.run.head_chunk == 512
+    assert declared(head_chunk=64).model.run.head_chunk == 64
+
+
+def test_compiler_options_are_those_of_the_run():
+    options = {"xla_cpu_enable_fast_math": True}
+    assert declared(compiler_options=options).model.run.compiler_options == (("xla_cpu_enable_fast_math", True),)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"lora": LoraSection(targets=["qproj"])}, "no linear 'qproj'; did you mean q_proj"),
+        ({"compiler_options": {"xla_no_such": True}}, "model.compiler_options.xla_no_such=True is refused .* for cpu"),
         ({"router_z_loss_coef": 0.1}, "router_z_loss_coef need a mixture of experts"),
     ],
 )

@@ -30,6 +30,17 @@ def test_a_prefill_does_not_depend_on_its_padding(params):
             np.testing.assert_allclose(one[row, :length], other[row, :length], atol=1e-5)
 
 
+def test_options_of_the_compiler_reach_it(params):
+    assert programs.with_options(()) == (programs.prefill, programs.decode)
+    prefill, _ = programs.with_options((("xla_cpu_enable_fast_math", False),))
+    lengths = np.array([10, 4], np.int32)
+    expected = rows(programs.prefill(MODEL, params, TOKENS, lengths))
+    jax.tree.map(np.testing.assert_array_equal, rows(prefill(MODEL, params, TOKENS, lengths)), expected)
+    refused, _ = programs.with_options((("xla_no_such", True),))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
+        refused(MODEL, params, TOKENS, lengths)
+
+
 def test_rows_go_into_their_slots_and_other_slots_stay(params):
     fresh = programs.prefill(MODEL, params, TOKENS, np.array([10, 4], np.int32))
     empty = MODEL.empty_cache(6, 16).layers

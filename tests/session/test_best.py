@@ -19,8 +19,11 @@ def test_the_best_value_and_patience():
     assert (resumed.step, resumed.value) == (3, 0.5)
     resumed.update(5, {"eval_accuracy": 0.4})
     assert resumed.ends_run and "not better than 0.5 of step 3 in 2 evaluations" in resumed.reason
+    best.update(5, {"eval_loss": 1.0})  # such as of a reward that failed for all answers: no better
+    assert best.ends_run and (best.step, best.value) == (3, 0.5)
+    unknown = BestEvaluation(BestSection(metric="eval_accuracy", mode="max"))
     with pytest.raises(ValueError, match=r"eval\.best\.metric=eval_accuracy is no metric of an evaluation: eval_loss"):
-        best.update(5, {"eval_loss": 1.0})
+        unknown.update(5, {"eval_loss": 1.0})
 
 
 def test_without_the_section_nothing_is_kept():

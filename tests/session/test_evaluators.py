@@ -25,8 +25,8 @@ class NoState:
         pass
 
 
-def measured(tmp_path, make, rows=ROWS, generate=11, **data):
-    """`make(session, role, encode)`: an evaluator, whose metrics are returned."""
+def measured(tmp_path, make, rows=ROWS, generate=11, evaluation=None, **data):
+    """`make(session, role, encode)`: an evaluator, whose metrics are returned. `evaluation`: keys of `eval`."""
     write_byte_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = {"path": str(tmp_path / "rows.jsonl")}
@@ -36,7 +36,7 @@ def measured(tmp_path, make, rows=ROWS, generate=11, **data):
         "model": {"config": MODEL, "tokenizer": str(tmp_path / "tokenizer"), "compute_dtype": "float32"},
         "data": {"train": file, "eval": file, "max_length": 96, **data},
         "train": {"steps": 1, "batch_size": 8},
-        "eval": {"generate": generate, "max_new_tokens": 4},
+        "eval": {"generate": generate, "max_new_tokens": 4} | (evaluation or {}),
         "log": {"tensorboard": False},
     }
     with Session.open(parse_config(tree, "test")) as session:
@@ -72,6 +72,31 @@ def test_exact_match_is_the_share_of_rows_that_the_model_answers_so(tmp_path):
     assert all(text.strip() for text in texts)
     assert measured(tmp_path, match, rows) == pytest.approx(3 / 11)
     assert measured(tmp_path, match, rows, generate=4) == pytest.approx(3 / 4)  # the first four
+
+
+def test_greedy_answers_are_judged_beside_the_sampled_ones(tmp_path):
+    """Each as if they were evaluated alone, by exact match and by rewards."""
+    from jaxtrain.rl.evaluator import eval_rewards
+
+    (tmp_path / "odd.py").write_text(
+        "def odd(completion_ids, **_):\n    return [float(sum(ids) % 2) for ids in completion_ids]\n"
+    )
+    rewards = [{"function": f"{tmp_path / 'odd.py'}:odd"}]
+
+    def matches(session, role, encode):
+        return exact_match(session, role, encode)()
+
+    def rewarded(session, role, encode):
+        return eval_rewards(session, role, encode)()
+
+    sampled = {"temperature": 1.5, "samples": 2}
+    for make, given in ((matches, {}), (rewarded, {"rewards": rewards})):
+        together = measured(tmp_path, make, evaluation={**given, **sampled, "greedy": True})
+        alone = measured(tmp_path, make, evaluation={**given, **sampled})
+        greedy = measured(tmp_path, make, evaluation=given)
+        expected = alone | {name.replace("eval_", "eval_greedy_", 1): value for name, value in greedy.items()}
+        assert together == expected and len(together) == len(alone) + len(greedy)
+    assert "eval_rewards/odd/pass@2" in together and 0 < together["eval_greedy_rewards/odd"] < 1
 
 
 def test_a_row_that_is_no_question_is_an_error_or_left_out(tmp_path):

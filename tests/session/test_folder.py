@@ -19,6 +19,7 @@ from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import dump_config, load_config, parse_config
 from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl, sft
+from jaxtrain.session import folder
 from jaxtrain.session.export import export_run
 from jaxtrain.session.folder import open_run
 from jaxtrain.session.record import CHANGES, CONFIG, effective_config, read_saved_run, write_atomically
@@ -193,6 +194,16 @@ def test_a_permitted_change_is_recorded_with_its_step_and_becomes_the_runs_confi
 def test_a_key_to_change_that_does_not_exist_is_named(place, done):
     with pytest.raises(ValueError, match=r"--allow-change model\.lora\.alhpa: no such key; did you mean model\.lora"):
         sft.run(config_of(place, str(done)), allow_change=["model.lora.alhpa"])
+
+
+def test_a_resume_with_other_versions_of_packages_is_said(place, tmp_path, monkeypatch, caplog):
+    versions = folder._versions()
+    with monkeypatch.context() as older:
+        older.setattr(folder, "_versions", lambda: versions | {"jax": "0.1.2"})
+        sft.run(config_of(place, str(tmp_path / "run"), optimizer__schedule="constant"))
+    assert "other versions" not in caplog.text
+    sft.run(config_of(place, str(tmp_path / "run"), optimizer__schedule="constant", train__steps=3))
+    assert f"with other versions (jax 0.1.2 -> {versions['jax']})" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["data.train.path", "model.path"])

@@ -18,3 +18,11 @@ def test_the_same_run_with_it_and_a_stale_one_is_refused(preference_run, tmp_pat
         train(place, "stale", f"reference.cache={cache}", "data.max_length=80")
     with pytest.raises(ValueError, match="are of another model"):
         train(place, "stale model", f"reference.cache={cache}", "run.seed=1")
+
+
+def test_log_probabilities_of_a_quantized_base_are_its_own(preference_run, tmp_path):
+    place, _ = preference_run
+    lora = [f"reference.cache={tmp_path / 'cache'}", "model.lora.rank=2", "train.steps=1", "data.eval=null"]
+    train(place, "not quantized", *lora)
+    with pytest.raises(ValueError, match="are of another model"):
+        train(place, "quantized", *lora, "model.quantize=int8")

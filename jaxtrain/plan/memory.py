@@ -1,0 +1,42 @@
+"""Bytes of arrays on one device, by what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxtrain.plan.compile import Compiled
+from jaxtrain.plan.programs import Program
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one of its devices. Nothing is padded."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def memory_by_kind(program: Program, compiled: Compiled) -> dict[str, int]:
+    """Of a compiled program on one device: its inputs by kind, as they are laid out; and the compiler's temporaries, of
+    which the gradients are a part in an update: all of them are in memory at its end.
+
+    The sum is `Compiled.arguments` + `Compiled.temporaries`, since the compiler pads what it lays out.
+    """
+    kinds = {kind: device_bytes(tree) for kind, tree in program.inputs.items()}
+    kinds = {kind: size for kind, size in kinds.items() if size}
+    kinds["padding and scalars"] = compiled.arguments - sum(kinds.values())
+    gradients = min(device_bytes(program.gradients), compiled.temporaries) if program.gradients is not None else 0
+    if gradients:
+        kinds["gradients"] = gradients
+    kinds["activations and temporaries"] = compiled.temporaries - gradients
+    return kinds
+
+
+def bytes_text(size: float) -> str:
+    """Bytes as GB or MB."""
+    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def total(kinds: Mapping[str, int]) -> int:
+    return sum(kinds.values())

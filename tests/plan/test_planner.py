@@ -1,0 +1,172 @@
+"""`jaxtrain plan`, from a file to its report."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recipe_runs
+import yaml
+
+from jaxtrain.config import load_config
+from jaxtrain.plan.planner import plan
+
+MODEL = {
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="no libtpu, so nothing can be compiled for TPU: install jax[tpu]"
+)
+
+
+def test_a_plan_for_cpus_has_memory_and_no_time(tmp_path):
+    config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml")
+    seen = []
+    made = plan(config, "cpu:8", first=lambda target, found: seen.append(found), save=tmp_path / "out")
+    assert seen == [made.estimate]
+    assert made.fits is None
+    assert made.seconds is None
+    assert made.used > made.estimate.parameter_bytes
+    saved = json.loads((tmp_path / "out/update.json").read_text())
+    assert saved["args"] == made.update.compiled.arguments
+    assert saved["case"]["rows"] == 8
+    assert json.dumps(made.as_json(10))
+
+
+def test_an_estimate_compiles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtrain.plan.planner.compile_program", lambda *given: pytest.fail("compiled"))
+    made = plan(load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml"), "v5p:4x4x8", compiled=False)
+    assert made.estimate.seconds > 0
+    assert made.phases == ()
+
+
+def test_a_folder_needs_no_weights(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    tree = yaml.safe_load((recipe_runs.prepare(tmp_path, "sft") / "run.yaml").read_text())
+    tree["model"] = {"path": str(folder)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    made = plan(load_config(tmp_path / "run.yaml"), "v5p:2x2x2", compiled=False)
+    assert made.estimate.parameters > 1e6
+
+
+def planned(tmp_path: Path, tree: dict, *options: str) -> dict:
+    """The JSON of the command, in a process of its own: libtpu looks for its machine when it is loaded."""
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tree))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "jaxtrain.cli", "plan", str(tmp_path / "plan.yaml"), *options, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def tree(**sections) -> dict:
+    return {
+        "recipe": "sft",
+        "model": {"config": MODEL},
+        "data": {"train": {"path": "data.jsonl"}, "max_length": 512},
+        "train": {"steps": 10, "batch_size": 8},
+    } | sections
+
+
+@needs_libtpu
+def test_a_step_is_planned_for_a_tpu(tmp_path):
+    made = planned(tmp_path, tree(), "--on", "v5p:2x2x2", "--save", str(tmp_path), "--profile")
+    assert made["fits"]
+    assert 0 < made["mfu"] < 1
+    update = made["programs"]["update"]
+    parts = sum(update[name] for name in ("fusion_seconds", "kernel_seconds", "exposed_seconds"))
+    assert made["step_seconds"] == pytest.approx(parts)
+    assert update["kernel_seconds"] > 0  # splash attention
+    assert {each["axes"] for each in update["collectives"]} == {"fsdp"}
+    assert any("nn/" in part["where"] for part in update["profile"])
+    assert "splash_mha_fwd" in (tmp_path / "update.hlo").read_text()
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 500000.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+QWEN_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN = MODEL | QWEN_8B | {"vocab_size": 151936, "num_key_value_heads": 8}
+TPU_CONFIGS = {  # file -> the model, the devices, and the parameters on the model's card
+    "qwen3_8b_v5p8": (QWEN, "v5p:2x2x2", 8.2e9),
+    "llama31_8b_v6e16": (LLAMA | LLAMA_8B, "v6e:4x4", 8.03e9),
+    "llama33_70b_v5p128": (LLAMA | LLAMA_70B, "v5p:4x4x8", 70.6e9),
+    "qwen3_8b_grpo_v5p4": (QWEN, "v5p:2x2x1", 8.2e9),
+}
+CONFIGS = Path(__file__).parents[2] / "configs" / "tpu"
+
+
+def tpu_config(tmp_path: Path, name: str, **changes: int) -> Path:
+    """A file of configs/tpu, with a folder for its model that holds config.json alone."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(TPU_CONFIGS[name][0] | changes))
+    whole = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    whole["model"]["path"] = str(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    return tmp_path / "run.yaml"
+
+
+def test_every_config_for_tpus_is_planned():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == TPU_CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", TPU_CONFIGS)
+def test_the_state_of_the_configs_for_tpus_fits_with_room(tmp_path, name):
+    _, on, parameters = TPU_CONFIGS[name]
+    made = plan(load_config(tpu_config(tmp_path, name)), on, compiled=False)
+    adapters = made.estimate.parameters - made.estimate.trained if made.recipe == "rl" else made.estimate.parameters
+    assert adapters == pytest.approx(parameters, rel=0.005)
+    assert made.estimate.bytes < made.target.chip.hbm / 2
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama31_8b_v6e16", "qwen3_8b_grpo_v5p4"])
+def test_the_configs_for_tpus_compile_at_real_widths(tmp_path, name):
+    """Two layers, for their time: all layers are one loop."""
+    whole = yaml.safe_load(tpu_config(tmp_path, name, num_hidden_layers=2).read_text())
+    made = planned(tmp_path, whole, "--on", TPU_CONFIGS[name][1])
+    assert made["fits"]
+    assert 0.1 < made["mfu"] < 0.8
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_every_phase_of_a_colocated_rollout_is_planned_for_a_tpu(tmp_path):
+    rl = {"prompts": 8, "generations": 8, "max_completion_length": 256, "rewards": [{"function": "exact_answer"}]}
+    rl["slots"] = 64
+    whole = tree(recipe="rl", rl=rl, objective={"beta": 0.04}, train={"steps": 10})
+    made = planned(tmp_path, whole, "--on", "v5p:2x2x1")
+    assert made["programs"].keys() == {"merge", "reshard", "prefill", "decode", "reference", "update"}
+    decode = made["programs"]["decode"]
+    assert decode["times"] == 256
+    assert decode["memory"]["optimizer"] > 0  # which waits beside the engine
+    assert made["step_seconds"] == pytest.approx(sum(each["seconds"] for each in made["programs"].values()))

@@ -1,0 +1,55 @@
+"""Kernels are priced by their FLOPs, by hand."""
+
+import pytest
+
+from jaxtrain.plan.hlo import Module
+from jaxtrain.plan.prices import CHIPS, GROUPED_MATMUL, UnpricedCallError, call_price
+
+CHIP, PEAK = CHIPS["TPU v5"], 459e12
+ROWS, HEADS, KV_HEADS, TOKENS, WIDTH = 2, 32, 8, 8192, 128
+QUERIES, KEYS = (f"bf16[{ROWS},{heads},{TOKENS},{WIDTH}]{{3,2,1,0}}" for heads in (HEADS, KV_HEADS))
+
+
+def price(line: str):
+    text = f"""ENTRY %main (p: s32[]) -> s32[] {{
+  %q = {QUERIES} parameter(0)
+  %k = {KEYS} parameter(1)
+  %x = bf16[4096,512]{{1,0}} parameter(2)
+  %w = bf16[16,512,768]{{2,1,0}} parameter(3)
+  %y = bf16[4096,768]{{1,0}} parameter(4)
+  {line}, custom_call_target="tpu_custom_call"
+}}
+"""
+    module = Module(text)
+    return call_price(module.computations["main"][-1], module, "main", CHIP, PEAK)
+
+
+@pytest.mark.parametrize(
+    ("line", "products"),
+    [
+        (f"%splash_mha_fwd.1 = ({QUERIES}, f32[2,32,8192]{{2,1,0}}) custom-call(%q, %k, %k)", 2),
+        (f"%splash_mha_dq.1 = {QUERIES} custom-call(%q, %k, %k, %q)", 3),
+        (f"%splash_mha_dkv.1 = ({KEYS}, {KEYS}) custom-call(%q, %k, %k, %q)", 4),
+        (f"%splash_mha_dkv.1 = ({QUERIES}, {KEYS}, {KEYS}) custom-call(%q, %k, %k, %q)", 5),  # dq too
+    ],
+)
+def test_splash_attention_costs_its_causal_products(line, products):
+    found = price("%name = " + line.split(" = ", 1)[1] + f', metadata={{op_name="{line.split(".")[0]}"}}')
+    flops = products * 2 * ROWS * HEADS * TOKENS * TOKENS * WIDTH / 2
+    assert found.flops == pytest.approx(flops)
+    assert found.seconds == pytest.approx(flops / PEAK / 0.6)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["%gmm.1 = bf16[4096,768]{1,0} custom-call(%x, %w)", "%tgmm.1 = bf16[16,512,768]{2,1,0} custom-call(%x, %y)"],
+)
+def test_a_grouped_matmul_multiplies_every_row_once(line):
+    found = price("%n = " + line.split(" = ", 1)[1] + f', metadata={{op_name="{line.split(".")[0]}"}}')
+    assert found.flops == 2 * 4096 * 512 * 768
+    assert found.seconds == pytest.approx(found.flops / PEAK / GROUPED_MATMUL)
+
+
+def test_an_unknown_kernel_has_no_price():
+    with pytest.raises(UnpricedCallError, match="no price"):
+        price("%mystery = bf16[4096,768]{1,0} custom-call(%x)")
