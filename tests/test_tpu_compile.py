@@ -86,3 +86,14 @@ def test_an_exact_divergence_costs_little_more_than_the_head_of_sft(compiled, he
     supervised = compiled("head", "sft", head == "trained")["cycles"]
     for kind in kinds:
         assert compiled("head", kind, head == "trained")["cycles"] < most * supervised
+
+
+def test_experts_multiply_and_exchange_only_the_pairs_that_chose_them(compiled):
+    """A layer of GPT-OSS-20B over one row for each of 8 devices, each of which holds 4 of its 32 experts."""
+    report = compiled("experts", "gpt-oss-20b", "v5p:2x2x2", 8, 2048)
+    # gate, up and down; gate and up again in the backward pass; three gradients of inputs, and three of kernels.
+    assert report["kernels"] == {"gmm": 8, "tgmm": 3}
+    assert report["exchanges"] == 8
+    # Eleven products, for 4 experts of a token, in a buffer with half as much room again. Were the gradients of the
+    # kernels dense, each of a device's 4 experts would multiply all of its rows.
+    assert report["xla_flops"] < 1.6 * 11 * 2 * 2048 * 4 * 2880**2

@@ -1,19 +1,22 @@
 """The type of arrays inside `jax.shard_map`: the mesh axes along which they differ between devices."""
 
 from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import jax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
+T = TypeVar("T")  # the type of an array
 
-def varying_over(x: Array, axes: Collection[str]) -> Array:
+
+def varying_over(x: T, axes: Collection[str]) -> T:
     """Mark `x` as differing along `axes`: the transpose sums its gradient over them."""
     missing = tuple(axis for axis in axes if axis not in jax.typeof(x).manual_axis_type.varying)
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def varying_as(x: Array, like: Array) -> Array:
+def varying_as(x: T, like: Any) -> T:
     """Mark `x` as differing along the axes along which `like` does; outside a `shard_map`, `x` itself."""
     return varying_over(x, sorted(jax.typeof(like).manual_axis_type.varying))
 
