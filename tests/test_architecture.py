@@ -109,12 +109,16 @@ def test_files_stay_short(path):
 
 
 # Public names that several modules define because they are one protocol, and where.
+PLATFORMS = (".cpu", ".gpu", ".tpu")
 PROTOCOLS = {
     "run": {
         f"jaxtrain.recipes.{name}" for name in ("sft", "preference", "reward", "distill", "rl", "quickstart", "run")
     },
     "main": {"jaxtrain.cli", "jaxtrain.rl.reward_worker", "jaxtrain.launch.ray_driver"},  # of a process
-    "grouped_matmul": {"jaxtrain.ops.ragged", "jaxtrain.ops.cpu.ragged"},  # and its form for a platform
+    "grouped_matmul": {
+        f"jaxtrain.ops{platform}.ragged" for platform in ("", *PLATFORMS)
+    },  # and its forms for platforms
+    "grouped_outer": {f"jaxtrain.ops{platform}.ragged" for platform in PLATFORMS},
     "project_on_table": {"jaxtrain.ops.project", "jaxtrain.ops.cpu.matmul"},
 }
 FAMILY_PROTOCOL = {"from_hf", "hf_keys"}  # of every family's file

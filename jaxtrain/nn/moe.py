@@ -78,8 +78,8 @@ def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real
     return Routing(total(chosen), total(jax.nn.softmax(logits)), total(z)[0], total(real[..., None])[0])
 
 
-class Rows(NamedTuple):
-    """Copies of tokens, sorted by expert. Rows at the end may belong to no expert: their weights are 0."""
+class ExpertRows(NamedTuple):
+    """Copies of tokens, sorted by expert. ExpertRows at the end may belong to no expert: their weights are 0."""
 
     x: Array  # [M, D]
     weights: Array  # [M] the router's, in float32
@@ -98,7 +98,7 @@ class Experts(nnx.Module):
         self.up_proj = linear("up_proj", stream, hidden)
         self.down_proj = linear("down_proj", hidden, stream)
 
-    def __call__(self, rows: Rows) -> Float[Array, "M D"]:
+    def __call__(self, rows: ExpertRows) -> Float[Array, "M D"]:
         """The output of the expert of each row, times the weight of the row.
 
         The hidden activations are multiplied by the weights: thus the gradient of a weight needs no output.
@@ -195,7 +195,7 @@ def _mix(apply: Callable[[Array, Array, Slots], Array], block: int, experts: int
 
 def _mix_locally(experts: Experts, *tokens: Array) -> Array:
     """`_mix` by experts that this device holds, all of them."""
-    return _mix(lambda x, weights, slots: experts(Rows(x, weights, slots.sizes)), 1, experts.count, *tokens)
+    return _mix(lambda x, weights, slots: experts(ExpertRows(x, weights, slots.sizes)), 1, experts.count, *tokens)
 
 
 def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights: Array) -> Array:
@@ -205,7 +205,7 @@ def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights:
 
     def compute(params: Params, rows: tuple[Array, Array], sizes: Array) -> Array:
         local: Experts = nnx.merge(graphdef, params)
-        return local(Rows(*rows, sizes))
+        return local(ExpertRows(*rows, sizes))
 
     def on_device(params: Params, *tokens: Array) -> Array:
         params = jax.tree.map(partial(_gathered, x.dtype), params, specs)
