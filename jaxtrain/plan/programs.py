@@ -15,7 +15,6 @@ from jaxtrain.lora import join, split_adapters
 from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
 from jaxtrain.observe.flops import train_flops
 from jaxtrain.ops.head_chunks import Head
-from jaxtrain.ops.token_scores import Scoring
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.plan.batches import data_batch, with_signal
@@ -133,7 +132,7 @@ def update_program(name: str, role: TrainedRole, batch: Batch, times: float = 1)
         role.mesh,
         train_flops(role.model.config, *_counted(batch), role.model.lora),
         *batch_size(batch),
-        head_trips(batch, role.mesh, microbatches),
+        head_trips(batch, role, microbatches),
         times,
         gradients=state.params,
     )
@@ -147,7 +146,7 @@ def scoring_program(
     lowered = role.lower_score(score, _moved(batch, role.mesh))
     flops = train_flops(role.model.config, segments, weights) / 3
     inputs = {**held, "batch": batch}
-    return Program(name, lowered, inputs, role.mesh, flops, *batch_size(batch), head_trips(batch, role.mesh))
+    return Program(name, lowered, inputs, role.mesh, flops, *batch_size(batch), head_trips(batch, role))
 
 
 def abstract_role(role: Role, params: Params | None = None) -> AbstractRole:
@@ -177,10 +176,10 @@ def batch_size(batch: Batch) -> tuple[int, int]:
     return batch.tokens.shape[0], math.prod(batch.tokens.shape)
 
 
-def head_trips(batch: Batch, mesh: jax.sharding.Mesh, microbatches: int = 1) -> Callable[[str], int | None]:
-    """Chunks of the head, of whose tokens all are taken to have a weight."""
-    tokens = batch_size(batch)[1] / row_shares(mesh) / microbatches
-    chunks = max(1, round(tokens / Scoring().chunk))
+def head_trips(batch: Batch, role: Role, microbatches: int = 1) -> Callable[[str], int | None]:
+    """Chunks of the head of `role`, of whose tokens all are taken to have a weight."""
+    tokens = batch_size(batch)[1] / row_shares(role.mesh) / microbatches
+    chunks = max(1, round(tokens / role.model.run.head_chunk))
     return lambda place: chunks if "ops/token_scores.py" in place else None
 
 

@@ -75,6 +75,15 @@ def test_planned_memory_is_that_of_the_compiled_step(tmp_path, monkeypatch):
     assert kinds["optimizer"] == pytest.approx(2 * kinds["parameters"], rel=1e-3)  # two moments of AdamW
 
 
+def test_the_head_is_walked_in_chunks_of_the_models_size(tmp_path):
+    overrides = ["model.head_chunk=8", "train.microbatches=1"]
+    config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", overrides)
+    (program,) = data_programs(config, jax.devices())
+    tokens_of_a_device = program.tokens / len(jax.devices())
+    assert program.trips("ops/token_scores.py:1") == tokens_of_a_device / 8
+    assert program.trips("nn/decoder.py:1") is None
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path):
     config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", ["train.batch_size=12"])
     with pytest.raises(ValueError, match=r"train.batch_size=12 rows do not divide .* nearest batch_size that does is"):
