@@ -37,15 +37,7 @@ class Closing:
         if last in self._turn_ends:
             closing = [last, *closing[1:]]
         ids = np.array([*sampled[: len(sampled) - (last in self._stop_ids)], *closing], np.int32)
-        zeros = np.zeros(len(ids), np.float32)
-        return t._replace(
-            completion_ids=ids,
-            loss_mask=np.ones(len(ids), bool),
-            sampler_logps=zeros,
-            raw_logps=zeros,
-            versions=zeros.astype(np.int32),
-            supports=None,
-        )
+        return t.with_completion(ids)
 
 
 class RewardModel:

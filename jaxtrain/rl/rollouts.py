@@ -55,6 +55,18 @@ class Trajectory(NamedTuple):
         """Tokens of prompt and completion."""
         return len(self.prompt.ids) + len(self.completion_ids)
 
+    def with_completion(self, ids: np.ndarray) -> Trajectory:
+        """The sample for another model to score: with other tokens [C], all of the model, that nothing has sampled."""
+        zeros = np.zeros(len(ids), np.float32)
+        return self._replace(
+            completion_ids=ids,
+            loss_mask=np.ones(len(ids), bool),
+            sampler_logps=zeros,
+            raw_logps=zeros,
+            versions=zeros.astype(np.int32),
+            supports=None,
+        )
+
     @property
     def trained_mask(self) -> np.ndarray:
         """[C] bool: the tokens that carry loss."""

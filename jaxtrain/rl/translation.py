@@ -42,16 +42,7 @@ class Translation:
             groups = self._aligner.ids(t.completion_ids[: written.tokens], ids)
         except ValueError:
             groups = Groups.none()
-        zeros = np.zeros(len(ids), np.float32)
-        changed = t._replace(
-            completion_ids=ids,
-            loss_mask=np.ones(len(ids), bool),
-            sampler_logps=zeros,
-            raw_logps=zeros,
-            versions=zeros.astype(np.int32),
-            supports=None,
-        )
-        return Translated(changed, groups)
+        return Translated(t.with_completion(ids), groups)
 
 
 class TeacherPrompts:
