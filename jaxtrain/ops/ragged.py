@@ -31,10 +31,10 @@ def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array
 def _backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = saved
     d_x = _matmul(g, kernels, sizes, transpose=True)
-    forms = {"cuda": gpu.grouped_outer} if _takes_gpu_kernels(x, kernels) else {}
-    d_kernels = lax.platform_dependent(
-        x, g, sizes, cpu=cpu.grouped_outer, tpu=tpu.grouped_outer, default=_ragged_outer, **forms
-    )
+    forms = {"tpu": tpu.grouped_outer} if tpu.supports(x.dtype) else {}
+    if _takes_gpu_kernels(x, kernels):
+        forms["cuda"] = gpu.grouped_outer
+    d_kernels = lax.platform_dependent(x, g, sizes, cpu=cpu.grouped_outer, default=_ragged_outer, **forms)
     return d_x, d_kernels, None
 
 
@@ -48,6 +48,8 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
         return lambda x, kernels, sizes: product(x, kernels.swapaxes(1, 2) if transpose else kernels, sizes)
 
     forms = {}
+    if tpu.supports(x.dtype):
+        forms["tpu"] = functools.partial(tpu.grouped_matmul, transpose=transpose)
     if _takes_gpu_kernels(x, kernels):
         forms["cuda"] = functools.partial(gpu.grouped_matmul, transpose=transpose)
     # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
@@ -56,7 +58,6 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
         kernels,
         sizes,
         cpu=of_axes(cpu.grouped_matmul),
-        tpu=functools.partial(tpu.grouped_matmul, transpose=transpose),
         default=of_axes(lax.ragged_dot),
         **forms,
     )

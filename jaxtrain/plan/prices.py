@@ -47,6 +47,7 @@ _FUSED_DKV = 5  # where the same kernel computes dq
 # Custom calls that move or compute nothing of their own, by target.
 FREE_CALLS = {
     *("AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "ConcatBitcast", "BitcastSplit"),
+    "ZeroCrop",  # zeros the padding of the last tile, in place
     *("PrepareAsyncCallStart", "PrepareAsyncCallDone", "GatherScatterIndicesBitpacked"),
     *("AssumeGatherIndicesInBound", "LayoutConstraint", "annotate_device_placement", "MoveToHost", "MoveToDevice"),
 }

@@ -27,7 +27,7 @@ def arguments(tree):
 def first_step(config, monkeypatch):
     """What the first step of a real run gives to its programs, by name; the step itself is not taken."""
     found = {}
-    decode, score = engine.decode, Role._score
+    (prefill, decode), score = engine.with_options(()), Role._score
 
     def decoded(model, limits, params, memory, *rest):
         found["decode"] = arguments((params, memory))  # the last call has the most columns
@@ -45,7 +45,7 @@ def first_step(config, monkeypatch):
         raise _EnoughSeenError
 
     with monkeypatch.context() as patches:
-        patches.setattr(engine, "decode", decoded)
+        patches.setattr(engine, "with_options", lambda options: (prefill, decoded))
         patches.setattr(Role, "_score", scored)
         patches.setattr(TrainedRole, "update", update)
         with pytest.raises(_EnoughSeenError):

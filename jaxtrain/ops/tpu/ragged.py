@@ -22,6 +22,11 @@ _WIDTH = 1024
 _ROW_TILE = 16  # rows of a register tile of 16-bit floats
 
 
+def supports(dtype: jnp.dtype) -> bool:
+    """Whether the kernels take this type."""
+    return dtype in (jnp.bfloat16, jnp.float32)
+
+
 def grouped_matmul(
     x: Float[Array, "M I"],
     kernels: Float[Array, "G J O"],
