@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain.nn.config import Activation, ClampedSwiGLU, ModelConfig, MoE
 
+SIDES = ("ours", "transformers")
 SAME = 1e-3  # relative error of outputs that count as equal
 _SETTINGS = "the settings of the config"
 
@@ -183,7 +184,11 @@ def explain_experts(
         if len(found) == 2:
             break
     if len(found) < 2:
-        return "the weights of the experts: no activation, clamp or order of gate and up explains both sides"
+        sides = {side: found[side][0] if side in found else "none of the known variants" for side in SIDES}
+        return (
+            "the activation, the clamp or the matrices of the experts: transformers computes with "
+            f"{sides['transformers']}, ours with {sides['ours']}"
+        )
     (own, our_weights), (other, their_weights) = found["ours"], found["transformers"]
     if own != other:
         return f"transformers computes the experts with {other}, ours with {own}"

@@ -81,7 +81,7 @@ def mixed(weights, limit=0.5, swapped=False):
         (mixed(WEIGHTS**2), "the weights of the chosen experts"),
         (mixed(WEIGHTS, limit=np.inf), "with the clamp of the config, ours with no clamp"),
         (mixed(WEIGHTS, swapped=True), "ours with the clamp of the config, gate and up swapped"),
-        (RNG.normal(size=X.shape), "the weights of the experts"),
+        (RNG.normal(size=X.shape), "with the clamp of the config, ours with none of the known variants"),
     ],
 )
 def test_what_experts_compute_and_how_they_are_weighted(ours, words):

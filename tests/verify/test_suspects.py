@@ -162,7 +162,7 @@ LOCATED = {
         "gpt-oss",
         config(moe=lambda m: dataclasses.replace(m, swiglu=dataclasses.replace(m.swiglu, limit=1e9))),
         "layers.0.mlp",
-        "clamp",
+        "the clamp .* ours with the clamp of the config",
     ),
     "router's bias": (
         "gpt-oss",
