@@ -119,6 +119,7 @@ PROTOCOLS = {
         f"jaxtrain.ops{platform}.ragged" for platform in ("", *PLATFORMS)
     },  # and its forms for platforms
     "grouped_outer": {f"jaxtrain.ops{platform}.ragged" for platform in PLATFORMS},
+    "supports": {f"jaxtrain.ops.{platform}.ragged" for platform in ("gpu", "tpu")},
     "project_on_table": {"jaxtrain.ops.project", "jaxtrain.ops.cpu.matmul"},
 }
 FAMILY_PROTOCOL = {"from_hf", "hf_keys"}  # of every family's file
