@@ -27,7 +27,7 @@ from etils import epath
 
 from jaxtrain.train.agree import barrier, gather_values
 from jaxtrain.train.checksums import array_checksums
-from jaxtrain.train.leaves import describe, differences, named_leaves, raw_leaves, raw_struct, unraw
+from jaxtrain.train.leaves import describe, leaf_mismatches, named_leaves, raw_leaves, raw_struct, unraw
 from jaxtrain.train.orbax_errors import IO_ERRORS, is_not_of_orbax, root_cause
 from jaxtrain.train.save_waits import SAVE_WAITS
 from jaxtrain.types import Array
@@ -336,7 +336,7 @@ class Checkpoints:
         return leaves
 
     def _check_model(self, step: int, saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> None:
-        faults = differences(saved, wanted, partial)
+        faults = leaf_mismatches(saved, wanted, partial)
         if faults:
             listed = "\n".join(f"  {fault}" for fault in sorted(faults)[:_MAX_LISTED])
             more = f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""

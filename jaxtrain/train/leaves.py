@@ -27,7 +27,7 @@ def show(description: list[Any]) -> str:
     return f"{dtype}{shape}"
 
 
-def differences(saved: dict[str, Any], wanted: dict[str, Any], partial: bool = False) -> list[str]:
+def leaf_mismatches(saved: dict[str, Any], wanted: dict[str, Any], partial: bool = False) -> list[str]:
     """What differs between the leaves `wanted` and the descriptions of those of a checkpoint. With `partial` the
     checkpoint may have others besides."""
     here = {name: describe(leaf) for name, leaf in wanted.items()}
