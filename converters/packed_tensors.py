@@ -35,14 +35,14 @@ class Entry(NamedTuple):
     dtype: str  # the name in safetensors
     shape: Shape
     start: int  # bytes from the beginning of the file
-    packed: Packed | None = None
+    packed: NumbersAndScales | None = None
 
     @property
     def files(self) -> set[Path]:
         return {self.file} if self.packed is None else {self.packed.numbers.file, self.packed.scales.file}
 
 
-class Packed(NamedTuple):
+class NumbersAndScales(NamedTuple):
     """The two tensors that encode one."""
 
     numbers: Entry
@@ -50,7 +50,7 @@ class Packed(NamedTuple):
     tile: Shape = ()  # numbers that share a scale, along each axis of a matrix of FP8; () for MXFP4
 
 
-Reader = Callable[[Entry, Any, Index], np.ndarray]
+ReadEntry = Callable[[Entry, Any, Index], np.ndarray]
 """Reads the rectangle of an entry as numbers of a dtype."""
 
 
@@ -83,7 +83,9 @@ def _mxfp4(name: str, blocks: Entry, scales: Entry) -> Entry:
             f"{blocks.file}: {name} {list(blocks.shape)} and scales {list(scales.shape)} are not a valid MXFP4 pair"
         )
     experts, outside, runs = scales.shape
-    return Entry(blocks.file, "BF16", (experts, runs * mxfp4.RUN, outside), blocks.start, Packed(blocks, scales))
+    return Entry(
+        blocks.file, "BF16", (experts, runs * mxfp4.RUN, outside), blocks.start, NumbersAndScales(blocks, scales)
+    )
 
 
 def _fp8(name: str, numbers: Entry, scales: Entry, tile: Shape | None) -> Entry:
@@ -95,7 +97,7 @@ def _fp8(name: str, numbers: Entry, scales: Entry, tile: Shape | None) -> Entry:
         )
         for each in (tile, (rows, columns), (1, columns)):
             if each and flat.shape == tuple(-(-size // step) for size, step in zip(numbers.shape, each, strict=True)):
-                return Entry(numbers.file, "BF16", numbers.shape, numbers.start, Packed(numbers, flat, each))
+                return Entry(numbers.file, "BF16", numbers.shape, numbers.start, NumbersAndScales(numbers, flat, each))
     raise ConversionError(
         f"{numbers.file}: {name} {list(numbers.shape)} of {FP8} does not fit its scales {list(scales.shape)} of "
         f"{scales.dtype}; known are one for each tile of quantization_config.weight_block_size={tile and list(tile)}, "
@@ -103,12 +105,12 @@ def _fp8(name: str, numbers: Entry, scales: Entry, tile: Shape | None) -> Entry:
     )
 
 
-def read_packed(packed: Packed, index: Index, read: Reader) -> np.ndarray:
+def read_packed(packed: NumbersAndScales, index: Index, read: ReadEntry) -> np.ndarray:
     """The rectangle `index` of the tensor that a pair encodes, in bfloat16."""
     return _read_fp8(packed, index, read) if packed.tile else _read_mxfp4(packed, index, read)
 
 
-def _read_mxfp4(packed: Packed, index: Index, read: Reader) -> np.ndarray:
+def _read_mxfp4(packed: NumbersAndScales, index: Index, read: ReadEntry) -> np.ndarray:
     """The rectangle of [E, I, O], decoded from the runs along I that overlap it."""
     experts, inside, outside = index
     runs = slice(inside.start // mxfp4.RUN, -(-inside.stop // mxfp4.RUN))
@@ -119,7 +121,7 @@ def _read_mxfp4(packed: Packed, index: Index, read: Reader) -> np.ndarray:
     return numbers[..., inside.start - first : inside.stop - first].swapaxes(1, 2)
 
 
-def _read_fp8(packed: Packed, index: Index, read: Reader) -> np.ndarray:
+def _read_fp8(packed: NumbersAndScales, index: Index, read: ReadEntry) -> np.ndarray:
     """The rectangle of [O, I], from the scales of the tiles that overlap it."""
     tiles = tuple(
         slice(each.start // step, -(-each.stop // step)) for each, step in zip(index, packed.tile, strict=True)

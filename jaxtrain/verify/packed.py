@@ -20,7 +20,7 @@ def packed_check(subject: Subject, reference: Reference, ids: np.ndarray, dtype:
     name, sizes = "packed rows", _sizes(subject, len(ids))
     if min(sizes) < 1:
         return Check(name, True, f"not compared: {len(ids)} tokens are too few for {len(sizes)} documents")
-    batch = pack(ids, sizes)
+    batch = _pack(ids, sizes)
     ours = our_logits(subject, batch.tokens, dtype, batch)[0]
     documents = np.split(ids, np.cumsum(sizes)[:-1])
     theirs = np.concatenate([reference.logits(document[None])[0] for document in documents])
@@ -48,7 +48,7 @@ def _sizes(subject: Subject, tokens: int) -> list[int]:
     return [tokens // 6, tokens // 3, tokens - tokens // 6 - tokens // 3]
 
 
-def pack(ids: np.ndarray, sizes: list[int]) -> Batch:
+def _pack(ids: np.ndarray, sizes: list[int]) -> Batch:
     """One row [1, T] of documents of these sizes."""
     segments = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)[None]
     positions = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])[None]
