@@ -21,7 +21,7 @@ def packed_check(subject: Subject, reference: Reference, ids: np.ndarray, dtype:
     if min(sizes) < 1:
         return Check(name, True, f"not compared: {len(ids)} tokens are too few for {len(sizes)} documents")
     batch = _pack(ids, sizes)
-    ours = our_logits(subject, batch.tokens, dtype, batch)[0]
+    ours = our_logits(subject, ids[None], dtype, batch)[0]
     documents = np.split(ids, np.cumsum(sizes)[:-1])
     theirs = np.concatenate([reference.logits(document[None])[0] for document in documents])
     differences = np.abs(ours - theirs).max(-1)

@@ -1,5 +1,6 @@
 """Names the cause of a mismatch, from the values that both models computed around it."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from converters.safetensors_io import Checkpoint, open_checkpoint
 from converters.verify import Mismatch, Pair, Point, module_path
 from converters.weight_rows import by_name, flatten, fuse
 from jaxtrain.nn.rope import rope_table
-from jaxtrain.types import get_leaf
 from jaxtrain.verify.explain import AttentionSetting, ExpertWeights, explain_attention, explain_experts, explain_gate
 from jaxtrain.verify.subject import Subject, as_batch
 
@@ -101,12 +101,12 @@ def _in_attention(subject: Subject, layer: int, seen: Observed, pairs: Mapping[s
     theirs = seen.theirs[pairs[f"{at}.o_proj"].hf].input
     if q is None or k is None or v is None or ours is None or theirs is None:
         return ""
-    kind, attn = config.pattern[layer], subject.params["layers"]["attn"]
+    kind = config.pattern[layer]
     setting = AttentionSetting(
         window=kind.window,
         scale=config.attention_scale or config.head_dim**-0.5,
         softcap=config.attention_softcap,
-        sinks=np.asarray(attn["sinks"], np.float64)[layer] if config.sinks else None,
+        sinks=np.asarray(flatten(subject.params)["layers.attn.sinks"][layer], np.float64) if config.sinks else None,
         rotation="halves" if kind.rope else "none",
     )
     if kind.rope:
@@ -114,12 +114,9 @@ def _in_attention(subject: Subject, layer: int, seen: Observed, pairs: Mapping[s
     else:
         halves = seen.theirs[pairs[at].hf].keywords.get("position_embeddings")
         table = halves and tuple(np.asarray(half[0], np.float64)[:, : config.head_dim // 2] for half in halves)
-    return explain_attention(
-        *(np.asarray(each[0], np.float64) for each in (q, k, v)),
-        table,
-        setting,
-        *(np.asarray(each[0], np.float64).reshape(q.shape[1], -1) for each in (ours, theirs)),
-    )
+    q, k, v, ours, theirs = (np.asarray(each[0], np.float64) for each in (q, k, v, ours, theirs))
+    ours, theirs = (each.reshape(len(each), -1) for each in (ours, theirs))
+    return explain_attention(q, k, v, table, setting, ours, theirs)
 
 
 def _in_gate(subject: Subject, layer: int, seen: Observed, pairs: Mapping[str, Pair]) -> str:
@@ -144,12 +141,11 @@ def _in_experts(subject: Subject, layer: int, seen: Observed, mismatch: Mismatch
         np.asarray(each, np.float64).reshape(*ours.shape[:2], width)[0, first : first + _TOKENS]
         for each in (call.input, ours, call.output)
     )
-    experts = subject.params["layers"]["mlp"]["experts"]
-    arrays: dict[str, np.ndarray] = {}
-    for name in ("gate", "up", "down"):
-        arrays[name] = np.asarray(get_leaf(experts[f"{name}_proj"], "kernel")[layer], np.float64)
-        if "bias" in experts[f"{name}_proj"]:
-            arrays[f"{name}_bias"] = np.asarray(get_leaf(experts[f"{name}_proj"], "bias")[layer], np.float64)
+    leaves, arrays = flatten(subject.params), dict[str, np.ndarray]()
+    for name, (part, ending) in itertools.product(("gate", "up", "down"), (("kernel", ""), ("bias", "_bias"))):
+        leaf = leaves.get(f"layers.mlp.experts.{name}_proj.{part}")
+        if leaf is not None:
+            arrays[name + ending] = np.asarray(leaf[layer], np.float64)
     return explain_experts(x, ExpertWeights(**arrays), subject.config, ours, theirs)
 
 
