@@ -109,11 +109,12 @@ def _in_attention(subject: Subject, layer: int, seen: Observed, pairs: Mapping[s
         sinks=np.asarray(flatten(subject.params)["layers.attn.sinks"][layer], np.float64) if config.sinks else None,
         rotation="halves" if kind.rope else "none",
     )
+    table, given = None, seen.theirs[pairs[at].hf].keywords.get("position_embeddings")
     if kind.rope:
         table = _table(subject, layer, np.zeros((1, q.shape[1]), np.int32))
-    else:
-        halves = seen.theirs[pairs[at].hf].keywords.get("position_embeddings")
-        table = halves and tuple(np.asarray(half[0], np.float64)[:, : config.head_dim // 2] for half in halves)
+    elif isinstance(given, tuple):
+        cos, sin = (np.asarray(half[0], np.float64)[:, : config.head_dim // 2] for half in given)
+        table = cos, sin
     q, k, v, ours, theirs = (np.asarray(each[0], np.float64) for each in (q, k, v, ours, theirs))
     ours, theirs = (each.reshape(len(each), -1) for each in (ours, theirs))
     return explain_attention(q, k, v, table, setting, ours, theirs)
