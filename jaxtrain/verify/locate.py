@@ -24,8 +24,8 @@ def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) 
     pairs = pair_modules(subject.tensors, reference.owners())
     outside = {path: pair for path, pair in pairs.items() if not _IN_A_LAYER.match(path)}
     seen = _observe(subject, reference, ids, dtype, outside)
-    layers = _without_embedding(seen.points)
-    mismatch = first_mismatch(layers)
+    layers = seen.points
+    mismatch = first_mismatch(_without_embedding(layers))
     if mismatch is None:
         return layers, None
     if swapped := order_of_layers(pairs, list(reference.record(ids[:, :1], _layers(pairs))[0])):
