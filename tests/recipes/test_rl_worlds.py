@@ -224,20 +224,22 @@ def slow(completions, **_):
 """
 
 
-def test_failing_environments_and_rewards_lose_samples_and_do_not_end_the_run(place, caplog):
+@pytest.mark.parametrize("placement", [{}, DISJOINT | {"staleness": 1}], ids=["in turns", "each for itself"])
+def test_failing_environments_and_rewards_lose_samples_and_do_not_end_the_run(place, caplog, placement):
+    name = f"broken-{len(placement)}"
     (place / "broken.py").write_text(BROKEN)
     environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2, "seconds": 0.5}
     rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.2}]
     # A turn must end for the environment to be asked, and a random model seldom draws the template's token.
     changes = {"environment": environment, "rewards": rewards, "iterations": 1, "max_completion_length": 24}
-    losses = train(place, "broken", {}, max_length=160, steps=2, stops=range(65, 72), **changes)
+    losses = train(place, name, placement, max_length=160, steps=2, stops=range(65, 72), **changes)
     assert len(losses) == 2
-    errors, hung = column(place / "broken", "environment/errors"), column(place / "broken", "rewards/slow/timeout")
-    lost, late = column(place / "broken", "rewards/lost"), column(place / "broken", "environment/timeouts")
+    errors, hung = column(place / name, "environment/errors"), column(place / name, "rewards/slow/timeout")
+    lost, late = column(place / name, "rewards/lost"), column(place / name, "environment/timeouts")
     assert sum(errors) > sum(late) > 0 and sum(hung) > 0 and sum(lost) >= max(sum(errors), sum(hung))
     assert sum(lost) < 2 * 16 and "no such letters" in caplog.text and "took too long" in caplog.text
     assert "took longer than 0.5 seconds" in caplog.text
-    talk = next(t for t in read_step(place / "broken", 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
+    talk = next(t for t in read_step(place / name, 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
     assert not talk.loss_mask.all() and talk.rewards["environment"] > 0 and talk.text.count("Again.") == 1
 
 
