@@ -9,16 +9,13 @@ import jax
 import pytest
 import ray_start
 import yaml
-from recipe_runs import checksums, killed_copy, logged
+from recipe_runs import checksums, killed_copy, logged, rl_tree
 
-from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import load_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes.run import run
 from jaxtrain.rl.placement import check_processes
 from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
 
-STEPS = 4
 LORA = "model.lora={rank: 4}"
 CASES = {  # overrides; each takes several updates on the same samples
     "grpo": [LORA, "rl.minibatches=2", "objective.beta=0.1"],
@@ -48,32 +45,7 @@ SHARED = ("grpo", "environment")  # with an engine of two processes as well
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rl-processes")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
-    config = {
-        "recipe": "rl",
-        "run": {"dir": str(folder / "run")},
-        "model": {
-            "config": commands.MODEL | {"max_position_embeddings": 128},
-            "tokenizer": str(folder / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
-        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
-        "train": {"steps": STEPS},
-        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
-        "checkpoint": {"every": 1, "keep": 10},
-        "log": {"every": 1, "tensorboard": False},
-        "rl": {
-            "prompts": 4,
-            "generations": 4,
-            "max_completion_length": 8,
-            "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
-            "reward_workers": 1,
-            "slots": 16,
-        },
-    }
-    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
+    (folder / "rl.yaml").write_text(yaml.safe_dump(rl_tree(folder)))
     return folder
 
 

@@ -12,10 +12,10 @@ import commands
 import numpy as np
 import pytest
 import ray_start
+from recipe_runs import rl_tree
 
-from converters.tokenizer import load_tokenizer, write_byte_tokenizer
+from converters.tokenizer import load_tokenizer
 from jaxtrain.config import parse_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
 from jaxtrain.recipes.replay import replay
 from jaxtrain.rl.ray_sampler import RaySampler
@@ -33,8 +33,6 @@ MODEL = commands.MODEL | {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
     (folder / "odd.py").write_text(
         "def odd(completion_ids, **_):\n    return [sum(token % 2 for token in ids) / 8 for ids in completion_ids]\n"
     )
@@ -50,35 +48,22 @@ def together(place):
 
 
 def config_of(place: Path, name: str, placement: dict, max_length: int = 48, steps: int = 4, stops=(), **section):
-    model = {
-        "config": MODEL | {"eos_token_id": list(stops)},
-        "tokenizer": str(place / "tokenizer"),
-        "compute_dtype": "float32",
-        "remat": "none",
-    }
-    return parse_config(
-        {
-            "recipe": "rl",
-            "run": {"dir": str(place / name)},
-            "model": model,
-            "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": max_length},
-            "train": {"steps": steps},
-            "optimizer": {"learning_rate": 0.01, "schedule": "constant"},
-            "log": {"every": 1, "tensorboard": False},
-            "rl": {
-                "iterations": 2,  # on the first pass every ratio is 1, and the loss of a group is 0
-                "prompts": 4,
-                "generations": 4,
-                "max_completion_length": 8,
-                "rewards": [{"function": f"{place / 'odd.py'}:odd"}],
-                "reward_workers": 1,
-                "slots": 16,
-                "placement": placement,
-                **section,
-            },
+    tree = rl_tree(
+        place,
+        run={"dir": str(place / name)},
+        model={"config": MODEL | {"eos_token_id": list(stops)}},
+        data={"max_length": max_length},
+        train={"steps": steps},
+        optimizer={"learning_rate": 0.01},
+        checkpoint={"every": 1000},
+        rl={
+            "iterations": 2,  # on the first pass every ratio is 1, and the loss of a group is 0
+            "rewards": [{"function": f"{place / 'odd.py'}:odd"}],
+            "placement": placement,
+            **section,
         },
-        name,
     )
+    return parse_config(tree, name)
 
 
 def train(place: Path, name: str, placement: dict, **section) -> list[float]:

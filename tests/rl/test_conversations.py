@@ -60,10 +60,9 @@ def run(script, factory, columns, *, samples=1, max_turns=8, max_length=10_000, 
     chat, params = ChatTokenizer(script.tok), SamplingParams(max_tokens=64)
     conversations = Conversations(factory, chat, params, max_turns, max_length, seconds, **settings)
     prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
-    groups = [[None] * samples for _ in prompts]
-    for index, trajectory in conversations.run(script, prompts, samples, lambda number, sample: 10 * number + sample):
-        groups[index][trajectory.sample] = trajectory
-    return groups
+    ended = list(conversations.run(script, prompts, samples, lambda number, sample: 10 * number + sample))
+    groups = [[t for place, t in ended if place == index] for index in range(len(prompts))]
+    return [sorted(group, key=lambda t: t.sample) for group in groups]
 
 
 def pieces(tok, trajectory):
