@@ -278,10 +278,8 @@ class _Responses:
             self._calls.start(number, call)
 
     def next(self, idle: bool) -> list[tuple[int, _Response]]:
-        """The responses with which conversations continue now. Waits for some if the engine is `idle`.
-
-        Raises Interrupted shortly after `interrupted` is set.
-        """
+        """The responses with which conversations continue now. Waits for some if the engine is `idle`; a long wait
+        raises Interrupted shortly after `interrupted` is set."""
         self._collect(0.0)
         if self._settings.in_turns:
             return sorted(self._all().items()) if idle else []
@@ -298,6 +296,8 @@ class _Responses:
 
     def _own(self) -> dict[int, _Response]:
         while self._calls.pending:
+            if self._settings.interrupted.is_set():
+                raise Interrupted
             self._collect(POLL_SECONDS)
         return self._take()
 
@@ -306,8 +306,6 @@ class _Responses:
         return taken
 
     def _collect(self, wait: float) -> None:
-        if self._settings.interrupted.is_set():
-            raise Interrupted
         for number, result in self._calls.results(wait):
             if isinstance(result, BaseException):
                 text = f"{type(result).__name__}: {error_text(result)}"
