@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import hf_folders
 import jax
 import numpy as np
-import pytest
 
 from converters.reference import Reference
 from jaxtrain.verify import load_subject
@@ -39,12 +37,6 @@ def load(folder, model):
     case, changes = MODELS[model]
     hf_folders.save(folder, case, **{**SMALL, **changes})
     return load_subject(folder), Reference(folder, "float32")
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """`loaded(model)`: the result of `load`, made once for each of MODELS."""
-    return functools.cache(lambda model: load(tmp_path_factory.mktemp(model), model))
 
 
 def ids(subject):
