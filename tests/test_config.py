@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from jaxtrain.config import ALIASES, ConfigError, dump_config, load_config, parse_config
-from jaxtrain.config.sections import source_name
+from jaxtrain.config.data import source_name
 
 GOOD = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "train.jsonl"}}}
 

@@ -4,7 +4,7 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.config.sections import LoraSection, RematSection
+from jaxtrain.config.model import LoraSection, RematSection
 from jaxtrain.ops.quantize import Quantized
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import LORA_TARGETS, declare

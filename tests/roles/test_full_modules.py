@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from converters.weight_rows import flatten
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.config.sections import LoraSection
+from jaxtrain.config.model import LoraSection
 from jaxtrain.ops.quantize import Quantized
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.declare import declare
