@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.parallel.sharding import ROWS, batch_sharding, row_shares
+from jaxtrain.parallel.sharding import ROWS, batch_sharding, context_shards, row_shares
 from jaxtrain.types import Array, Batch
 
 T = TypeVar("T", bound=Any)
@@ -91,4 +91,14 @@ def check_batch_size(rows: int, microbatches: int, mesh: Mesh) -> None:
         raise ValueError(
             f"train.batch_size={rows} rows do not divide over {axes} = {shares} devices in "
             f"train.microbatches={microbatches}; the nearest batch_size that does is {nearest}"
+        )
+
+
+def check_row_length(length: int, mesh: Mesh) -> None:
+    """Raise ValueError if the tokens of a row do not divide evenly over "context"."""
+    parts = context_shards(mesh)
+    if length % parts:
+        raise ValueError(
+            f"rows of {length} tokens do not divide over mesh.context={parts}; the next data.row_length that does is "
+            f"{-(-length // parts) * parts}"
         )

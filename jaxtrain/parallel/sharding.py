@@ -14,7 +14,13 @@ MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 
 ROWS = ("data", "fsdp", "expert")
-"""The mesh axes that the rows of a batch are sharded over; they are replicated over "tensor"."""
+"""The mesh axes that the rows of a batch are sharded over; they are replicated over the others."""
+
+CONTEXT = "context"
+"""The mesh axis that the tokens of a row are sharded over, as activations: a batch itself is replicated over it."""
+
+FSDP = ("fsdp", CONTEXT)
+"""The mesh axes that parameters are sharded over, to be gathered where they are used."""
 
 _REPLICATED = {
     "layers": None,
@@ -30,16 +36,16 @@ _REPLICATED = {
     "router": None,
 }
 RULES: dict[str, Rules] = {
-    "fsdp": {**_REPLICATED, "embed": "fsdp"},
+    "fsdp": {**_REPLICATED, "embed": FSDP},
     "fsdp_tensor": {
         **_REPLICATED,
-        "embed": "fsdp",
+        "embed": FSDP,
         "vocab": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
     },
-    "fsdp_expert": {**_REPLICATED, "embed": "fsdp", "expert": "expert"},
+    "fsdp_expert": {**_REPLICATED, "embed": FSDP, "expert": "expert"},
 }
 """Preset -> logical axis -> the mesh axis (or axes) that it is sharded over; None: replicated."""
 
@@ -77,6 +83,11 @@ def splits(rules: Rules, mesh_axis: str) -> bool:
 def row_shares(mesh: Mesh | None) -> int:
     """The number of parts that the rows of a batch are split into; 1 without a mesh."""
     return 1 if mesh is None else _parts(ROWS, mesh)
+
+
+def context_shards(mesh: Mesh | None) -> int:
+    """The number of parts that the tokens of a row are split into; 1 without a mesh."""
+    return 1 if mesh is None else _parts(CONTEXT, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
