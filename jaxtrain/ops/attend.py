@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxtrain.ops.blockwise import AttentionOptions, MaskInputs, blockwise_attention
-from jaxtrain.ops.context import attend_in_parts
+from jaxtrain.ops.context import PartKernel, attend_in_parts
 from jaxtrain.ops.gpu.cudnn import cudnn_attention
 from jaxtrain.ops.tpu.splash import splash_attention
 from jaxtrain.parallel.mesh import platform_of
@@ -81,7 +81,7 @@ def attend(
 def _in_parts(
     q: Array, k: Array, v: Array, segment_ids: Array, options: AttentionOptions, sinks: Array | None, mesh: Mesh
 ) -> Array:
-    """Plain XLA over rows whose tokens are sharded. Masked keys are not skipped, so the order of the row is balanced."""
+    """Plain XLA over rows whose tokens are sharded. It skips no masked keys, so any order of queries is balanced."""
 
     def part(_: None, q: Array, ids: Array, k: Array, v: Array, all_ids: Array, sinks: Array | None) -> Array:
         # In packed rows the places of tokens are equivalent to their positions.
@@ -89,7 +89,7 @@ def _in_parts(
         own = lax.dynamic_slice_in_dim(place, lax.axis_index(CONTEXT) * ids.shape[1], ids.shape[1], 1)
         return blockwise_attention(q, k, v, sinks, MaskInputs(own, ids, place, all_ids), options)
 
-    return attend_in_parts(part, q, k, v, segment_ids, sinks, mesh=mesh)
+    return attend_in_parts(PartKernel(part), q, k, v, segment_ids, sinks, mesh=mesh)
 
 
 def _check(q: Array, k: Array, v: Array, tokens: MaskInputs, window: int | None) -> None:

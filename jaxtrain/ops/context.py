@@ -8,7 +8,7 @@ after it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,20 @@ from jaxtyping import Float, Integer
 from jaxtrain.parallel.sharding import CONTEXT, ROWS
 from jaxtrain.types import Array
 
-Kernel = Callable[[Any, Array, Array, Array, Array, Array, Array | None], Array]
-"""(static inputs, q [B, T/c, N, H], ids of the queries [B, T/c], k, v [B, T, K, H], ids of the keys [B, T], sinks)."""
+
+class PartKernel(NamedTuple):
+    """Computes the outputs of some queries of rows over all of their keys, on one device."""
+
+    # (inputs, q [B, T/c, N, H], segment ids of the queries [B, T/c], k and v [B, T, K, H], segment ids of the keys
+    # [B, T], sinks [N] or None) -> [B, T/c, N, H]
+    compute: Callable[[Any, Array, Array, Array, Array, Array, Array | None], Array]
+    order: np.ndarray | None = None  # of the queries of all devices together: `query_order`; None: that of the row
+    inputs: Any = None  # arrays
+    specs: Any = None  # their sharding
 
 
 def attend_in_parts(
-    kernel: Kernel,
+    kernel: PartKernel,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
@@ -34,27 +42,22 @@ def attend_in_parts(
     sinks: Float[Array, " N"] | None,
     *,
     mesh: Mesh,
-    order: np.ndarray | None = None,
-    inputs: tuple[Any, Any] = (None, None),
 ) -> Float[Array, "B T N H"]:
-    """Attention within packed rows by `kernel`, which every device calls with its queries and all keys of its rows.
-
-    With `order`, `query_order` of these rows, the queries of the devices together are in this order; otherwise they are
-    in the order of the row. `inputs` are arrays that the kernel needs and their sharding.
-    """
+    """Attention within packed rows whose tokens are sharded over `CONTEXT`; see `attend`."""
+    order = kernel.order
 
     def part(inputs: Any, q: Array, ids: Array, k: Array, v: Array, all_ids: Array, sinks: Array | None) -> Array:
         k, v = (lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
         if order is None:
-            return kernel(inputs, q, ids, k, v, all_ids, sinks)
-        return _exchanged_back(kernel(inputs, _exchanged(q), ids, k, v, all_ids, sinks))
+            return kernel.compute(inputs, q, ids, k, v, all_ids, sinks)
+        return _exchanged_back(kernel.compute(inputs, _exchanged(q), ids, k, v, all_ids, sinks))
 
     heads = P(ROWS, CONTEXT, "tensor")
     ids = segment_ids if order is None else segment_ids[:, order]
     of_sinks = None if sinks is None else P("tensor")
-    in_specs = (inputs[1], heads, P(ROWS, CONTEXT), heads, heads, P(ROWS), of_sinks)
+    in_specs = (kernel.specs, heads, P(ROWS, CONTEXT), heads, heads, P(ROWS), of_sinks)
     shards = jax.shard_map(part, mesh=mesh, in_specs=in_specs, out_specs=heads, check_vma=False)
-    return shards(inputs[0], q, ids, k, v, segment_ids, sinks)
+    return shards(kernel.inputs, q, ids, k, v, segment_ids, sinks)
 
 
 def query_order(length: int, devices: int) -> np.ndarray:

@@ -339,7 +339,8 @@ def _walk(
     divergence = None if plan.divergence is None else DivergenceStats(*[zeros] * len(DivergenceStats._fields))
     top = None
     if plan.top_k is not None:
-        top = TopK(*(plan.varying(jnp.zeros((size, plan.top_k), kind), TOKEN_AXES) for kind in (jnp.int32, jnp.float32)))
+        kinds, shape = (jnp.int32, jnp.float32), (size, plan.top_k)
+        top = TopK(*(plan.varying(jnp.zeros(shape, kind), TOKEN_AXES) for kind in kinds))
     stats = Stats(zeros, zeros, zeros, zeros, divergence, top)
     initial = _Walked(
         stats,

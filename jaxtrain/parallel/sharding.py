@@ -77,7 +77,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 def splits(rules: Rules, mesh_axis: str) -> bool:
     """Whether the rules shard a parameter over `mesh_axis`."""
-    return any(mesh_axis in ((axes,) if isinstance(axes, str) else axes or ()) for axes in rules.values())
+    return any(mesh_axis in _names(axes) for axes in rules.values())
 
 
 def row_shares(mesh: Mesh | None) -> int:
@@ -120,7 +120,7 @@ def _spec(
     for axis, size in zip(logical, shape, strict=True):
         mesh_axes = _rule(name, axis, rules)
         spec.append(mesh_axes)
-        for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+        for mesh_axis in _names(mesh_axes):
             if mesh_axis in used:
                 raise ValueError(
                     f"{name} {shape}: mesh axis {mesh_axis!r} would shard both {used[mesh_axis]!r} and {axis!r}"
@@ -128,8 +128,9 @@ def _spec(
             used[mesh_axis] = str(axis)
         parts = _parts(mesh_axes, mesh)
         if size % parts:
+            over = " x ".join(repr(mesh_axis) for mesh_axis in _names(mesh_axes) if mesh.shape[mesh_axis] > 1)
             raise ValueError(
-                f"{name} {shape}: axis {axis!r} of size {size} does not divide over mesh axis {mesh_axes!r} of size "
+                f"{name} {shape}: axis {axis!r} of size {size} does not divide over mesh axis {over} of size "
                 f"{parts}; sizes that do: {', '.join(str(d) for d in range(1, parts) if size % d == 0)}"
             )
     return PartitionSpec(*spec)
@@ -148,8 +149,11 @@ def _rule(name: str, axis: str | None, rules: Rules) -> MeshAxes:
 
 
 def _parts(mesh_axes: MeshAxes, mesh: Mesh) -> int:
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(mesh_axes))
+
+
+def _names(mesh_axes: MeshAxes) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

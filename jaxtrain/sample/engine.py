@@ -71,8 +71,8 @@ class Engine:
         """
         if context_shards(model.run.mesh) > 1:
             raise ValueError(
-                f"mesh.context={context_shards(model.run.mesh)} splits the tokens of training rows, and an engine keeps "
-                "whole samples: sample on a mesh with mesh.context=1"
+                f"mesh.context={context_shards(model.run.mesh)} splits the tokens of rows, and an engine keeps whole "
+                "samples: sample on a mesh with mesh.context=1"
             )
         shares = row_shares(model.run.mesh)
         if slots < 1 or slots % shares:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Integer
 
 from jaxtrain.ops.blockwise import RESIDUALS, AttentionOptions
-from jaxtrain.ops.context import attend_in_parts, query_order
+from jaxtrain.ops.context import PartKernel, attend_in_parts, query_order
 from jaxtrain.parallel.sharding import CONTEXT, ROWS, context_shards
 from jaxtrain.types import Array
 
@@ -37,7 +37,8 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention within packed rows; see `attend`. Each device computes its rows, its heads and its queries.
 
-    Raises ValueError if the tokens of a row are sharded over `CONTEXT` and two blocks of them are not whole tiles.
+    Raises ValueError if the tokens of a row are sharded over `CONTEXT` and do not divide into two blocks of whole
+    registers for each device.
     """
     if mesh is not None and context_shards(mesh) > 1:
         return _parts(q, k, v, segment_ids, options, sinks=sinks, mesh=mesh, interpret=interpret)
@@ -79,13 +80,17 @@ def _parts(
     spec = attention.manual_sharding_spec(NamedSharding(mesh, P(None, CONTEXT)))
 
     def part(
-        attention: kernel.SplashAttentionKernel, q: Array, ids: Array, k: Array, v: Array, all_ids: Array, sinks: Array | None
+        attention: kernel.SplashAttentionKernel,
+        q: Array,
+        ids: Array,
+        k: Array,
+        v: Array,
+        all_ids: Array,
+        sinks: Array | None,
     ) -> Array:
         return _attended(attention, q * options.scale, k, v, kernel.SegmentIds(ids, all_ids), sinks)
 
-    return attend_in_parts(
-        part, q, k, v, segment_ids, sinks, mesh=mesh, order=order, inputs=(attention, spec)
-    )
+    return attend_in_parts(PartKernel(part, order, attention, spec), q, k, v, segment_ids, sinks, mesh=mesh)
 
 
 def _rows(
