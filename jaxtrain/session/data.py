@@ -15,7 +15,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.encoder import RowEncoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.data.shards import COUNTERS
-from jaxtrain.parallel.batches import check_batch_size, check_row_length, local_shards
+from jaxtrain.parallel.batches import check_batch_size, check_row_length, local_shards, row_processes
 from jaxtrain.train.agree import gather_values
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def open_stream(
         num_shards=shards,
         bundle_size=bundle_size,
     )
+    if row_processes(mesh)[0] != jax.process_index():
+        stream.follow()
     if config.train.epochs is not None:
         stream.end_after(config.train.epochs)
     return stream

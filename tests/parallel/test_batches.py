@@ -11,7 +11,11 @@ from jaxtrain.parallel.sharding import row_shares
 
 @pytest.mark.parametrize(
     "section",
-    [MeshSection(), MeshSection(preset="fsdp_tensor", context=2, tensor=2), MeshSection(preset="fsdp_expert", expert=4)],
+    [
+        MeshSection(),
+        MeshSection(preset="fsdp_tensor", context=2, tensor=2),
+        MeshSection(preset="fsdp_expert", expert=4),
+    ],
 )
 def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
     mesh = make_mesh(section)
