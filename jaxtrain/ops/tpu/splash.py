@@ -1,6 +1,7 @@
 """Splash attention (JAX's Pallas kernel for TPU) over packed rows, sharded over a mesh."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +83,10 @@ def _parts(
     def part(
         attention: kernel.SplashAttentionKernel,
         q: Array,
-        ids: Array,
+        ids: Any,
         k: Array,
         v: Array,
-        all_ids: Array,
+        all_ids: Any,
         sinks: Array | None,
     ) -> Array:
         return _attended(attention, q * options.scale, k, v, kernel.SegmentIds(ids, all_ids), sinks)
