@@ -46,24 +46,16 @@ SHAPES = {
 
 
 def step(
-    shape: str,
-    topology: str,
-    tensor: int,
-    rows: int,
-    length: int,
-    remat: str | dict[str, str] = "full",
-    context: int = 1,
+    shape: str, topology: str, tensor: int, rows: int, length: int, remat: str | dict[str, str] = "full"
 ) -> dict[str, int]:
     places = remat if isinstance(remat, str) else tuple(remat.items())
-    section = MeshSection(preset="fsdp_tensor" if tensor > 1 else "fsdp", tensor=tensor, context=context)
-    return report(compile_step(shape, topology, section, rows, length, places))
+    return report(compile_step(shape, topology, tensor, rows, length, places))
 
 
-def compile_step(
-    shape: str, topology: str, section: MeshSection, rows: int, length: int, remat: Remat
-) -> jax.stages.Compiled:
+def compile_step(shape: str, topology: str, tensor: int, rows: int, length: int, remat: Remat) -> jax.stages.Compiled:
     """The step of a run: bf16 compute, fp32 parameters and AdamW moments, donated state."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    section = MeshSection(preset="fsdp_tensor" if tensor > 1 else "fsdp", tensor=tensor)
     mesh = make_mesh(section, devices)
     model = Model(SHAPES[shape], run=Execution(jnp.dtype("bfloat16"), remat, "auto", mesh))
     schedule = make_schedule(OptimizerSection(), 10)
