@@ -144,6 +144,8 @@ class MeshSection(Section):
     """Parameters and rows are split; -1: all devices that are left."""
     expert: PositiveInt = 1
     """Experts and rows are split."""
+    context: PositiveInt = 1
+    """The tokens of a row are split, and parameters as over fsdp."""
     tensor: PositiveInt = 1
     """Heads, hidden width and vocabulary are split."""
 
