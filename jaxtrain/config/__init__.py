@@ -1,8 +1,8 @@
 """The tree of a run."""
 
+from jaxtrain.config.aliases import ALIASES
 from jaxtrain.config.evaluation import EvalSection
 from jaxtrain.config.load import (
-    ALIASES,
     ConfigError,
     config_tree,
     dump_config,

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from jaxtrain.config.aliases import ALIASES, VALUES, recipe_hint, remark
 from jaxtrain.config.dataclass_sections import FieldsOf
 from jaxtrain.config.run_config import RunConfig
 
@@ -22,48 +23,6 @@ from jaxtrain.config.run_config import RunConfig
 class ConfigError(ValueError):
     """A config that cannot be run. The message names every wrong key by its full path."""
 
-
-# What users of other frameworks type, and what it is called here.
-ALIASES = {
-    "lr": "optimizer.learning_rate",
-    "learning_rate": "optimizer.learning_rate",
-    "warmup_steps": "optimizer.warmup_steps",
-    "weight_decay": "optimizer.weight_decay",
-    "lr_scheduler_type": "optimizer.schedule",
-    "max_steps": "train.steps",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "warmup_ratio": "optimizer.warmup_ratio",
-    "steps": "train.steps",
-    "batch_size": "train.batch_size",
-    "per_device_train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.microbatches",
-    "max_grad_norm": "train.max_grad_norm",
-    "max_length": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "seq_len": "data.max_length",
-    "dataset": "data.train.path",
-    "model_name_or_path": "model.path",
-    "output_dir": "run.dir",
-    "seed": "run.seed",
-    "bf16": "model.compute_dtype",
-    "gradient_checkpointing": "model.remat",
-    "save_steps": "checkpoint.every",
-    "eval_steps": "eval.every",
-    "logging_steps": "log.every",
-    "lora_r": "model.lora.rank",
-    "lora_alpha": "model.lora.alpha",
-    "lora_dropout": "model.lora.dropout",
-    "target_modules": "model.lora.targets",
-    "use_rslora": "model.lora.rslora",
-    "modules_to_save": "model.lora.modules_to_save",
-    "entropy_coef": "objective.entropy_coefficient",
-    "entropy_coeff": "objective.entropy_coefficient",
-    "use_bias_correction_kl": "objective.kl_bias_correction",
-    "off_policy_mask_threshold": "objective.off_policy_threshold",
-    "top_entropy_quantile": "objective.top_entropy",
-    "scale_rewards": "rl.algorithm.scale",
-}
 
 _MOVED_SECTIONS = ("rl.sampling",)  # whose keys are elsewhere now, each named by its error
 
@@ -76,8 +35,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return parse_config(read_tree(path), str(path), overrides)
 
 
-def read_tree(path: str | Path) -> dict[str, Any]:
-    """The content of a YAML file, unchecked. Raises ConfigError for a missing file or broken YAML."""
+def read_tree(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a YAML file, unchecked, over that of the file that its key `extends` names.
+
+    Sections are merged key by key; any other value, lists included, replaces that of the extended file, whose path is
+    relative to the file that names it. `extended_by` are the files on the way here. Raises ConfigError for a missing
+    file, broken YAML, or files that extend each other.
+    """
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], 1)
@@ -88,7 +52,23 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(tree).__name__}")
-    return tree
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must be the path of a YAML file (got {base!r})")
+    if path.resolve() in extended_by:
+        raise ConfigError(f"{path} extends itself, through {', '.join(str(each) for each in extended_by)}")
+    return _merged(read_tree(path.parent / base, (*extended_by, path.resolve())), tree)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    sections = {
+        key: _merged(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | changes | sections
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config", overrides: list[str] | None = None) -> RunConfig:
@@ -101,8 +81,13 @@ def parse_config(tree: dict[str, Any], origin: str = "config", overrides: list[s
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        faults = [fault for details in error.errors() for fault in _faults(details)]
-        raise ConfigError(f"{origin}:\n" + "\n".join(f"  {fault}" for fault in faults)) from None
+        faults: dict[str, list[str]] = {origin: [], "overrides": []}
+        for details in error.errors():
+            faults["overrides" if _is_overridden(details, overrides or []) else origin] += _faults(details)
+        blocks = [
+            f"{place}:\n" + "\n".join(f"  {fault}" for fault in found) for place, found in faults.items() if found
+        ]
+        raise ConfigError("\n".join(blocks)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -160,9 +145,20 @@ def _index(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _faults(error: ErrorDetails) -> Iterator[str]:
+def _keys_of(error: ErrorDetails) -> list[str]:
     # pydantic puts the tag of a union into the path; it is no key of the user's.
-    keys = [str(part) for part in error["loc"] if not str(part).startswith("<")]
+    return [str(part) for part in error["loc"] if not str(part).startswith("<")]
+
+
+def _is_overridden(error: ErrorDetails, overrides: list[str]) -> bool:
+    """Whether the value at fault, or a section that holds it, was given as an override."""
+    path = ".".join(_keys_of(error))
+    given = [override.partition("=")[0] for override in overrides]
+    return any(path == key or path.startswith(f"{key}.") for key in given)
+
+
+def _faults(error: ErrorDetails) -> Iterator[str]:
+    keys = _keys_of(error)
     path, message, value = ".".join(keys), error["msg"].removeprefix("Value error, "), error["input"]
     match error["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument" if path in _MOVED_SECTIONS and isinstance(value, dict):
@@ -173,7 +169,23 @@ def _faults(error: ErrorDetails) -> Iterator[str]:
             yield f"{path} is missing"
         case kind:
             shown = "" if isinstance(value, dict | BaseModel) or kind == "value_error" else f" (got {value!r})"
+            shown += recipe_hint(value) if path == "recipe" else _unquoted(kind, value)
             yield f"{message}{shown}" if message.startswith(path) else f"{path}: {message}{shown}"
+
+
+def _unquoted(kind: str, value: Any) -> str:
+    """How to write a value that is right but for its type."""
+    if not isinstance(value, str):
+        return ""
+    if kind == "list_type":
+        return f"; did you mean [{value}]?"
+    if kind not in ("int_type", "float_type", "bool_type"):
+        return ""
+    try:
+        plain = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        return ""
+    return f": write {value} without quotes" if isinstance(plain, int | float) else ""
 
 
 def _suggest(keys: list[str], siblings: list[str] | None = None) -> str:
@@ -190,7 +202,8 @@ def _suggest(keys: list[str], siblings: list[str] | None = None) -> str:
     elsewhere.sort(key=lambda key: key.split(".")[-2:-1] != section[-1:])  # in a section of the same name, if any
     near = difflib.get_close_matches(last, siblings, 1) or [name for name in siblings if name.startswith(last)]
     if elsewhere or near:
-        return f"; did you mean {elsewhere[0] if elsewhere else '.'.join([*section, near[0]])}?"
+        key = elsewhere[0] if elsewhere else ".".join([*section, near[0]])
+        return f"; did you mean {key}{f': {VALUES[last]}' if last in VALUES else ''}?{remark(last)}"
     return f"; known here: {', '.join(siblings)}"
 
 

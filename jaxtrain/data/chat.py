@@ -2,7 +2,7 @@
 
 The ids are those of the tokenizer's own `apply_chat_template`, and one more where it leaves the last turn open: the
 token that ends it. The weights are found in the rendered text (`answers.py`) and carried to the tokens by their
-character offsets, so they cannot change the ids. What a template leaves out of a conversation is an error
+places in it, so they cannot change the ids. What a template leaves out of a conversation is an error
 (`left_out.py`).
 """
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxtrain.data.answers import THOUGHTS, Answer, Answers, opened_thought
 from jaxtrain.data.left_out import CHOICES, LeftOut, split_thought, without_thought, words_before_thought
 from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template
-from jaxtrain.data.tokens import encode, token_weights, without_limits
+from jaxtrain.data.tokens import TokenLocator, encode, token_weights, without_limits
 from jaxtrain.data.tracing import Message, Trace
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class ChatTokenizer:
         self._left_out = LeftOut(self._template)
         self._tokenizer = tokenizer
         self._backend = without_limits(tokenizer)
+        self._locate = TokenLocator(tokenizer)
 
     def __call__(
         self,
@@ -104,12 +105,12 @@ class ChatTokenizer:
         spans = [(answer.start, answer.end, weights[answer.message]) for answer in answers]
         if loss_on == "all":
             spans = _turn_spans(traced, weights)
-        encoding = encode(self._backend, text, add_special_tokens=False)
-        outside = 1.0 if loss_on == "all" else 0.0
-        ids, values = encoding.ids, token_weights(text, encoding.offsets, spans, outside)
+        located = self._locate(text)
+        ids, values = located.ids, token_weights(located, spans, 1.0 if loss_on == "all" else 0.0)
         if closing is not None:
-            ids, values = [*ids, self._backend.token_to_id(closing)], np.append(values, np.float32(weights[-1]))
-        return EncodedChat(np.array(ids, np.int32), values, left_out, found if loss_on == "assistant" else ())
+            ids = np.append(ids, np.int32(self._backend.token_to_id(closing)))
+            values = np.append(values, np.float32(weights[-1]))
+        return EncodedChat(ids, values, left_out, found if loss_on == "assistant" else ())
 
     def prompt(
         self, messages: list[Message], *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None

@@ -289,13 +289,12 @@ class Encoder(RowEncoder):
         if not completion:
             raise ValueError("there is no text to learn" if not prompt else "the completion is empty")
         text = prompt + completion
-        ids, offsets = encode_plain(self._needed_tokenizer, self._backend, text)
+        located = encode_plain(self._needed_tokenizer, self._backend, text)
         learned = (len(prompt), len(text), 1.0)
-        weights = token_weights(text, offsets, [learned], 1.0 if self._loss_on == "all" else 0.0)
-        eos = self._eos
-        ids = ids if ids[-1] == eos else [*ids, eos]
-        weights = np.append(weights[: len(ids) - 1], np.float32(1))
-        return Example(np.array(ids, np.int32), weights)
+        weights = token_weights(located, [learned], 1.0 if self._loss_on == "all" else 0.0)
+        ids, eos = located.ids, np.int32(self._eos)
+        ids = ids if ids[-1] == eos else np.append(ids, eos)
+        return Example(ids, np.append(weights[: len(ids) - 1], np.float32(1)))
 
     def steps(self, prompt: Any, steps: list[Any]) -> tuple[Example, list[int]]:
         """The example of a prompt and the steps of its answer, each with a line break; and the last token of each step.
@@ -310,12 +309,12 @@ class Encoder(RowEncoder):
         for step in steps:
             text += step + "\n"
             ends.append(len(text))
-        ids, offsets = encode_plain(self._needed_tokenizer, self._backend, text)
-        last = [max(n for n, (begin, _) in enumerate(offsets) if begin < end) for end in ends]
-        return Example(np.array(ids, np.int32), np.zeros(len(ids), np.float32)), last
+        located = encode_plain(self._needed_tokenizer, self._backend, text)
+        last = (np.searchsorted(located.starts, ends) - 1).tolist()
+        return Example(located.ids, np.zeros(len(located.ids), np.float32)), last
 
     def _plain_ids(self, text: str) -> np.ndarray:
-        return np.array(encode_plain(self._needed_tokenizer, self._backend, text)[0], np.int32)
+        return encode_plain(self._needed_tokenizer, self._backend, text).ids
 
     @cached_property
     def _chat(self) -> ChatTokenizer:

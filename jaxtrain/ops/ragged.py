@@ -32,7 +32,7 @@ def _forward(x: Array, kernels: Array, sizes: Array) -> tuple[Array, tuple[Array
 def _backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, None]:
     x, kernels, sizes = saved
     d_x = _matmul(g, kernels, sizes, transpose=True)
-    forms = {"tpu": tpu.grouped_outer} if tpu.supports(x.dtype) else {}
+    forms: dict[str, Callable[..., Array]] = {"tpu": tpu.grouped_outer} if tpu.supports(x.dtype) else {}
     if _takes_gpu_kernels(x, kernels):
         forms["cuda"] = gpu.grouped_outer
     d_kernels = lax.platform_dependent(x, g, sizes, cpu=cpu.grouped_outer, default=_ragged_outer, **forms)
@@ -48,7 +48,7 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
     def of_axes(product: Callable[..., Array]) -> Callable[..., Array]:
         return lambda x, kernels, sizes: product(x, kernels.swapaxes(1, 2) if transpose else kernels, sizes)
 
-    forms = {}
+    forms: dict[str, Callable[..., Array]] = {}
     if tpu.supports(x.dtype):
         forms["tpu"] = functools.partial(tpu.grouped_matmul, transpose=transpose)
     if _takes_gpu_kernels(x, kernels):

@@ -35,6 +35,7 @@ _NEW_TOKENS = 48
 # share of correct answers to other problems, because the accuracy of the last one depends on rounding.
 _FIRST_QUESTIONS = 200  # that measure it, where the config asks none
 _FIRST_ROWS, _FIRST_STEPS, _FIRST_EVERY, _FIRST_SHARE = 300, 500, 25, 0.45
+_JUDGE_STEPS = 400  # of the model that becomes a reward model, which may be as good as it gets
 _TEACHER_STEPS, _TEACHER_EVERY = 450, 150
 
 
@@ -187,7 +188,8 @@ def _train_teacher(config: RunConfig, first: RunConfig, teacher: Path, *, home: 
 
 def _train_first(config: RunConfig, first: RunConfig, model: Path, *, home: Path) -> int:
     """Train the initial model, in a folder of `home`, and export it to `model`. Returns the exit code."""
-    outcome = sft.run(_first_config(config, first, _FIRST_STEPS, _FIRST_EVERY, home=home, data=home / "worked"))
+    steps, every = (_JUDGE_STEPS, _JUDGE_STEPS) if config.recipe == "reward" else (_FIRST_STEPS, _FIRST_EVERY)
+    outcome = sft.run(_first_config(config, first, steps, every, home=home, data=home / "worked"))
     if outcome.exit_code:
         return outcome.exit_code
     step, share = first_step_with(home / "first", _FIRST_SHARE)

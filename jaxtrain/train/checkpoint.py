@@ -16,8 +16,8 @@ import itertools
 import json
 import logging
 import math
+import socket
 import time
-import traceback
 import warnings
 from typing import Any, NamedTuple, Self
 
@@ -27,14 +27,15 @@ from etils import epath
 
 from jaxtrain.train.agree import barrier, gather_values
 from jaxtrain.train.checksums import array_checksums
-from jaxtrain.train.leaves import describe, named_leaves, raw_leaves, raw_struct, show, unraw
+from jaxtrain.train.leaves import describe, leaf_mismatches, named_leaves, raw_leaves, raw_struct, unraw
+from jaxtrain.train.orbax_errors import IO_ERRORS, is_not_of_orbax, root_cause
+from jaxtrain.train.save_waits import SAVE_WAITS
 from jaxtrain.types import Array
 
-# Raised when a damaged folder is read or a disk is full: orbax, tensorstore and json use builtin exceptions.
-_IO_ERRORS = (OSError, ValueError, KeyError, TypeError)
 _MAX_LISTED = 5  # names in an error message
 _ATTEMPTS = 3  # saves in a row that may fail
 _RETRY_AFTER = 2.0  # seconds until a failed save of arrays that are still there is attempted again
+_POLL_SECONDS = 0.2  # at which the processes tell each other how a save goes that they wait for
 
 
 class CheckpointError(ValueError):
@@ -57,6 +58,14 @@ class _Save(NamedTuple):
     parts: dict[str, Any]  # of the checkpoint: state and record
 
 
+class _Progress(NamedTuple):
+    """How a save goes on one process."""
+
+    ended: bool
+    problem: str  # why it failed; empty if it did not
+    barriers: list[str]  # at which its threads wait for other processes
+
+
 class Checkpoints:
     """The checkpoints in the folder `dir`: one every `every` steps or `minutes`, of which the newest `keep` are kept,
     and those of multiples of `keep_every` steps.
@@ -66,7 +75,7 @@ class Checkpoints:
 
     A save that fails, because a disk is full or a bucket does not answer, does not end the run: it is warned of, and
     attempted again as long as its arrays exist; if a step has donated them, `overdue` asks for a save of newer ones.
-    The third failure in a row is a CheckpointError.
+    The third failure in a row is a CheckpointError. A save that fails on one process fails on all.
     """
 
     def __init__(
@@ -82,7 +91,7 @@ class Checkpoints:
         self._response: Any = None  # orbax's, of the running save; None if that could not be started
         self._problem = ""  # why it could not
         self._failures = 0  # in a row
-        logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
+        logging.getLogger("absl").addFilter(is_not_of_orbax)
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +99,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._running is not None:
             # The other processes do not come here with this one, so nothing can be agreed on with them.
-            step, problem = self._running.step, self._result()
+            step, problem = self._running.step, self._problem_here()
+            self._running = self._response = None
             if problem:
                 warnings.warn(self._failure(step, problem), RuntimeWarning, stacklevel=2)
         self.close()
@@ -106,9 +116,11 @@ class Checkpoints:
         return step % self._every == 0
 
     def overdue(self) -> bool:
-        """Whether a save is needed now: `minutes` have passed on this process since the last one or the start, or the
-        running save has failed."""
-        return self._has_failed() or time.monotonic() - self._saved_at >= self._seconds
+        """Whether a save is needed now: the running one has failed on this process, or `minutes` have passed since the
+        last one or the start, by the clock of process 0."""
+        if self._has_failed():
+            return True
+        return jax.process_index() == 0 and time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Copy `state`, a tree of jax.Arrays, to the host and write it in the background.
@@ -119,7 +131,7 @@ class Checkpoints:
         """
         self.wait()
         self._saved_at = time.monotonic()
-        if any(saved.step == step for saved in self._open().checkpoints):
+        if self._is_saved(step):
             return
         leaves = named_leaves(state)
         record = {
@@ -135,8 +147,8 @@ class Checkpoints:
         self._running, self._problem = save, ""
         try:
             self._response = self._open().save_checkpointables_async(save.step, save.parts, force=True)
-        except _IO_ERRORS as error:
-            self._problem = _reason(error)
+        except IO_ERRORS as error:
+            self._problem = root_cause(error)
 
     def wait(self) -> None:
         """Block until the running save is on disk, or has failed and its arrays no longer exist, which is a warning.
@@ -144,47 +156,68 @@ class Checkpoints:
         Raises CheckpointError if three saves in a row failed.
         """
         while (save := self._running) is not None:
-            problems = [problem for problem in gather_values(self._result()) if problem]
-            if not problems:
+            problem = self._problem_anywhere()
+            self._running = self._response = None
+            if not problem:
                 self._failures = 0
                 return
             self._writer = None  # it would raise the same error again; a new one also removes incomplete files
             self._failures += 1
-            failure = self._failure(save.step, problems[0])
+            failure = self._failure(save.step, problem)
             if self._failures >= _ATTEMPTS:
                 raise CheckpointError(failure)
             exists = not any(leaf.is_deleted() for leaf in save.parts["state"].values())
             then = "it is attempted again" if exists else "the run goes on, and a newer step is saved"
             warnings.warn(f"{failure}; {then}", RuntimeWarning, stacklevel=2)
-            if exists:
+            if exists and not self._is_saved(save.step):  # on others, it may have failed after the last barrier
                 time.sleep(_RETRY_AFTER)
                 self._begin(save)
 
-    def _result(self) -> str:
-        """Wait for the end of the running save. Returns why it failed; empty if it did not."""
-        problem, response = self._problem, self._response
-        self._running = self._response = None
-        if problem:
-            return problem
+    def _is_saved(self, step: int) -> bool:
+        return any(saved.step == step for saved in self._open().checkpoints)
+
+    def _problem_anywhere(self) -> str:
+        """Wait until the running save has ended on all processes. Returns why it failed on the first one to fail, with
+        its host; empty if it failed on none."""
+        problem = ""
+        while True:
+            try:
+                mine = self._problem_here(timeout=_POLL_SECONDS)
+            except Exception:  # any error: of a wait that was ended below
+                if not problem:
+                    raise
+                mine = ""
+            if mine and jax.process_count() > 1:
+                mine = f"process {jax.process_index()} on {socket.gethostname()}: {mine}"
+            progress = gather_values(_Progress(mine is not None, mine or "", SAVE_WAITS.barriers()))
+            problem = problem or next((each.problem for each in progress if each.problem), "")
+            if all(each.ended for each in progress):
+                return problem
+            if problem:
+                SAVE_WAITS.end([key for each in progress for key in each.barriers])
+
+    def _problem_here(self, timeout: float | None = None) -> str | None:
+        """Wait for the end of the running save on this process. Returns why it failed; empty if it did not, and None if
+        it still runs after `timeout` seconds."""
+        if self._problem:
+            return self._problem
         assert self._writer is not None
         try:
             # Each response has a thread with an event loop, which ends only when the result is read.
-            response.result()
+            self._response.result(timeout=timeout)
             self._writer.wait()
-        except _IO_ERRORS as error:
-            return _reason(error)
+        except IO_ERRORS as error:
+            return None if _still_runs(error) else root_cause(error)
         return ""
 
     def _has_failed(self) -> bool:
-        """Whether the running save has failed. Does not wait for it."""
+        """Whether the running save has failed on this process. Does not wait for it."""
         if self._response is None:
             return self._running is not None
         try:
             self._response.result(timeout=0)
-        except TimeoutError:
-            return False
-        except Exception:  # any error: raised or reported by `wait`
-            return True
+        except Exception as error:  # any error: raised or reported by `wait`
+            return not _still_runs(error)
         return False
 
     def close(self) -> None:
@@ -277,8 +310,8 @@ class Checkpoints:
             with _context():
                 sealed = ocp.load_checkpointables(self._dir / str(step), {"record": None})["record"]
             record, intact = sealed["record"], sealed == _seal(sealed["record"])
-        except _IO_ERRORS as error:
-            problem, intact, record = _reason(error), False, {}
+        except IO_ERRORS as error:
+            problem, intact, record = root_cause(error), False, {}
         else:
             problem = "its record was changed"
         if not all(gather_values(intact)):
@@ -291,8 +324,8 @@ class Checkpoints:
         try:
             with _context(partial=len(wanted) < len(record["leaves"])):
                 raw = ocp.load_checkpointables(self._dir / str(step), {"state": target})["state"]
-        except _IO_ERRORS as error:
-            problem = _reason(error)
+        except IO_ERRORS as error:
+            problem = root_cause(error)
         if not all(gather_values(not problem)):
             raise _DamagedError(problem or "another host could not read it")
         leaves = {name: unraw(raw[name], leaf) for name, leaf in wanted.items()}
@@ -303,15 +336,7 @@ class Checkpoints:
         return leaves
 
     def _check_model(self, step: int, saved: dict[str, Any], wanted: dict[str, Any], partial: bool) -> None:
-        here = {name: describe(leaf) for name, leaf in wanted.items()}
-        faults = [f"{name} is missing in the checkpoint" for name in here.keys() - saved.keys()]
-        if not partial:
-            faults += [f"{name} is only in the checkpoint" for name in saved.keys() - here.keys()]
-        faults += [
-            f"{name} is {show(saved[name])} in the checkpoint and {show(here[name])} here"
-            for name in here.keys() & saved.keys()
-            if saved[name] != here[name]
-        ]
+        faults = leaf_mismatches(saved, wanted, partial)
         if faults:
             listed = "\n".join(f"  {fault}" for fault in sorted(faults)[:_MAX_LISTED])
             more = f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
@@ -338,6 +363,11 @@ class _Kept(NamedTuple):
         ]
 
 
+def _still_runs(error: Exception) -> bool:
+    """Whether the error of a response says so. The TimeoutErrors of orbax's barriers have a text."""
+    return isinstance(error, TimeoutError) and not error.args
+
+
 class _DamagedError(Exception):
     pass
 
@@ -357,29 +387,6 @@ def _seal(record: dict[str, Any]) -> dict[str, Any]:
     # Converted to JSON and back, since the record that is read has lists for tuples and strings for keys.
     text = json.dumps(record, sort_keys=True)
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "record": json.loads(text)}
-
-
-def _reason(error: BaseException) -> str:
-    """The root cause of an error, in one line. Raises the cause if it is not an I/O error.
-
-    Orbax wraps all exceptions of a read, also MemoryError and KeyboardInterrupt, in a KeyError.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if not isinstance(error, _IO_ERRORS):
-        raise error
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first[:300]}"
-
-
-def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
-    # The threads of a failed save each log a traceback, hundreds of lines in total, besides the error that is raised.
-    if record.levelno < logging.ERROR:
-        return True
-    # absl names the place of the call only if it made the logger "absl" itself, before anything else asked for it.
-    trace = record.exc_info[2] if record.exc_info else None
-    places = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
-    return not any("/orbax/" in place for place in places)
 
 
 def _merge_over_hosts(data_state: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,21 @@ def show(description: list[Any]) -> str:
     return f"{dtype}{shape}"
 
 
+def leaf_mismatches(saved: dict[str, Any], wanted: dict[str, Any], partial: bool = False) -> list[str]:
+    """What differs between the leaves `wanted` and the descriptions of those of a checkpoint. With `partial` the
+    checkpoint may have others besides."""
+    here = {name: describe(leaf) for name, leaf in wanted.items()}
+    faults = [f"{name} is missing in the checkpoint" for name in here.keys() - saved.keys()]
+    if not partial:
+        faults += [f"{name} is only in the checkpoint" for name in saved.keys() - here.keys()]
+    faults += [
+        f"{name} is {show(saved[name])} in the checkpoint and {show(here[name])} here"
+        for name in here.keys() & saved.keys()
+        if saved[name] != here[name]
+    ]
+    return faults
+
+
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 

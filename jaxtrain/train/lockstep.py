@@ -40,7 +40,7 @@ class Decision:
 
     @property
     def save(self) -> bool:
-        """Whether process 0 asked for a checkpoint."""
+        """Whether any process asked for a checkpoint."""
         return bool(self._read()[3])
 
 
@@ -59,7 +59,7 @@ class Agreement:
         save_due: Callable[[], bool] = lambda: False,
         watchdog: Watchdog | None = None,
     ):
-        """`save_due` tells by the clock of process 0 whether a checkpoint is due."""
+        """`save_due` tells whether this process asks for a checkpoint."""
         self._preemption, self._several, self._save_due = preemption, jax.process_count() > 1, save_due
         self.watchdog = watchdog or Watchdog()  # of waits for the others and for data
         self._mesh = mesh
@@ -103,8 +103,7 @@ class Agreement:
             raise Interrupted
 
     def _gather(self, more: bool, failed: bool) -> Decision:
-        save = jax.process_index() == 0 and self._save_due()
-        flags = np.array([[self._preemption.requested, more, failed, save]], np.int32)
+        flags = np.array([[self._preemption.requested, more, failed, self._save_due()]], np.int32)
         if not self._several:
             return Decision(flags[0])
         rows = jax.make_array_from_callback((self._mesh.size, 4), self._places, lambda index: flags)

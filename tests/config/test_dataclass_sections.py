@@ -78,7 +78,7 @@ def test_a_class_of_the_users_own_has_its_fields_as_keys(file):
     [
         ({}, ["objective.gamma is missing"]),
         ({"gama": 2.0}, ["objective.gamma is missing", "unknown key objective.gama; did you mean objective.gamma?"]),
-        ({"gamma": "2"}, ["objective.gamma: Input should be a valid number (got '2')"]),
+        ({"gamma": "2"}, ["objective.gamma: Input should be a valid number (got '2'): write 2 without quotes"]),
         ({"gamma": 1, "scales": 2}, ["objective.scales: Input should be a valid tuple (got 2)"]),
     ],
 )

@@ -44,3 +44,37 @@ def test_keys_are_those_of_all_sections_with_their_types():
 def test_the_origin_is_named_and_a_fault_at_an_index_keeps_the_index():
     with pytest.raises(ConfigError, match=r"^my\.yaml:\n  unknown key data\.train\.1\.pth; did you mean data\."):
         parse_config(TREE | {"data": {"train": [{"path": "a"}, {"path": "b", "pth": "c"}]}}, "my.yaml")
+
+
+def test_a_fault_of_an_override_is_not_blamed_on_the_file():
+    with pytest.raises(ConfigError, match=r"^my\.yaml:\n  unknown key lr; .*\noverrides:\n  train\.steps: .*'ten'"):
+        parse_config(TREE | {"lr": 1e-5}, "my.yaml", ["train.steps=ten"])
+    with pytest.raises(ConfigError, match=r"^overrides:\n  train\.steps: .*-1\)$"):
+        parse_config(TREE | {"train": {"steps": 3}}, "my.yaml", ["train={steps: -1}"])
+
+
+def test_a_file_extends_another(tmp_path):
+    (tmp_path / "shared").mkdir()
+    train = {"steps": 3, "batch_size": 16}
+    (tmp_path / "shared" / "base.yaml").write_text(yaml.safe_dump(TREE | {"train": train, "callbacks": []}))
+    changes = {"extends": "shared/base.yaml", "train": {"steps": 5}, "run": {"dir": "x"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changes))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump({"extends": "run.yaml", "run": {"dir": "y"}}))
+    expected = TREE | {"train": {"steps": 5, "batch_size": 16}, "run": {"dir": "x"}}
+    assert load_config(tmp_path / "run.yaml") == parse_config(expected)
+    assert load_config(tmp_path / "again.yaml", ["train.steps=7"]) == parse_config(
+        expected | {"run": {"dir": "y"}, "train": {"steps": 7, "batch_size": 16}}
+    )
+
+
+def test_files_that_extend_each_other_or_nothing_are_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ConfigError, match=r"a\.yaml extends itself, through .*a\.yaml, .*b\.yaml"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("extends: [b.yaml]")
+    with pytest.raises(ConfigError, match=r"a\.yaml: extends must be the path of a YAML file \(got \['b\.yaml'\]\)"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("extends: c.yaml")
+    with pytest.raises(ConfigError, match=r"no config file .*c\.yaml"):
+        load_config(tmp_path / "a.yaml")

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 import recipe_runs
 
-from jaxtrain.cli import export
+from jaxtrain.cli.runs import export
 from jaxtrain.config import load_config
 from jaxtrain.observe.run_files import HEARTBEATS
 from jaxtrain.recipes.run import run

@@ -2,18 +2,15 @@
 
 import sys
 import warnings
-from dataclasses import fields, replace
-from types import SimpleNamespace
+from importlib.metadata import version
 
 import commands
 import pytest
-import typer
 import yaml
 
 from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.cli import NO_OPTIONS, app, main
+from jaxtrain.cli import main
 from jaxtrain.data.arithmetic import write_arithmetic
-from jaxtrain.sample.requests import SamplingParams
 
 MODEL = commands.MODEL | {"max_position_embeddings": 128, "tie_word_embeddings": True}
 
@@ -63,6 +60,8 @@ def said(place, monkeypatch, capsys, *arguments: str) -> str:
         (["train", "{place}/sft.yaml", "run.dir={place}/file"], "{place}/file"),
         (["train", "{place}/sft.yaml", "train.batch_size=12"], "the nearest batch_size that does is"),
         (["train", "{place}/sft.yaml", "optimizer.learning_rate=1e38"], "not finite; their batches are in {place}/run"),
+        (["train", "{place}/sft.yaml", "--learning_rate", "1e-4"], "without dashes, optimizer.learning_rate=1e-4"),
+        (["plan", "{place}/sft.yaml", "--bf16"], "without dashes, model.compute_dtype=bfloat16"),
         (["export", "{place}", "{place}/out"], "{place} is not the folder of a run"),
         (["convert", "{place}/nowhere", "{place}/out"], "no checkpoint folder {place}/nowhere"),
     ],
@@ -72,44 +71,14 @@ def test_an_error_is_one_message(place, monkeypatch, capsys, arguments, message)
     assert message.format(place=place) in said(place, monkeypatch, capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
-def test_every_sampling_parameter_is_an_option_with_its_default_or_has_a_reason_not_to_be(command):
-    options = {option.name: option for option in typer.main.get_command(app).commands[command].params}  # pyright: ignore
-    without = {"n"} if command == "chat" else set()
-    assert NO_OPTIONS.keys() <= {field.name for field in fields(SamplingParams)}
-    for field in fields(SamplingParams):
-        if field.name in NO_OPTIONS.keys() | without:
-            assert field.name not in options
-        else:
-            assert options[field.name].default == (field.default or None if field.name == "stop" else field.default)
-            assert options[field.name].help
-
-
-@pytest.mark.parametrize(
-    ("options", "given"),
-    [
-        ([], {}),
-        (["--max-tokens", "5", "--seed", "3", "--n", "2"], {"max_tokens": 5, "seed": 3, "n": 2}),
-        (["--temperature", "0", "--top-k", "4", "--top-p", "0.5"], {"temperature": 0.0, "top_k": 4, "top_p": 0.5}),
-        (["--stop", "a", "--stop", "b", "--frequency-penalty", "1"], {"stop": ["a", "b"], "frequency_penalty": 1.0}),
-    ],
-)
-def test_options_are_the_sampling_parameters(place, monkeypatch, options, given):
-    import jaxtrain.recipes.generate
-    import jaxtrain.serve.served
-
-    calls = []
-    served = SimpleNamespace(engine=SimpleNamespace(slots=1))
-    monkeypatch.setattr(jaxtrain.serve.served, "load_served", lambda *_, **__: served)
-    monkeypatch.setattr(jaxtrain.recipes.generate, "generate_file", lambda *arguments: calls.append(arguments) or 0)
-    files = ["--prompts", str(place / "train.jsonl"), "--out", str(place / "out.jsonl")]
-    monkeypatch.setattr(sys, "argv", ["jaxtrain", "generate", "model", *files, *options])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    assert calls[0][3] == replace(SamplingParams(), **given)
-
-
 def test_an_option_outside_its_bounds_is_refused(place, monkeypatch, capsys):
     files = ("--prompts", "{place}/train.jsonl", "--out", "{place}/out.jsonl")
     assert "top_p=2.0 must be at most 1" in said(place, monkeypatch, capsys, "generate", "m", *files, "--top-p", "2")
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxtrain", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"jaxtrain {version('jaxtrain')}\n"

@@ -1,0 +1,120 @@
+"""Commands on models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxtrain.cli.options import (
+    MODEL,
+    FloatType,
+    ModelArgument,
+    OutArgument,
+    ServingOptions,
+    fields_of,
+    with_field_options,
+)
+from jaxtrain.sample.requests import EngineLimits, SamplingParams
+
+_CHUNK_TOKENS = 8  # maximum tokens of a streamed chunk
+
+
+def convert(
+    source: ModelArgument,
+    out: OutArgument,
+) -> None:
+    """Import and export a checkpoint without training; checks every tensor."""
+    from jaxtrain.session.export import convert_checkpoint
+
+    convert_checkpoint(source, out)
+    typer.echo(f"wrote {out}")
+
+
+def verify(
+    source: ModelArgument,
+    tokens: Annotated[int, typer.Option(help="length of the compared sequences", min=2)] = 600,
+    dtype: Annotated[FloatType, typer.Option(help="dtype, in addition to float32")] = "bfloat16",
+    layers: Annotated[bool, typer.Option("--layers", help="list the differences of all layers")] = False,
+    gradients: Annotated[bool, typer.Option("--gradients", help="compare the gradient of every tensor")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="compare decoding with a cache")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Compare a checkpoint in jaxtrain and in transformers. If they differ, name the place and exit with 1."""
+    from jaxtrain.verify import print_report, verify
+
+    report = verify(source, tokens=tokens, dtype=dtype, layers=layers, gradients=gradients, decode=decode)
+    print_report(report, as_json)
+    sys.exit(0 if report.passed else 1)
+
+
+def new_family(
+    name: Annotated[str, typer.Argument(help="name of the family's file")],
+    source: Annotated[str, typer.Option("--from", help=f"a model of that family: {MODEL}")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: NAME.py")] = None,
+) -> None:
+    """Draft the file of a model family from a checkpoint, with a list of unresolved rows and keys."""
+    from jaxtrain.recipes.new_family import write_draft
+
+    file = out or Path(f"{name}.py")
+    draft = write_draft(name, source, file)
+    typer.echo(f"wrote {file}, made from family {draft.template}")
+    for problem in draft.problems:
+        typer.echo(f"  look at: {problem}")
+
+
+@with_field_options(SamplingParams, ServingOptions)
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[
+        str, typer.Option(help="a file or URL, as data.train.path: rows with prompt, messages or prompt_ids")
+    ],
+    out: Annotated[Path, typer.Option(help=".jsonl file to write: the rows with their completions")],
+    plain: Annotated[bool, typer.Option("--plain", help="a prompt is text to continue, not a user message")] = False,
+    **given: Any,
+) -> None:
+    """Complete every prompt of a file."""
+    from jaxtrain.recipes.generate import generate_file
+    from jaxtrain.serve.served import load_served
+
+    params = SamplingParams(**fields_of(SamplingParams, given))  # whose faults are found before a model is loaded
+    served = load_served(model, **fields_of(ServingOptions, given))
+    tokens = generate_file(served, prompts, out, params, plain)
+    typer.echo(f"wrote {out}: {tokens} tokens from {served.engine.slots} slots")
+
+
+@with_field_options(SamplingParams, ServingOptions, without=("n", "slots", "cache_gib"))  # one answer at a time
+def chat(model: ModelArgument, **given: Any) -> None:
+    """Chat with a model; exit with Ctrl-D."""
+    from jaxtrain.recipes.generate import chat as converse
+    from jaxtrain.serve.served import load_served
+
+    params = SamplingParams(**fields_of(SamplingParams, given))
+    served = load_served(model, slots=1, limits=EngineLimits(_CHUNK_TOKENS), **fields_of(ServingOptions, given))
+    prompt = "> " if sys.stdin.isatty() else ""
+    converse(served, params, lambda: input(prompt), lambda text: print(text, end="", flush=True))
+    if prompt:
+        print()  # Ctrl-D leaves the cursor behind the prompt
+
+
+@with_field_options(ServingOptions)
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8000,
+    **given: Any,
+) -> None:
+    """Serve a model over HTTP with OpenAI's API. Needs the extra `serve`."""
+    from jaxtrain.serve.app import listen
+    from jaxtrain.serve.app import serve as serve_model
+    from jaxtrain.serve.protocol import ALTERNATIVES
+    from jaxtrain.serve.served import load_served
+
+    listening = listen(host, port)
+    limits = EngineLimits(_CHUNK_TOKENS, alternatives=ALTERNATIVES)
+    served = load_served(model, limits=limits, **fields_of(ServingOptions, given))
+    engine = served.engine
+    typer.echo(f"{served.name} at http://{host}:{port}/v1, {engine.slots} slots of {engine.max_length} tokens")
+    serve_model(served, listening)
