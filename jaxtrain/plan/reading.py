@@ -135,6 +135,8 @@ class _Walker:
                 self.reading.fusions.append(self._part(each.cycles / self.chip.clock, each, times))
             if each.opcode in _COLLECTIVES:
                 self._collective(each, each.opcode.removesuffix("-start"), times, hidden="-start" in each.opcode)
+            elif each.opcode == "recv":
+                self._between_slices(each, times)
             elif each.opcode == "fusion":
                 self._fused(each, computation, times)
                 if each.cycles is None and (size := row_bytes(each, self.module)):
@@ -209,6 +211,17 @@ class _Walker:
                     continue
                 self._channels.add((channel[1], computation))
             self._collective(one, one.opcode.removesuffix("-start"), times, hidden=True)
+
+    def _between_slices(self, each: Instruction, times: float) -> None:
+        """A part of a collective over "data" that leaves the slice. It comes after the gradients: nothing hides it."""
+        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', each.text)
+        if named is None:
+            return
+        kind, size = named[1].lower().replace("_", "-"), shape_bytes(each.shape.split(", u32[]")[0])
+        seconds = _received(kind, size, self.network.slices, started=False) / DCN
+        place = self.module.where(each)
+        found = Collective(kind, "data", self.network.slices, size * times, seconds * times, False, place)
+        self.reading.collectives.append(found)
 
     def _collective(self, each: Instruction, kind: str, times: float, *, hidden: bool) -> None:
         size, (group, axes) = shape_bytes(each.shape), replica_group(each.text, self.network.axes)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain.observe.flops import peak_flops
 from jaxtrain.plan.hlo import Module
-from jaxtrain.plan.prices import CHIPS, UnpricedCallError
+from jaxtrain.plan.prices import CHIPS, DCN, UnpricedCallError
 from jaxtrain.plan.reading import Network, Setting, read_tpu, replica_group
 
 KIND = "TPU v5"
@@ -112,6 +112,19 @@ def test_an_exchange_sends_the_rows_that_a_device_has():
     ]
     assert seconds[0] > 0
     assert seconds == pytest.approx([seconds[0], seconds[0] * 32 / 48, seconds[0]])
+
+
+def test_what_leaves_a_slice_takes_the_network():
+    recv = (
+        "  %recv.1 = (bf16[96,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after), channel_id=7, "
+        'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n}\n'
+    )
+    two_slices = setting()._replace(network=Network(AXES, 3 * CHIP.link, 2))
+    before, after = (read_tpu(Module(TEXT + more), two_slices) for more in ("}\n", recv))
+    found = after.collectives[-1]
+    size = 96 * 8 * 128 * 2
+    assert (found.kind, found.axes, found.bytes, found.hidden) == ("all-reduce", "data", size, False)
+    assert after.seconds - before.seconds == pytest.approx(size / DCN)
 
 
 ROWS = """%gathered_rows (p: f32[4]) -> bf16[100,64] {
