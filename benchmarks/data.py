@@ -147,7 +147,7 @@ def main() -> None:
         "shuffle the JSON lines of the whole file; of Parquet, ours shuffles blocks (`data.shuffle: blocks`) and grain "
         "a window of 10,000 rows; on 2 cores ours has 2 worker processes (`data.processes`). datasets: `first batch` "
         "is `load_dataset` alone, which writes a copy to disk; it then maps all rows before the first batch, of which "
-        "40,000 stand for the rate. The largest worker process is added to the peak, and the start of worker "
+        "40,000 stand for the rate. The peaks of worker processes are added, and the start of worker "
         "processes to their CPU seconds."
     )
     table = "\n".join(lines)

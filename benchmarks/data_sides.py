@@ -124,9 +124,9 @@ class Lines:
         return f"Lines({self._file})"
 
 
-def peak_kib() -> int:
-    """Of this process; `ru_maxrss` would begin with that of the process that started it."""
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))  # noqa: SIM115
+def peak_kib(process: int | str = "self") -> int:
+    """Of a process; `ru_maxrss` would begin with that of the process that started it."""
+    status = dict(line.split(":", 1) for line in open(f"/proc/{process}/status"))  # noqa: SIM115
     return int(status["VmHWM"].split()[0])
 
 
@@ -150,17 +150,17 @@ def main() -> None:
         if time.perf_counter() - since > seconds and side != "datasets":
             break
     taken = time.perf_counter() - since
+    workers = [peak_kib(process.pid) for process in multiprocessing.active_children() if process.pid]
     batches.close()
     for process in multiprocessing.active_children():  # whose time counts once they have ended
         process.join()
     used = cpu_seconds() - used
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     measured = {
         "first": first - begun,
         "tokens_per_second": tokens / taken,
         "tokens_per_cpu_second": tokens / used,
         "density": tokens / (count * ROWS * T),
-        "peak_mib": (peak_kib() + children) / 1024,
+        "peak_mib": (peak_kib() + sum(workers)) / 1024,
     }
     print(json.dumps(measured), flush=True)
 

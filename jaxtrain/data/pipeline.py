@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,6 +36,8 @@ TOTALS = ("examples", "tokens", "slots")  # of the batches handed out; slots: to
 
 _SENT_ROWS = 512  # that all shards of a host together send to worker processes at a time
 _BATCHES_AHEAD = 2
+
+Snapshots = dict[str, Callable[[], State]]  # of every shard
 
 
 def count_shards(data: DataSection, rows: int) -> int:
@@ -87,7 +89,7 @@ class TrainStream:
         self._reader, self._mixtures, self._encode = reader, mixtures, encode
         self._data, self._rows_per_shard, self._num_shards = data, rows // num_shards, num_shards
         self._fingerprints = fingerprints(opened)
-        self._state = self._shard_states()
+        self._snapshots = self._take_snapshots()
         self._totals = {shard: dict.fromkeys(TOTALS, 0) for shard in self._shards}
         self._producer: _Producer | None = None
 
@@ -98,7 +100,7 @@ class TrainStream:
         """The next batch. Whatever went wrong while it was made is raised here."""
         if not self.has_next():
             raise StopIteration
-        batch, self._state = self._running().take()
+        batch, self._snapshots = self._running().take()
         for index, totals in enumerate(self._totals.values()):
             segments = batch.segment_ids[index * self._rows_per_shard : (index + 1) * self._rows_per_shard]
             totals["examples"] += int(segments.max(axis=1).sum())
@@ -114,7 +116,7 @@ class TrainStream:
         """
         if self._running().has_next():
             return True
-        self._state = self._shard_states()
+        self._snapshots = self._take_snapshots()
         return False
 
     @property
@@ -193,17 +195,22 @@ class TrainStream:
                 again += rows
             source.stream.expect(following, self._num_shards, again)
 
-    def _batches(self, workers: ThreadPoolExecutor) -> Iterator[tuple[Batch, State]]:
+    def _batches(self, workers: ThreadPoolExecutor) -> Iterator[tuple[Batch, Snapshots]]:
         streams = [shard.rows(workers) for shard in self._shards.values()]
         padding = next(iter(self._shards.values())).padding()
         while True:
             rows = [next(stream, None) for stream in streams for _ in range(self._rows_per_shard)]
             if all(row is None for row in rows):
                 return
-            yield stack_rows([row or padding for row in rows]), self._shard_states()
+            yield stack_rows([row or padding for row in rows]), self._take_snapshots()
 
-    def _shard_states(self) -> State:
-        return {name: shard.state() for name, shard in self._shards.items()}
+    def _take_snapshots(self) -> Snapshots:
+        return {name: shard.snapshot() for name, shard in self._shards.items()}
+
+    @property
+    def _state(self) -> State:
+        """Of every shard after the last batch handed out."""
+        return {name: snapshot() for name, snapshot in self._snapshots.items()}
 
     @property
     def stats(self) -> dict[str, float]:
@@ -215,9 +222,10 @@ class TrainStream:
         batch, those in open rows included.
         """
         sums: dict[str, float] = {name: sum(t[name] for t in self._totals.values()) for name in TOTALS}
-        sums["rows"] = sum(sum(state["next"]["counts"]) - _open_rows(state) for state in self._state.values())
+        states = self._state.values()
+        sums["rows"] = sum(sum(state["next"]["counts"]) - _open_rows(state) for state in states)
         for name in COUNTERS:
-            sums[name] = sum(state["next"][name] for state in self._state.values())
+            sums[name] = sum(state["next"][name] for state in states)
         return sums | {"packing_density": sums["tokens"] / max(sums["slots"], 1)}
 
     def get_state(self) -> State:
@@ -247,7 +255,7 @@ class TrainStream:
         for name, shard in self._shards.items():
             shard.restore({key: state[name][key] for key in ("next", "open")})
             self._totals[name] = dict(state[name]["totals"])
-        self._state = self._shard_states()
+        self._snapshots = self._take_snapshots()
 
     def close(self) -> None:
         """Stop the threads and worker processes. The next batch after that is the one that would have come anyway."""
@@ -260,8 +268,8 @@ class TrainStream:
         if self._producer is not None:
             self._producer.close()
             self._producer = None
-            for name, shard in self._shards.items():
-                shard.restore(self._state[name])
+            for name, state in self._state.items():
+                self._shards[name].restore(state)
 
     def __enter__(self) -> TrainStream:
         return self
@@ -311,11 +319,11 @@ def eval_batches(
 class _Producer:
     """Runs an iterator in a thread, a few elements ahead. An exception reaches `take` in order."""
 
-    def __init__(self, elements: Iterator[tuple[Batch, State]], workers: ThreadPoolExecutor):
+    def __init__(self, elements: Iterator[tuple[Batch, Snapshots]], workers: ThreadPoolExecutor):
         self._elements, self._workers = elements, workers
         self._queue: queue.Queue[Any] = queue.Queue(_BATCHES_AHEAD)
         self._stop = threading.Event()
-        self._next: tuple[Batch, State] | None = None  # looked at and not taken
+        self._next: tuple[Batch, Snapshots] | None = None  # looked at and not taken
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="pack", daemon=True)
         self._thread.start()
@@ -351,7 +359,7 @@ class _Producer:
             return False
         raise self._end
 
-    def take(self) -> tuple[Batch, State]:
+    def take(self) -> tuple[Batch, Snapshots]:
         """The next element, once `has_next` has found one."""
         assert self._next is not None
         element, self._next = self._next, None

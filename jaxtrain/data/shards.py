@@ -209,11 +209,17 @@ class Shard:
 
     def state(self) -> State:
         """`next`: the row to read next, and the counters; `open`: where the examples in open rows come from."""
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], State]:
+        """A function that gives the state as it is now. There is one of every batch, and few are ever asked for."""
         if self._examples is None:
-            return self._restored
-        return {
-            "next": self._examples.state,
-            "open": [[list(key) for key, _ in row] for row in self._packer.open_rows],
+            restored = self._restored
+            return lambda: restored
+        following, rows = self._examples.state, [(row, len(row)) for row in self._packer.open_rows]  # rows only grow
+        return lambda: {
+            "next": following,
+            "open": [[list(key) for key, _ in row[:count]] for row, count in rows],
         }
 
     def check(self, state: State) -> None:
