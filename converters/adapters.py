@@ -23,7 +23,8 @@ from converters.errors import ConversionError
 from converters.export_hf import UNCHANGED_TEXT, TrainedText, empty_folder, gather, temporary_folder, write_text_files
 from converters.families.keys import ConfigKeys
 from converters.families.registry import weight_rows
-from converters.import_hf import ADAPTER_CONFIG, check_alias, place, read_json_object
+from converters.import_hf import ADAPTER_CONFIG, check_alias, place
+from converters.json_files import read_json_object
 from converters.safetensors_io import Checkpoint, TensorSpec, check_folder, read_header, write_checkpoint
 from converters.weight_rows import Index, Shape, Tensor, Weight, bind, flatten, unflatten
 from jaxtrain.hub import local_folder

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from converters.errors import ConversionError
 from converters.families.registry import for_head, to_hf, weight_rows
-from converters.import_hf import bind_checkpoint, read_json_object
+from converters.import_hf import bind_checkpoint
+from converters.json_files import read_json_object
 from converters.safetensors_io import DTYPES, TensorSpec, open_checkpoint, plan_files, write_checkpoint
-from converters.tokenizer import load_tokenizer
+from converters.tokenizer import end_token_ids, load_tokenizer
 from converters.weight_rows import bind, by_name, flatten, fuse
 from jaxtrain.hub import local_folder
 from jaxtrain.nn.config import ModelConfig
@@ -182,6 +183,22 @@ def gather(leaf: jax.Array, stack: tuple[int, ...]) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(part, tiled=True))
 
 
+def declared_dtype(hf: Mapping[str, Any]) -> str | None:
+    """The `dtype` of a config.json (or `torch_dtype`, its name before transformers 5), or None if it names none: it is
+    missing, null or "auto".
+
+    Raises ConversionError for a dtype that is not in `DTYPES`.
+    """
+    key = "dtype" if hf.get("dtype") is not None else "torch_dtype"
+    value, known = hf.get(key), [each.name for each in DTYPES.values()]
+    if value is None or value == "auto":
+        return None
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name not in known:
+        raise ConversionError(f"config.json: {key}={value!r} is not supported; known: {', '.join(known)}, auto")
+    return name
+
+
 def _with_dtype(hf: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """Set `dtype`, or `torch_dtype` in a file of an older version of transformers."""
     return {**hf, "torch_dtype" if "torch_dtype" in hf and "dtype" not in hf else "dtype": dtype.name}
@@ -238,8 +255,7 @@ def _write_generation_config(folder: Path, hf: Mapping[str, Any], end_ids: Seque
     if not file.is_file() and "eos_token_id" not in content and (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
         content = {key: getattr(tokenizer, key) for key in _SPECIAL if getattr(tokenizer, key) is not None} | content
-    stored = content.get("eos_token_id")
-    ends = stored if isinstance(stored, list) else [stored] if stored is not None else []
+    ends = end_token_ids(content, file)
     added = [token for token in dict.fromkeys(end_ids) if token not in ends]
     if added:
         ends = [*ends, *added]

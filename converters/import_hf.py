@@ -1,7 +1,6 @@
 """Import of a Hugging Face folder: config.json as our config, tensors as sharded arrays, read shard by shard."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 
 from converters.errors import ConversionError
 from converters.families.registry import DERIVED, family_of, weight_rows
+from converters.json_files import read_json_object
+from converters.quantization import without_quantization
 from converters.safetensors_io import Checkpoint, check_folder, open_checkpoint
 from converters.weight_rows import Index, Shape, Tensor, bind, flatten, unflatten
 from jaxtrain.hub import local_folder
@@ -41,26 +42,13 @@ def read_config(source: str | Path | Mapping[str, Any], vocab_multiple: int = 64
                 f"{source} holds {ADAPTER_CONFIG} next to config.json: transformers would load the adapter onto the "
                 "base that it names. Use that base as the model and this folder as model.lora.path, or remove the file"
             )
-    return family_of(hf).from_hf(hf, vocab_multiple), hf
+    return family_of(hf).from_hf(without_quantization(hf), vocab_multiple), hf
 
 
 def read_json_config(folder: Path) -> dict[str, Any]:
     """The content of the folder's config.json. Raises ConversionError if there is none, or not a JSON object."""
     check_folder(folder)
     return read_json_object(folder / "config.json")
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Raises ConversionError for a missing file and for one that is not a JSON object."""
-    if not file.is_file():
-        raise ConversionError(f"{file.parent} holds no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{file} must be an object, not {type(content).__name__}")
-    return content
 
 
 def import_params(

@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import SafetensorError
 
 from converters.errors import ConversionError
+from converters.families.registry import has_scalar_head
+from converters.import_hf import read_json_config
 
 
 class ModuleCall(NamedTuple):
@@ -24,6 +26,8 @@ class ModuleCall(NamedTuple):
 class Reference:
     """A model of transformers. Keep only one at a time: it takes the memory of the checkpoint in `dtype`.
 
+    Its logits are [B, T, V]; those of a reward model are the scores of all tokens, [B, T, 1].
+
     Raises ValueError if torch is not installed, ConversionError if transformers cannot load the folder.
     """
 
@@ -31,8 +35,10 @@ class Reference:
         torch, transformers = _import()
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        self._scalar = has_scalar_head(read_json_config(folder))
+        kind = transformers.AutoModelForSequenceClassification if self._scalar else transformers.AutoModelForCausalLM
         try:
-            self._model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            self._model, info = kind.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation="eager",
@@ -45,6 +51,8 @@ class Reference:
         self._model.eval()
         # torch drops the gradient of the padding token's row; rows are packed here, so no token is padding.
         self._model.get_input_embeddings().padding_idx = None
+        if self._scalar and self._model.config.pad_token_id is None:
+            self._model.config.pad_token_id = 0  # without one, a classifier takes single rows only
         self.version: str = transformers.__version__
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         self.loading_problems = [
@@ -94,11 +102,36 @@ class Reference:
                 each.remove()
         return calls, logits
 
+    def apply(self, module: str, x: np.ndarray) -> np.ndarray:
+        """The output of one module (`model.norm`) for an input of float32, cast to the model's dtype."""
+        dtype = self._model.dtype
+        with self._torch.no_grad():
+            return _array(self._model.get_submodule(module)(self._torch.from_numpy(x).to(dtype)))
+
+    def rope_tables(self, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each layer the cosines and sines of positions 0 to length - 1, [T, R] or [T, R/2]: those that the model
+        uses for a sequence of `length` tokens. Empty if the model's ropes are not modules."""
+        config = self._model.config
+        rope = next((m for m in self._model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+        if rope is None:
+            return []
+        types = config.layer_types if hasattr(rope, "layer_types") else [None] * config.num_hidden_layers
+        positions, tables = self._torch.arange(length)[None], {}
+        with self._torch.no_grad():
+            for kind in set(types):
+                halves = rope(self._torch.zeros(1), positions, *([] if kind is None else [kind]))
+                tables[kind] = tuple(_array(half)[0] for half in halves)
+        return [tables[kind] for kind in types]
+
     def gradients(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Gradients of the mean negative log-likelihood of the next tokens, by the checkpoint's tensor names."""
-        logits = self._forward(tokens)[:, :-1]
-        targets = self._torch.from_numpy(tokens[:, 1:]).long()
-        self._torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        """Gradients of the mean negative log-likelihood of the next tokens, or of the mean score of a reward model, by
+        the checkpoint's tensor names."""
+        if self._scalar:
+            self._forward(tokens).mean().backward()
+        else:
+            logits = self._forward(tokens)[:, :-1]
+            targets = self._torch.from_numpy(tokens[:, 1:]).long()
+            self._torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         parameters = dict(self._model.named_parameters(remove_duplicate=False))  # tied ones under both names
         grads = {name: p.grad if p.grad is not None else self._torch.zeros_like(p) for name, p in parameters.items()}
         self._model.zero_grad(set_to_none=True)
@@ -118,7 +151,12 @@ class Reference:
         return {tensor: names[int(mark.flatten()[0])] for tensor, mark in self._as_stored(marked).items()}
 
     def _forward(self, tokens: np.ndarray) -> Any:
-        return self._model(self._torch.from_numpy(tokens).long(), use_cache=False).logits
+        ids = self._torch.from_numpy(tokens).long()
+        if not self._scalar:
+            return self._model(ids, use_cache=False).logits
+        # A classifier returns the score of one token of each row.
+        hidden = self._model.base_model(ids, use_cache=False).last_hidden_state
+        return self._model.score(hidden)
 
     def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
         """Map values by parameter name to the names and shapes of the checkpoint's tensors."""

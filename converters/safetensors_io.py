@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from converters import mxfp4
 from converters.errors import ConversionError
+from converters.json_files import read_json_object
+from converters.packed_tensors import Entry, read_packed, unpacked
+from converters.quantization import tile_of_folder
 from converters.weight_rows import Index, Shape
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
@@ -41,20 +43,6 @@ _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHORT_RUN = 16 << 10  # for contiguous runs below this many bytes, it is faster to read the gaps than to skip them
 _PIECE = 16 << 20  # bytes of temporary memory for reads that include gaps
-
-
-class Entry(NamedTuple):
-    """The location of one tensor."""
-
-    file: Path
-    dtype: str  # the name in safetensors
-    shape: Shape
-    start: int  # bytes from the beginning of the file
-    packed: tuple[Entry, Entry] | None = None  # blocks and scales of an MXFP4 tensor, which is read as BF16
-
-    @property
-    def files(self) -> set[Path]:
-        return {entry.file for entry in self.packed or (self,)}
 
 
 @dataclass
@@ -94,7 +82,7 @@ class Checkpoint:
         entry, dtype = self.entries[name], self.dtype(name)
         index = index if index is not None else tuple(slice(0, size) for size in entry.shape)
         if entry.packed is not None:
-            return self._read_packed(*entry.packed, index)
+            return read_packed(entry.packed, index, self._read)
         return self._read(entry, dtype, index)
 
     def _read(self, entry: Entry, dtype: Any, index: Index) -> np.ndarray:
@@ -102,17 +90,6 @@ class Checkpoint:
         if out.size:
             self._fill(out, entry, index)
         return out
-
-    def _read_packed(self, blocks: Entry, scales: Entry, index: Index) -> np.ndarray:
-        """The rectangle of [E, I, O], decoded from the runs along I that overlap it."""
-        experts, inside, outside = index
-        runs = slice(inside.start // mxfp4.RUN, -(-inside.stop // mxfp4.RUN))
-        where = (experts, outside, runs)
-        numbers = mxfp4.decode_mxfp4(
-            self._read(blocks, np.uint8, (*where, slice(0, blocks.shape[3]))), self._read(scales, np.uint8, where)
-        )
-        first = runs.start * mxfp4.RUN
-        return numbers[..., inside.start - first : inside.stop - first].swapaxes(1, 2)
 
     def _fill(self, out: np.ndarray, entry: Entry, index: Index) -> None:
         strides = [math.prod(entry.shape[axis + 1 :]) * out.itemsize for axis in range(out.ndim)]
@@ -173,7 +150,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             entries[name] = entry
     for name, others in copies.items():
         _warn_of_differing_copies(folder, name, others, entries[name])
-    return Checkpoint(folder, _unpacked(entries))
+    return Checkpoint(folder, unpacked(entries, tile_of_folder(folder)))
 
 
 def _warn_of_differing_copies(folder: Path, name: str, others: Sequence[Entry], used: Entry) -> None:
@@ -191,25 +168,6 @@ def _stored_bytes(entry: Entry) -> bytes:
     with entry.file.open("rb") as stream:
         stream.seek(entry.start)
         return stream.read(_num_bytes(entry))
-
-
-def _unpacked(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Replace each pair of MXFP4 blocks and scales with an entry for the tensor that they encode."""
-    tensors = dict(entries)
-    for name, blocks in entries.items():
-        base = name.removesuffix(mxfp4.BLOCKS)
-        scales = entries.get(base + mxfp4.SCALES)
-        if base == name or scales is None or (blocks.dtype, scales.dtype) != ("U8", "U8"):
-            continue
-        if blocks.shape != (*scales.shape, mxfp4.RUN // 2) or len(scales.shape) != 3:
-            raise ConversionError(
-                f"{blocks.file}: {name} {list(blocks.shape)} and scales {list(scales.shape)} are not a valid MXFP4 pair"
-            )
-        experts, outside, runs = scales.shape
-        del tensors[name], tensors[base + mxfp4.SCALES]
-        shape = (experts, runs * mxfp4.RUN, outside)
-        tensors[base] = Entry(blocks.file, "BF16", shape, blocks.start, packed=(blocks, scales))
-    return tensors
 
 
 def check_folder(folder: Path) -> None:
@@ -295,10 +253,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     if not (folder / INDEX).is_file():
         raise ConversionError(_no_weights(folder))
-    try:
-        index = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConversionError(f"{folder / INDEX} is not a safetensors index: {error!r}") from None
+    index = read_json_object(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict):
+        raise ConversionError(f"{folder / INDEX}: weight_map must be an object, not {str(index)[:80]}")
+    if not index:
+        raise ConversionError(f"{folder / INDEX}: weight_map names no tensor")
     for name, file in index.items():
         if not isinstance(file, str):
             raise ConversionError(f"{folder / INDEX} names {file!r} for {name}, which is not a file name")

@@ -147,7 +147,7 @@ class Mismatch:
 SUSPECTS = {
     "o_proj": "rope, mask, window, scale, softcap or sinks",
     "down_proj": "the activation, or gate and up swapped",
-    "norm": "offset or epsilon",
+    "norm": "scale, offset or epsilon",
     "proj": "kernel or bias: the ops of its row, or the values of another tensor",
     "embed": "the table, or a scale on the embeddings",
     "head": "its kernel, or a softcap or a factor on the logits",

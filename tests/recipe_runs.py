@@ -74,6 +74,31 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
     return folder
 
 
+def rl_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run of recipe rl in `folder`, whose data and tokenizer are written there, and where
+    `sections` differ from it in some keys."""
+    if not (folder / "tokenizer").exists():
+        write_byte_tokenizer(folder / "tokenizer")
+        write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
+    tree: dict[str, Any] = {
+        "recipe": "rl",
+        "run": {"dir": str(folder / "run")},
+        "model": {
+            "config": commands.MODEL | {"max_position_embeddings": 128},
+            "tokenizer": str(folder / "tokenizer"),
+            "compute_dtype": "float32",
+            "remat": "none",
+        },
+        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
+        "train": {"steps": 4},
+        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
+        "checkpoint": {"every": 1, "keep": 10},
+        "log": {"every": 1, "tensorboard": False},
+        "rl": dict(RL),
+    }
+    return tree | {name: tree.get(name, {}) | section for name, section in sections.items()}
+
+
 def write_teacher(folder: Path, **changes: int) -> None:
     """A random Qwen3 model of another family, width and vocabulary size than the student, with the byte tokenizer."""
     import torch

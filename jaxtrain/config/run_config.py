@@ -138,6 +138,7 @@ class RunConfig(Section):
         if (self.recipe == "rl") != (self.rl is not None):
             raise ValueError("`recipe: rl` and the section `rl` belong together")
         check_teacher(self.recipe, self.teacher, self.rl)
+        self._check_context()
         if self.teacher is not None and self.teacher.cache is not None and TEACHER_PROBS in self.objective.signals:
             raise ValueError(
                 "teacher.cache holds log-probabilities of the student's own ids, which objective.name=ULD does not "
@@ -170,6 +171,15 @@ class RunConfig(Section):
             assert self.algorithm  # raises ValueError if the algorithm and the objective do not fit together
             self._check_sampling(self.rl)
         return self
+
+    def _check_context(self) -> None:
+        """The engine keeps whole samples on a device, or splits their heads."""
+        reader = "recipe rl" if self.rl is not None else "eval.generate" if self.eval.generate else None
+        if self.mesh.context > 1 and reader:
+            raise ValueError(
+                f"mesh.context={self.mesh.context} splits the tokens of rows, which the engine that {reader} samples "
+                "with does not: set it to 1"
+            )
 
     def _check_answers(self) -> None:
         """An answer has one score, so that it cannot be cut into parts."""

@@ -376,6 +376,7 @@ class MeshSection(Section):
         int, AfterValidator(_size_or_rest)
     ] = -1  # parameters and rows are split; -1: all devices that are left
     expert: PositiveInt = 1  # experts and rows are split
+    context: PositiveInt = 1  # the tokens of a row are split, and parameters as over fsdp
     tensor: PositiveInt = 1  # heads, hidden width and vocabulary are split
 
 

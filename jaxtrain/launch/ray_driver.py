@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxtrain.launch.exits import USER_ERROR, describe_exit, may_restart
 from jaxtrain.observe.logs import log_to_stderr
+from jaxtrain.train.preemption import error_code
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +109,7 @@ def _exit_code(failures: dict[int, Exception]) -> int:
     for rank, failure in sorted(failures.items()):
         cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised
         log.error("worker %d: %s", rank, cause)
-        if isinstance(cause, _StoppedRunError):
-            codes.append(cause.args[0])
-        else:
-            codes.append(USER_ERROR if isinstance(cause, ValueError | OSError) else 1)
+        codes.append(cause.args[0] if isinstance(cause, _StoppedRunError) else error_code(cause))
     return USER_ERROR if USER_ERROR in codes else codes[0]
 
 

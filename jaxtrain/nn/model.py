@@ -6,7 +6,7 @@ checkpoints, adapters) uses plain trees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -164,6 +164,18 @@ class Model:
         decoder = self._merge(params)
         with watched(decoder, observer), jax.disable_jit():
             return decoder.hidden(batch.tokens, batch.positions, batch.segment_ids, self.run)[0]
+
+    def modules(self, params: Params) -> Iterator[tuple[str, nnx.Module]]:
+        """All submodules with their paths, those of layers one layer after the other (`layers.3.attn.q_proj`)."""
+        decoder = self._merge(params)
+        graphdef, stacked = nnx.split(decoder.layers)
+        for path, module in nnx.iter_modules(decoder):
+            if path and path[0] != "layers":
+                yield ".".join(map(str, path)), module
+        for layer in range(self.config.num_layers):
+            block = nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked))
+            for path, module in nnx.iter_modules(block):
+                yield ".".join(map(str, ("layers", layer, *path))), module
 
     def _merge(self, params: Params) -> Any:
         layers = params["layers"]

@@ -4,9 +4,9 @@ All rope types of transformers' `modeling_rope_utils`, with its formulas. Two of
 the length of the sequence. transformers uses the longest sequence of the batch. Here each segment of a packed row has
 its own length, so the log-probabilities of a document do not depend on the documents it is packed with, and equal those
 of transformers for this document alone. Keys in a cache are rotated when they are written, so the length must stay the
-same while a sequence grows: a sampler sets `Execution.context` to the maximum length, as vLLM does. (transformers uses
-the number of tokens so far, and mixes frequencies in one cache.) Sampler and trainer then agree for sequences within
-the original length if the context is within it too, and for all sequences if the trainer has the same context.
+same while a sequence grows: a sampler sets `Execution.rope_length` to the maximum length, as vLLM does. (transformers
+uses the number of tokens so far, and mixes frequencies in one cache.) Sampler and trainer then agree for sequences
+within the original length if `rope_length` is within it too, and for all sequences if the trainer has the same.
 """
 
 import math

@@ -99,10 +99,14 @@ def row_bytes(fusion: Instruction, module: Module) -> float:
 
 
 def _splash(kernel: str, call: Instruction, module: Module, computation: str, chip: Chip, peak: float) -> CallPrice:
-    """Causal FLOPs over the peak. The queries are the largest operand, [..., heads, tokens, head width]."""
-    operands = [sizes for name in call.operands for sizes in array_sizes(module.shape(computation, name))]
-    queries = max((sizes for sizes in operands if len(sizes) >= 3), key=math.prod)
-    tokens = queries[-2]
+    """Causal FLOPs over the peak.
+
+    The first operands of floats are queries and keys, [..., heads, tokens, head width]. Where a row is split over
+    devices the queries are those of a device, which attend to half of all keys of the row on average.
+    """
+    operands = [sizes for name in call.operands for sizes in array_sizes(module.shape(computation, name), floats=True)]
+    queries, keys_of_row, *_ = (sizes for sizes in operands if len(sizes) >= 3)
+    tokens = keys_of_row[-2]
     products = _SPLASH[kernel]
     if kernel == "splash_mha_dkv":
         results = [sizes for sizes in array_sizes(call.shape) if math.prod(sizes) >= math.prod(queries)]

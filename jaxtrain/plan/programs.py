@@ -17,7 +17,7 @@ from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
 from jaxtrain.observe.flops import train_flops
 from jaxtrain.ops.head_chunks import Head
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.plan.batches import data_batch, with_signal
 from jaxtrain.rl.teachers import student_devices
 from jaxtrain.roles.reference import bare_declaration
@@ -183,7 +183,7 @@ def batch_size(batch: Batch) -> tuple[int, int]:
 
 def head_trips(batch: Batch, role: Role, microbatches: int = 1) -> Callable[[str], int | None]:
     """Chunks of the head of `role`, of whose tokens all are taken to have a weight."""
-    tokens = batch_size(batch)[1] / row_shares(role.mesh) / microbatches
+    tokens = batch_size(batch)[1] / row_shares(role.mesh) / context_shards(role.mesh) / microbatches
     chunks = max(1, round(tokens / role.model.run.head_chunk))
     return lambda place: chunks if "ops/token_scores.py" in place else None
 

@@ -140,7 +140,7 @@ def _sampling_programs(config: RunConfig, policy: TrainedRole, devices: Sequence
     if slots % shares:
         raise ValueError(f"rl.slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares} of an engine")
     model = rollout_model(policy.model, mesh)
-    model = replace(model, run=replace(model.run, context=length))
+    model = replace(model, run=replace(model.run, rope_length=length))
     if mesh is policy.mesh:
         programs.append(_reshard(policy, model))
     params = engine_params(model)
@@ -198,8 +198,8 @@ def _decode_trips(place: str) -> int | None:
 def _prefill(model: Model, params: Params, rooms: tuple[int, int], prompts: int, length: int) -> Program:
     """The largest prefill of prompts of `length` tokens, and how often it runs for `prompts` of them."""
     mesh, (slots, shares) = model.run.mesh, rooms
-    assert mesh is not None and model.run.context is not None
-    bucket = bucket_for(bucket_lengths(model.run.context, MIN_PROMPT), length)
+    assert mesh is not None and model.run.rope_length is not None
+    bucket = bucket_for(bucket_lengths(model.run.rope_length, MIN_PROMPT), length)
     rows = prefill_rows(slots, shares, bucket)[-1]
     everywhere = replicated(mesh)
     tokens = jax.ShapeDtypeStruct((rows, bucket), np.int32, sharding=everywhere)

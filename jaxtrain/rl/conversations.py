@@ -1,4 +1,4 @@
-"""Runs many conversations between the model and environments in parallel, turn by turn.
+"""Runs many conversations between the model and environments at the same time.
 
 Token in, token out: the sampled ids of the model's turns are kept, and the next turn continues exactly these. Only the
 new messages of the environment are rendered and tokenised; they carry no loss.
@@ -7,16 +7,20 @@ new messages of the environment are rendered and tokenised; they carry no loss.
 from __future__ import annotations
 
 import json
+import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxtrain.data.chat import ChatTokenizer, Message
-from jaxtrain.rl.deadlines import awaited, call_all, error_text
+from jaxtrain.rl.deadlines import POLL_SECONDS, Calls, awaited, error_text
+from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.environments import (
     REWARD_PART,
     Environment,
@@ -27,14 +31,30 @@ from jaxtrain.rl.environments import (
     checked_reply,
 )
 from jaxtrain.rl.rollouts import NO_ID, Prompt, Trajectory
-from jaxtrain.sample.requests import Completion, Request, SamplingParams
+from jaxtrain.sample.requests import Chunk, Completion, Request, SamplingParams
+from jaxtrain.train.agree import gather_values, on_all
+from jaxtrain.train.preemption import Interrupted
 
-Generate = Callable[[Sequence[Request]], list[list[Completion]]]
+
+class TurnEngine(Protocol):
+    """The part of `Engine` that conversations use."""
+
+    def submit(self, request: Request) -> int: ...
+
+    def run(self, source: Callable[[bool], bool]) -> Generator[Chunk]: ...
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The settings of conversations, and the loop over their turns."""
+    """The settings of conversations, and the loop over their turns.
+
+    With `in_turns` the engine begins the next turn of all conversations when every environment has responded. So its
+    device calls do not depend on how long environments take, and a repeated run is bit-identical. Otherwise a
+    conversation continues as soon as its own environment has responded.
+
+    An engine of several processes (`deal`), which call `run` together, needs `in_turns`: each process has the
+    environments of its own prompts, and sends their responses to the others.
+    """
 
     factory: Factory
     chat: ChatTokenizer
@@ -42,41 +62,74 @@ class Conversations:
     max_turns: int  # turns of the model
     max_length: int  # tokens, including the opening
     seconds: float  # time limit of a reset or a step
+    in_turns: bool = True
+    deal: Deal = Deal()  # noqa: RUF009 - immutable
     interrupted: threading.Event = field(default_factory=threading.Event)  # when set, `run` raises Interrupted
 
     def run(
-        self, generate: Generate, prompts: Sequence[Prompt], samples: int, seed: Callable[[int, int], int]
-    ) -> list[list[Trajectory]]:
-        """Run `samples` conversations for every prompt. `seed(prompt number, sample)` is the model's sampling seed.
+        self,
+        engine: TurnEngine,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: Callable[[int, int], int],
+        between: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[int, Trajectory]]:
+        """Run `samples` conversations for every prompt. Yields each with the index of its prompt, after it has ended.
+
+        `seed(prompt number, sample)` is the model's sampling seed. `between` is called before every device call.
 
         If an environment raises, exceeds its time limit or returns an invalid value, its trajectory ends with the
         finish reason "error" and the error in `info`.
 
         Raises ValueError if the chat template cannot render an environment's messages or ignores its tools.
         """
-        groups = [[_Conversation(prompt, sample) for sample in range(samples)] for prompt in prompts]
-        conversations = [conversation for group in groups for conversation in group]
-        openings = [partial(_open_environment, self.factory, c.prompt) for c in conversations]
-        opened = call_all(openings, self.seconds, self.interrupted)
-        for conversation, result in zip(conversations, opened, strict=True):
-            if isinstance(result, BaseException):
-                conversation.fail(result)
-            else:
-                conversation.environment, opening = result
-                self._render_opening(conversation, opening)
-        while active := [conversation for conversation in conversations if not conversation.finish_reason]:
-            completions = generate([self._request(conversation, seed) for conversation in active])
-            for conversation, (completion,) in zip(active, completions, strict=True):
-                conversation.add_turn(completion)
-            active = [conversation for conversation in active if not conversation.finish_reason]
-            steps = [partial(_step, c.environment, c.last_text) for c in active]
-            replies = call_all(steps, self.seconds, self.interrupted)
-            for conversation, reply in zip(active, replies, strict=True):
-                if isinstance(reply, BaseException):
-                    conversation.fail(reply)
+        conversations = [_Conversation(prompt, sample) for prompt in prompts for sample in range(samples)]
+        running, ended = set(range(len(conversations))), deque[int]()
+        requests: dict[int, int] = {}  # request -> conversation
+        responses = _Responses(self)
+        for number, conversation in enumerate(conversations):
+            responses.ask(number, conversation, partial(_open_environment, self.factory, conversation))
+
+        def end(number: int) -> None:
+            running.remove(number)
+            ended.append(number)
+
+        def source(idle: bool) -> bool:
+            between()
+            for number, response in responses.next(idle) if running else ():
+                conversation = conversations[number]
+                self._render(conversation, response)
+                if conversation.finish_reason:
+                    end(number)
                 else:
-                    self._render_reply(conversation, reply)
-        return [[conversation.trajectory(self.chat) for conversation in group] for group in groups]
+                    requests[engine.submit(self._request(conversation, seed))] = number
+            return bool(running)
+
+        with closing(engine.run(source)) as chunks:
+            for chunk in chunks:
+                if chunk.completion is not None:
+                    number = requests.pop(chunk.request)
+                    conversation = conversations[number]
+                    conversation.add_turn(chunk.completion)
+                    if conversation.finish_reason:
+                        end(number)
+                    else:
+                        responses.ask(number, conversation, partial(_step, conversation, conversation.last_text))
+                while ended:
+                    number = ended.popleft()
+                    yield number // samples, conversations[number].trajectory(self.chat)
+        for number in ended:
+            yield number // samples, conversations[number].trajectory(self.chat)
+
+    def _render(self, conversation: _Conversation, response: _Response) -> None:
+        """Continue or end a conversation."""
+        match response:
+            case Opening():
+                self._render_opening(conversation, response)
+            case Reply():
+                self._render_reply(conversation, response)
+            case _Failure():
+                conversation.fail(response)
 
     def _request(self, conversation: _Conversation, seed: Callable[[int, int], int]) -> Request:
         max_tokens = min(self.params.max_tokens or self.max_length, self._room(conversation))
@@ -142,10 +195,10 @@ class _Conversation:
     def finish(self, reason: str, error: str = "") -> None:
         self.finish_reason, self.error = reason, error
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, failure: _Failure) -> None:
         """End this conversation because its environment failed."""
-        self.finish("error", f"{type(error).__name__}: {error_text(error)}")
-        self.timed_out = isinstance(error, TimeoutError)
+        self.finish("error", failure.error)
+        self.timed_out = failure.timed_out
 
     def add_turn(self, completion: Completion) -> None:
         """Append a turn of the model. A truncated turn ends the conversation."""
@@ -201,14 +254,82 @@ class _Conversation:
         )
 
 
-def _open_environment(factory: Factory, prompt: Prompt) -> tuple[Environment, Opening]:
+class _Failure(NamedTuple):
+    """An environment has raised an exception, exceeded its time limit or returned an invalid value."""
+
+    error: str
+    timed_out: bool
+
+
+_Response = Opening | Reply | _Failure
+
+
+class _Responses:
+    """The responses of environments, by the number of the conversation, in the order in which they are used."""
+
+    def __init__(self, settings: Conversations):
+        self._settings, self._processes = settings, settings.deal.engine_group
+        assert settings.in_turns or self._processes is None, "processes would not agree on who has responded"
+        self._calls: Calls[_Response] = Calls(settings.seconds)
+        self._come: dict[int, _Response] = {}  # and were not returned yet
+
+    def ask(self, number: int, conversation: _Conversation, call: Callable[[], _Response]) -> None:
+        if self._settings.deal.owns(conversation.prompt.number):
+            self._calls.start(number, call)
+
+    def next(self, idle: bool) -> list[tuple[int, _Response]]:
+        """The responses with which conversations continue now. Waits for some if the engine is `idle`; a long wait
+        raises Interrupted shortly after `interrupted` is set."""
+        self._collect(0.0)
+        if self._settings.in_turns:
+            return sorted(self._all().items()) if idle else []
+        if idle and not self._come:
+            self._collect(POLL_SECONDS)
+        return sorted(self._take().items())
+
+    def _all(self) -> dict[int, _Response]:
+        """Those of all environments, when all have responded; for an engine of several processes with the others'."""
+        if self._processes is None:
+            return self._own()
+        own = on_all(self._own, self._processes)
+        return {number: response for part in gather_values(own, self._processes) for number, response in part.items()}
+
+    def _own(self) -> dict[int, _Response]:
+        while self._calls.pending:
+            if self._settings.interrupted.is_set():
+                raise Interrupted
+            self._collect(POLL_SECONDS)
+        return self._take()
+
+    def _take(self) -> dict[int, _Response]:
+        taken, self._come = self._come, {}
+        return taken
+
+    def _collect(self, wait: float) -> None:
+        for number, result in self._calls.results(wait):
+            if isinstance(result, BaseException):
+                text = f"{type(result).__name__}: {error_text(result)}"
+                result = _Failure(text, isinstance(result, TimeoutError))
+            self._come[number] = result if self._processes is None else _sendable(result)
+
+
+def _sendable(response: _Response) -> _Response:
+    try:
+        pickle.dumps(response)
+    except Exception as error:  # values of user code raise anything
+        return _Failure(f"its response cannot be sent to the other processes of the engine: {error_text(error)}", False)
+    return response
+
+
+def _open_environment(factory: Factory, conversation: _Conversation) -> Opening:
     environment = awaited(factory())
-    return environment, checked_opening(awaited(environment.reset(prompt.columns)))
+    conversation.environment = environment
+    return checked_opening(awaited(environment.reset(conversation.prompt.columns)))
 
 
-def _step(environment: Environment | None, text: str) -> Reply:
-    assert environment is not None
-    return checked_reply(awaited(environment.step(text)))
+def _step(conversation: _Conversation, text: str) -> Reply:
+    assert conversation.environment is not None
+    return checked_reply(awaited(conversation.environment.step(text)))
 
 
 def _template_kwargs(prompt: Prompt) -> dict[str, Any]:

@@ -7,17 +7,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jaxtrain.train.preemption import Interrupted
 
 T = TypeVar("T")
 
 _CONCURRENT_CALLS = 16
-_MAX_TIMEOUTS = 8 * _CONCURRENT_CALLS  # after this many, the remaining calls are not started
+_MAX_TIMEOUTS = 8 * _CONCURRENT_CALLS  # after this many in a row, the remaining calls are not started
 _LOOP_SECONDS = 1.0  # an event loop that does not respond for this long is blocked by a coroutine
-_POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
+POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
 
 _CALL = threading.local()  # its `deadline`: of the call that runs in this thread
 
@@ -35,49 +36,90 @@ def error_text(error: BaseException) -> str:
         return f"(its message cannot be read: {type(inner).__name__})"
 
 
+class Calls(Generic[T]):
+    """Concurrent calls of user code, each in a separate daemon thread, with a limit of `seconds` each.
+
+    A call that exceeds the limit is abandoned with a TimeoutError, since a thread cannot be stopped. However many calls
+    hang, they delay the others by at most about ten times `seconds`: after `_MAX_TIMEOUTS` timeouts in a row the
+    remaining calls are not started.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self._timeouts = seconds, 0  # the latter in a row
+        self._waiting: deque[tuple[int, Callable[[], T]]] = deque()
+        self._deadlines: dict[int, float] = {}  # of the running calls
+        self._finished: SimpleQueue[tuple[int, float, T | BaseException]] = SimpleQueue()
+
+    def start(self, key: int, call: Callable[[], T]) -> None:
+        """Start a call now, or when fewer run. No other call has this `key` until its result was returned."""
+        self._waiting.append((key, call))
+        self._start_waiting()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are calls whose results were not returned yet."""
+        return bool(self._waiting or self._deadlines)
+
+    def results(self, wait: float) -> list[tuple[int, T | BaseException]]:
+        """The results or exceptions that have come, by key; waits at most `wait` seconds for the first one."""
+        found: list[tuple[int, T | BaseException]] = []
+        until = time.monotonic() + wait
+        while not found and self.pending:
+            self._collect(found, min([until, *self._deadlines.values()]))
+            self._start_waiting()
+            if self._timeouts > _MAX_TIMEOUTS:
+                problem = "not started: too many other calls exceeded the limit"
+                found += [(key, TimeoutError(problem)) for key, _ in self._waiting]
+                self._waiting.clear()
+            if time.monotonic() >= until:
+                break
+        return found
+
+    def _collect(self, found: list[tuple[int, T | BaseException]], until: float) -> None:
+        """Append what has finished, waiting for it until a time, and what exceeds its limit."""
+        with suppress(Empty):
+            wait = max(until - time.monotonic(), 0)
+            while True:
+                key, at, result = self._finished.get(timeout=wait)
+                wait = 0
+                if self._deadlines.get(key, -math.inf) >= at:  # else it is late, or was abandoned
+                    del self._deadlines[key]
+                    self._timeouts = 0
+                    found.append((key, result))
+        for key in [key for key, deadline in self._deadlines.items() if deadline <= time.monotonic()]:
+            del self._deadlines[key]
+            self._timeouts += 1
+            found.append((key, TimeoutError(f"took longer than {self._seconds:g} seconds")))
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._deadlines) < _CONCURRENT_CALLS and self._timeouts <= _MAX_TIMEOUTS:
+            key, call = self._waiting.popleft()
+            self._deadlines[key] = time.monotonic() + self._seconds
+            threading.Thread(target=self._run, args=(key, call, self._deadlines[key]), daemon=True).start()
+
+    def _run(self, key: int, call: Callable[[], T], deadline: float) -> None:
+        _CALL.deadline = deadline
+        result: T | BaseException
+        try:
+            result = call()
+        except BaseException as error:  # the boundary to user code, which may raise anything
+            result = error
+        self._finished.put((key, time.monotonic(), result))
+
+
 def call_all(
     calls: Sequence[Callable[[], T]], seconds: float, interrupted: threading.Event | None = None
 ) -> list[T | BaseException]:
-    """Run the calls; return their results or exceptions, a TimeoutError for a call that exceeds `seconds`.
-
-    Each call runs in a separate daemon thread. A call that exceeds the limit is abandoned, since a thread cannot be
-    stopped. However many calls hang, they delay the others by at most about ten times `seconds`, because after
-    `_MAX_TIMEOUTS` timeouts the remaining calls are not started.
-
-    Raises Interrupted shortly after `interrupted` is set.
-    """
+    """The results or exceptions of `Calls`, in order. Raises Interrupted shortly after `interrupted` is set."""
+    running = Calls[T](seconds)
+    for key, call in enumerate(calls):
+        running.start(key, call)
     results: dict[int, T | BaseException] = {}
-    finished: SimpleQueue[tuple[int, T | BaseException]] = SimpleQueue()
-
-    def run(index: int, deadline: float) -> None:
-        _CALL.deadline = deadline
-        try:
-            finished.put((index, calls[index]()))
-        except BaseException as error:  # the boundary to user code, which may raise anything
-            finished.put((index, error))
-
-    waiting, deadlines, timeouts = deque(range(len(calls))), dict[int, float](), 0
-    while waiting or deadlines:
+    while running.pending:
         if interrupted is not None and interrupted.is_set():
             raise Interrupted
-        while waiting and len(deadlines) < _CONCURRENT_CALLS:
-            index = waiting.popleft()
-            if timeouts > _MAX_TIMEOUTS:
-                results[index] = TimeoutError("not started: too many other calls exceeded the limit")
-                continue
-            deadlines[index] = time.monotonic() + seconds
-            threading.Thread(target=run, args=(index, deadlines[index]), daemon=True).start()
-        next_deadline = min(deadlines.values(), default=time.monotonic())
-        try:
-            index, result = finished.get(timeout=min(max(next_deadline - time.monotonic(), 0), _POLL_SECONDS))
-            if deadlines.pop(index, None) is not None:  # else it was abandoned
-                results[index] = result
-        except Empty:
-            for index in [index for index, deadline in deadlines.items() if deadline <= time.monotonic()]:
-                del deadlines[index]
-                timeouts += 1
-                results[index] = TimeoutError(f"took longer than {seconds:g} seconds")
-    return [results[index] for index in range(len(calls))]
+        results |= dict(running.results(POLL_SECONDS))
+    return [results[key] for key in range(len(calls))]
 
 
 def awaited(value: Any) -> Any:

@@ -30,6 +30,14 @@ class Deal:
     def of_run(cls, engine_processes: int = 1) -> Deal:
         return cls(jax.process_index(), jax.process_count(), engine_processes)
 
+    @property
+    def engine_group(self) -> range | None:
+        """The processes that run an engine together with this one; None if it has one of its own."""
+        if self.engine_processes == 1:
+            return None
+        first = self.process // self.engine_processes * self.engine_processes
+        return range(first, first + self.engine_processes)
+
     def owner(self, number: int) -> int:
         """The process to which the prompt of this number belongs."""
         return number % self.processes

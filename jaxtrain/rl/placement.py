@@ -14,6 +14,7 @@ from jaxtrain.config.rl import RLSection
 from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import WeightSync, rollout_model
@@ -117,6 +118,8 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
         session.tokenizer,
         support=section.support if config.sampling.filtered else 0,
         environment=section.environment,
+        in_turns=placement.staleness == 0,  # only then is a resumed run bit-identical
+        deal=Deal.of_run(placement.processes_per_engine),
         template_kwargs=session.config.data.chat_template_kwargs,
         date=session.config.data.date,
     )
@@ -142,11 +145,6 @@ def check_processes(section: RLSection) -> None:
         raise ValueError(
             f"rl.placement.workers={placement.workers} must be a multiple of the {processes} processes of the run, "
             "each of which has as many workers"
-        )
-    if placement.processes_per_engine > 1 and section.environment is not None:
-        raise ValueError(
-            "rl.environment with rl.placement.processes_per_engine > 1: an environment would answer each process of an "
-            "engine separately: use processes_per_engine=1"
         )
 
 

@@ -49,8 +49,8 @@ class EngineSampler:
     def stream(self, prompts: Sequence[Prompt], samples: int) -> Iterator[tuple[int, Trajectory]]:
         """Yield the samples of `sample` as they are finished, each with the index of its prompt."""
         if self._conversations is not None:
-            groups = self._conversations.run(self._generate, prompts, samples, self._draw_seed)
-            yield from ((index, trajectory) for index, group in enumerate(groups) for trajectory in group)
+            with self._sampling:
+                yield from self._conversations.run(self._engine, prompts, samples, self._draw_seed, self._between_calls)
             return
         requests = []
         for prompt in prompts:
@@ -93,11 +93,6 @@ class EngineSampler:
 
     def _draw_seed(self, *parts: int) -> int:
         return int(np.random.SeedSequence([self._seed, *parts]).generate_state(1)[0])
-
-    def _generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """`Engine.generate`, with pending weights set between its device calls."""
-        with self._sampling:
-            return self._engine.generate(requests, self._between_calls)
 
     def _between_calls(self) -> None:
         if self._check is not None:

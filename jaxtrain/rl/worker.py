@@ -10,6 +10,7 @@ from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.named import load_named
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.conversations import Conversations
+from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import Synced
 from jaxtrain.sample.engine import Engine
@@ -29,6 +30,8 @@ class WorkerSpec:
     tokenizer: Any = None  # for texts; environments need one with a chat template
     support: int = 0  # maximum number of tokens that filters keep, among which the trainer scores a sample
     environment: EnvironmentSection | None = None
+    in_turns: bool = True  # of conversations; see `Conversations`
+    deal: Deal = Deal()  # noqa: RUF009 - immutable
     template_kwargs: dict[str, Any] | None = None  # of every conversation with an environment
     date: str | None = None  # today for chat templates that write it
 
@@ -60,4 +63,6 @@ class WorkerSpec:
             max_turns=section.max_turns,
             max_length=section.max_length(self.max_length),
             seconds=section.seconds,
+            in_turns=self.in_turns,
+            deal=self.deal,
         )

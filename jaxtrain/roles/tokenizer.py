@@ -1,12 +1,12 @@
 """The tokenizer of a run, and the tokens that end an answer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jaxtrain.data
 from converters.export_hf import TOKENIZER_FILES
-from converters.tokenizer import add_tokens, load_tokenizer
+from converters.json_files import read_json_object
+from converters.tokenizer import add_tokens, end_token_ids, load_tokenizer
 from jaxtrain.config import ModelSection
 from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.hub import local_folder
@@ -58,8 +58,8 @@ def stop_ids(section: ModelSection, hf: dict[str, Any], tokenizer: Any) -> list[
     """Tokens that end an answer: the end tokens of generation_config.json, of config.json (`hf`) and of the tokenizer,
     and those with which the chat template ends an assistant turn."""
     generation = local_folder(section.path or section.tokenizer or "", weights=False) / "generation_config.json"
-    named = [json.loads(generation.read_text()).get("eos_token_id")] if generation.is_file() else []
-    named += [hf.get("eos_token_id"), tokenizer and tokenizer.eos_token_id]
+    ids = end_token_ids(read_json_object(generation), generation) if generation.is_file() else []
+    ids += end_token_ids(hf, "config.json")
     if tokenizer is not None:
-        named.append(turn_end_ids(tokenizer))
-    return sorted({token for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])})
+        ids += [*turn_end_ids(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    return sorted(set(ids))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from converters.adapters import export_adapter
-from converters.export_hf import TrainedText, convert, export_hf
+from converters.export_hf import TrainedText, convert, declared_dtype, export_hf
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
 from converters.weight_rows import flatten
@@ -94,7 +94,7 @@ def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | N
         return
     if isinstance(declared.model, TorchModel):
         assert section.path is not None
-        dtype = dtype or declared.hf.get("dtype")
+        dtype = dtype or declared_dtype(declared.hf)
         export_torch_model(declared.model, params, tokenizer_from or section.path, out, dtype=dtype, text=text)
         return
     check_exportable(declared.model.config)
@@ -107,7 +107,7 @@ def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | N
         declared.model.config,
         declared.hf,
         out,
-        dtype=dtype or declared.hf.get("dtype") or declared.hf.get("torch_dtype"),
+        dtype=dtype or declared_dtype(declared.hf),
         tokenizer_from=tokenizer_from,
         text=text,
     )

@@ -10,7 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -28,16 +28,23 @@ class PeerError(ValueError):
 
 
 class _Failure(NamedTuple):
+    process: int
     interrupted: bool
     error: str
 
 
-def gather_values(value: T) -> list[T]:
-    """The values of all processes, by process index. `value` is any value that can be pickled."""
-    if jax.process_count() == 1:
+def gather_values(value: T, processes: range | None = None) -> list[T]:
+    """The values of all processes, by process index. `value` is any value that can be pickled.
+
+    `processes`: only those of these, which call this in their main threads; default: all of the run.
+    """
+    if len(processes or range(jax.process_count())) == 1:
         return [value]
-    exchange = getattr(_of_thread, "exchange", _over_devices)
-    return [pickle.loads(data) for data in exchange(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))]
+    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    if processes is not None:
+        return [pickle.loads(part) for part in _over_devices(data, processes)]
+    exchange = getattr(_of_thread, "exchange", None) or partial(_over_devices, processes=range(jax.process_count()))
+    return [pickle.loads(part) for part in exchange(data)]
 
 
 @contextmanager
@@ -66,28 +73,28 @@ _of_thread = threading.local()
 _threads = itertools.count()
 
 
-def _over_devices(data: bytes) -> list[bytes]:
+def _over_devices(data: bytes, processes: range) -> list[bytes]:
     mine = np.frombuffer(data, np.uint8)
-    sizes = _all_gather(np.array([mine.size]))[:, 0]
+    sizes = _all_gather(np.array([mine.size]), processes)[:, 0]
     width = 1 << int(sizes.max() - 1).bit_length()  # a power of two, since every size compiles a program
-    padded = _all_gather(np.pad(mine, (0, width - mine.size)))
+    padded = _all_gather(np.pad(mine, (0, width - mine.size)), processes)
     return [row[:size].tobytes() for row, size in zip(padded, sizes, strict=True)]
 
 
-def _all_gather(mine: np.ndarray) -> np.ndarray:
+def _all_gather(mine: np.ndarray, processes: range) -> np.ndarray:
     """[n] of each process -> [processes, n]."""
-    mesh = _one_device_each()
-    row = jax.device_put(mine[None], mesh.devices[jax.process_index()])
-    shape, rows = (jax.process_count(), *mine.shape), NamedSharding(mesh, PartitionSpec("process"))
+    mesh = _one_device_each(processes)
+    row = jax.device_put(mine[None], mesh.devices[processes.index(jax.process_index())])
+    shape, rows = (len(processes), *mine.shape), NamedSharding(mesh, PartitionSpec("process"))
     gathered = _replicated(mesh)(jax.make_array_from_single_device_arrays(shape, rows, [row]))
     return np.asarray(gathered.addressable_data(0))
 
 
 @lru_cache
-def _one_device_each() -> Mesh:
+def _one_device_each(processes: range) -> Mesh:
     """The first device of each process: one that trains, where others sample."""
     first = {device.process_index: device for device in reversed(jax.devices())}
-    return Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
+    return Mesh(np.array([first[process] for process in processes]), ("process",))
 
 
 @lru_cache
@@ -101,23 +108,24 @@ def barrier(name: str) -> None:
     assert set(names) == {name}, f"processes are at different barriers: {names}"
 
 
-def on_all(work: Callable[[], T]) -> T:
+def on_all(work: Callable[[], T], processes: range | None = None) -> T:
     """Call `work`, in which no process waits for another, and return once it has returned on all processes.
 
     If it raises an exception on one process, all processes raise: that one the exception itself, the others Interrupted
-    if that was Interrupted, else PeerError.
+    if that was Interrupted, else PeerError. `processes`: as in `gather_values`.
     """
-    if jax.process_count() == 1:
+    if len(processes or range(jax.process_count())) == 1:
         return work()
     try:
         result = work()
     except BaseException as error:
-        gather_values(_Failure(isinstance(error, Interrupted), f"{type(error).__name__}: {error}"))
+        failure = _Failure(jax.process_index(), isinstance(error, Interrupted), f"{type(error).__name__}: {error}")
+        gather_values(failure, processes)
         raise
-    failures = {process: failure for process, failure in enumerate(gather_values(None)) if failure is not None}
-    for process, failure in failures.items():
+    failures = [failure for failure in gather_values(None, processes) if failure is not None]
+    for failure in failures:
         if not failure.interrupted:
-            raise PeerError(f"process {process} of {jax.process_count()} failed: {failure.error}")
+            raise PeerError(f"process {failure.process} of {jax.process_count()} failed: {failure.error}")
     if failures:
         raise Interrupted
     return result

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.errors import ConversionError
-from converters.families.registry import to_hf
+from converters.families.registry import DERIVED, for_head, to_hf
+from converters.quantization import QUANTIZATION
 from converters.reference import Reference
 from converters.safetensors_io import open_checkpoint
 from converters.verify import RangeStatistics, compare_logits
 from converters.weight_rows import by_name, flatten, fuse
 from jaxtrain.types import Array, Batch, Params
-from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
+from jaxtrain.verify.subject import Subject, as_batch, outputs, params_as, precise
 
 LOGIT_TOLERANCE = 1e-4  # |ours - theirs|, for logits up to 10
 RELATIVE_TOLERANCE = LOGIT_TOLERANCE / 10  # relative to the largest logit, for larger logits
@@ -57,6 +58,22 @@ def loading(reference: Reference) -> Check:
     )
 
 
+def names_check(subject: Subject, reference: Reference) -> Check:
+    """Every tensor of the folder must be written by an export and used by transformers, which drops some without a
+    word (those of multi-token prediction)."""
+    name, written = "names", {tensor.name for tensor in subject.tensors}
+    derived = {each.format(layer=layer) for each in DERIVED for layer in range(subject.config.num_layers)}
+    with open_checkpoint(subject.folder) as checkpoint:
+        stored = checkpoint.entries.keys() - derived
+    used = reference.owners().keys() | {tensor.name for tensor in subject.tensors if tensor.alias}
+    lost, ignored = sorted(stored - written), sorted(stored - used)
+    if lost:
+        return Check(name, False, f"{len(lost)} tensors of the folder are lost on the way to an export, as {lost[0]}")
+    if ignored:
+        return Check(name, False, f"transformers ignores {len(ignored)} tensors of the folder, as {ignored[0]}")
+    return Check(name, True, f"{len(stored)} names in, the same {len(written)} out, all used by transformers")
+
+
 def round_trip(subject: Subject) -> Check:
     """Export the imported tensors in the stored dtype and compare them with the file, bit by bit."""
     leaves, changed = flatten(subject.params), []
@@ -71,13 +88,13 @@ def round_trip(subject: Subject) -> Check:
     if changed:
         return Check(name, False, f"{len(changed)} of {len(subject.tensors)} tensors changed, such as {changed[0]}")
     try:
-        again = to_hf(subject.config, subject.hf)
+        again = for_head(to_hf(subject.config, subject.hf), subject.config, subject.scalar)
     except ConversionError as error:
         return Check(name, False, str(error))
     different = [key for key in again.keys() | subject.hf.keys() if again.get(key) != subject.hf.get(key)]
-    # An export adds missing `architectures`.
-    if set(different) - ({"architectures"} - subject.hf.keys()):
-        return Check(name, False, f"config.json changed its {min(different)}")
+    # An export adds missing `architectures`, and is never quantised.
+    if set(different) - ({"architectures"} - subject.hf.keys()) - {QUANTIZATION}:
+        return Check(name, False, f"config.json changed its {min(set(different) - {QUANTIZATION})}")
     return Check(name, True, f"{len(subject.tensors)} tensors bit-identical, config.json unchanged")
 
 
@@ -118,6 +135,12 @@ def low_precision(
     for row, kind in enumerate(rows):
         one = slice(row, row + 1)
         ranges, other = compare_logits(ours[one], exact[one]), compare_logits(theirs[one], exact[one])
+        if exact.shape[-1] == 1:  # scores of a reward model, which are no distribution
+            medians = [float(np.median(np.abs(side[one] - exact[one]))) for side in (ours, theirs)]
+            passed = medians[0] < LOW_PRECISION_FACTOR * medians[1] + 1e-6
+            summary = f"median difference from the exact scores {medians[0]:.1e}, of transformers {medians[1]:.1e}"
+            checks.append(Check(f"scores {dtype}, {kind}", passed, summary, ranges))
+            continue
         passed = ranges[0].median_kl < LOW_PRECISION_FACTOR * other[0].median_kl + 1e-6
         summary = (
             f"KL to the exact logits: median {ranges[0].median_kl:.1e}, mean {ranges[0].kl:.1e}; "
@@ -138,7 +161,7 @@ def decode_check(
         @functools.partial(jax.jit, donate_argnums=1)
         def extend(params: Params, cache: Any, tokens: Array, positions: Array) -> tuple[Array, Any]:
             hidden, cache = model.extend(params, tokens, positions, jnp.ones_like(tokens), cache)
-            return model.logits(params, hidden), cache
+            return outputs(model, params, hidden), cache
 
         params, cache = params_as(subject, dtype), model.empty_cache(len(ids), length)
         batch, parts = as_batch(ids), []
@@ -155,12 +178,15 @@ def decode_check(
 
 
 def gradient_check(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) -> Check:
-    """Compare gradients of the mean negative log-likelihood of the next token, in our layout."""
+    """Compare gradients of the mean negative log-likelihood of the next token, or of the mean score of a reward model,
+    in our layout."""
     model = subject.model(dtype, remat="full")
     with precise(dtype):
 
         def loss(params: Params, batch: Batch) -> Array:
-            logits = model.logits(params, model.hidden(params, batch))
+            logits = outputs(model, params, model.hidden(params, batch))
+            if subject.scalar:
+                return logits.mean()
             logp = jax.nn.log_softmax(logits[:, :-1])
             return -jnp.take_along_axis(logp, batch.tokens[:, 1:, None], -1).mean()
 

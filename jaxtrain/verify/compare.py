@@ -19,9 +19,12 @@ from jaxtrain.verify.checks import (
     loading,
     logit_checks,
     low_precision,
+    names_check,
     round_trip,
 )
 from jaxtrain.verify.locate import locate
+from jaxtrain.verify.packed import packed_check
+from jaxtrain.verify.probes import boundaries, norm_check, rope_check
 from jaxtrain.verify.subject import Subject, load_subject, our_logits, token_rows
 
 
@@ -68,7 +71,8 @@ def compare(
     rows = token_rows(subject, tokens)
     ids = np.stack(list(rows.values()))
     reference = Reference(subject.folder, "float32")
-    checks = [loading(reference), round_trip(subject)]
+    checks = [loading(reference), names_check(subject, reference), round_trip(subject)]
+    checks += [norm_check(subject, reference, "float32"), *filter(None, [rope_check(subject, reference, tokens)])]
     judge, tolerance = "float32", LOGIT_TOLERANCE
     ours, theirs = {judge: our_logits(subject, ids, judge)}, {judge: reference.logits(ids)}
     logits = logit_checks(judge, rows, ours[judge], theirs[judge], tolerance)
@@ -84,6 +88,9 @@ def compare(
             logits = [excuse_rounding(check, row, ours, theirs) for row, check in enumerate(logits)]
         logits += exact
     checks += logits
+    if _all_passed(logits[-len(rows) :]):  # else these fail as well
+        checks += _at_boundaries(subject, reference, ids, judge, tolerance)
+        checks.append(packed_check(subject, reference, ids[-1], judge, tolerance))
     points, mismatch = [], None
     if layers or not _all_passed(logits):
         points, mismatch = locate(subject, reference, ids, judge)
@@ -94,8 +101,21 @@ def compare(
     if dtype != "float32":
         del reference
         reference = Reference(subject.folder, dtype)
+        checks.append(norm_check(subject, reference, dtype))
         checks += low_precision(dtype, rows, our_logits(subject, ids, dtype), reference.logits(ids), theirs[judge])
     return Report(str(subject.folder), checks, None if _all_passed(logits) else mismatch, points if layers else [])
+
+
+def _at_boundaries(
+    subject: Subject, reference: Reference, ids: np.ndarray, dtype: str, tolerance: float
+) -> list[Check]:
+    """Logits of rows whose lengths are those about which a rope changes, if these are not longer than ids [B, T]."""
+    checks = []
+    for length in (each for each in boundaries(subject.config) if each <= ids.shape[1]):
+        row = ids[-1:, :length]
+        ours, theirs = our_logits(subject, row, dtype), reference.logits(row)
+        checks += logit_checks(dtype, {f"{length} tokens, where rope changes": row}, ours, theirs, tolerance)
+    return checks
 
 
 def _all_passed(checks: list[Check]) -> bool:

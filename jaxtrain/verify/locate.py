@@ -2,22 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from converters.reference import ModuleCall, Reference
+from converters.reference import Reference
 from converters.verify import Mismatch, Pair, Point, compare_values, first_mismatch, pair_modules
-from jaxtrain.nn.config import ModelConfig
-from jaxtrain.nn.rope import rope_table
 from jaxtrain.types import Array
-from jaxtrain.verify.subject import Subject, as_batch, params_as, precise
+from jaxtrain.verify.subject import Subject, as_batch, outputs, params_as, precise
+from jaxtrain.verify.suspects import Observed, explain, order_of_layers
 
 MODULE_TOLERANCE = 1e-3  # |ours - theirs| / |theirs|, norms over the channels of each token
 _IN_A_LAYER = re.compile(r"layers\.\d+\.")
-_ATTENTION = re.compile(r"layers\.(\d+)\.attn")
 
 
 def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) -> tuple[list[Point], Mismatch | None]:
@@ -28,32 +23,47 @@ def locate(subject: Subject, reference: Reference, ids: np.ndarray, dtype: str) 
     """
     pairs = pair_modules(subject.tensors, reference.owners())
     outside = {path: pair for path, pair in pairs.items() if not _IN_A_LAYER.match(path)}
-    layers, _ = _observe(subject, reference, ids, dtype, outside)
-    mismatch = first_mismatch(layers)
-    if mismatch is None or not re.fullmatch(r"layers\.\d+", mismatch.where):
-        return layers, mismatch
-    within = {path: pair for path, pair in pairs.items() if f"{path}.".startswith(f"{mismatch.where}.")}
-    points, calls = _observe(subject, reference, ids, dtype, within)
-    mismatch = first_mismatch(points) or mismatch
-    attention = _ATTENTION.fullmatch(mismatch.where)
-    if attention and mismatch.what and mismatch.hf in calls:
-        suspects = _attention_suspects(subject.config, int(attention[1]), ids, calls[mismatch.hf].keywords)
-        mismatch = replace(mismatch, suspects=suspects or mismatch.suspects)
-    return layers, mismatch
+    seen = _observe(subject, reference, ids, dtype, outside)
+    layers = seen.points
+    mismatch = first_mismatch(_without_embedding(layers))
+    if mismatch is None:
+        return layers, None
+    if swapped := order_of_layers(pairs, list(reference.record(ids[:, :1], _layers(pairs))[0])):
+        return layers, swapped
+    if re.fullmatch(r"layers\.\d+", mismatch.where):
+        within = {path: pair for path, pair in pairs.items() if f"{path}.".startswith(f"{mismatch.where}.")}
+        seen = _observe(subject, reference, ids, dtype, within)
+        mismatch = first_mismatch(seen.points) or mismatch
+    return layers, explain(subject, mismatch, seen, pairs, ids)
+
+
+def _without_embedding(points: list[Point]) -> list[Point]:
+    """Without the output of the embedding if the input of the first layer agrees: some models of transformers scale
+    embeddings outside of their module."""
+    agrees = any((point.path, point.side) == ("layers.0", "in") and point.position < 0 for point in points)
+    return [point for point in points if not (agrees and point.path == "embed")]
+
+
+def _layers(pairs: Mapping[str, Pair]) -> set[str]:
+    return {pair.hf for path, pair in pairs.items() if re.fullmatch(r"layers\.\d+", path)}
 
 
 def _observe(
     subject: Subject, reference: Reference, ids: np.ndarray, dtype: str, pairs: Mapping[str, Pair]
-) -> tuple[list[Point], dict[str, ModuleCall]]:
+) -> Observed:
     calls, logits = reference.record(ids, {pair.hf for pair in pairs.values()})
     points: list[Point] = []
+    values: dict[tuple[str, str], np.ndarray] = {}
     compared: dict[str, int] = {}  # by module of theirs that corresponds to several of ours: channels compared so far
 
     def on_value(path: str, side: str, value: Array) -> None:
         pair = pairs.get(path)
-        if pair is None or pair.hf not in calls:
+        if pair is None or not hasattr(value, "shape"):  # experts get rows sorted by expert and their numbers
             return
-        ours, theirs = np.asarray(value), calls[pair.hf].input if side == "in" else calls[pair.hf].output
+        ours = values[path, side] = np.asarray(value)
+        if pair.hf not in calls:
+            return
+        theirs = calls[pair.hf].input if side == "in" else calls[pair.hf].output
         if theirs is None:
             return
         if pair.shared and side == "out":
@@ -73,29 +83,6 @@ def _observe(
     with precise(dtype):
         model, params = subject.model(dtype), params_as(subject, dtype)
         hidden = model.watch(params, as_batch(ids), on_value)
-        compare("lm_head", "lm_head", "out", np.asarray(model.logits(params, hidden)), logits)
-    return points, calls
-
-
-def _attention_suspects(config: ModelConfig, layer: int, ids: np.ndarray, theirs: Mapping[str, Any]) -> str:
-    """Compare the rope table and the mask that transformers passed to its attention with ours."""
-    length, window, rope = ids.shape[1], config.pattern[layer].window, config.pattern[layer].rope
-    suspects = []
-    if rope is not None and isinstance(theirs.get("position_embeddings"), tuple):
-        table = rope_table(rope, config.head_dim, as_batch(ids).positions, jnp.asarray(length))
-        ours = [np.asarray(half)[0, :, 0] for half in table]
-        reference = [np.asarray(half[0], np.float64) for half in theirs["position_embeddings"]]
-        if any(
-            half.shape[-1] not in (own.shape[-1], 2 * own.shape[-1])
-            or np.abs(half[:, : own.shape[-1]] - own).max() > 1e-3
-            for own, half in zip(ours, reference, strict=True)
-        ):
-            suspects.append("rope (base, scaling, or the share of rotated channels): its cosines and sines differ")
-    if theirs.get("attention_mask") is not None:
-        # The number of tokens that the last one attends to.
-        visible = int((np.asarray(theirs["attention_mask"])[0, 0, -1] == 0).sum())
-        if visible != min(window or length, length):
-            suspects.append(
-                f"window: the last of {length} tokens attends to {visible}, ours to {min(window or length, length)}"
-            )
-    return "; ".join(suspects) or "rope's layout, scale, softcap or sinks, since rope tables and windows agree"
+        head, theirs = ("value_head", "score") if subject.scalar else ("lm_head", "lm_head")
+        compare(head, theirs, "out", np.asarray(outputs(model, params, hidden)), logits)
+    return Observed(points, values, calls)

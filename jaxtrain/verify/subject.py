@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.families.registry import has_scalar_head
 from converters.import_hf import bind_checkpoint, import_params, read_config
 from converters.safetensors_io import open_checkpoint
 from converters.tokenizer import load_tokenizer
 from converters.weight_rows import Tensor, flatten
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Array, Batch, Params
 
@@ -40,14 +42,19 @@ class Subject:
     params: Params  # float32
     tensors: list[Tensor]  # the family's rows bound to the folder
 
+    @property
+    def scalar(self) -> bool:
+        """Whether it is a reward model."""
+        return has_scalar_head(self.hf)
+
     def model(self, dtype: str, remat: str = "none") -> Model:
-        return Model(self.config, run=Execution(jnp.dtype(dtype), remat))
+        return Model(self.config, run=Execution(jnp.dtype(dtype), remat), output=SCALAR if self.scalar else LANGUAGE)
 
 
 def load_subject(folder: Path) -> Subject:
     """Import a folder. Raises ConversionError if our import fails."""
     config, hf = read_config(folder)
-    target = Model(config).abstract()
+    target = Model(config, output=SCALAR if has_scalar_head(hf) else LANGUAGE).abstract()
     with open_checkpoint(folder) as checkpoint:
         tensors = bind_checkpoint(checkpoint, config, {ours: leaf.shape for ours, leaf in flatten(target).items()})
     return Subject(folder, hf, config, import_params(folder, config, target), tensors)
@@ -62,16 +69,21 @@ def token_rows(subject: Subject, length: int) -> dict[str, np.ndarray]:
     return rows
 
 
-def our_logits(subject: Subject, ids: np.ndarray, dtype: str) -> np.ndarray:
-    """Logits of ids [B, T] -> [B, T, V]: float64 for that dtype, else float32."""
+def our_logits(subject: Subject, ids: np.ndarray, dtype: str, batch: Batch | None = None) -> np.ndarray:
+    """Logits of ids [B, T] (or of `batch`, packed) -> [B, T, V]; of a reward model the scores [B, T, 1]."""
     model = subject.model(dtype)
     with precise(dtype):
 
         @jax.jit
         def forward(params: Params, batch: Batch) -> Array:
-            return model.logits(params, model.hidden(params, batch))
+            return outputs(model, params, model.hidden(params, batch))
 
-        return np.asarray(forward(params_as(subject, dtype), as_batch(ids)))
+        return np.asarray(forward(params_as(subject, dtype), as_batch(ids) if batch is None else batch))
+
+
+def outputs(model: Model, params: Params, hidden: Array) -> Array:
+    """Logits of hidden states [B, T, D] -> [B, T, V]; of a reward model the scores [B, T, 1]."""
+    return model.values(params, hidden)[..., None] if model.output == SCALAR else model.logits(params, hidden)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from jaxtrain.plan.prices import CHIPS, GROUPED_MATMUL, UnpricedCallError, call_
 
 CHIP, PEAK = CHIPS["TPU v5"], 459e12
 ROWS, HEADS, KV_HEADS, TOKENS, WIDTH = 2, 32, 8, 8192, 128
+PARTS = 4  # of a row, over devices: keys of all of it
+ROW = f"bf16[{ROWS},{KV_HEADS},{PARTS * TOKENS},{WIDTH}]{{3,2,1,0}}"
 QUERIES, KEYS = (f"bf16[{ROWS},{heads},{TOKENS},{WIDTH}]{{3,2,1,0}}" for heads in (HEADS, KV_HEADS))
 
 
@@ -14,6 +16,8 @@ def price(line: str, grouped_rows: int | None = None):
     text = f"""ENTRY %main (p: s32[]) -> s32[] {{
   %q = {QUERIES} parameter(0)
   %k = {KEYS} parameter(1)
+  %row = {ROW} parameter(5)
+  %blocks = s8[1,128,128]{{2,1,0}} parameter(6)
   %x = bf16[4096,512]{{1,0}} parameter(2)
   %w = bf16[16,512,768]{{2,1,0}} parameter(3)
   %y = bf16[4096,768]{{1,0}} parameter(4)
@@ -40,6 +44,14 @@ def test_splash_attention_costs_its_causal_products(line, products):
     flops = products * 2 * ROWS * HEADS * TOKENS * TOKENS * WIDTH / 2
     assert found.flops == pytest.approx(flops)
     assert found.seconds == pytest.approx(flops / PEAK / 0.6)
+
+
+def test_a_part_of_a_row_attends_to_half_of_the_keys_of_the_row():
+    whole, part = (
+        price(f'%n = {QUERIES} custom-call(%blocks, %q, {keys}, {keys}), metadata={{op_name="splash_mha_fwd"}}')
+        for keys in ("%k", "%row")
+    )
+    assert part.flops == PARTS * whole.flops
 
 
 @pytest.mark.parametrize(

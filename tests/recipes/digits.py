@@ -1,7 +1,10 @@
-"""A reward that a random model can increase (the share of digits in its text), and a slow version."""
+"""A reward that a random model can increase (the share of digits in its text), a slow version, and an environment."""
 
+import asyncio
 import time
 from pathlib import Path
+
+from jaxtrain.rl.environments import Opening, Reply
 
 
 def digits(completions, **_):
@@ -20,3 +23,19 @@ def slow_digits(completions, folder, **columns):
         (folder / "waiting").touch()
         time.sleep(60)
     return digits(completions, **columns)
+
+
+class MoreDigits:
+    """Asks twice for digits, quotes the answer, and does not like some letters."""
+
+    async def reset(self, row):
+        self.turns = 0
+        return Opening(row["prompt"])
+
+    async def step(self, text):
+        await asyncio.sleep(0.01 * (len(text) % 5))
+        self.turns += 1
+        reward = sum(character.isdigit() for character in text) / 8
+        if set(text) & set("vwxyz"):
+            raise RuntimeError("no such letters, please")
+        return Reply([{"role": "user", "content": f"Not {text[:2]!a}."}] if self.turns < 2 else (), reward)

@@ -9,11 +9,9 @@ import commands
 import numpy as np
 import pytest
 import yaml
-from recipe_runs import checksums, killed_copy, logged
+from recipe_runs import checksums, killed_copy, logged, rl_tree
 
-from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import parse_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
 from jaxtrain.rl.failures import MAX_LOST_STEPS
 from jaxtrain.session.export import export_run
@@ -21,45 +19,21 @@ from jaxtrain.session.export import export_run
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
-    return folder
+    return tmp_path_factory.mktemp("rl")
 
 
 def tree(place: Path, *, objective=None, sampling=None, **rl_section) -> dict:
     model = commands.MODEL | {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 128}
-    section = {
-        "prompts": 4,
-        "generations": 4,
-        "max_completion_length": 8,
-        "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
-        "reward_workers": 1,
-        "slots": 16,
-    }
-    return {
-        "recipe": "rl",
-        "run": {"dir": str(place / "run")},
-        "model": {
-            "config": model,
-            "tokenizer": str(place / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
-        "data": {
-            "train": {"path": str(place / "train.jsonl")},
-            "eval": {"path": str(place / "eval.jsonl")},
-            "max_length": 48,
-        },
-        "train": {"steps": 6},
-        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
-        "checkpoint": {"every": 1, "keep": 10},
-        "eval": {"every": 6, "generate": 4, "max_new_tokens": 8},
-        "log": {"every": 1, "tensorboard": False},
-        "rl": section | rl_section,
-        "objective": objective or {},
-        "sampling": sampling or {},
-    }
+    return rl_tree(
+        place,
+        model={"config": model},
+        data={"eval": {"path": str(place / "eval.jsonl")}},
+        train={"steps": 6},
+        eval={"every": 6, "generate": 4, "max_new_tokens": 8},
+        rl=rl_section,
+        objective=objective or {},
+        sampling=sampling or {},
+    )
 
 
 def train(tree: dict, run: Path, **train_section) -> list[dict]:

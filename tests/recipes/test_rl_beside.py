@@ -5,11 +5,9 @@ from pathlib import Path
 import commands
 import pytest
 import yaml
-from recipe_runs import killed_copy, logged
+from recipe_runs import killed_copy, logged, rl_tree
 
-from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import load_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes.run import run
 from jaxtrain.rl.trajectories import read_step, recorded_steps
 
@@ -25,35 +23,12 @@ BESIDE = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rl-beside")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
-    config = {
-        "recipe": "rl",
-        "model": {
-            "config": commands.MODEL | {"max_position_embeddings": 128},
-            "tokenizer": str(folder / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
-        "data": {
-            "train": {"path": str(folder / "train.jsonl")},
-            "eval": {"path": str(folder / "eval.jsonl")},
-            "max_length": 48,
-        },
-        "train": {"steps": STEPS},
-        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
-        "checkpoint": {"every": 1, "keep": 10},
-        "eval": {"every": 3, "generate": 4, "max_new_tokens": 4},
-        "log": {"every": 1, "tensorboard": False},
-        "rl": {
-            "prompts": 4,
-            "generations": 4,
-            "max_completion_length": 8,
-            "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
-            "reward_workers": 1,
-            "slots": 16,
-        },
-    }
+    config = rl_tree(
+        folder,
+        data={"eval": {"path": str(folder / "eval.jsonl")}},
+        train={"steps": STEPS},
+        eval={"every": 3, "generate": 4, "max_new_tokens": 4},
+    )
     (folder / "rl.yaml").write_text(yaml.safe_dump(config))
     return folder
 

@@ -9,16 +9,13 @@ import jax
 import pytest
 import ray_start
 import yaml
-from recipe_runs import checksums, killed_copy, logged
+from recipe_runs import checksums, killed_copy, logged, rl_tree
 
-from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.config import load_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes.run import run
 from jaxtrain.rl.placement import check_processes
 from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
 
-STEPS = 4
 LORA = "model.lora={rank: 4}"
 CASES = {  # overrides; each takes several updates on the same samples
     "grpo": [LORA, "rl.minibatches=2", "objective.beta=0.1"],
@@ -30,40 +27,25 @@ CASES = {  # overrides; each takes several updates on the same samples
         "sampling.top_k=5",
         "sampling.temperature=0.9",
     ],
+    "environment": [
+        f"rl.environment={{factory: '{Path(__file__).parent / 'digits.py'}:MoreDigits', max_turns: 2}}",
+        "rl.rewards=[]",
+        "rl.max_completion_length=24",
+        "data.max_length=160",
+        "model.config.max_position_embeddings=160",
+        f"model.config.eos_token_id={list(range(65, 72))}",  # a turn must end for the environment to be asked
+        "train.steps=2",
+    ],
 }
 RESUMED_AFTER = {"ppo": 3, "dapo": 2}  # steps, in the middle of updates and between rollouts
 ONE_ENGINE = "rl.placement.processes_per_engine=2"
+SHARED = ("grpo", "environment")  # with an engine of two processes as well
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rl-processes")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
-    config = {
-        "recipe": "rl",
-        "run": {"dir": str(folder / "run")},
-        "model": {
-            "config": commands.MODEL | {"max_position_embeddings": 128},
-            "tokenizer": str(folder / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
-        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
-        "train": {"steps": STEPS},
-        "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
-        "checkpoint": {"every": 1, "keep": 10},
-        "log": {"every": 1, "tensorboard": False},
-        "rl": {
-            "prompts": 4,
-            "generations": 4,
-            "max_completion_length": 8,
-            "rewards": [{"function": f"{Path(__file__).parent / 'digits.py'}:digits"}],
-            "reward_workers": 1,
-            "slots": 16,
-        },
-    }
-    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
+    (folder / "rl.yaml").write_text(yaml.safe_dump(rl_tree(folder)))
     return folder
 
 
@@ -88,7 +70,7 @@ def one(place) -> None:
 def two(place, one) -> None:
     """The runs of two processes, whole and from the middle of the updates of one process."""
     killed_copy(place / "ppo" / "one", place / "ppo" / "on", 1)
-    runs = [*((case, "two") for case in CASES), ("grpo", "one engine"), ("ppo", "on")]
+    runs = [*((case, "two") for case in CASES), *((case, "one engine") for case in SHARED), ("ppo", "on")]
     calls = [
         ["train", str(place / "rl.yaml"), *overrides(place, *each), *([ONE_ENGINE] if each[1] == "one engine" else [])]
         for each in runs
@@ -116,7 +98,7 @@ def four(place, one) -> None:
 def samples(run: Path) -> list[tuple]:
     """Of each sample: where it belongs, and its tokens."""
     return [
-        (step, t.prompt.number, t.sample, t.completion_ids.tolist(), t.reward, t.left_out)
+        (step, t.prompt.number, t.sample, t.completion_ids.tolist(), str(t.reward), t.left_out)  # it may be NaN
         for step in recorded_steps(run)
         for t in read_step(run, step)
     ]
@@ -146,8 +128,20 @@ def test_two_processes_equal_one(place, two, case):
     assert {"step_00000001.0-of-2.parquet", "step_00000001.1-of-2.parquet"} <= names
 
 
-def test_an_engine_of_two_processes_equals_one_of_each(place, two):
-    assert_equal(place / "grpo" / "one engine", place / "grpo" / "two")
+@pytest.mark.parametrize("case", SHARED)
+def test_an_engine_of_two_processes_equals_one_of_each(place, two, case):
+    assert_equal(place / case / "one engine", place / case / "two")
+
+
+def test_environments_of_two_processes_have_responded(place, two):
+    """Else the tests above would see nothing of conversations."""
+    talks = [
+        t
+        for step in recorded_steps(place / "environment" / "two")
+        for t in read_step(place / "environment" / "two", step)
+    ]
+    assert {t.info["turns"] for t in talks} == {1, 2} and not all(t.loss_mask.all() for t in talks)
+    assert {bool(t.info.get("error")) for t in talks} == {True, False}
 
 
 @pytest.mark.slow
@@ -196,4 +190,4 @@ def test_the_samples_have_different_rewards(place, one):
     """Else the tests above would see nothing of rewards and advantages."""
     for case in CASES:
         assert len({sample[4] for sample in samples(place / case / "one")}) > 1
-        assert any(line.get("grad_norm", 0) > 1e-3 for line in logged(place / case / "one"))
+        assert any(line.get("grad_norm", 0) > 1e-3 for line in logged(place / case / "one")), case

@@ -12,10 +12,10 @@ import commands
 import numpy as np
 import pytest
 import ray_start
+from recipe_runs import rl_tree
 
-from converters.tokenizer import load_tokenizer, write_byte_tokenizer
+from converters.tokenizer import load_tokenizer
 from jaxtrain.config import parse_config
-from jaxtrain.data.arithmetic import write_arithmetic
 from jaxtrain.recipes import rl
 from jaxtrain.recipes.replay import replay
 from jaxtrain.rl.ray_sampler import RaySampler
@@ -33,8 +33,6 @@ MODEL = commands.MODEL | {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
     (folder / "odd.py").write_text(
         "def odd(completion_ids, **_):\n    return [sum(token % 2 for token in ids) / 8 for ids in completion_ids]\n"
     )
@@ -50,35 +48,22 @@ def together(place):
 
 
 def config_of(place: Path, name: str, placement: dict, max_length: int = 48, steps: int = 4, stops=(), **section):
-    model = {
-        "config": MODEL | {"eos_token_id": list(stops)},
-        "tokenizer": str(place / "tokenizer"),
-        "compute_dtype": "float32",
-        "remat": "none",
-    }
-    return parse_config(
-        {
-            "recipe": "rl",
-            "run": {"dir": str(place / name)},
-            "model": model,
-            "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": max_length},
-            "train": {"steps": steps},
-            "optimizer": {"learning_rate": 0.01, "schedule": "constant"},
-            "log": {"every": 1, "tensorboard": False},
-            "rl": {
-                "iterations": 2,  # on the first pass every ratio is 1, and the loss of a group is 0
-                "prompts": 4,
-                "generations": 4,
-                "max_completion_length": 8,
-                "rewards": [{"function": f"{place / 'odd.py'}:odd"}],
-                "reward_workers": 1,
-                "slots": 16,
-                "placement": placement,
-                **section,
-            },
+    tree = rl_tree(
+        place,
+        run={"dir": str(place / name)},
+        model={"config": MODEL | {"eos_token_id": list(stops)}},
+        data={"max_length": max_length},
+        train={"steps": steps},
+        optimizer={"learning_rate": 0.01},
+        checkpoint={"every": 1000},
+        rl={
+            "iterations": 2,  # on the first pass every ratio is 1, and the loss of a group is 0
+            "rewards": [{"function": f"{place / 'odd.py'}:odd"}],
+            "placement": placement,
+            **section,
         },
-        name,
     )
+    return parse_config(tree, name)
 
 
 def train(place: Path, name: str, placement: dict, **section) -> list[float]:
@@ -224,20 +209,22 @@ def slow(completions, **_):
 """
 
 
-def test_failing_environments_and_rewards_lose_samples_and_do_not_end_the_run(place, caplog):
+@pytest.mark.parametrize("placement", [{}, DISJOINT | {"staleness": 1}], ids=["in turns", "each for itself"])
+def test_failing_environments_and_rewards_lose_samples_and_do_not_end_the_run(place, caplog, placement):
+    name = f"broken-{len(placement)}"
     (place / "broken.py").write_text(BROKEN)
     environment = {"factory": f"{place / 'broken.py'}:Echo", "max_turns": 2, "seconds": 0.5}
     rewards = [{"function": f"{place / 'broken.py'}:slow", "seconds": 0.2}]
     # A turn must end for the environment to be asked, and a random model seldom draws the template's token.
     changes = {"environment": environment, "rewards": rewards, "iterations": 1, "max_completion_length": 24}
-    losses = train(place, "broken", {}, max_length=160, steps=2, stops=range(65, 72), **changes)
+    losses = train(place, name, placement, max_length=160, steps=2, stops=range(65, 72), **changes)
     assert len(losses) == 2
-    errors, hung = column(place / "broken", "environment/errors"), column(place / "broken", "rewards/slow/timeout")
-    lost, late = column(place / "broken", "rewards/lost"), column(place / "broken", "environment/timeouts")
+    errors, hung = column(place / name, "environment/errors"), column(place / name, "rewards/slow/timeout")
+    lost, late = column(place / name, "rewards/lost"), column(place / name, "environment/timeouts")
     assert sum(errors) > sum(late) > 0 and sum(hung) > 0 and sum(lost) >= max(sum(errors), sum(hung))
     assert sum(lost) < 2 * 16 and "no such letters" in caplog.text and "took too long" in caplog.text
     assert "took longer than 0.5 seconds" in caplog.text
-    talk = next(t for t in read_step(place / "broken", 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
+    talk = next(t for t in read_step(place / name, 1) if t.info["turns"] == 2 and np.isfinite(t.reward))
     assert not talk.loss_mask.all() and talk.rewards["environment"] > 0 and talk.text.count("Again.") == 1
 
 

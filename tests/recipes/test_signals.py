@@ -9,9 +9,7 @@ from pathlib import Path
 import commands
 import pytest
 import yaml
-
-from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.data.arithmetic import write_arithmetic
+from recipe_runs import rl_tree
 
 SOON = 20.0  # seconds within which a process ends whose work would take a minute, on a busy machine
 
@@ -19,30 +17,17 @@ SOON = 20.0  # seconds within which a process ends whose work would take a minut
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
-    write_byte_tokenizer(folder / "tokenizer")
-    write_arithmetic(folder, train_rows=64, eval_rows=8, seed=0)
-    config = {
-        "recipe": "sft",
-        "run": {"dir": str(folder / "run")},
-        "model": {"config": commands.MODEL, "tokenizer": str(folder / "tokenizer"), "compute_dtype": "float32"},
-        "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 64},
-        "train": {"steps": 1000, "batch_size": 2},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
-        "checkpoint": {"every": 1000},
-        "log": {"every": 1, "tensorboard": False},
-    }
-    (folder / "sft.yaml").write_text(yaml.safe_dump(config))
     reward = {"function": f"{Path(__file__).parent / 'digits.py'}:slow_digits", "seconds": 100.0}
-    rl = {
-        "prompts": 2,
-        "generations": 2,
-        "max_completion_length": 8,
-        "rewards": [reward],
-        "reward_workers": 1,
-        "slots": 4,
-    }
-    config |= {"recipe": "rl", "rl": rl, "train": {"steps": 4}}
-    (folder / "rl.yaml").write_text(yaml.safe_dump(config))
+    rl = rl_tree(
+        folder,
+        data={"max_length": 64},
+        checkpoint={"every": 1000},
+        rl={"prompts": 2, "generations": 2, "rewards": [reward], "slots": 4},
+    )
+    shared = {key: rl[key] for key in ("run", "model", "data", "optimizer", "checkpoint", "log")}
+    sft = shared | {"recipe": "sft", "train": {"steps": 1000, "batch_size": 2}}
+    (folder / "rl.yaml").write_text(yaml.safe_dump(rl))
+    (folder / "sft.yaml").write_text(yaml.safe_dump(sft))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,20 +13,37 @@ from jaxtrain.rl.conversations import Conversations
 from jaxtrain.rl.environments import GuessingGame, NumberReversal, Opening, Reply
 from jaxtrain.rl.rollouts import Prompt, pack
 from jaxtrain.rl.tools import calculator_tools
-from jaxtrain.sample.requests import Completion, SamplingParams, Timings
+from jaxtrain.sample.requests import Chunk, Completion, SamplingParams, Timings
 
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "47 * 38"}}\n</tool_call>'
 
 
 class Script:
-    """An engine whose n-th turn in every conversation is the n-th line, in any ids that decode to it."""
+    """An engine whose n-th turn in every conversation is the n-th line, in any ids that decode to it.
+
+    A call of the device answers all requests that were submitted before it: `requests` has those of each call.
+    """
 
     def __init__(self, tok, lines, end="<|im_end|>", finish="stop"):
         self.tok, self.lines, self.end, self.finish, self.requests = tok, lines, end, finish, []
+        self.waiting, self.submitted = [], 0
 
-    def __call__(self, requests):
-        self.requests.append(requests)
-        return [[self.say(self.lines[len(self.requests) - 1])] for _ in requests]
+    def submit(self, request):
+        self.waiting.append((self.submitted, request))
+        self.submitted += 1
+        return self.submitted - 1
+
+    def run(self, source):
+        while source(not self.waiting) or self.waiting:
+            if not self.waiting:
+                continue
+            answered, self.waiting = self.waiting, []
+            self.requests.append([request for _, request in answered])
+            for number, request in answered:
+                yield Chunk(number, 0, np.zeros(0, np.int32), np.zeros(0, np.float32), "", self.answer(request))
+
+    def answer(self, request):
+        return self.say(self.lines[len(self.requests) - 1])
 
     def say(self, line):
         # Character by character: not how the tokenizer would split it, as a model may do.
@@ -38,11 +56,13 @@ class Script:
         )
 
 
-def run(script, factory, columns, *, template=CHATML, samples=1, max_turns=8, max_length=10_000, seconds=60.0):
-    chat = ChatTokenizer(script.tok)
-    conversations = Conversations(factory, chat, SamplingParams(max_tokens=64), max_turns, max_length, seconds)
+def run(script, factory, columns, *, samples=1, max_turns=8, max_length=10_000, seconds=60.0, **settings):
+    chat, params = ChatTokenizer(script.tok), SamplingParams(max_tokens=64)
+    conversations = Conversations(factory, chat, params, max_turns, max_length, seconds, **settings)
     prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
-    return conversations.run(script, prompts, samples, lambda number, sample: 10 * number + sample)
+    ended = list(conversations.run(script, prompts, samples, lambda number, sample: 10 * number + sample))
+    groups = [[t for place, t in ended if place == index] for index in range(len(prompts))]
+    return [sorted(group, key=lambda t: t.sample) for group in groups]
 
 
 def pieces(tok, trajectory):
@@ -109,6 +129,37 @@ def test_conversations_run_in_parallel_and_end_independently():
     assert pieces(tok, groups[1][0])[1] == ("\n<|im_start|>user\nHigher.<|im_end|>\n<|im_start|>assistant\n", False)
     seeds = [request.params.seed for request in script.requests[0]]
     assert seeds == [0, 1, 10, 11, 20, 21, 30, 31]
+
+
+class Ordered:
+    """The environment "late" responds to its first turn after "early" has seen its second one."""
+
+    def __init__(self, events):
+        self.events, self.turns = events, 0
+
+    def reset(self, row):
+        self.name = row["name"]
+        return Opening([{"role": "user", "content": self.name}])
+
+    def step(self, text):
+        self.turns += 1
+        if self.name == "early" and self.turns == 2:
+            self.events.set()
+        if self.name == "late":
+            self.events.wait()
+        return Reply([{"role": "user", "content": "More."}] if self.turns < 2 else (), reward=1.0)
+
+
+def test_a_conversation_waits_for_the_environments_of_others_only_in_turns():
+    tok, rows = tokenizer(CHATML), [{"name": "late"}, {"name": "early"}]
+    finished = run(Script(tok, ["1"] * 6), partial(Ordered, threading.Event()), rows, in_turns=False)
+    assert [group[0].rewards for group in finished] == [{"environment": 2.0}] * 2
+    events = threading.Event()
+    script = Script(tok, ["1"] * 6)
+    (late,), (early,) = run(script, partial(Ordered, events), rows, seconds=0.5)
+    events.set()
+    assert late.info["timed_out"] and early.rewards == {"environment": 2.0}
+    assert [len(requests) for requests in script.requests] == [2, 1]
 
 
 def test_the_template_ends_a_turn_without_its_end_token():

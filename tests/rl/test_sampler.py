@@ -1,11 +1,15 @@
 """`EngineSampler`: what is drawn depends on the seed, the prompt's number, the sample and the weights alone."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import samplers
 import tiny
 
+from converters.tokenizer import load_tokenizer, write_byte_tokenizer
+from jaxtrain.config.rl_parts import EnvironmentSection
+from jaxtrain.rl.rollouts import Prompt
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import WeightSync, rollout_model
 from jaxtrain.train.preemption import Interrupted
@@ -52,6 +56,22 @@ def test_weights_set_from_another_thread_are_taken_between_device_calls(made):
     versions = group[0].versions.tolist()
     assert versions == sorted(versions) and set(versions) == {0, 9}
     samplers.same([[group[0]]], sampler(made).sample(samplers.PROMPTS[:1], 1))  # the weights are equal
+
+
+def test_conversations_are_the_same_in_turns_and_each_for_itself(tmp_path):
+    write_byte_tokenizer(tmp_path)
+    trainer = tiny.model(**samplers.SIZES, vocab_size=259)
+    params = tiny.random_params(trainer)
+    spec = samplers.spec(rollout_model(trainer, None))
+    environment = EnvironmentSection(factory="GuessingGame", max_turns=3)
+    stops = replace(spec.params, stop_ids=tuple(range(65, 73)), max_tokens=32)
+    spec = replace(spec, tokenizer=load_tokenizer(tmp_path), environment=environment, params=stops, max_length=256)
+    prompts = [Prompt(number, samplers.PROMPTS[0].ids, {"secret": number}) for number in range(3)]
+    sync = WeightSync(trainer, spec.model)
+    made = [replace(spec, in_turns=each).build(sync(params).params, 0, sync) for each in (True, False)]
+    in_turns, alone = (sampler.sample(prompts, 3) for sampler in made)
+    samplers.same(alone, in_turns)
+    assert any(t.info["turns"] > 1 for group in alone for t in group)
 
 
 def test_an_interrupted_sampler_gives_up(made):

@@ -9,7 +9,9 @@ import hf_folders
 import jax
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from converters.families import qwen3
@@ -109,6 +111,30 @@ def test_experts_in_float64(case, tmp_path):
     """If float32 exceeds the tolerance, the reference runs in float64, where torch has no grouped matrix product."""
     checks = passes(rescaled(hf_folders.save(tmp_path, case), "lm_head.weight", 3000), gradients=True)
     assert "logits float64, random ids" in checks
+
+
+def test_a_reward_model(tmp_path):
+    """The scores of all tokens are compared; a wrong head is located."""
+    torch.manual_seed(0)
+    config = hf_folders.hf_config("qwen3", num_labels=1, num_hidden_layers=2)
+    AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    subject = load_subject(tmp_path)
+    report = compare(subject, tokens=40, gradients=True, decode=True)
+    assert report.passed, "\n".join(f"{check.name}: {check.summary}" for check in report.checks)
+    assert "scores bfloat16, random ids" in {check.name for check in report.checks}
+    wrong = with_params(subject, lambda p: p.update(value_head={"kernel": 1.1 * p["value_head"]["kernel"]}))
+    ids = np.stack(list(token_rows(subject, 40).values()))
+    assert locate(wrong, Reference(tmp_path, "float32"), ids, "float32")[1].where == "value_head"
+
+
+def test_a_rope_that_changes_within_the_tokens(tmp_path):
+    hf_folders.save(tmp_path, "phi3-longrope-tied", original_max_position_embeddings=16, num_hidden_layers=2)
+    report = compare(load_subject(tmp_path), tokens=40, dtype="float32")
+    assert report.passed, "\n".join(f"{check.name}: {check.summary}" for check in report.checks)
+    names = {check.name for check in report.checks}
+    assert {f"logits float32, {length} tokens, where rope changes" for length in (16, 17)} < names
+    packed = next(check for check in report.checks if check.name == "packed rows")
+    assert packed.summary.startswith("documents of 16, 17, 7 tokens")
 
 
 def test_experts_with_an_unaligned_width(tmp_path):
@@ -231,9 +257,10 @@ def test_command_passes(folder):
     assert (done.exit_code, report["passed"], report["mismatch"]) == (0, True, None), done.output
     names = [check["name"] for check in report["checks"]]
     assert {"round trip", "cached decode", "gradients", "logits float32, random ids"} <= set(names)
+    first = next(check for check in report["checks"] if check["name"].startswith("logits"))
     ends = [point["path"] for point in report["layers"] if point["side"] == "out"]
     assert ends == ["embed", "layers.0", "layers.1", "layers.2", "norm", "lm_head"]
-    assert [span["stop"] for span in report["checks"][2]["ranges"]] == [90, 16, 64, 90]
+    assert [span["stop"] for span in first["ranges"]] == [90, 16, 64, 90]
 
 
 def test_command_fails_and_names_the_place(folder, monkeypatch):

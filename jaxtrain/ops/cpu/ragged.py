@@ -22,7 +22,7 @@ class _Tiles:
         self.count = -(-sizes // _TILE)
         self.last_tiles = jnp.cumsum(self.count)
 
-    def at(self, i: Array) -> tuple[Array, Array, Array]:
+    def at(self, i: Array | int) -> tuple[Array, Array, Array]:
         """The group of tile i, its first row, and how many rows of the group remain from there."""
         group = jnp.searchsorted(self.last_tiles, i, side="right", method="compare_all")
         first = (i - (self.last_tiles[group] - self.count[group])) * _TILE
@@ -36,7 +36,7 @@ def grouped_matmul(
     tiles, rows = _Tiles(sizes), len(x)
     x = jnp.pad(x, ((0, _TILE), (0, 0)))
 
-    def body(i: Array, out: Array) -> Array:
+    def body(i: Array | int, out: Array) -> Array:  # an int outside of jit
         group, start, _ = tiles.at(i)
         tile = lax.dynamic_slice_in_dim(x, start, _TILE) @ kernels[group]
         # Rows past the end of the group are overwritten by the next group's first tile.
@@ -53,7 +53,7 @@ def grouped_outer(x: Float[Array, "M I"], g: Float[Array, "M O"], sizes: Integer
     tiles = _Tiles(sizes)
     x, g = (jnp.pad(rows, ((0, _TILE), (0, 0))) for rows in (x, g))
 
-    def body(i: Array, out: Array) -> Array:
+    def body(i: Array | int, out: Array) -> Array:  # an int outside of jit
         group, start, remaining = tiles.at(i)
         in_group = jnp.arange(_TILE)[:, None] < remaining
         x_tile, g_tile = (jnp.where(in_group, lax.dynamic_slice_in_dim(rows, start, _TILE), 0) for rows in (x, g))
