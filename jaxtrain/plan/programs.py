@@ -190,8 +190,8 @@ def head_trips(batch: Batch, role: Role, microbatches: int = 1) -> Callable[[str
 
 def grouped_rows(model: Model, mesh: jax.sharding.Mesh, tokens: int) -> int | None:
     """Of the products of a device's experts for `tokens` of all devices, if experts are chosen equally often."""
-    moe = model.config.moe
-    return None if moe is None else -(-tokens * moe.experts_per_token // row_shares(mesh))
+    moe, shares = model.config.moe, row_shares(mesh) * context_shards(mesh)
+    return None if moe is None else -(-tokens * moe.experts_per_token // shares)
 
 
 def _counted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
