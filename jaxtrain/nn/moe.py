@@ -81,7 +81,7 @@ def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real
 
 
 class ExpertRows(NamedTuple):
-    """Copies of tokens, sorted by expert. ExpertRows at the end may belong to no expert: their weights are 0."""
+    """Copies of tokens, sorted by expert. Rows at the end may belong to no expert and hold any bits."""
 
     x: Array  # [M, D]
     weights: Array  # [M] the router's, in float32
@@ -113,7 +113,8 @@ class Experts(nnx.Module):
             gate, up = jnp.minimum(gate, self.swiglu.limit), jnp.clip(up, -self.swiglu.limit, self.swiglu.limit)
             hidden = (up + 1) * gate * jax.nn.sigmoid(self.swiglu.alpha * gate)
         weights = rows.weights[:, None]
-        return self.down_proj((hidden * weights).astype(hidden.dtype), rows.sizes, member * weights)
+        shares = jnp.where(member > 0, weights, 0)  # a weight of no expert may be NaN
+        return self.down_proj((hidden * weights).astype(hidden.dtype), rows.sizes, shares)
 
     @property
     def count(self) -> int:
@@ -167,12 +168,32 @@ class ExpertLinear(nnx.Module):
 
         y = product(x, self.kernel)
         if self.bias is not None:
-            # A matmul, since the gradient of a lookup would be a scatter.
-            y += bias_scales.astype(x.dtype) @ self.bias[...].astype(x.dtype)
+            y += _sums_of_biases(bias_scales.astype(x.dtype), self.bias[...].astype(x.dtype))
         if self.lora is not None:
             assert self.lora_a is not None and self.lora_b is not None
             y += self.lora.scale * product(product(x, self.lora_a), self.lora_b)
         return y
+
+
+@jax.custom_vjp
+def _sums_of_biases(scales: Array, biases: Array) -> Array:
+    """`scales @ biases` of [M, E] and [E, O]: a matmul, since the gradient of a lookup would be a scatter.
+
+    The gradient by the biases ignores rows whose scales are 0, which may hold any bits.
+    """
+    return scales @ biases
+
+
+def _sums_fwd(scales: Array, biases: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _sums_of_biases(scales, biases), (scales, biases)
+
+
+def _sums_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    scales, biases = saved
+    return g @ biases.T, scales.T @ jnp.where((scales != 0).any(1, keepdims=True), g, 0)
+
+
+_sums_of_biases.defvjp(_sums_fwd, _sums_bwd)
 
 
 def _members(sizes: Array, rows: int) -> Array:

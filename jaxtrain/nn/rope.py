@@ -126,6 +126,7 @@ def apply_rope(x: Float[Array, "B T heads H"], table: RopeTable | None) -> Float
     if table is None:
         return x
     width = 2 * table.cos.shape[-1]
-    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, -1)
+    # Split before the cast: XLA for TPU would write the float32 of both halves to memory.
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x[..., :width], 2, -1))
     rotated = (first * table.cos - second * table.sin, second * table.cos + first * table.sin)
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., width:]], -1)

@@ -22,6 +22,7 @@ from jaxtrain.plan.programs import (
     AbstractRole,
     Program,
     abstract_role,
+    grouped_rows,
     initial_reference,
     policy_parameters,
     run_roles,
@@ -185,7 +186,8 @@ def decode_program(model: Model, params: Params, slots: int, columns: int, suppo
     lowered = engine.decode.lower(model, limits, params, (cache, marks), *rest)
     flops = _forward_flops(model, slots, 1, head=True)
     inputs = {"engine's parameters": params, "cache": (cache, marks)}
-    return Program("decode", lowered, inputs, mesh, flops, slots, slots, _decode_trips)
+    grouped = grouped_rows(model, mesh, slots)
+    return Program("decode", lowered, inputs, mesh, flops, slots, slots, _decode_trips, grouped_rows=grouped)
 
 
 def _decode_trips(place: str) -> int | None:
@@ -205,8 +207,9 @@ def _prefill(model: Model, params: Params, rooms: tuple[int, int], prompts: int,
     lowered = engine.prefill.lower(model, params, tokens, lengths)
     inputs = {"engine's parameters": params}
     flops = _forward_flops(model, rows, bucket, head=False)
-    calls = -(-prompts // rows)
-    return Program("prefill", lowered, inputs, mesh, flops, rows, rows * bucket, lambda place: None, calls)
+    calls, grouped = -(-prompts // rows), grouped_rows(model, mesh, rows * bucket)
+    counts = rows, rows * bucket
+    return Program("prefill", lowered, inputs, mesh, flops, *counts, lambda place: None, calls, grouped_rows=grouped)
 
 
 def _forward_flops(model: Model, rows: int, length: int, *, head: bool) -> float:
