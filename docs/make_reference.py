@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the public names and their docstrings.
+"""Writes docs/reference.md from the public names and their docstrings, and docs/config.md from the keys of a config.
 
 Usage: python docs/make_reference.py
 """
@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import jaxtrain
+from jaxtrain.config import known_keys
 
 PAGE = Path(__file__).parent / "reference.md"
+CONFIG_PAGE = Path(__file__).parent / "config.md"
 SECTIONS = {
     "Config": ("parse_config", "load_config", "RunConfig", "Dataset", "ConfigError"),
     "Runs": ("run", "Session", "Outcome"),
@@ -32,6 +34,34 @@ def reference() -> str:
         for name in names:
             parts += _entry(f"jt.{name}", getattr(jaxtrain, name), "###")
     return "\n\n".join(parts) + "\n"
+
+
+def config_reference() -> str:
+    """The page of the keys. A section that stands at several keys is written at the first."""
+    parts = ["# Config", _OF_CONFIG]
+    first: dict[Any, str] = {}
+    skipped: tuple[str, ...] = ()
+    for name, key in known_keys():
+        if name.startswith(skipped):
+            continue
+        same = next((first[section] for section in key.sections if section in first), None)
+        if same is not None:
+            skipped = (*skipped, f"{name}.")
+        first |= dict.fromkeys(key.sections, name)
+        default = f", default `{key.default_text}`" if key.default_text else ""
+        line = f"`{name}` ({key.kind_text}{default}): {key.text}{f' The keys are those of `{same}`.' if same else ''}"
+        parts.append(f"## {name}\n\n{key.text}" if "." not in name and key.sections else f"- {line.strip()}")
+    return "\n".join(f"\n{part}\n" if part.startswith("#") else part for part in parts).lstrip() + "\n"
+
+
+_OF_CONFIG = """Every key of a run's YAML file, as `jaxtrain config` shows them; written by `docs/make_reference.py`.
+
+A file may begin with `extends: other.yaml`, a path relative to it: sections are merged key by key, and other values
+replace those of the extended file. `section.key=value` on the command line is written over both, as YAML.
+`jaxtrain config --schema` prints the JSON schema for editors. The keys of `objective` depend on its class, whose
+docstring describes them ([rl-objectives.md](rl-objectives.md), [preferences.md](preferences.md),
+[distillation.md](distillation.md)); those listed are of clipped policy objectives.
+"""
 
 
 def _entry(name: str, thing: Any, heading: str) -> list[str]:
@@ -77,7 +107,7 @@ def _class(kind: type) -> list[str]:
 
 
 def _fields(kind: type) -> str:
-    """The lines of a class that declare its fields, with their comments, as they are in the source."""
+    """The lines of a class that declare its fields, with their comments or docstrings, as they are in the source."""
     source, definition = textwrap.dedent(inspect.getsource(kind)), _definition(kind)
     assert isinstance(definition, ast.ClassDef)
     fields = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
@@ -86,7 +116,10 @@ def _fields(kind: type) -> str:
     lines, first = source.splitlines(), fields[0].lineno - 1
     while lines[first - 1].strip().startswith("#"):
         first -= 1
-    return textwrap.dedent("\n".join(lines[first : fields[-1].end_lineno]))
+    last, *after = definition.body[definition.body.index(fields[-1]) :]
+    if after and isinstance(after[0], ast.Expr):  # its docstring
+        last = after[0]
+    return textwrap.dedent("\n".join(lines[first : last.end_lineno]))
 
 
 def _signature(function: Any, drop: int = 0) -> str:
@@ -115,3 +148,4 @@ def _code(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(reference())
+    CONFIG_PAGE.write_text(config_reference())

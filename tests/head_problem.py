@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxtrain.parallel.mesh import AXES
 
-ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 33, 16, 90, 96
+ROWS, LENGTH, WIDTH, VOCAB, PADDED = 8, 34, 16, 90, 96
 CHUNK = 16
 
 
@@ -32,6 +32,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
 
 
-def make_mesh(*sizes: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, expert: int, tensor: int, context: int = 1) -> Mesh:
+    sizes = (data, fsdp, expert, context, tensor)
     devices = np.array(jax.devices()[: math.prod(sizes)]).reshape(sizes)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -106,6 +106,7 @@ def test_the_reference_is_what_its_script_writes():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text() == script.reference(), "run python docs/make_reference.py"
+    assert script.CONFIG_PAGE.read_text() == script.config_reference(), "run python docs/make_reference.py"
     shown = [name for names in script.SECTIONS.values() for name in names]
     import jaxtrain
 

@@ -30,7 +30,7 @@ def compile_decode(topology: str, tensor: int, vocab: int) -> jax.stages.Compile
     mesh = make_mesh(MeshSection(preset="fsdp_tensor", tensor=tensor), devices)
     wide = tpu_step.SHAPES["8b"]
     config = replace(wide, num_layers=2, pattern=wide.pattern[:2], vocab_size=vocab)
-    model = Model(config, run=Execution(jnp.dtype("bfloat16"), "none", "auto", mesh, context=COLUMNS))
+    model = Model(config, run=Execution(jnp.dtype("bfloat16"), "none", "auto", mesh, rope_length=COLUMNS))
 
     half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.run.dtype), model.abstract())
     placed = jax.tree.map(tpu_step.placed, half, serving_shardings(model))

@@ -1,5 +1,6 @@
 """Compiles one layer of experts and its gradients for TPUs that are not there. `tpu_programs.py` imports it."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +16,7 @@ from jaxtrain.nn.config import ClampedSwiGLU, MoE
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
+from jaxtrain.plan.hlo import Module, array_sizes
 
 # The widths of openai/gpt-oss-20b's config.json, and of Qwen/Qwen3-30B-A3B's.
 MIXTURES = {
@@ -57,7 +59,21 @@ def experts(name: str, topology: str, expert: int, length: int) -> dict[str, obj
     memory = compiled.memory_analysis()
     assert text is not None and memory is not None
     calls = re.findall(r"%([\w-]+?)(?:\.[\d.]+)? = [^=]*? custom-call\(.*tpu_custom_call", text)
+    outside_fusions = [
+        (each.opcode, sizes)
+        for instructions in Module(text).computations.values()
+        for each in instructions
+        if each.cycles is not None
+        for sizes in array_sizes(each.shape)[:1]
+    ]
+    slots = length * moe.experts_per_token
     return {
+        # Arrays that something is written to at least once for each slot before rows are, as zeros would be.
+        "filled_buffers": sum(
+            opcode == "broadcast" and math.prod(sizes) >= slots * width and sizes[-2:] != (width, width)
+            for opcode, sizes in outside_fusions
+        ),
+        "sums_over_an_axis": sum(opcode == "reduce" and sizes == (length, width) for opcode, sizes in outside_fusions),
         "kernels": Counter(calls),
         "exchanges": len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)),
         "xla_flops": compiled.cost_analysis()["flops"],

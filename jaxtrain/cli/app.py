@@ -18,7 +18,16 @@ app = typer.Typer(
 _WITH_OVERRIDES = (runs.train, runs.launch, runs.preview, runs.plan, runs.replay, runs.quickstart)
 for command in (
     *(runs.train, runs.launch, runs.status, runs.preview, runs.plan, runs.export, models.convert, models.verify),
-    *(models.new_family, runs.replay, models.generate, models.chat, models.serve, runs.quickstart, environment.env),
+    *(
+        models.new_family,
+        runs.replay,
+        models.generate,
+        models.chat,
+        models.serve,
+        runs.quickstart,
+        runs.config,
+        environment.env,
+    ),
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 

@@ -189,3 +189,27 @@ def quickstart(
     if loaded.recipe == "sft":
         sys.exit(run(loaded))
     sys.exit((run_distill if loaded.recipe == "distill" else run_from_first)(loaded, load_quickstart(QUICKSTART)))
+
+
+def config(
+    section: Annotated[str, typer.Argument(help="a section or a key, such as data.train; default: all")] = "",
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a config, for editors")] = False,
+) -> None:
+    """Show the keys of a config: their types, defaults and meanings."""
+    import json
+
+    from jaxtrain.config import RunConfig, known_keys
+    from jaxtrain.named import did_you_mean
+
+    if schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+        return
+    keys = dict(known_keys())
+    shown = {name: key for name, key in keys.items() if not section or f"{name}.".startswith(f"{section}.")}
+    if not shown:
+        raise ValueError(f"a config has no key {section}{did_you_mean(section, keys)}")
+    for name, key in shown.items():
+        default = f" = {key.default_text}" if key.default_text else ""
+        typer.echo(f"{name}: {key.kind_text}{default}")
+        if key.text:
+            typer.echo(f"    {key.text}")

@@ -68,6 +68,7 @@ ALIASES = {
     "modules_to_save": "model.lora.modules_to_save",
     "tensor_parallel_size": "mesh.tensor",
     "expert_parallel_size": "mesh.expert",
+    "context_parallel_size": "mesh.context",
     "reward_funcs": "rl.rewards",
     "num_generations": "rl.generations",
     "max_completion_length": "rl.max_completion_length",

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from jaxtrain.config.dataclass_sections import OBJECTIVE
-from jaxtrain.config.load import ConfigError, known_keys
+from jaxtrain.config.keys import known_keys
+from jaxtrain.config.load import ConfigError
 from jaxtrain.config.marks import InputPath, MayChange
 from jaxtrain.config.python_values import import_path
 from jaxtrain.config.run_config import RunConfig
@@ -47,7 +48,8 @@ def input_paths(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str
 def check_keys(keys: Sequence[str], config: RunConfig) -> None:
     """Raises ConfigError for a key that no config has. Below a free-form mapping any key is accepted."""
     # An objective of the user's own has keys of its own.
-    known = {**dict(known_keys()), **{f"objective.{name}": Any for name in OBJECTIVE.section(config.objective)}}
+    known = {name: key.kind for name, key in known_keys()}
+    known |= {f"objective.{name}": Any for name in OBJECTIVE.section(config.objective)}
     for key in keys:
         names = [part for part in key.split(".") if not part.isdigit()]
         parents = [".".join(names[:length]) for length in range(1, len(names) + 1)]

@@ -33,9 +33,14 @@ class FieldsOf:
     has_name: bool = False
     only_of: str | None = None
 
+    @property
+    def kind(self) -> type:
+        """The dataclass."""
+        return resolve_name(self.path)
+
     def hints(self) -> dict[str, Any]:
         """The keys, with their types."""
-        kind = resolve_name(self.path)
+        kind = self.kind
         hints = {"name": str} | get_type_hints(kind, include_extras=True)
         return {key: hints[key] for key in self._known(kind)}
 

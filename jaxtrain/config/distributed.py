@@ -12,11 +12,16 @@ from jaxtrain.config.sections import Section
 class DistributedSection(Section):
     """Times in seconds. All but `step_timeout` are for jobs of several processes."""
 
-    initialization_timeout: PositiveInt = 300  # until all processes have started
-    # until a host that no longer answers, for example without power, is given up; the end of a process is seen at once
+    initialization_timeout: PositiveInt = 300
+    """Until all processes have started."""
     unreachable_timeout: Annotated[int, Field(ge=2)] = 10
-    heartbeat_timeout: PositiveInt = 600  # of JAX's own heartbeats: until a process that stands still is given up
-    shutdown_timeout: PositiveInt = 3600  # that a process which is done waits for the others
-    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of process 0, to which the others connect; 0: any free one
-    # until a run that waits for a step or its data is ended; default: 10 times the usual wait, and at least 300
+    """Until a host that no longer answers, for example without power, is given up; the end of a process is seen at
+    once."""
+    heartbeat_timeout: PositiveInt = 600
+    """Of JAX's own heartbeats: until a process that stands still is given up."""
+    shutdown_timeout: PositiveInt = 3600
+    """That a process which is done waits for the others."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Of process 0, to which the others connect; 0: any free one."""
     step_timeout: PositiveInt | None = None
+    """Until a run that waits for a step or its data is ended; default: 10 times the usual wait, and at least 300."""

@@ -6,31 +6,44 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from jaxtrain.config.data import Sources
 from jaxtrain.config.marks import MAY_CHANGE
 from jaxtrain.config.rl_parts import RewardSection
-from jaxtrain.config.sections import NonNegativeInt, Section, Sources
+from jaxtrain.config.sections import NonNegativeInt, Section
 
 
 class BestSection(Section):
     """The checkpoint with the best value of a metric is kept beside the newest ones: `jaxtrain export --best`."""
 
-    metric: str  # of an evaluation, such as eval_loss
+    metric: str
+    """Of an evaluation, such as eval_loss."""
     mode: Literal["min", "max"]
-    patience: PositiveInt | None = None  # the run ends after so many evaluations in a row without a better value
+    """Whether the smallest or the largest value is best."""
+    patience: PositiveInt | None = None
+    """The run ends after so many evaluations in a row without a better value."""
 
 
 class EvalSection(Section):
     every: Annotated[PositiveInt, MAY_CHANGE] = 500
-    batches: PositiveInt | None = None  # of train.batch_size rows of each source; default: all of data.eval
-    generate: NonNegativeInt = 0  # held-out prompts to answer
-    prompts: Sources | None = None  # rows with these prompts; default: those of data.eval
+    """Steps between evaluations."""
+    batches: PositiveInt | None = None
+    """Of train.batch_size rows of each source; default: all of data.eval."""
+    generate: NonNegativeInt = 0
+    """Held-out prompts to answer."""
+    prompts: Sources | None = None
+    """Rows with these prompts; default: those of data.eval."""
     max_new_tokens: PositiveInt = 64
-    samples: PositiveInt = 1  # answers to each prompt
-    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy
-    greedy: bool = False  # one greedy answer to each prompt as well, beside those at a temperature
-    # what judges the answers; default: whether they are equal to the data's (recipe rl: rl.rewards)
+    """Tokens of an answer, at most."""
+    samples: PositiveInt = 1
+    """Answers to each prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the answers; 0: greedy."""
+    greedy: bool = False
+    """One greedy answer to each prompt as well, beside those at a temperature."""
     rewards: list[RewardSection] = Field(default_factory=list)
+    """What judges the answers; default: whether they are equal to the data's (recipe rl: rl.rewards)."""
     best: BestSection | None = None
+    """Keeps the checkpoint with the best value of a metric."""
 
     @model_validator(mode="after")
     def _answers(self) -> EvalSection:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from jaxtrain.config.aliases import ALIASES, VALUES, recipe_hint, remark
-from jaxtrain.config.dataclass_sections import FieldsOf
+from jaxtrain.config.keys import known_keys
 from jaxtrain.config.run_config import RunConfig
 
 
@@ -205,29 +202,3 @@ def _suggest(keys: list[str], siblings: list[str] | None = None) -> str:
         key = elsewhere[0] if elsewhere else ".".join([*section, near[0]])
         return f"; did you mean {key}{f': {VALUES[last]}' if last in VALUES else ''}?{remark(last)}"
     return f"; known here: {', '.join(siblings)}"
-
-
-def known_keys(section: type | FieldsOf = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a section, and the type of each."""
-    if isinstance(section, FieldsOf):
-        keys = section.hints()
-    elif issubclass(section, BaseModel):
-        keys = {name: _fields_of(field) or field.annotation for name, field in section.model_fields.items()}
-    else:
-        keys = get_type_hints(section, include_extras=True)
-    for name, kind in keys.items():
-        yield prefix + name, kind
-        for inner in dict.fromkeys(_sections(kind)):
-            yield from known_keys(inner, f"{prefix}{name}.")
-
-
-def _fields_of(field: FieldInfo) -> FieldsOf | None:
-    return next((mark for mark in field.metadata if isinstance(mark, FieldsOf)), None)
-
-
-def _sections(kind: Any) -> list[type | FieldsOf]:
-    if isinstance(kind, FieldsOf) or (isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))):
-        return [kind]
-    if get_origin(kind) in (UnionType, Union, Annotated, list):
-        return [section for part in get_args(kind) for section in _sections(part)]
-    return []

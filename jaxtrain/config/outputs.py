@@ -8,10 +8,14 @@ from jaxtrain.config.sections import Section
 
 
 class CheckpointSection(Section):
-    every: PositiveInt = 500  # steps
-    minutes: PositiveFloat | None = None  # and after the step at which so many have passed since the last one
-    keep: PositiveInt = 2  # the newest
-    keep_every: PositiveInt | None = None  # and those of multiples of so many steps, a multiple of `every`
+    every: PositiveInt = 500
+    """Steps."""
+    minutes: PositiveFloat | None = None
+    """And after the step at which so many have passed since the last one."""
+    keep: PositiveInt = 2
+    """The newest."""
+    keep_every: PositiveInt | None = None
+    """And those of multiples of so many steps, a multiple of `every`."""
 
     @model_validator(mode="after")
     def _keeps_what_is_saved(self) -> CheckpointSection:
@@ -22,4 +26,6 @@ class CheckpointSection(Section):
 
 class LogSection(Section):
     every: PositiveInt = 10
+    """Steps between lines of metrics."""
     tensorboard: bool = True
+    """Whether TensorBoard files are written."""

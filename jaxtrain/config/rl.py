@@ -19,29 +19,43 @@ class CriticSection(Section):
     """PPO's value model, which begins as the policy's checkpoint. What is not here is the policy's."""
 
     learning_rate: PositiveFloat = 1e-5
-    epsilon: PositiveFloat = 0.2  # how far a value may move from the old one in a step
+    """Of the critic."""
+    epsilon: PositiveFloat = 0.2
+    """How far a value may move from the old one in a step."""
 
 
 class RLSection(Section):
-    # grpo dr_grpo dapo gspo rloo reinforce++ cispo sapo vespo gdpo ppo; with a teacher: on_policy_distillation gkd; or
-    # a custom file.py:NAME; or a mapping of its name and other numbers: {name: ..., FIELD: VALUE ...}
     algorithm: AlgorithmSection = Field(default="grpo", validate_default=True)
-    prompts: PositiveInt = 8  # of a step
-    generations: PositiveInt = 8  # samples of a prompt
-    max_completion_length: PositiveInt = 512  # tokens
-    iterations: PositiveInt = 1  # passes over a step's samples
-    minibatches: PositiveInt = 1  # updates of a pass
-    slots: Annotated[PositiveInt, MAY_CHANGE] = 64  # samples in flight
-    # where `sampling` filters: tokens kept at most, among which the trainer scores the sample
+    """grpo dr_grpo dapo gspo rloo reinforce++ cispo sapo vespo gdpo ppo; with a teacher: on_policy_distillation
+    gkd; or a custom file.py:NAME; or a mapping of its name and other numbers: {name: ..., FIELD: VALUE ...}."""
+    prompts: PositiveInt = 8
+    """Prompts of a step."""
+    generations: PositiveInt = 8
+    """Samples of a prompt."""
+    max_completion_length: PositiveInt = 512
+    """Tokens of a sample, at most."""
+    iterations: PositiveInt = 1
+    """Passes over a step's samples."""
+    minibatches: PositiveInt = 1
+    """Updates of a pass."""
+    slots: Annotated[PositiveInt, MAY_CHANGE] = 64
+    """Samples that are generated at the same time."""
     support: PositiveInt = 64
+    """Where `sampling` filters: tokens kept at most, among which the trainer scores the sample."""
     critic: CriticSection = CriticSection()
+    """PPO's value model."""
     rewards: list[RewardSection] = Field(default_factory=list)
-    reward_workers: Annotated[PositiveInt, MAY_CHANGE] = 2  # processes that run the rewards
+    """Functions that score samples; their weighted sum is the reward."""
+    reward_workers: Annotated[PositiveInt, MAY_CHANGE] = 2
+    """Processes that run the rewards."""
     reward_models: list[RewardModelSection] = Field(default_factory=list)
+    """Models that score samples, in the same sum."""
     environment: EnvironmentSection | None = None
+    """What answers the model in conversations of several turns."""
     placement: PlacementSection = PlacementSection()
-    # steps between tables of samples on the terminal; 0: none
+    """Which devices sample and which train."""
     print_samples: Annotated[NonNegativeInt, MAY_CHANGE] = 50
+    """Steps between tables of samples on the terminal; 0: none."""
 
     @property
     def updates(self) -> int:

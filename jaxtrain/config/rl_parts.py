@@ -12,12 +12,15 @@ from jaxtrain.config.sections import NonNegativeInt, Section
 
 
 class RewardSection(Section):
-    # package.module:name, file.py:name, a ready one of jaxtrain.rl.rewards by its bare name, or a function: one that is
-    # named runs in processes that can be killed, one that is given in the process that trains
     function: Given
+    """package.module:name, file.py:name, a ready one of jaxtrain.rl.rewards by its bare name, or a function: one
+    that is named runs in processes that can be killed, one that is given in the process that trains."""
     weight: float = 1.0
-    seconds: PositiveFloat = 30.0  # the limit of one call
-    args: dict[str, Any] = Field(default_factory=dict)  # further keywords for the function
+    """In the sum of rewards."""
+    seconds: PositiveFloat = 30.0
+    """The limit of one call."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further keywords for the function."""
 
     @property
     def name(self) -> str:
@@ -26,19 +29,28 @@ class RewardSection(Section):
 
 
 class RewardModelSection(Section):
-    path: Annotated[str, INPUT_PATH]  # a Hugging Face folder of a reward model with the policy's tokenizer
-    name: str = "reward_model"  # what metrics call it
+    path: Annotated[str, INPUT_PATH]
+    """A Hugging Face folder of a reward model with the policy's tokenizer."""
+    name: str = "reward_model"
+    """What metrics call it."""
     weight: float = 1.0
+    """In the sum of rewards."""
 
 
 class EnvironmentSection(Section):
-    # package.module:name, file.py:name, a ready one of jaxtrain.rl.environments by its bare name, or the class itself
     factory: Given
-    args: dict[str, Any] = Field(default_factory=dict)  # keywords for the factory
-    weight: float = 1.0  # of the environment's own rewards, beside those of rl.rewards
+    """package.module:name, file.py:name, a ready one of jaxtrain.rl.environments by its bare name, or the class
+    itself."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keywords for the factory."""
+    weight: float = 1.0
+    """Of the environment's own rewards, beside those of rl.rewards."""
     max_turns: PositiveInt = 8
-    max_tokens: PositiveInt | None = None  # of a conversation, prompt and environment included; default: what fits
-    seconds: PositiveFloat = 30.0  # the limit of one reset or step
+    """The model's turns of a conversation, at most."""
+    max_tokens: PositiveInt | None = None
+    """Of a conversation, prompt and environment included; default: what fits."""
+    seconds: PositiveFloat = 30.0
+    """The limit of one reset or step."""
 
     def max_length(self, row_length: int) -> int:
         """Tokens of a conversation that is packed into rows of `row_length`."""
@@ -47,16 +59,21 @@ class EnvironmentSection(Section):
 
 class PlacementSection(Section):
     kind: Annotated[Literal["colocated", "disjoint", "ray"], MAY_CHANGE] = "colocated"
-    # disjoint: this many of the devices of each process sample, the others train
+    """colocated: all devices sample and train in turn; disjoint: some sample and the others train; ray: workers of
+    a Ray cluster sample."""
     rollout_devices: Annotated[PositiveInt | None, MAY_CHANGE] = None
-    # colocated: this many adjacent processes of the run sample together with one engine, for models that do not fit one
+    """disjoint: this many of the devices of each process sample, the others train."""
     processes_per_engine: Annotated[PositiveInt, MAY_CHANGE] = 1
-    workers: Annotated[PositiveInt, MAY_CHANGE] = 1  # ray: processes that sample
-    # ray: a worker that takes longer for its share is given up
+    """colocated: this many adjacent processes of the run sample together with one engine, for models that do not
+    fit one."""
+    workers: Annotated[PositiveInt, MAY_CHANGE] = 1
+    """ray: processes that sample."""
     worker_seconds: Annotated[PositiveFloat, MAY_CHANGE] = 600.0
-    # ray: what a worker asks of the cluster, e.g. {GPU: 1}
+    """ray: a worker that takes longer for its share is given up."""
     resources: Annotated[dict[str, float], MAY_CHANGE] = Field(default_factory=dict)
-    staleness: NonNegativeInt = 0  # optimizer steps that a rollout's policy may lie behind; 0: on policy
+    """ray: what a worker asks of the cluster, e.g. {GPU: 1}."""
+    staleness: NonNegativeInt = 0
+    """Optimizer steps that a rollout's policy may lie behind; 0: on policy."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PlacementSection:

@@ -8,17 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, ValidationInfo, field_validator, model_validator
 
+from jaxtrain.config.data import DataSection
 from jaxtrain.config.dataclass_sections import OBJECTIVE, SAMPLING, resolve_algorithm, resolve_objective
 from jaxtrain.config.distributed import DistributedSection
 from jaxtrain.config.evaluation import EvalSection
 from jaxtrain.config.marks import MAY_CHANGE
+from jaxtrain.config.model import ModelSection
 from jaxtrain.config.outputs import CheckpointSection, LogSection
 from jaxtrain.config.rl import RLSection
 from jaxtrain.config.sections import (
     CallbackSection,
-    DataSection,
     MeshSection,
-    ModelSection,
     OptimizerSection,
     ReferenceSection,
     RunSection,
@@ -60,25 +60,40 @@ ObjectiveSection = Annotated[Any, OBJECTIVE, PlainSerializer(OBJECTIVE.section)]
 
 class RunConfig(Section):
     recipe: Literal["sft", "preference", "reward", "distill", "rl"]
+    """What is trained: texts, pairs, a reward model, a student of a teacher, or samples of the model itself."""
     run: RunSection = RunSection()
+    """The folder and the seed of the run."""
     model: ModelSection
+    """The model that is trained."""
     data: DataSection
+    """What it is trained and evaluated on."""
     train: TrainSection = TrainSection()
+    """How long, and in which batches."""
     optimizer: OptimizerSection = OptimizerSection()
+    """The optimizer and its learning rate."""
     mesh: Annotated[MeshSection, MAY_CHANGE] = MeshSection()
+    """How many devices each axis of the mesh has."""
     checkpoint: Annotated[CheckpointSection, MAY_CHANGE] = CheckpointSection()
+    """When checkpoints are saved, and which are kept."""
     eval: EvalSection = EvalSection()
+    """What is measured on held-out data."""
     log: Annotated[LogSection, MAY_CHANGE] = LogSection()
+    """What is logged, and how often."""
     distributed: Annotated[DistributedSection, MAY_CHANGE] = DistributedSection()
+    """Timeouts of several processes."""
     callbacks: Annotated[list[CallbackSection], MAY_CHANGE] = Field(default_factory=list)
-    reference: ReferenceSection | None = None  # of recipe preference
-    teacher: TeacherSection | None = None  # of recipe distill, and of recipe rl with an algorithm that has one
-    rl: RLSection | None = None  # with `recipe: rl`
-    # of the rollouts of recipe rl: the fields of `SamplingParams` (jaxtrain.sample.requests)
+    """Functions that are called with the session every so many steps."""
+    reference: ReferenceSection | None = None
+    """Of recipe preference: the model that the policy is compared with."""
+    teacher: TeacherSection | None = None
+    """Of recipe distill, and of recipe rl with an algorithm that has a teacher."""
+    rl: RLSection | None = None
+    """Of recipe rl: what is sampled, how it is scored, and how it is learned from."""
     sampling: SamplingSection = Field(default=None, validate_default=True)
-    # {name: a class of jaxtrain.objectives, package.module:Class or file.py:Class, and values for its fields}; default:
-    # SFT, DPO, BradleyTerry, Distill, or that of rl.algorithm
+    """Of the rollouts of recipe rl: the fields of `SamplingParams` (jaxtrain.sample.requests)."""
     objective: ObjectiveSection = Field(default={}, validate_default=True)
+    """{name: a class of jaxtrain.objectives, package.module:Class or file.py:Class, and values for its fields};
+    default: SFT, DPO, BradleyTerry, Distill, or that of rl.algorithm."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +153,7 @@ class RunConfig(Section):
         if (self.recipe == "rl") != (self.rl is not None):
             raise ValueError("`recipe: rl` and the section `rl` belong together")
         check_teacher(self.recipe, self.teacher, self.rl)
+        self._check_context()
         if self.teacher is not None and self.teacher.cache is not None and TEACHER_PROBS in self.objective.signals:
             raise ValueError(
                 "teacher.cache holds log-probabilities of the student's own ids, which objective.name=ULD does not "
@@ -170,6 +186,15 @@ class RunConfig(Section):
             assert self.algorithm  # raises ValueError if the algorithm and the objective do not fit together
             self._check_sampling(self.rl)
         return self
+
+    def _check_context(self) -> None:
+        """The engine keeps whole samples on a device, or splits their heads."""
+        reader = "recipe rl" if self.rl is not None else "eval.generate" if self.eval.generate else None
+        if self.mesh.context > 1 and reader:
+            raise ValueError(
+                f"mesh.context={self.mesh.context} splits the tokens of rows, which the engine that {reader} samples "
+                "with does not: set it to 1"
+            )
 
     def _check_answers(self) -> None:
         """An answer has one score, so that it cannot be cut into parts."""

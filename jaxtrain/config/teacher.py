@@ -17,20 +17,22 @@ PROMPT = "prompt"  # stands in `privileged_prompt` for what the student reads
 class TeacherSection(Section):
     """The model that a student is distilled from."""
 
-    # a checkpoint of any size or family, with the student's token ids; default, for self-distillation with a
-    # `privileged_prompt`: the model that the run starts from
     path: Annotated[str | None, INPUT_PATH] = None
-    # the last so many devices hold it, and the student trains on the others; 0: it shares the student's
+    """A checkpoint of any size or family, with the student's token ids; default, for self-distillation with a
+    `privileged_prompt`: the model that the run starts from."""
     devices: Annotated[NonNegativeInt, MAY_CHANGE] = 0
-    param_dtype: DType | None = None  # default: model.compute_dtype
-    # of recipe rl: what the teacher reads in place of the user's last message, or of a plain prompt. {prompt} is that
-    # text and {NAME} the column NAME of the row; braces are written {{ and }}
+    """The last so many devices hold it, and the student trains on the others; 0: it shares the student's."""
+    param_dtype: DType | None = None
+    """Default: model.compute_dtype."""
     privileged_prompt: str | None = None
-    # of recipe rl: the teacher has another tokenizer, and scores the text of samples in its own tokens
+    """Of recipe rl: what the teacher reads in place of the user's last message, or of a plain prompt. {prompt} is
+    that text and {NAME} the column NAME of the row; braces are written {{ and }}."""
     aligned: bool = False
-    # a folder for the `top_logps` largest log-probabilities at every token, computed once, without weights later
+    """Of recipe rl: the teacher has another tokenizer, and scores the text of samples in its own tokens."""
     cache: Annotated[str | None, MAY_CHANGE] = None
-    top_logps: PositiveInt | None = None  # default: 64
+    """A folder for the `top_logps` largest log-probabilities at every token, computed once, without weights later."""
+    top_logps: PositiveInt | None = None
+    """Default: 64."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> TeacherSection:

@@ -92,6 +92,11 @@ class TrainStream:
         self._snapshots = self._take_snapshots()
         self._totals = {shard: dict.fromkeys(TOTALS, 0) for shard in self._shards}
         self._producer: _Producer | None = None
+        self._counts = True
+
+    def follow(self) -> None:
+        """Leave the counts and the state to another host, which reads the same shards: here they are empty."""
+        self._counts = False
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -214,23 +219,24 @@ class TrainStream:
 
     @property
     def stats(self) -> dict[str, float]:
-        """Counts over this host's shards since the start of training, resumes included.
+        """Counts over this host's shards since the start of training, resumes included; zeros after `follow`.
 
         `examples tokens slots` are of the batches handed out, `packing_density` = tokens / slots; `rows` of the files
         were read and all of their examples handed out;
         `truncated dropped split prompt_truncated bad_rows thoughts_left_out` count rows of the files up to the last
         batch, those in open rows included.
         """
-        sums: dict[str, float] = {name: sum(t[name] for t in self._totals.values()) for name in TOTALS}
-        states = self._state.values()
-        sums["rows"] = sum(sum(state["next"]["counts"]) - _open_rows(state) for state in states)
+        shards = self._state if self._counts else {}
+        sums: dict[str, float] = {name: sum(self._totals[shard][name] for shard in shards) for name in TOTALS}
+        sums["rows"] = sum(sum(state["next"]["counts"]) - _open_rows(state) for state in shards.values())
         for name in COUNTERS:
-            sums[name] = sum(state["next"][name] for state in states)
+            sums[name] = sum(state["next"][name] for state in shards.values())
         return sums | {"packing_density": sums["tokens"] / max(sums["slots"], 1)}
 
     def get_state(self) -> State:
         """JSON-able, keyed by virtual shard: what `set_state` needs to continue after the last batch handed out."""
-        state = {shard: state | {"totals": dict(self._totals[shard])} for shard, state in self._state.items()}
+        shards = self._state if self._counts else {}
+        state = {shard: state | {"totals": dict(self._totals[shard])} for shard, state in shards.items()}
         if "0" in state:  # once is enough, and one host owns this shard
             state["0"]["sources"] = self._fingerprints
         return state

@@ -28,20 +28,20 @@ from jaxtrain.nn.rope import rope_tables, token_segment_lengths
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.project import project_on_table
 from jaxtrain.parallel.mesh import CompilerOptions
-from jaxtrain.parallel.sharding import constrain_rows
+from jaxtrain.parallel.sharding import CONTEXT, ROWS, constrain_rows, context_shards
 from jaxtrain.types import Array, Params, Routing
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Settings of a forward pass that do not change its result, except for rounding and `context`."""
+    """Settings of a forward pass that do not change its result, except for rounding and `rope_length`."""
 
     dtype: np.dtype = FLOAT32
     remat: Remat = "none"
     attention: Impl = "auto"
     mesh: jax.sharding.Mesh | None = None
     _: KW_ONLY
-    context: int | None = None  # the length that length-dependent ropes use; None: that of each sequence
+    rope_length: int | None = None  # the length that length-dependent ropes use; None: that of each sequence
     # Unroll the loop over layers. On a CPU a tenth of the step is spent on copying saved values into stacked arrays and
     # out of them. Only without remat: see `hidden`.
     unroll: bool = False
@@ -92,7 +92,7 @@ class Block(nnx.Module):
         else:
             out = self.mlp(out, keys[4:])
         x += _scaled(_normed(self.mlp_post_norm, out), self.residual_scale)
-        return constrain_rows(x, run.mesh), cache, routing
+        return constrain_rows(x, run.mesh, CONTEXT), cache, routing
 
 
 def _normed(norm: Callable[[Array], Array] | None, x: Array) -> Array:
@@ -178,8 +178,10 @@ class Decoder(nnx.Module):
         dropout_key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Final hidden states of packed tokens, after the last norm, and the statistics of a mixture's routers."""
-        inputs = self._inputs(positions, segment_ids, token_segment_lengths(positions, segment_ids), run)
-        x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
+        lengths = token_segment_lengths(positions, segment_ids)
+        positions, lengths = (constrain_rows(each, run.mesh, CONTEXT) for each in (positions, lengths))
+        inputs = self._inputs(positions, segment_ids, lengths, run)
+        x = self._embedded(tokens, run)
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x: Array, layer: tuple) -> tuple[Array, Routing | None]:
@@ -195,6 +197,17 @@ class Decoder(nnx.Module):
         layers = (stacked, jnp.asarray(self.kind_of), jnp.arange(self.config.num_layers))
         x, routing = jax.lax.scan(body, x, layers, unroll=run.unroll)
         return self._features(x), routing
+
+    def _embedded(self, tokens: Array, run: Execution) -> Array:
+        """The embedding of packed tokens, sharded as the residual stream is."""
+        x = self.embed(tokens, run.dtype)
+        if run.mesh is not None and context_shards(run.mesh) > 1:
+            # The lookup shards D over `FSDP`. The compiler can exchange one of these axes at a time for that of rows or
+            # tokens; for both at once it would gather everything.
+            rows = tuple(axis for axis in ROWS if axis != "fsdp")
+            between = NamedSharding(run.mesh, PartitionSpec(rows, CONTEXT, "fsdp"))
+            x = jax.lax.with_sharding_constraint(x, between)
+        return constrain_rows(x, run.mesh, CONTEXT)
 
     def prefill(
         self,
@@ -230,7 +243,7 @@ class Decoder(nnx.Module):
         return self._features(x), KVCache(written, length)
 
     def _inputs(self, positions: Array, segment_ids: Array, lengths: Array, run: Execution) -> AttentionInputs:
-        lengths = lengths if run.context is None else jnp.asarray(run.context)
+        lengths = lengths if run.rope_length is None else jnp.asarray(run.rope_length)
         return AttentionInputs(
             positions, segment_ids, rope_tables(self.kinds, self.config.head_dim, positions, lengths)
         )

@@ -4,7 +4,7 @@ No token is dropped and nothing is padded to a capacity: the pairs of a token an
 expert, and each expert multiplies its group of rows (`ops.ragged`).
 
 On a mesh each device sorts its own tokens and holds a shard of the experts (axis "expert") and of their hidden width
-("tensor"); parameters that "fsdp" shards are gathered first. Over "expert" only the chosen pairs travel, to the device
+("tensor"); parameters that `FSDP` shards are gathered first. Over "expert" only the chosen pairs travel, to the device
 that holds their expert and back (`ops.exchange`), in buffers that do not grow if all choose the same expert.
 """
 
@@ -26,11 +26,13 @@ from jaxtrain.nn.mlp import ACTIVATIONS
 from jaxtrain.ops.exchange import Slots, at_owners, block_rows, plan_route, sort_into_slots
 from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
 from jaxtrain.ops.varying import varying_over
-from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.parallel.sharding import CONTEXT, FSDP, ROWS
 from jaxtrain.types import Array, Params, Routing, get_leaf
 
 # The mesh axes of the experts' logical axes under all presets: a mesh axis that a preset does not use has size 1.
-_MESH_AXES = {"expert": "expert", "embed": "fsdp", "mlp": "tensor"}
+_MESH_AXES = {"expert": "expert", "embed": FSDP, "mlp": "tensor"}
+
+_ALL_AXES = (*ROWS, CONTEXT, "tensor")
 
 
 class SparseMLP(nnx.Module):
@@ -79,7 +81,7 @@ def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real
 
 
 class ExpertRows(NamedTuple):
-    """Copies of tokens, sorted by expert. ExpertRows at the end may belong to no expert: their weights are 0."""
+    """Copies of tokens, sorted by expert. Rows at the end may belong to no expert and hold any bits."""
 
     x: Array  # [M, D]
     weights: Array  # [M] the router's, in float32
@@ -111,7 +113,8 @@ class Experts(nnx.Module):
             gate, up = jnp.minimum(gate, self.swiglu.limit), jnp.clip(up, -self.swiglu.limit, self.swiglu.limit)
             hidden = (up + 1) * gate * jax.nn.sigmoid(self.swiglu.alpha * gate)
         weights = rows.weights[:, None]
-        return self.down_proj((hidden * weights).astype(hidden.dtype), rows.sizes, member * weights)
+        shares = jnp.where(member > 0, weights, 0)  # a weight of no expert may be NaN
+        return self.down_proj((hidden * weights).astype(hidden.dtype), rows.sizes, shares)
 
     @property
     def count(self) -> int:
@@ -165,12 +168,32 @@ class ExpertLinear(nnx.Module):
 
         y = product(x, self.kernel)
         if self.bias is not None:
-            # A matmul, since the gradient of a lookup would be a scatter.
-            y += bias_scales.astype(x.dtype) @ self.bias[...].astype(x.dtype)
+            y += _sums_of_biases(bias_scales.astype(x.dtype), self.bias[...].astype(x.dtype))
         if self.lora is not None:
             assert self.lora_a is not None and self.lora_b is not None
             y += self.lora.scale * product(product(x, self.lora_a), self.lora_b)
         return y
+
+
+@jax.custom_vjp
+def _sums_of_biases(scales: Array, biases: Array) -> Array:
+    """`scales @ biases` of [M, E] and [E, O]: a matmul, since the gradient of a lookup would be a scatter.
+
+    The gradient by the biases ignores rows whose scales are 0, which may hold any bits.
+    """
+    return scales @ biases
+
+
+def _sums_fwd(scales: Array, biases: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _sums_of_biases(scales, biases), (scales, biases)
+
+
+def _sums_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    scales, biases = saved
+    return g @ biases.T, scales.T @ jnp.where((scales != 0).any(1, keepdims=True), g, 0)
+
+
+_sums_of_biases.defvjp(_sums_fwd, _sums_bwd)
 
 
 def _members(sizes: Array, rows: int) -> Array:
@@ -199,7 +222,8 @@ def _mix_locally(experts: Experts, *tokens: Array) -> Array:
 
 
 def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights: Array) -> Array:
-    """`_mix` for x [B, T, D] with its rows sharded over `ROWS` and experts sharded by `_MESH_AXES`."""
+    """`_mix` for x [B, T, D] with its rows sharded over `ROWS`, its tokens over `CONTEXT`, and experts sharded by
+    `_MESH_AXES`."""
     graphdef, params = nnx.split(experts)
     specs = nnx.to_pure_dict(jax.tree.map(_spec, params, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 
@@ -215,7 +239,7 @@ def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights:
             down_proj["bias"] = get_leaf(down_proj, "bias") * (lax.axis_index("tensor") == 0)
 
         def by_owners(x: Array, weights: Array, slots: Slots) -> Array:
-            route = plan_route(slots, block, "expert", (*ROWS, "tensor"))
+            route = plan_route(slots, block, "expert", _ALL_AXES)
             return at_owners(compute, "expert", block, params, (x, weights), route)
 
         block = block_rows(tokens[1].size, experts.count)
@@ -226,8 +250,8 @@ def _mix_on_mesh(experts: Experts, mesh: Mesh, x: Array, chosen: Array, weights:
             out = _mix(by_owners, block, experts.count, *tokens)
         return lax.psum(out, "tensor")
 
-    rows = PartitionSpec(ROWS)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows)(
+    tokens = PartitionSpec(ROWS, CONTEXT)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, tokens, tokens, tokens), out_specs=tokens)(
         nnx.to_pure_dict(params), x, chosen, weights
     )
 
@@ -238,11 +262,11 @@ def _spec(param: nnx.Param) -> PartitionSpec:
 
 
 def _gathered(dtype: jnp.dtype, leaf: Array, spec: PartitionSpec) -> Array:
-    """A parameter in the compute dtype, gathered over "fsdp"."""
+    """A parameter in the compute dtype, gathered over `FSDP`."""
     leaf, axes = leaf.astype(dtype), tuple(spec)
-    return _varying(lax.all_gather(leaf, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else leaf)
+    return _varying(lax.all_gather(leaf, FSDP, axis=axes.index(FSDP), tiled=True) if FSDP in axes else leaf)
 
 
 def _varying(x: Array) -> Array:
     """`x` as differing between all devices."""
-    return varying_over(x, (*ROWS, "tensor"))
+    return varying_over(x, _ALL_AXES)

@@ -4,9 +4,9 @@ All rope types of transformers' `modeling_rope_utils`, with its formulas. Two of
 the length of the sequence. transformers uses the longest sequence of the batch. Here each segment of a packed row has
 its own length, so the log-probabilities of a document do not depend on the documents it is packed with, and equal those
 of transformers for this document alone. Keys in a cache are rotated when they are written, so the length must stay the
-same while a sequence grows: a sampler sets `Execution.context` to the maximum length, as vLLM does. (transformers uses
-the number of tokens so far, and mixes frequencies in one cache.) Sampler and trainer then agree for sequences within
-the original length if the context is within it too, and for all sequences if the trainer has the same context.
+same while a sequence grows: a sampler sets `Execution.rope_length` to the maximum length, as vLLM does. (transformers
+uses the number of tokens so far, and mixes frequencies in one cache.) Sampler and trainer then agree for sequences
+within the original length if `rope_length` is within it too, and for all sequences if the trainer has the same.
 """
 
 import math
@@ -126,6 +126,7 @@ def apply_rope(x: Float[Array, "B T heads H"], table: RopeTable | None) -> Float
     if table is None:
         return x
     width = 2 * table.cos.shape[-1]
-    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, -1)
+    # Split before the cast: XLA for TPU would write the float32 of both halves to memory.
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x[..., :width], 2, -1))
     rotated = (first * table.cos - second * table.sin, second * table.cos + first * table.sin)
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., width:]], -1)

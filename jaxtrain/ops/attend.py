@@ -3,13 +3,16 @@
 from typing import Literal
 
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxtrain.ops.blockwise import AttentionOptions, MaskInputs, blockwise_attention
+from jaxtrain.ops.context import PartKernel, attend_in_parts
 from jaxtrain.ops.gpu.cudnn import cudnn_attention
 from jaxtrain.ops.tpu.splash import splash_attention
 from jaxtrain.parallel.mesh import platform_of
+from jaxtrain.parallel.sharding import CONTEXT, context_shards
 from jaxtrain.types import Array
 
 Impl = Literal["auto", "xla", "splash", "cudnn"]
@@ -34,6 +37,8 @@ def attend(
     Packed rows: `tokens` has nothing of the keys, which are those of the same tokens as the queries. The tokens of a
     segment must be adjacent and in the order of their positions; keys after a block of queries are skipped. With a
     cache, `kv_pos` and `kv_seg` are given. The output of a query that attends to no key is 0.
+
+    On a mesh with an axis `CONTEXT` the tokens of packed rows are sharded over it: see `ops.context`.
 
     `sinks` are the scores, one per head, of an additional key without a value that all queries of the head attend to
     (GPT-OSS).
@@ -60,13 +65,31 @@ def attend(
             raise ValueError(f"impl='cudnn' takes 16-bit floats (here {q.dtype}) and no softcap; use 'xla'")
         if platform != "gpu":
             raise ValueError(f"impl='cudnn' needs a GPU, not {platform}; use 'auto'")
+        if context_shards(mesh) > 1:
+            raise ValueError("impl='cudnn' takes whole rows: with mesh.context use 'xla', or mesh.context=1")
 
         def fallback(q: Array, k: Array, v: Array, seg: Array, sinks: Array | None) -> Array:
             index = jnp.broadcast_to(jnp.arange(seg.shape[1]), seg.shape)  # in packed rows, equivalent to positions
             return blockwise_attention(q, k, v, sinks, MaskInputs(index, seg), options)
 
         return cudnn_attention(q, k, v, tokens.q_seg, options, sinks=sinks, mesh=mesh, fallback=fallback)
+    if packed and mesh is not None and context_shards(mesh) > 1:
+        return _in_parts(q, k, v, tokens.q_seg, options, sinks, mesh)
     return blockwise_attention(q, k, v, sinks, tokens, options)
+
+
+def _in_parts(
+    q: Array, k: Array, v: Array, segment_ids: Array, options: AttentionOptions, sinks: Array | None, mesh: Mesh
+) -> Array:
+    """Plain XLA over rows whose tokens are sharded. It skips no masked keys, so any order of queries is balanced."""
+
+    def part(_: None, q: Array, ids: Array, k: Array, v: Array, all_ids: Array, sinks: Array | None) -> Array:
+        # In packed rows the places of tokens are equivalent to their positions.
+        place = jnp.broadcast_to(jnp.arange(all_ids.shape[1]), all_ids.shape)
+        own = lax.dynamic_slice_in_dim(place, lax.axis_index(CONTEXT) * ids.shape[1], ids.shape[1], 1)
+        return blockwise_attention(q, k, v, sinks, MaskInputs(own, ids, place, all_ids), options)
+
+    return attend_in_parts(PartKernel(part), q, k, v, segment_ids, sinks, mesh=mesh)
 
 
 def _check(q: Array, k: Array, v: Array, tokens: MaskInputs, window: int | None) -> None:

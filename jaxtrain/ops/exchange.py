@@ -90,6 +90,9 @@ def at_owners(function: Function, axis: str, block: int, params: Any, rows: Any,
     `rows` is a tree of arrays [S, ...] in slots, the first of them as wide as the output; device d owns the groups
     `d * G / devices` and following. Differentiable once in reverse mode by `params` and `rows`; the backward pass sends
     the rows again. A buffer has one and a half times the slots of a device.
+
+    Rows of no group may hold any bits where `function` gets them, and slots of padding where it returns: neither may
+    reach another row, a sum over rows, or the gradient of a parameter.
     """
 
     def one_round(index: Array, y: Array) -> Array:
@@ -97,7 +100,7 @@ def at_owners(function: Function, axis: str, block: int, params: Any, rows: Any,
         out = function(params, _sent(rows, there, axis, block), sizes * block)
         return _moved(out, y, back, axis, block)
 
-    return lax.fori_loop(0, route.rounds, one_round, jnp.zeros_like(jax.tree.leaves(rows)[0]))
+    return lax.fori_loop(0, route.rounds, one_round, _unwritten(jax.tree.leaves(rows)[0]))
 
 
 def _forward(function: Function, axis: str, block: int, params: Any, rows: Any, route: Route) -> tuple[Array, tuple]:
@@ -117,8 +120,8 @@ def _backward(
         returned = jax.tree.map(lambda d, all_rounds: _moved(d, all_rounds, back, axis, block), d_rows, sums[1])
         return jax.tree.map(jnp.add, sums[0], d_params), returned
 
-    zeros = jax.tree.map(jnp.zeros_like, (params, rows))
-    return *lax.fori_loop(0, route.rounds, one_round, zeros), None
+    initial = jax.tree.map(jnp.zeros_like, params), jax.tree.map(_unwritten, rows)
+    return *lax.fori_loop(0, route.rounds, one_round, initial), None
 
 
 at_owners.defvjp(_forward, _backward)
@@ -151,13 +154,22 @@ def _moves(route: Route, axis: str, capacity: int, index: Array) -> tuple[_Moves
 
 
 def _sent(rows: Any, moves: _Moves, axis: str, block: int) -> Any:
-    """Each array of `rows` [S, ...] at the owners, in a buffer of zeros."""
+    """Each array of `rows` [S, ...] at the owners, in a buffer."""
 
     def sent(x: Array) -> Array:
-        buffer = varying_as(jnp.zeros((_capacity(len(x)), *x.shape[1:]), x.dtype), x)
-        return _moved(x, buffer, moves, axis, block)
+        return _moved(x, _unwritten(x, _capacity(len(x))), moves, axis, block)
 
     return jax.tree.map(sent, rows)
+
+
+def _unwritten(x: Array, rows: int | None = None) -> Array:
+    """A buffer like `x`, or with another number of rows.
+
+    On TPU it is memory as it is, since zeros would take as long to write as the rows themselves.
+    """
+    shape = len(x) if rows is None else rows, *x.shape[1:]
+    empty, zeros = partial(lax.empty, shape, x.dtype), partial(jnp.zeros, shape, x.dtype)
+    return varying_as(lax.platform_dependent(tpu=empty, default=zeros), x)
 
 
 def _moved(x: Array, into: Array, moves: _Moves, axis: str, block: int) -> Array:

@@ -23,12 +23,13 @@ from jaxtrain.ops.divergence import (
     divergence_derivative,
     divergence_stats,
 )
-from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.parallel.sharding import CONTEXT, FSDP, ROWS
 from jaxtrain.types import Array, Scores
 
 VOCAB_AXIS = "tensor"
-MESH_AXES = (*ROWS, VOCAB_AXIS)
-_REPLICAS = tuple(axis for axis in ROWS if axis != "fsdp")  # the head is replicated over these axes
+TOKEN_AXES = (*ROWS, CONTEXT)
+MESH_AXES = (*TOKEN_AXES, VOCAB_AXIS)
+_REPLICAS = tuple(axis for axis in TOKEN_AXES if axis not in FSDP)  # the head is replicated over these axes
 
 # Logits of the padded vocabulary: finite, so that their product with a probability of exactly 0 is 0 and not NaN.
 _MASKED = -1e30
@@ -87,11 +88,15 @@ class TokenRows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Compile-time constants of `token_scores`, and its collectives over the shards of rows, head and vocabulary."""
+    """Compile-time constants of `token_scores`, and its collectives over the shards of rows, head and vocabulary.
+
+    A device has the tokens, weights and signals of its rows, and the hidden states of its part of every row.
+    """
 
     temperature: float
     chunk: int
     length: int  # T
+    parts: int  # of a row, over `CONTEXT`
     derivative: Callable[[Scores, Any, Any], Scores] | None  # of the expected loss: see `LossDerivative`
     differentiable_entropy: bool
     divergence: AnyDivergence | None
@@ -111,14 +116,14 @@ class Plan(NamedTuple):
         return len(self.differentiable) > 1
 
     def gather(self, head: Head, dtype: jnp.dtype) -> Head:
-        """The head in the compute dtype, gathered over "fsdp"; its vocabulary stays sharded.
+        """The head in the compute dtype, gathered over `FSDP`; its vocabulary stays sharded.
 
         Called once, before the loop over chunks: the number of chunks differs between data shards, so the loop must not
         contain collectives over them.
         """
         weight = head.weight.astype(dtype)
         if self.sharded:
-            weight = self.varying(lax.all_gather(weight, "fsdp", axis=1 - head.vocab_axis, tiled=True))
+            weight = self.varying(lax.all_gather(weight, FSDP, axis=1 - head.vocab_axis, tiled=True))
         return replace(head, weight=weight)
 
     def scatter(self, d_head: Any, like: Head) -> Head:
@@ -126,18 +131,32 @@ class Plan(NamedTuple):
         d_head = d_head.T if like.transposed else d_head
         if self.sharded:
             axis = 1 - like.vocab_axis
-            d_head = lax.psum(lax.psum_scatter(d_head, "fsdp", scatter_dimension=axis, tiled=True), _REPLICAS)
+            d_head = lax.psum(lax.psum_scatter(d_head, FSDP, scatter_dimension=axis, tiled=True), _REPLICAS)
         return replace(like, weight=d_head.astype(like.weight.dtype))
 
     def shift_left(self, x: Array) -> Array:
-        """[B, T, ...] -> [B * T, ...]: at every position, the value of the next token."""
+        """[B, T, ...] -> [n, ...]: at every position of this device, the value of the next token."""
         shifted = jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
+        if self.parts > 1:
+            shifted = lax.dynamic_slice_in_dim(shifted, self._start(), self.length // self.parts, 1)
         return shifted.reshape(-1, *x.shape[2:])
 
     def shift_right(self, x: Array) -> Array:
-        """[B * T, ...] -> [B, T, ...]: the inverse of `shift_left`; 0 at the first token of a row."""
-        rows = x.reshape(-1, self.length, *x.shape[1:])[:, :-1]
-        return jnp.pad(rows, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 1)))
+        """[n, ...] -> [B, T, ...]: the inverse of `shift_left`; 0 at the first token of a row, and at those that the
+        states of other devices predict."""
+        rows = x.reshape(-1, self.length // self.parts, *x.shape[1:])
+        if self.parts > 1:
+            empty = jnp.zeros((len(rows), self.length, *x.shape[1:]), x.dtype)
+            rows = lax.dynamic_update_slice_in_dim(self.varying(empty, TOKEN_AXES), rows, self._start(), 1)
+        return jnp.pad(rows[:, :-1], ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 1)))
+
+    def from_all_parts(self, x: Array) -> Array:
+        """The sum over the devices that share a row of what `shift_right` returned: the scores of all its tokens."""
+        return lax.psum(x, CONTEXT) if self.sharded else x
+
+    def _start(self) -> Array:
+        """The first position of this device's part of a row."""
+        return lax.axis_index(CONTEXT) * (self.length // self.parts)
 
     def reduce_over_vocab(self, reduce: Callable[..., Array], x: Array) -> Array:
         return reduce(x, VOCAB_AXIS) if self.sharded else x

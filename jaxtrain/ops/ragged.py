@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Integer
 
@@ -103,8 +104,9 @@ def sums_of_slots(
     y: Float[Array, "S D"], tokens: Integer[Array, " S"], slots: Integer[Array, "n k"]
 ) -> Float[Array, "n D"]:
     """The sum of the rows of each token's slots: the transpose of `copies_of_tokens`."""
-    # Slots first: TPUs sum over the leading axis without a change of layout.
-    return y[slots.T].sum(0)
+    # A gather for each addend: XLA for TPU adds 16-bit arrays several times as fast as it sums over an axis of one.
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return functools.reduce(jnp.add, [y[places].astype(wide) for places in slots.T]).astype(y.dtype)
 
 
 def _sums_fwd(y: Array, tokens: Array, slots: Array) -> tuple[Array, tuple[Array, Array]]:

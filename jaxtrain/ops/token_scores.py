@@ -32,6 +32,7 @@ from jaxtyping import Float
 
 from jaxtrain.ops.divergence import AnyDivergence, DivergenceStats
 from jaxtrain.ops.head_chunks import (
+    TOKEN_AXES,
     VOCAB_AXIS,
     Compact,
     Head,
@@ -48,7 +49,7 @@ from jaxtrain.ops.head_chunks import (
     stats_of,
     zero_head_gradient,
 )
-from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.parallel.sharding import CONTEXT, FSDP, ROWS, context_shards
 from jaxtrain.types import Array, Scores
 
 # Relative difference between the cotangents and the expected ones that counts as rounding of the same formula.
@@ -119,7 +120,8 @@ def token_scores(
         loss_derivative: that of the loss which will be computed from these scores: the gradient of the head, and with
             several differentiable scores that of `hidden`, is then computed in the forward pass. The gradient of any
             other loss is also correct, but is computed a second time.
-        mesh: with the axes of `make_mesh`. Rows are sharded over `ROWS`, the head's D over fsdp, its Vp over tensor.
+        mesh: with the axes of `make_mesh`. Rows are sharded over `ROWS`, the T of hidden states over `CONTEXT`, the
+            head's D over `FSDP`, its Vp over tensor.
 
     Returns:
         Scores: float32 [B, T], 0 where a token is not scored; `top_logps` and `top_ids` [B, T, top_k]. `logp`,
@@ -142,6 +144,7 @@ def token_scores(
         temperature=scoring.temperature,
         chunk=scoring.chunk,
         length=tokens.shape[1],
+        parts=context_shards(mesh),
         derivative=loss_derivative and loss_derivative.function,
         differentiable_entropy=scoring.differentiable_entropy,
         divergence=scoring.divergence,
@@ -154,11 +157,11 @@ def token_scores(
     score = functools.partial(_score_rows, plan)
     if mesh is None:
         return score(hidden, head, targets, teacher, *inputs)
-    rows, replicated = PartitionSpec(ROWS), PartitionSpec()
+    rows, states, replicated = PartitionSpec(ROWS), PartitionSpec(ROWS, CONTEXT), PartitionSpec()
     of_teacher: Any = rows
     if isinstance(teacher, Teacher):
-        of_teacher = teacher._replace(hidden=rows, head=_head_spec(teacher.head))
-    in_specs = (rows, _head_spec(head), rows, of_teacher, rows, replicated)
+        of_teacher = teacher._replace(hidden=states, head=_head_spec(teacher.head))
+    in_specs = (states, _head_spec(head), rows, of_teacher, rows, replicated)
     return jax.shard_map(score, mesh=mesh, in_specs=in_specs, out_specs=rows)(hidden, head, targets, teacher, *inputs)
 
 
@@ -171,22 +174,23 @@ def _with_columns(head: Head, columns: int) -> Head:
 
 
 def _head_spec(head: Head) -> Any:
-    return replace(head, weight=PartitionSpec(*((VOCAB_AXIS, "fsdp") if head.transposed else ("fsdp", VOCAB_AXIS))))
+    return replace(head, weight=PartitionSpec(*((VOCAB_AXIS, FSDP) if head.transposed else (FSDP, VOCAB_AXIS))))
 
 
 def _score_rows(
     plan: Plan, hidden: Array, head: Head, targets: Targets, teacher: Teacher | TopK | None, rows: Any, shared: Any
 ) -> Scores:
     """Shift tokens by one to align them with the hidden states that predict them, score, and shift the scores back."""
-    plan = plan._replace(chunk=min(plan.chunk, targets.tokens.size))
     # Each shard of the vocabulary has a part of the hidden states' gradient: the transpose of `varying` sums them.
     hidden = plan.varying(hidden.reshape(-1, hidden.shape[2]))
+    plan = plan._replace(chunk=min(plan.chunk, len(hidden)))
     if isinstance(teacher, Teacher):
         teacher = teacher._replace(hidden=teacher.hidden.reshape(-1, teacher.hidden.shape[2]))
     else:
         teacher = jax.tree.map(plan.shift_left, teacher)
     targets = jax.tree.map(plan.shift_left, targets)
-    return jax.tree.map(plan.shift_right, _scores(plan, hidden, head, targets, teacher, (rows, shared)))
+    scores = _scores(plan, hidden, head, targets, teacher, (rows, shared))
+    return jax.tree.map(lambda x: plan.from_all_parts(plan.shift_right(x)), scores)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -331,11 +335,12 @@ def _walk(
                 d_head += outer(these.hidden, d_logits, scale)
         return _Walked(jax.tree.map(put, stats, new), d_hidden, d_head, cotangents)
 
-    zeros = plan.varying(jnp.zeros(size), ROWS)
+    zeros = plan.varying(jnp.zeros(size), TOKEN_AXES)
     divergence = None if plan.divergence is None else DivergenceStats(*[zeros] * len(DivergenceStats._fields))
     top = None
     if plan.top_k is not None:
-        top = TopK(*(plan.varying(jnp.zeros((size, plan.top_k), kind), ROWS) for kind in (jnp.int32, jnp.float32)))
+        kinds, shape = (jnp.int32, jnp.float32), (size, plan.top_k)
+        top = TopK(*(plan.varying(jnp.zeros(shape, kind), TOKEN_AXES) for kind in kinds))
     stats = Stats(zeros, zeros, zeros, zeros, divergence, top)
     initial = _Walked(
         stats,

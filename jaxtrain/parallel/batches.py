@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.parallel.sharding import ROWS, batch_sharding, row_shares
+from jaxtrain.parallel.sharding import ROWS, batch_sharding, context_shards, row_shares
 from jaxtrain.types import Array, Batch
 
 T = TypeVar("T", bound=Any)
@@ -37,15 +37,43 @@ def local_row_shares(mesh: Mesh | None) -> int:
         return 1
     shares, processes = row_shares(mesh), jax.process_count()
     if shares % processes:
+        axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in ("context", "tensor") if mesh.shape[axis] > 1)
         raise ValueError(
-            f"mesh.tensor={mesh.shape['tensor']} splits a row over several processes: choose a divisor of the "
-            f"{mesh.size // processes} devices of a process"
+            f"{axes} splits a row over several processes: choose a divisor of the {mesh.size // processes} devices of "
+            "a process"
         )
     return len(local_rows(mesh, shares))
 
 
+def row_processes(mesh: Mesh | None) -> list[int]:
+    """The processes that hold the same rows as this one, in order, this one included: the axes that split a row may
+    extend over several. All of them read these rows, and the first counts them and saves the state of their data.
+
+    Raises ValueError if another process holds only some of them.
+    """
+    if mesh is None:
+        return [jax.process_index()]
+    shares = row_shares(mesh)
+    held: dict[int, set[int]] = {}
+    for device, index in batch_sharding(mesh).devices_indices_map((shares,)).items():
+        held.setdefault(device.process_index, set()).update(range(*index[0].indices(shares)))
+    here = held.get(jax.process_index())
+    if here is None:  # none of the mesh's devices is of this process
+        return [jax.process_index()]
+    found = sorted(process for process, rows in held.items() if rows & here)
+    if any(held[process] != here for process in found):
+        raise ValueError(
+            f"processes {', '.join(map(str, found))} hold some rows of the batch in common and others not: choose "
+            "mesh.context and mesh.tensor so that a row is on whole processes, or on one"
+        )
+    return found
+
+
 def local_shards(mesh: Mesh, rows: int, shards: int) -> range:
-    """The virtual shards, each `rows / shards` rows of the batch, that this host reads."""
+    """The virtual shards, each `rows / shards` rows of the batch, that this host reads.
+
+    Raises ValueError if it holds a part of a shard.
+    """
     held, size = local_rows(mesh, rows), rows // shards
     if held.start % size or held.stop % size:
         raise ValueError(
@@ -91,4 +119,14 @@ def check_batch_size(rows: int, microbatches: int, mesh: Mesh) -> None:
         raise ValueError(
             f"train.batch_size={rows} rows do not divide over {axes} = {shares} devices in "
             f"train.microbatches={microbatches}; the nearest batch_size that does is {nearest}"
+        )
+
+
+def check_row_length(length: int, mesh: Mesh) -> None:
+    """Raise ValueError if the tokens of a row do not divide evenly over "context"."""
+    parts = context_shards(mesh)
+    if length % parts:
+        raise ValueError(
+            f"rows of {length} tokens do not divide over mesh.context={parts}; the next data.row_length that does is "
+            f"{-(-length // parts) * parts}"
         )

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.sharding import RULES, splits
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
@@ -88,7 +88,7 @@ def mesh_sizes(section: MeshSection, count: int) -> dict[str, int]:
                 f"use mesh.preset=fsdp_{axis} or mesh.{axis}=1"
             )
     given = {axis: size for axis, size in sizes.items() if size != -1}
-    # "expert" and "tensor" are shown only if they are used.
+    # "expert", "context" and "tensor" are shown only if they are used.
     shown = " x ".join(f"mesh.{axis}={size}" for axis, size in given.items() if size > 1 or axis in ("data", "fsdp"))
     product = math.prod(given.values())
     if "fsdp" not in given:
@@ -101,13 +101,14 @@ def mesh_sizes(section: MeshSection, count: int) -> dict[str, int]:
 
 
 def _nearest(section: MeshSection, count: int) -> str:
-    """The nearest valid sizes: `tensor`, `expert` and `data` are kept if possible, in this order."""
+    """The nearest valid sizes: `tensor`, `context`, `expert` and `data` are kept if possible, in this order."""
     sizes, remaining = {}, count
-    for axis in ("tensor", "expert", "data"):
+    for axis in ("tensor", "context", "expert", "data"):
         sizes[axis] = _nearest_divisor(getattr(section, axis), remaining)
         remaining //= sizes[axis]
     sizes["fsdp"] = remaining
-    return "nearest: " + " ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES if axis != "expert" or sizes[axis] > 1)
+    shown = [axis for axis in AXES if axis not in ("expert", "context") or sizes[axis] > 1]
+    return "nearest: " + " ".join(f"mesh.{axis}={sizes[axis]}" for axis in shown)
 
 
 def _nearest_divisor(wanted: int, count: int) -> int:

@@ -14,7 +14,13 @@ MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 
 ROWS = ("data", "fsdp", "expert")
-"""The mesh axes that the rows of a batch are sharded over; they are replicated over "tensor"."""
+"""The mesh axes that the rows of a batch are sharded over; they are replicated over the others."""
+
+CONTEXT = "context"
+"""The mesh axis that the tokens of a row are sharded over, as activations: a batch itself is replicated over it."""
+
+FSDP = ("fsdp", CONTEXT)
+"""The mesh axes that parameters are sharded over, to be gathered where they are used."""
 
 _REPLICATED = {
     "layers": None,
@@ -30,16 +36,16 @@ _REPLICATED = {
     "router": None,
 }
 RULES: dict[str, Rules] = {
-    "fsdp": {**_REPLICATED, "embed": "fsdp"},
+    "fsdp": {**_REPLICATED, "embed": FSDP},
     "fsdp_tensor": {
         **_REPLICATED,
-        "embed": "fsdp",
+        "embed": FSDP,
         "vocab": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
     },
-    "fsdp_expert": {**_REPLICATED, "embed": "fsdp", "expert": "expert"},
+    "fsdp_expert": {**_REPLICATED, "embed": FSDP, "expert": "expert"},
 }
 """Preset -> logical axis -> the mesh axis (or axes) that it is sharded over; None: replicated."""
 
@@ -71,12 +77,17 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 
 def splits(rules: Rules, mesh_axis: str) -> bool:
     """Whether the rules shard a parameter over `mesh_axis`."""
-    return any(mesh_axis in ((axes,) if isinstance(axes, str) else axes or ()) for axes in rules.values())
+    return any(mesh_axis in _names(axes) for axes in rules.values())
 
 
 def row_shares(mesh: Mesh | None) -> int:
     """The number of parts that the rows of a batch are split into; 1 without a mesh."""
     return 1 if mesh is None else _parts(ROWS, mesh)
+
+
+def context_shards(mesh: Mesh | None) -> int:
+    """The number of parts that the tokens of a row are split into; 1 without a mesh."""
+    return 1 if mesh is None else _parts(CONTEXT, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -109,7 +120,7 @@ def _spec(
     for axis, size in zip(logical, shape, strict=True):
         mesh_axes = _rule(name, axis, rules)
         spec.append(mesh_axes)
-        for mesh_axis in (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ():
+        for mesh_axis in _names(mesh_axes):
             if mesh_axis in used:
                 raise ValueError(
                     f"{name} {shape}: mesh axis {mesh_axis!r} would shard both {used[mesh_axis]!r} and {axis!r}"
@@ -117,8 +128,9 @@ def _spec(
             used[mesh_axis] = str(axis)
         parts = _parts(mesh_axes, mesh)
         if size % parts:
+            over = " x ".join(repr(mesh_axis) for mesh_axis in _names(mesh_axes) if mesh.shape[mesh_axis] > 1)
             raise ValueError(
-                f"{name} {shape}: axis {axis!r} of size {size} does not divide over mesh axis {mesh_axes!r} of size "
+                f"{name} {shape}: axis {axis!r} of size {size} does not divide over mesh axis {over} of size "
                 f"{parts}; sizes that do: {', '.join(str(d) for d in range(1, parts) if size % d == 0)}"
             )
     return PartitionSpec(*spec)
@@ -137,8 +149,11 @@ def _rule(name: str, axis: str | None, rules: Rules) -> MeshAxes:
 
 
 def _parts(mesh_axes: MeshAxes, mesh: Mesh) -> int:
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(mesh_axes))
+
+
+def _names(mesh_axes: MeshAxes) -> tuple[str, ...]:
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -9,7 +9,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.objectives.objective import TEACHER_IDS, TEACHER_LOGPS
-from jaxtrain.parallel.batches import check_batch_size
+from jaxtrain.parallel.batches import check_batch_size, check_row_length
 from jaxtrain.parallel.sharding import batch_sharding
 from jaxtrain.session.teacher_cache import DEFAULT_TOP
 from jaxtrain.types import (
@@ -35,7 +35,7 @@ def bundle_size(config: RunConfig) -> int:
 
 
 def data_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
-    """The batch that `training_data` yields. Raises ValueError if its rows do not divide over the devices."""
+    """The batch that `training_data` yields. Raises ValueError if it does not divide over the devices."""
     check_batch_size(config.train.batch_size, config.train.microbatches, mesh)
     names: tuple[str, ...] = ()
     if config.recipe in ("preference", "reward"):
@@ -45,6 +45,7 @@ def data_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
     elif TEACHER_IDS in config.objective.signals:
         names = (TEACHER_IDS, TEACHER_LOGPS)
     length = config.data.tokens_per_row(bundle_size(config))
+    check_row_length(length, mesh)
     return abstract_batch(mesh, config.train.batch_size, length, {name: _width(config, name) for name in names})
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from functools import cached_property
 from typing import NamedTuple
 
+_FLOATS = ("bf16", "f16", "f32", "f64")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2}
 _BYTES |= {"f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
@@ -59,9 +60,10 @@ class Instruction(NamedTuple):
         return found and found[1]
 
 
-def array_sizes(shape: str) -> list[tuple[int, ...]]:
-    """The sizes of every array in the text of a shape."""
-    return [tuple(int(size) for size in sizes.split(",") if size) for _, sizes in _ARRAY.findall(shape)]
+def array_sizes(shape: str, *, floats: bool = False) -> list[tuple[int, ...]]:
+    """The sizes of every array, or of every array of floats, in the text of a shape."""
+    found = [(kind, sizes) for kind, sizes in _ARRAY.findall(shape) if not floats or kind in _FLOATS]
+    return [tuple(int(size) for size in sizes.split(",") if size) for _, sizes in found]
 
 
 def shape_bytes(shape: str) -> float:

@@ -19,6 +19,8 @@ from jaxtrain.plan.reading import Reading, Setting, read_tpu
 from jaxtrain.plan.report import Phase, RunPlan
 from jaxtrain.plan.rl_programs import rl_programs
 from jaxtrain.plan.target import Target, parse_target, target_devices
+from jaxtrain.plan.transfer import WeightTransfer, weight_transfer
+from jaxtrain.rl.placement import sampling_meshes
 
 _PASSING = ("batch", "merged parameters")  # inputs that are in memory only for their programs
 
@@ -56,8 +58,8 @@ def plan(
     made = RunPlan(config.recipe, target, found, price=price, steps=config.train.steps)
     if not compiled:
         return made
-    lower = data_programs if config.rl is None else rl_programs
-    programs = lower(config, devices or target_devices(target))
+    devices = devices or target_devices(target)
+    programs = (data_programs if config.rl is None else rl_programs)(config, devices)
     compilations = [_compiled(program, target) for program in programs]
     if save is not None:
         for program, each in zip(programs, compilations, strict=True):
@@ -66,7 +68,17 @@ def plan(
         Phase(program, each, _read(program, each, target), _beside(program, programs))
         for program, each in zip(programs, compilations, strict=True)
     ]
-    return replace(made, phases=phases, step_tokens=_trained_tokens(config, phases))
+    sent = None if config.rl is None else _transfer(config, programs, target, devices)
+    return replace(made, phases=phases, step_tokens=_trained_tokens(config, phases), transfer=sent)
+
+
+def _transfer(
+    config: RunConfig, programs: Sequence[Program], target: Target, devices: Sequence[Any]
+) -> WeightTransfer | None:
+    assert config.rl is not None
+    by_name = {program.name: program for program in programs}
+    engines = sampling_meshes(config.rl.placement, config.mesh, by_name["update"].mesh, devices)
+    return weight_transfer(by_name, len(engines), target)
 
 
 def _trained_tokens(config: RunConfig, phases: Sequence[Phase]) -> int:
@@ -97,7 +109,8 @@ def _beside(program: Program, programs: Sequence[Program]) -> dict[str, int]:
 def _read(program: Program, made: Compiled, target: Target) -> Reading | None:
     if target.chip is None or target.peak is None or made.refused:
         return None
-    setting = Setting(target.chip, target.peak, target.network(program.mesh), program.trips, program.never)
+    network = target.network(program.mesh)
+    setting = Setting(target.chip, target.peak, network, program.trips, program.never, program.grouped_rows)
     return read_tpu(Module(made.text), setting)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from jaxtrain.plan.hlo import Instruction, Module, array_sizes
+from jaxtrain.plan.hlo import Instruction, Module, array_sizes, shape_bytes
 
 
 class Chip(NamedTuple):
@@ -63,27 +63,50 @@ class CallPrice(NamedTuple):
     seconds: float
 
 
-def call_price(call: Instruction, module: Module, computation: str, chip: Chip, peak: float) -> CallPrice:
-    """The price of a custom call of a Mosaic kernel. Raises UnpricedCallError for an unknown one."""
+def call_price(
+    call: Instruction, module: Module, computation: str, chip: Chip, peak: float, grouped_rows: int | None = None
+) -> CallPrice:
+    """The price of a custom call of a Mosaic kernel. Raises UnpricedCallError for an unknown one.
+
+    `grouped_rows`: the rows of a grouped matmul that belong to a group, if not all of them do. It skips the others.
+    """
     text = f"{call.name} {call.operation}"  # not its operands, which may be named after other kernels
     kernel = next((name for name in _SPLASH if name in text), None)
     if kernel is not None:
         return _splash(kernel, call, module, computation, chip, peak)
     kernel = next((name for name in ("tgmm", "gmm", "ragged_dot") if name in text), None)
     if kernel is not None:
-        flops = _grouped_flops(call, module, computation)
-        return CallPrice(kernel, flops, flops / peak / GROUPED_MATMUL)
+        rows, flops = _grouped(call, module, computation)
+        flops *= min(rows, grouped_rows or rows)
+        moved = shape_bytes(call.shape) + sum(shape_bytes(module.shape(computation, name)) for name in call.operands)
+        return CallPrice(kernel, flops, max(flops / peak / GROUPED_MATMUL, moved / chip.bandwidth))
     raise UnpricedCallError(
         f"the custom call {call.name} ({call.target}, {module.where(call)}, {call.operation or 'no name'}) has no "
         "price: add one to jaxtrain/plan/prices.py, by its FLOPs and bytes"
     )
 
 
+def row_bytes(fusion: Instruction, module: Module) -> float:
+    """Bytes that gathers and scatters of rows in a fusion read and write, at the full speed of HBM."""
+    computation = fusion.called("calls") or ""
+    total = 0.0
+    for each in module.computations.get(computation, ()):
+        if each.opcode == "gather":
+            total += 2 * shape_bytes(each.shape)
+        elif each.opcode == "scatter":  # reads updates and rows, and writes rows
+            total += 3 * shape_bytes(module.shape(computation, each.operands[-1]))
+    return total
+
+
 def _splash(kernel: str, call: Instruction, module: Module, computation: str, chip: Chip, peak: float) -> CallPrice:
-    """Causal FLOPs over the peak. The queries are the largest operand, [..., heads, tokens, head width]."""
-    operands = [sizes for name in call.operands for sizes in array_sizes(module.shape(computation, name))]
-    queries = max((sizes for sizes in operands if len(sizes) >= 3), key=math.prod)
-    tokens = queries[-2]
+    """Causal FLOPs over the peak.
+
+    The first operands of floats are queries and keys, [..., heads, tokens, head width]. Where a row is split over
+    devices the queries are those of a device, which attend to half of all keys of the row on average.
+    """
+    operands = [sizes for name in call.operands for sizes in array_sizes(module.shape(computation, name), floats=True)]
+    queries, keys_of_row, *_ = (sizes for sizes in operands if len(sizes) >= 3)
+    tokens = keys_of_row[-2]
     products = _SPLASH[kernel]
     if kernel == "splash_mha_dkv":
         results = [sizes for sizes in array_sizes(call.shape) if math.prod(sizes) >= math.prod(queries)]
@@ -93,13 +116,12 @@ def _splash(kernel: str, call: Instruction, module: Module, computation: str, ch
     return CallPrice(kernel, flops, flops / peak / chip.attention)
 
 
-def _grouped_flops(call: Instruction, module: Module, computation: str) -> float:
-    """2 m k n of rows [m, k] times matrices [groups, k, n], or of rows [m, k] and [m, n] to [groups, k, n]."""
+def _grouped(call: Instruction, module: Module, computation: str) -> tuple[int, float]:
+    """The rows of a product of rows [m, k] with matrices [groups, k, n], or of rows [m, k] and [m, n] to such matrices;
+    and the FLOPs of a row, 2 k n."""
     operands = [sizes for name in call.operands for sizes in array_sizes(module.shape(computation, name))]
-    matrices = [sizes for sizes in operands if len(sizes) == 3]
+    matrices = [sizes for sizes in [*operands, *array_sizes(call.shape)] if len(sizes) == 3]
     rows = [sizes for sizes in operands if len(sizes) == 2]
-    if not rows or (not matrices and len(rows) < 2):
+    if not rows or not matrices:
         raise UnpricedCallError(f"the grouped matmul {call.name} ({module.where(call)}) has operands {operands}")
-    if matrices:
-        return 2.0 * math.prod(rows[0]) * max(size for size in matrices[0][1:] if size != rows[0][1])
-    return 2.0 * math.prod(rows[0]) * rows[1][1]
+    return rows[0][0], 2.0 * math.prod(matrices[0][1:])

@@ -12,11 +12,12 @@ import numpy as np
 from jaxtrain.config import RunConfig
 from jaxtrain.hub import local_folder
 from jaxtrain.lora import join, split_adapters
+from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
 from jaxtrain.observe.flops import train_flops
 from jaxtrain.ops.head_chunks import Head
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.plan.batches import data_batch, with_signal
 from jaxtrain.rl.teachers import student_devices
 from jaxtrain.roles.reference import bare_declaration
@@ -42,6 +43,7 @@ class Program(NamedTuple):
     trips: Callable[[str], int | None]  # of a loop whose number depends on the data, by its source lines
     times: float = 1  # runs in a step
     never: frozenset[str] = frozenset()  # functions whose conditionals are false
+    grouped_rows: int | None = None  # of a product of experts, that belong to an expert; None: all of them
     gradients: Params | None = None  # the trained parameters, of each of which the program makes a gradient
 
 
@@ -134,6 +136,7 @@ def update_program(name: str, role: TrainedRole, batch: Batch, times: float = 1)
         *batch_size(batch),
         head_trips(batch, role, microbatches),
         times,
+        grouped_rows=grouped_rows(role.model, role.mesh, batch_size(batch)[1] // microbatches),
         gradients=state.params,
     )
 
@@ -146,7 +149,9 @@ def scoring_program(
     lowered = role.lower_score(score, _moved(batch, role.mesh))
     flops = train_flops(role.model.config, segments, weights) / 3
     inputs = {**held, "batch": batch}
-    return Program(name, lowered, inputs, role.mesh, flops, *batch_size(batch), head_trips(batch, role))
+    grouped = grouped_rows(role.model, role.mesh, batch_size(batch)[1])
+    trips = head_trips(batch, role)
+    return Program(name, lowered, inputs, role.mesh, flops, *batch_size(batch), trips, grouped_rows=grouped)
 
 
 def abstract_role(role: Role, params: Params | None = None) -> AbstractRole:
@@ -178,9 +183,15 @@ def batch_size(batch: Batch) -> tuple[int, int]:
 
 def head_trips(batch: Batch, role: Role, microbatches: int = 1) -> Callable[[str], int | None]:
     """Chunks of the head of `role`, of whose tokens all are taken to have a weight."""
-    tokens = batch_size(batch)[1] / row_shares(role.mesh) / microbatches
+    tokens = batch_size(batch)[1] / row_shares(role.mesh) / context_shards(role.mesh) / microbatches
     chunks = max(1, round(tokens / role.model.run.head_chunk))
     return lambda place: chunks if "ops/token_scores.py" in place else None
+
+
+def grouped_rows(model: Model, mesh: jax.sharding.Mesh, tokens: int) -> int | None:
+    """Of the products of a device's experts for `tokens` of all devices, if experts are chosen equally often."""
+    moe, shares = model.config.moe, row_shares(mesh) * context_shards(mesh)
+    return None if moe is None else -(-tokens * moe.experts_per_token // shares)
 
 
 def _counted(batch: Batch) -> tuple[np.ndarray, np.ndarray]:

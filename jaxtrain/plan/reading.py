@@ -1,8 +1,9 @@
 """What a compiled program for TPUs does and how long that takes: fusions, kernels, collectives, copies to the host.
 
-The sum is: the compiler's estimated cycles of every fusion times the trips of its loops, over the clock; kernels that
-it does not estimate, by the table of prices; and collectives that nothing runs beside, by their bytes and the links.
-An asynchronous collective is taken to be hidden behind the computation between its start and its end.
+The sum is: the compiler's estimated cycles of every fusion times the trips of its loops, over the clock; gathers and
+scatters of rows, which it does not estimate, by their bytes; kernels, by the table of prices; and collectives that
+nothing runs beside, by their bytes and the links. An asynchronous collective is taken to be hidden behind the
+computation between its start and its end.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.plan.hlo import Instruction, Module, shape_bytes
-from jaxtrain.plan.prices import DCN, FREE_CALLS, CallPrice, Chip, UnpricedCallError, call_price
+from jaxtrain.plan.hlo import Instruction, Module, array_sizes, shape_bytes
+from jaxtrain.plan.prices import DCN, FREE_CALLS, CallPrice, Chip, UnpricedCallError, call_price, row_bytes
 
 _KINDS = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all"]
 _COLLECTIVES = {*_KINDS, *(f"{kind}-start" for kind in _KINDS)}
 _SWITCHES = ("nn/attention.py",)  # where a conditional chooses by the kind of a layer
+_ROUNDS = "nn/moe.py"  # of `ops.exchange`: one, where no device gets half as many rows again as its share
 
 
 class TimedPart(NamedTuple):
@@ -106,6 +108,7 @@ class Setting(NamedTuple):
     network: Network
     trips: Callable[[str], int | None]  # of a loop whose number depends on the data, by its source lines
     never: frozenset[str] = frozenset()  # functions of ours whose conditionals are false
+    grouped_rows: int | None = None  # of a grouped matmul, that belong to a group; None: all of them
 
 
 def read_tpu(module: Module, setting: Setting) -> Reading:
@@ -120,7 +123,7 @@ def read_tpu(module: Module, setting: Setting) -> Reading:
 
 class _Walker:
     def __init__(self, module: Module, setting: Setting):
-        self.module, (self.chip, self.peak, self.network, self.trips, self.never) = module, setting
+        self.module, self.setting, self.chip, self.network = module, setting, setting.chip, setting.network
         self.reading = Reading()
         self._channels: set[tuple[str, str]] = set()
 
@@ -132,8 +135,12 @@ class _Walker:
                 self.reading.fusions.append(self._part(each.cycles / self.chip.clock, each, times))
             if each.opcode in _COLLECTIVES:
                 self._collective(each, each.opcode.removesuffix("-start"), times, hidden="-start" in each.opcode)
+            elif each.opcode == "recv":
+                self._between_slices(each, times)
             elif each.opcode == "fusion":
                 self._fused(each, computation, times)
+                if each.cycles is None and (size := row_bytes(each, self.module)):
+                    self.reading.fusions.append(self._part(size / self.chip.bandwidth, each, times))
             elif each.opcode == "while":
                 self._loop(each, times)
             elif each.opcode == "call" and (called := each.called("to_apply")) in self.module.computations:
@@ -153,7 +160,7 @@ class _Walker:
         if each.cycles is not None and each.target != "tpu_custom_call":
             self.reading.fusions.append(self._part(each.cycles / self.chip.clock, each, times))
         elif each.target == "tpu_custom_call":
-            price = call_price(each, self.module, computation, self.chip, self.peak)
+            price = call_price(each, self.module, computation, self.chip, self.setting.peak, self.setting.grouped_rows)
             total = price._replace(flops=price.flops * times, seconds=price.seconds * times)
             self.reading.kernels.append((total, self._part(price.seconds, each, times)))
         elif each.target not in FREE_CALLS:
@@ -169,7 +176,9 @@ class _Walker:
         count = int(known[1]) if known else max(self.module.constants(condition), default=0)
         if not count:
             place = self.module.where(each, lines=8)
-            found = self.trips(place)
+            found = self.setting.trips(place)
+            if found is None and _ROUNDS in place:
+                found = 1
             if found is None:
                 raise ValueError(f"the loop at {place} has a number of trips that plan does not know")
             count = found
@@ -188,7 +197,7 @@ class _Walker:
         else:
             # Of `lax.cond`: the last branch is that of a true predicate, and `true_computation` comes first.
             true, false = (names[-1], names[0]) if listed else names
-            yield (false if self.module.function(each) in self.never else true), 1.0
+            yield (false if self.module.function(each) in self.setting.never else true), 1.0
 
     def _fused(self, each: Instruction, computation: str, times: float) -> None:
         """The collectives that the compiler fused with what they run beside; one may be spread over several."""
@@ -203,8 +212,21 @@ class _Walker:
                 self._channels.add((channel[1], computation))
             self._collective(one, one.opcode.removesuffix("-start"), times, hidden=True)
 
+    def _between_slices(self, each: Instruction, times: float) -> None:
+        """A part of a collective over "data" that leaves the slice. It comes after the gradients: nothing hides it."""
+        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', each.text)
+        if named is None:
+            return
+        kind, size = named[1].lower().replace("_", "-"), shape_bytes(each.shape.split(", u32[]")[0])
+        seconds = _received(kind, size, self.network.slices, started=False) / DCN
+        place = self.module.where(each)
+        found = Collective(kind, "data", self.network.slices, size * times, seconds * times, False, place)
+        self.reading.collectives.append(found)
+
     def _collective(self, each: Instruction, kind: str, times: float, *, hidden: bool) -> None:
         size, (group, axes) = shape_bytes(each.shape), replica_group(each.text, self.network.axes)
+        if kind == "ragged-all-to-all" and self.setting.grouped_rows:  # of a buffer [blocks, rows of a block, width]
+            size *= min(1.0, self.setting.grouped_rows / math.prod(array_sizes(each.shape)[0][:2]))
         received = _received(kind, size, group, started=each.opcode.endswith("-start"))
         devices = self.network.devices
         # A group of all devices may use every link, a smaller one the share log(group) / log(devices) of them.

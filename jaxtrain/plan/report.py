@@ -13,6 +13,7 @@ from jaxtrain.plan.memory import bytes_text, memory_by_kind
 from jaxtrain.plan.programs import Program
 from jaxtrain.plan.reading import Reading
 from jaxtrain.plan.target import Target
+from jaxtrain.plan.transfer import WeightTransfer
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RunPlan:
     price: float | None = None  # of a chip and hour
     steps: int | None = None  # of the run
     step_tokens: int = 0  # trained in a step
+    transfer: WeightTransfer | None = None  # of weights to engines on other devices
 
     @property
     def update(self) -> Phase | None:
@@ -68,6 +70,8 @@ class RunPlan:
     def seconds(self) -> float | None:
         """Of a step; None if the time of a program is not known."""
         known = [phase.seconds for phase in self.phases]
+        if self.transfer is not None:
+            known.append(self.transfer.seconds)
         return None if not known or None in known else sum(each for each in known if each is not None)
 
     @property
@@ -126,6 +130,7 @@ class RunPlan:
             "tokens_per_second_per_chip": self.tokens_per_second_per_chip,
             "bound": None if self.update is None else bound(self.update),
             "cost": self.cost,
+            "transfer": self.transfer and self.transfer._asdict(),
             "programs": {phase.program.name: _program_json(phase, self.target, profile) for phase in self.phases},
         }
 
@@ -169,8 +174,16 @@ def plan_text(plan: RunPlan, profile: int = 0) -> str:
     lines = []
     for phase in plan.phases:
         lines += _phase_lines(phase, plan.target, profile)
+    if plan.transfer is not None:
+        size, engines, seconds = plan.transfer
+        time = "" if seconds is None else f", {seconds:.4f} s"
+        lines.append(
+            f"weights to {engines} engine{'s' if engines > 1 else ''} of other devices: {bytes_text(size)}{time}"
+        )
     if plan.seconds is not None:
         parts = [f"{phase.program.name} {phase.seconds:.3f}" for phase in plan.phases if phase.seconds is not None]
+        if plan.transfer is not None:
+            parts.append(f"weights {plan.transfer.seconds:.3f}")
         lines.append(f"step: {plan.seconds:.3f} s predicted" + (f" ({', '.join(parts)})" if len(parts) > 1 else ""))
         lines.append(f"  {plan.tokens_per_second_per_chip:.0f} tokens/s/chip")
     if plan.mfu is not None:

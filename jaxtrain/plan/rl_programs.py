@@ -22,6 +22,7 @@ from jaxtrain.plan.programs import (
     AbstractRole,
     Program,
     abstract_role,
+    grouped_rows,
     initial_reference,
     policy_parameters,
     run_roles,
@@ -139,7 +140,7 @@ def _sampling_programs(config: RunConfig, policy: TrainedRole, devices: Sequence
     if slots % shares:
         raise ValueError(f"rl.slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares} of an engine")
     model = rollout_model(policy.model, mesh)
-    model = replace(model, run=replace(model.run, context=length))
+    model = replace(model, run=replace(model.run, rope_length=length))
     if mesh is policy.mesh:
         programs.append(_reshard(policy, model))
     params = engine_params(model)
@@ -185,7 +186,8 @@ def decode_program(model: Model, params: Params, slots: int, columns: int, suppo
     lowered = engine.decode.lower(model, limits, params, (cache, marks), *rest)
     flops = _forward_flops(model, slots, 1, head=True)
     inputs = {"engine's parameters": params, "cache": (cache, marks)}
-    return Program("decode", lowered, inputs, mesh, flops, slots, slots, _decode_trips)
+    grouped = grouped_rows(model, mesh, slots)
+    return Program("decode", lowered, inputs, mesh, flops, slots, slots, _decode_trips, grouped_rows=grouped)
 
 
 def _decode_trips(place: str) -> int | None:
@@ -196,8 +198,8 @@ def _decode_trips(place: str) -> int | None:
 def _prefill(model: Model, params: Params, rooms: tuple[int, int], prompts: int, length: int) -> Program:
     """The largest prefill of prompts of `length` tokens, and how often it runs for `prompts` of them."""
     mesh, (slots, shares) = model.run.mesh, rooms
-    assert mesh is not None and model.run.context is not None
-    bucket = bucket_for(bucket_lengths(model.run.context, MIN_PROMPT), length)
+    assert mesh is not None and model.run.rope_length is not None
+    bucket = bucket_for(bucket_lengths(model.run.rope_length, MIN_PROMPT), length)
     rows = prefill_rows(slots, shares, bucket)[-1]
     everywhere = replicated(mesh)
     tokens = jax.ShapeDtypeStruct((rows, bucket), np.int32, sharding=everywhere)
@@ -205,8 +207,9 @@ def _prefill(model: Model, params: Params, rooms: tuple[int, int], prompts: int,
     lowered = engine.prefill.lower(model, params, tokens, lengths)
     inputs = {"engine's parameters": params}
     flops = _forward_flops(model, rows, bucket, head=False)
-    calls = -(-prompts // rows)
-    return Program("prefill", lowered, inputs, mesh, flops, rows, rows * bucket, lambda place: None, calls)
+    calls, grouped = -(-prompts // rows), grouped_rows(model, mesh, rows * bucket)
+    counts = rows, rows * bucket
+    return Program("prefill", lowered, inputs, mesh, flops, *counts, lambda place: None, calls, grouped_rows=grouped)
 
 
 def _forward_flops(model: Model, rows: int, length: int, *, head: bool) -> float:

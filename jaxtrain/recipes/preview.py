@@ -14,7 +14,7 @@ from rich.text import Text
 
 from converters.import_hf import read_config, read_json_config
 from jaxtrain.config import OptimizerSection, RunConfig, SourceSection
-from jaxtrain.config.sections import source_name
+from jaxtrain.config.data import source_name
 from jaxtrain.data.encoder import RowEncoder
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.lengths import Count, row_counts

@@ -23,7 +23,7 @@ from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.gpu.parity import HeadShapes, agrees_with_xla
 from jaxtrain.ops.quantize import QuantizedFormat, quantize_kernels
 from jaxtrain.parallel.mesh import check_compiler_options, default_head_chunk, platform_of
-from jaxtrain.parallel.sharding import RULES, param_specs, with_shardings
+from jaxtrain.parallel.sharding import RULES, context_shards, param_specs, with_shardings
 from jaxtrain.roles.full_modules import with_full_modules
 from jaxtrain.roles.tokenizer import tokenizer_folder
 from jaxtrain.roles.torch_model import open_torch_model
@@ -74,6 +74,8 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
 
     Raises ValueError, which names the key, if the section does not fit the checkpoint or the mesh.
     """
+    if section.backend == "torchax" and context_shards(mesh) > 1:
+        raise ValueError(f"model.backend=torchax attends to whole rows: set mesh.context={context_shards(mesh)} to 1")
     if section.backend == "torchax":
         run = _execution(section, mesh)
         torch_model = open_torch_model(section, run)
@@ -125,10 +127,14 @@ def _execution(section: ModelSection, mesh: jax.sharding.Mesh) -> Execution:
 
 
 def _attention(section: ModelSection, config: ModelConfig, mesh: jax.sharding.Mesh) -> Impl:
-    """`auto` on a GPU is cuDNN's attention if it takes the model's layers and equals XLA's on this GPU."""
+    """`auto` on a GPU is cuDNN's attention if it takes the model's layers and equals XLA's on this GPU.
+
+    cuDNN's has no offset of the queries, which the parts of a row need.
+    """
     here = mesh.devices.flat[0].client is jax.local_devices()[0].client  # a topology has no GPU to compare on
     sixteen_bit = section.compute_dtype != "float32"
-    if section.attention != "auto" or platform_of(mesh) != "gpu" or not here or not sixteen_bit:
+    decided = section.attention != "auto" or platform_of(mesh) != "gpu" or context_shards(mesh) > 1
+    if decided or not here or not sixteen_bit:
         return section.attention
     tensor = mesh.shape["tensor"]
     layers = [

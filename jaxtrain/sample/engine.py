@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxtrain.nn.model import Model
-from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.sample import decode as programs
 from jaxtrain.sample.buffers import Buffers, bucket_for
 from jaxtrain.sample.capacity import MARK, place_params
@@ -69,12 +69,17 @@ class Engine:
             version: Version of `params`; every token is tagged with the version that sampled it.
             seed: Seeds the requests that have no seed.
         """
+        if context_shards(model.run.mesh) > 1:
+            raise ValueError(
+                f"mesh.context={context_shards(model.run.mesh)} splits the tokens of rows, and an engine keeps whole "
+                "samples: sample on a mesh with mesh.context=1"
+            )
         shares = row_shares(model.run.mesh)
         if slots < 1 or slots % shares:
             raise ValueError(f"slots={slots} must be a multiple of mesh.data x mesh.fsdp = {shares}")
         if max_length < 2:
             raise ValueError(f"max_length={max_length} must be at least 2: one prompt token and one new token")
-        self.model = replace(model, run=replace(model.run, context=max_length))
+        self.model = replace(model, run=replace(model.run, rope_length=max_length))
         self._programs = programs.with_options(model.run.compiler_options)  # prefill and decode
         self.slots, self.max_length = slots, max_length
         self.tokenizer, vocab_size = tokenizer, model.config.vocab_size

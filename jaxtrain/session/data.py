@@ -15,7 +15,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.encoder import RowEncoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.data.shards import COUNTERS
-from jaxtrain.parallel.batches import check_batch_size, local_shards
+from jaxtrain.parallel.batches import check_batch_size, check_row_length, local_shards, row_processes
 from jaxtrain.train.agree import gather_values
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,11 @@ def open_stream(
 ) -> TrainStream:
     """This host's part of `data.train`, which ends after `train.epochs`.
 
-    Raises ValueError where the rows of a microbatch cannot be divided over the devices.
+    Raises ValueError where the rows of a microbatch, or the tokens of a row, cannot be divided over the devices.
     """
     rows = config.train.batch_size
     check_batch_size(rows, config.train.microbatches, mesh)
+    check_row_length(config.data.tokens_per_row(bundle_size), mesh)
     shards = count_shards(config.data, rows)
     stream = TrainStream(
         config.data.train_sources,
@@ -53,6 +54,8 @@ def open_stream(
         num_shards=shards,
         bundle_size=bundle_size,
     )
+    if row_processes(mesh)[0] != jax.process_index():
+        stream.follow()
     if config.train.epochs is not None:
         stream.end_after(config.train.epochs)
     return stream

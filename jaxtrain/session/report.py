@@ -11,6 +11,7 @@ import numpy as np
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.model import Model
 from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
+from jaxtrain.parallel.batches import row_processes
 from jaxtrain.train.step import StepReport, add_metrics
 from jaxtrain.types import Batch
 
@@ -25,6 +26,7 @@ class MetricWindow:
         self._model, self._updates_per_rollout = model, updates_per_rollout
         self.num_tokens = num_tokens
         self._warned_of_rounding = False
+        self._holders = len(row_processes(model.run.mesh))  # processes that hold the same rows
         self._begin()
 
     def _begin(self) -> None:
@@ -41,9 +43,10 @@ class MetricWindow:
             self._reports.setdefault(name, []).append(report)
         self._steps += 1
         self._update_seconds += seconds
-        self._slots += batch.segment_ids.size * jax.process_count()  # every host has as many rows
+        self._slots += batch.segment_ids.size * jax.process_count() // self._holders  # every host has as many rows
         if isinstance(self._model.config, ModelConfig):  # else the sizes of the matrices are unknown
-            self._flops += train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
+            flops = train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
+            self._flops += flops / self._holders
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Add further metrics; the log line has their means."""

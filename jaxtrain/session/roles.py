@@ -51,7 +51,8 @@ class RunRoles:
         return Role(name, model, declare(model, mesh or self.mesh, self.config.mesh.preset), self.config.run.seed)
 
     def frozen_mesh(self, count: int) -> jax.sharding.Mesh:
-        """A mesh of the last `count` devices, with parameters and rows split over all of them."""
+        """A mesh of the last `count` devices, with parameters and rows split over all of them, and the tokens of a row
+        over as many as on the run's own mesh."""
         alone: MeshSection = self.config.mesh.model_copy(update={"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
         return make_mesh(alone, self.devices[-count:])
 

@@ -5,7 +5,8 @@ for values in its key-value store. A process whose own part of a save has failed
 waits at another one before it reports the error. Here it reports the error at once. The service fails a barrier on all
 processes at once if one joins it with other participants, which `SaveWaits.end` does.
 
-The only module that uses private names of orbax; tried with orbax-checkpoint 0.12.8.
+The only module that uses private names of orbax; tried with orbax-checkpoint 0.12.8. With a version that lacks them the
+processes wait until orbax's own timeouts.
 """
 
 from __future__ import annotations
@@ -18,14 +19,10 @@ from contextlib import suppress
 from typing import Any
 
 import jax
-from orbax.checkpoint._src.futures import signaling_client
-from orbax.checkpoint._src.multihost import multihost
 
 _POLL_SECONDS = 0.5
 _LAST_THREAD = "save_finalize"  # orbax's name of the thread that ends a save
 _JOIN_MILLISECONDS = 1000  # a barrier that nobody waits at any more is joined for as long
-
-_jax_client = multihost.get_jax_distributed_client
 
 
 class SaveWaits:
@@ -75,12 +72,26 @@ class SaveWaits:
 
 
 SAVE_WAITS = SaveWaits()
+_jax_client: Any = None  # orbax's function that returns JAX's client
 
 
-def _client() -> SaveWaits:
-    _jax_client()  # raises ValueError if there is none
-    return SAVE_WAITS
+def _stand_between() -> None:
+    """Give `SAVE_WAITS` to orbax in the place of JAX's client."""
+    global _jax_client
+    try:
+        from orbax.checkpoint._src.futures.signaling_client import get_signaling_client
+        from orbax.checkpoint._src.multihost import multihost
+
+        _jax_client = multihost.get_jax_distributed_client
+    except (ImportError, AttributeError):
+        return
+
+    def client() -> SaveWaits:
+        _jax_client()  # raises ValueError if there is none
+        return SAVE_WAITS
+
+    multihost.get_jax_distributed_client = client
+    get_signaling_client.cache_clear()  # it holds a client
 
 
-multihost.get_jax_distributed_client = _client
-signaling_client.get_signaling_client.cache_clear()  # it holds a client
+_stand_between()

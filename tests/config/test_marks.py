@@ -1,5 +1,7 @@
+from jaxtrain.config.data import DataSection
 from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE, InputPath, MayChange
-from jaxtrain.config.sections import DataSection, ModelSection, OptimizerSection, TrainSection
+from jaxtrain.config.model import ModelSection
+from jaxtrain.config.sections import OptimizerSection, TrainSection
 
 
 def marks(section, name):

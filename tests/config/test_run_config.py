@@ -14,6 +14,11 @@ RL = SFT | {"recipe": "rl", "rl": {"rewards": [{"function": "exact_answer"}]}}
         (SFT | {"rl": RL["rl"]}, "`recipe: rl` and the section `rl` belong together"),
         (SFT | {"recipe": "rl"}, "`recipe: rl` and the section `rl` belong together"),
         (SFT | {"sampling": {}}, "recipe sft draws no samples"),
+        (RL | {"mesh": {"context": 2}}, "mesh.context=2 splits the tokens of rows, .* recipe rl samples with"),
+        (
+            SFT | {"eval": {"generate": 4, "prompts": {"path": "b"}}, "mesh": {"context": 2}},
+            "mesh.context=2 .* eval.generate samples with",
+        ),
         (RL | {"sampling": {"temperature": 0.0}}, "sampling.temperature=0 is greedy"),
         (RL | {"sampling": {"top_k": 65}}, "sampling.top_k=65 is more than rl.support=64"),
         (RL | {"rl": RL["rl"] | {"max_completion_length": 2048}}, "leaves no room for a prompt"),

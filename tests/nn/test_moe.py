@@ -11,6 +11,8 @@ from jaxtrain.config import MeshSection
 from jaxtrain.nn.config import ClampedSwiGLU
 from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.objectives.sft import SFT
+from jaxtrain.ops import exchange
+from jaxtrain.ops.varying import varying_as
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
 from jaxtrain.train.step import batch_norm, score
@@ -87,6 +89,10 @@ def test_no_token_is_dropped_if_all_choose_the_same_experts():
     np.testing.assert_allclose(y, every_expert_for_every_token(params, x, moe), atol=1e-4)
 
 
+def not_numbers(x, rows=None):
+    return varying_as(jnp.full((rows or len(x), *x.shape[1:]), jnp.nan, x.dtype), x)
+
+
 @pytest.mark.parametrize(
     "section",
     [
@@ -96,7 +102,9 @@ def test_no_token_is_dropped_if_all_choose_the_same_experts():
     ],
     ids=lambda section: section.preset,
 )
-def test_sharded_equals_single(section):
+def test_sharded_equals_single(section, monkeypatch):
+    """Also where the buffers of the exchange are not numbers before rows are received."""
+    monkeypatch.setattr(exchange, "_unwritten", not_numbers)
     moe = MIXTURES["biases, clamped"]
     batch = tiny.packed_batch([[9, 20], [14], [31], [5, 5], [1, 30], [16, 16], [2, 2], [32]], 32)
     single = tiny.model(moe=moe, **ONE_LAYER)

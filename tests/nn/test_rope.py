@@ -114,7 +114,7 @@ def test_a_segment_does_not_know_how_long_its_neighbours_are(scaling):
         hidden = hidden_of(params, packed._replace(**dict(zip(packed._fields, alone, strict=False))))
         np.testing.assert_allclose(hidden, together[:, segment], atol=1e-5)
         length = tokens.shape[1]
-        sampler = replace(model, run=replace(model.run, context=length))
+        sampler = replace(model, run=replace(model.run, rope_length=length))
         extend = jax.jit(sampler.extend)
         cache, parts = sampler.empty_cache(1, length), []
         for span in (slice(0, 2), slice(2, length)):

@@ -95,7 +95,9 @@ def test_equals_the_paper_and_the_naive_gradient(of):
     np.testing.assert_allclose(np.asarray(scores.divergence)[:, 1:][scored], wanted[scored], rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "transposed"), [((8, 1, 1, 1), False), ((2, 2, 1, 2), True), ((1, 2, 2, 2), False)])
+@pytest.mark.parametrize(
+    ("shape", "transposed"), [((8, 1, 1, 1), False), ((2, 2, 1, 2), True), ((1, 2, 1, 2, 2), False)]
+)
 def test_sharded_equals_single(shape, transposed):
     """Also with vocabularies that are padded differently and of another temperature than the log-probability's."""
     check(Divergence("jsd", 0.3, 2.0), mesh=make_mesh(*shape), transposed=transposed, temperature=0.7)

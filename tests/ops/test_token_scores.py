@@ -95,7 +95,7 @@ def test_capped_logits_too(transposed, assumed):
     check_against_naive(transposed, assumed, make_mesh(1, 4, 1, 2) if assumed else None, softcap=3.0)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 4, 1, 2), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 1, 2, 2), (1, 2, 2, 2)], ids=str)
 @ASSUMED
 @HEADS
 def test_sharded_equals_single(transposed, assumed, shape):
@@ -111,7 +111,7 @@ def test_data_shards_may_differ_in_how_many_chunks_they_walk():
     assert_close(jax.jit(gradient)(hidden, head), expected(hidden, head))
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [None, (2, 1, 1, 2, 2)], ids=str)
 @HEADS
 def test_temperature_and_supports_make_the_distribution_that_was_drawn_from(transposed, shape):
     """Also of a token without a support, and with the vocabulary split over devices."""

@@ -4,14 +4,18 @@ import pytest
 import tiny
 
 from jaxtrain.config import MeshSection
-from jaxtrain.parallel.batches import local_rows, local_shards, place_batch
+from jaxtrain.parallel.batches import check_row_length, local_rows, local_shards, place_batch
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import row_shares
 
 
 @pytest.mark.parametrize(
     "section",
-    [MeshSection(), MeshSection(preset="fsdp_tensor", data=2, tensor=2), MeshSection(preset="fsdp_expert", expert=4)],
+    [
+        MeshSection(),
+        MeshSection(preset="fsdp_tensor", context=2, tensor=2),
+        MeshSection(preset="fsdp_expert", expert=4),
+    ],
 )
 def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
     mesh = make_mesh(section)
@@ -27,3 +31,10 @@ def test_a_placed_batch_is_the_host_batch_split_by_rows(section):
 
 def test_one_host_reads_all_virtual_shards():
     assert local_shards(make_mesh(MeshSection()), rows=16, shards=4) == range(4)
+
+
+def test_rows_that_do_not_divide_over_context_are_an_error_with_a_way_out():
+    mesh = make_mesh(MeshSection(context=8))
+    check_row_length(96, mesh)
+    with pytest.raises(ValueError, match=r"rows of 97 tokens .* mesh.context=8; the next data.row_length .* is 104"):
+        check_row_length(97, mesh)

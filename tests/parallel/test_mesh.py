@@ -12,16 +12,17 @@ def section(**sizes):
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (1, 8, 1, 1)),
-        ({"tensor": 2}, (1, 4, 1, 2)),
-        ({"data": 2, "tensor": 2}, (2, 2, 1, 2)),
-        ({"data": 8}, (8, 1, 1, 1)),
-        ({"data": 2, "fsdp": 4}, (2, 4, 1, 1)),
+        ({}, (1, 8, 1, 1, 1)),
+        ({"tensor": 2}, (1, 4, 1, 1, 2)),
+        ({"data": 2, "tensor": 2}, (2, 2, 1, 1, 2)),
+        ({"data": 8}, (8, 1, 1, 1, 1)),
+        ({"data": 2, "fsdp": 4}, (2, 4, 1, 1, 1)),
+        ({"context": 4}, (1, 2, 1, 4, 1)),
     ],
 )
 def test_fsdp_takes_the_devices_that_are_left(sizes, shape):
     mesh = make_mesh(section(**sizes))
-    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.devices.flat) == set(jax.devices())
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -39,6 +40,7 @@ def test_a_mesh_can_take_some_of_the_devices():
         ({"data": 3}, ["mesh.data=3", "8 devices", "mesh.data=2 mesh.fsdp=4 mesh.tensor=1"]),
         ({"fsdp": 3}, ["mesh.fsdp=3", "8 devices", "mesh.data=1 mesh.fsdp=8 mesh.tensor=1"]),
         ({"data": 2, "fsdp": 2}, ["= 4", "8 devices", "mesh.data=2 mesh.fsdp=4 mesh.tensor=1"]),
+        ({"context": 3}, ["mesh.context=3", "8 devices", "mesh.data=1 mesh.fsdp=4 mesh.context=2 mesh.tensor=1"]),
         ({"tensor": 16}, ["mesh.tensor=16", "8 devices", "mesh.data=1 mesh.fsdp=1 mesh.tensor=8"]),
     ],
 )
@@ -58,7 +60,7 @@ def test_a_tensor_axis_that_would_split_nothing_is_an_error():
 
 def test_rows_are_split_over_experts_too():
     mesh = make_mesh(MeshSection(preset="fsdp_expert", expert=4))
-    assert mesh.devices.shape == (1, 2, 4, 1)
+    assert mesh.devices.shape == (1, 2, 4, 1, 1)
     with pytest.raises(
         ValueError, match=r"mesh.data=1 x mesh.expert=3 = 3 does not divide .*mesh.fsdp=4 mesh.expert=2"
     ):

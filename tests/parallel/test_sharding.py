@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import RULES, batch_sharding, constrain_rows, param_specs
+from jaxtrain.parallel.sharding import FSDP, RULES, batch_sharding, constrain_rows, param_specs
 
 AXES = {
     "embed": {"weight": ("vocab", "embed")},
@@ -41,18 +41,18 @@ def specs(preset, on, **sizes):
 
 def test_presets_place_every_parameter():
     assert specs("fsdp", mesh()) == {
-        "embed": {"weight": P(None, "fsdp")},
+        "embed": {"weight": P(None, FSDP)},
         "layers": {
-            "attn": {"q_proj": {"kernel": P(None, "fsdp", None, None)}},
-            "mlp": {"down_proj": {"kernel": P(None, None, "fsdp")}},
+            "attn": {"q_proj": {"kernel": P(None, FSDP, None, None)}},
+            "mlp": {"down_proj": {"kernel": P(None, None, FSDP)}},
             "mlp_norm": {"scale": P(None, None)},
         },
     }
     assert specs("fsdp_tensor", mesh(tensor=2)) == {
-        "embed": {"weight": P("tensor", "fsdp")},
+        "embed": {"weight": P("tensor", FSDP)},
         "layers": {
-            "attn": {"q_proj": {"kernel": P(None, "fsdp", "tensor", None)}},
-            "mlp": {"down_proj": {"kernel": P(None, "tensor", "fsdp")}},
+            "attn": {"q_proj": {"kernel": P(None, FSDP, "tensor", None)}},
+            "mlp": {"down_proj": {"kernel": P(None, "tensor", FSDP)}},
             "mlp_norm": {"scale": P(None, None)},
         },
     }

@@ -13,6 +13,7 @@ import yaml
 
 from jaxtrain.config import load_config
 from jaxtrain.plan.planner import plan
+from jaxtrain.plan.prices import DCN
 
 MODEL = {
     "model_type": "qwen3",
@@ -115,16 +116,52 @@ LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers"
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 QWEN_8B = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
 QWEN = MODEL | QWEN_8B | {"vocab_size": 151936, "num_key_value_heads": 8}
+MIXTURE = {
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "hidden_act": "silu",
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
 TPU_CONFIGS = {  # file -> the model, the devices, and the parameters on the model's card
     "qwen3_8b_v5p8": (QWEN, "v5p:2x2x2", 8.2e9),
     "llama31_8b_v6e16": (LLAMA | LLAMA_8B, "v6e:4x4", 8.03e9),
     "llama33_70b_v5p128": (LLAMA | LLAMA_70B, "v5p:4x4x8", 70.6e9),
     "qwen3_8b_grpo_v5p4": (QWEN, "v5p:2x2x1", 8.2e9),
+    "gpt_oss_20b_v5p64": (GPT_OSS, "v5p:4x4x4", 20.9e9),
+    "qwen3_30b_a3b_v6e64": (QWEN | MIXTURE | {"model_type": "qwen3_moe"}, "v6e:8x8", 30.5e9),
 }
 CONFIGS = Path(__file__).parents[2] / "configs" / "tpu"
 
 
-def tpu_config(tmp_path: Path, name: str, **changes: int) -> Path:
+def tpu_config(tmp_path: Path, name: str, **changes: object) -> Path:
     """A file of configs/tpu, with a folder for its model that holds config.json alone."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(TPU_CONFIGS[name][0] | changes))
@@ -132,6 +169,26 @@ def tpu_config(tmp_path: Path, name: str, **changes: int) -> Path:
     whole["model"]["path"] = str(tmp_path / "model")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
     return tmp_path / "run.yaml"
+
+
+SLICES = [
+    ("v5p:2x2x1", ["--slices", "2", "mesh.data=2"], {"data", "fsdp"}),
+    ("tpu7x:2x2x1", [], {"fsdp"}),
+]
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("on", "options", "axes"), SLICES, ids=["two slices", "two devices a chip"])
+def test_slices_and_chips_of_two_devices_are_planned(tmp_path, on, options, axes):
+    made = planned(tmp_path, tree(), "--on", on, *options)
+    assert made["devices"] == 8
+    assert made["fits"]
+    assert 0 < made["mfu"] < 1
+    collectives = made["programs"]["update"]["collectives"]
+    assert set("+".join(each["axes"] for each in collectives).split("+")) - {"none"} == axes
+    between = [each for each in collectives if "data" in each["axes"].split("+")]
+    assert all(each["seconds"] >= each["bytes"] / 2 / DCN for each in between if each["kind"] == "all-reduce")
 
 
 def test_every_config_for_tpus_is_planned():
@@ -149,10 +206,13 @@ def test_the_state_of_the_configs_for_tpus_fits_with_room(tmp_path, name):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama31_8b_v6e16", "qwen3_8b_grpo_v5p4"])
+@pytest.mark.parametrize("name", ["llama31_8b_v6e16", "qwen3_8b_grpo_v5p4", "gpt_oss_20b_v5p64"])
 def test_the_configs_for_tpus_compile_at_real_widths(tmp_path, name):
     """Two layers, for their time: all layers are one loop."""
-    whole = yaml.safe_load(tpu_config(tmp_path, name, num_hidden_layers=2).read_text())
+    few = {"num_hidden_layers": 2}
+    if "layer_types" in TPU_CONFIGS[name][0]:
+        few["layer_types"] = TPU_CONFIGS[name][0]["layer_types"][:2]
+    whole = yaml.safe_load(tpu_config(tmp_path, name, **few).read_text())
     made = planned(tmp_path, whole, "--on", TPU_CONFIGS[name][1])
     assert made["fits"]
     assert 0.1 < made["mfu"] < 0.8

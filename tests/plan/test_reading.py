@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain.observe.flops import peak_flops
 from jaxtrain.plan.hlo import Module
-from jaxtrain.plan.prices import CHIPS, UnpricedCallError
+from jaxtrain.plan.prices import CHIPS, DCN, UnpricedCallError
 from jaxtrain.plan.reading import Network, Setting, read_tpu, replica_group
 
 KIND = "TPU v5"
@@ -65,8 +65,8 @@ ENTRY %main (p: s32[]) -> s32[] {
 """
 
 
-def setting(trips=lambda place: 16 if "ops/token_scores.py" in place else None, never=frozenset()):
-    return Setting(CHIP, peak_flops(KIND), Network(AXES, 3 * CHIP.link), trips, never)
+def setting(trips=lambda place: 16 if "ops/token_scores.py" in place else None, never=frozenset(), grouped_rows=None):
+    return Setting(CHIP, peak_flops(KIND), Network(AXES, 3 * CHIP.link), trips, never, grouped_rows)
 
 
 def test_cycles_count_by_the_trips_of_their_loops():
@@ -95,6 +95,61 @@ def test_a_conditional_that_is_never_true_takes_its_first_branch():
 def test_a_loop_of_unknown_length_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r"the loop at ops/token_scores.py:12 has a number of trips"):
         read_tpu(Module(TEXT + "}\n"), setting(lambda place: None))
+
+
+def test_experts_exchange_rows_in_one_round():
+    text = TEXT.replace("ops/token_scores.py", "nn/moe.py") + "}\n"
+    reading = read_tpu(Module(text), setting())
+    assert reading.compute_seconds == pytest.approx((36 * 1010 + 500 + 7) / CHIP.clock)
+
+
+def test_an_exchange_sends_the_rows_that_a_device_has():
+    line = "  %r = bf16[6,8,64]{2,1,0} ragged-all-to-all(%p), replica_groups={{0,2,4,6},{1,3,5,7}}\n}\n"
+    seconds = [
+        sum(each.seconds for each in read_tpu(Module(TEXT + line), setting(grouped_rows=rows)).collectives)
+        - sum(each.seconds for each in read_tpu(Module(TEXT + "}\n"), setting()).collectives)
+        for rows in (None, 32, 100)
+    ]
+    assert seconds[0] > 0
+    assert seconds == pytest.approx([seconds[0], seconds[0] * 32 / 48, seconds[0]])
+
+
+def test_what_leaves_a_slice_takes_the_network():
+    recv = (
+        "  %recv.1 = (bf16[96,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) recv(%after), channel_id=7, "
+        'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}\n}\n'
+    )
+    two_slices = setting()._replace(network=Network(AXES, 3 * CHIP.link, 2))
+    before, after = (read_tpu(Module(TEXT + more), two_slices) for more in ("}\n", recv))
+    found = after.collectives[-1]
+    size = 96 * 8 * 128 * 2
+    assert (found.kind, found.axes, found.bytes, found.hidden) == ("all-reduce", "data", size, False)
+    assert after.seconds - before.seconds == pytest.approx(size / DCN)
+
+
+ROWS = """%gathered_rows (p: f32[4]) -> bf16[100,64] {
+  %rows = bf16[100,64]{1,0} gather(%table, %ids)
+}
+
+%scattered (p: f32[4]) -> f32[5000,64] {
+  %updates = f32[10,64]{1,0} parameter(2)
+  %sums = f32[5000,64]{1,0} scatter(%table, %ids, %updates), to_apply=%add
+}
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("bf16[100,64]{1,0} fusion(%p), calls=%gathered_rows", 2 * 12800),
+        ("f32[5000,64]{1,0} fusion(%p), calls=%scattered", 3 * 2560),
+    ],
+)
+def test_gathers_and_scatters_of_rows_without_an_estimate_cost_their_bytes(line, size):
+    text = TEXT.replace("%layers (c", ROWS + "%layers (c")
+    before, after = (read_tpu(Module(text + more), setting()) for more in ("}\n", f"  %rows.1 = {line}\n}}\n"))
+    assert after.compute_seconds - before.compute_seconds == pytest.approx(size / CHIP.bandwidth, rel=1e-6)
 
 
 @pytest.mark.parametrize("target", ["tpu_custom_call", "NewThing"])

@@ -11,6 +11,7 @@ from jaxtrain.plan.prices import CallPrice
 from jaxtrain.plan.reading import Collective, Reading, TimedPart
 from jaxtrain.plan.report import Phase, RunPlan, bound, estimate_text, plan_text
 from jaxtrain.plan.target import parse_target
+from jaxtrain.plan.transfer import WeightTransfer
 
 FOUND = StateEstimate(8_000_000_000, 8_000_000_000, {"fsdp": 8}, 4e9, 4e9, 8e9, 131072, 7e15, 1.9)
 TARGET = parse_target("v5p:2x2x2")
@@ -52,6 +53,16 @@ def test_the_step_is_the_sum_of_its_programs_as_often_as_they_run():
     assert json["mfu"] == made.mfu
     assert json["fits"] is True
     assert json["programs"]["update"]["profile"][0]["where"] == "nn/mlp.py:12"
+
+
+def test_the_step_contains_the_transfer_of_weights():
+    phase = Phase(program("update"), Compiled("", 1.0, peak=30 * 10**9), reading(2.0))
+    made = replace(plan(phase), transfer=WeightTransfer(32 * 10**9, 2, 0.5))
+    assert made.seconds == pytest.approx(2.5)
+    text = plan_text(made)
+    assert "weights to 2 engines of other devices: 32.00 GB, 0.5000 s" in text
+    assert "(update 2.000, weights 0.500)" in text
+    assert made.as_json()["transfer"] == {"bytes": 32 * 10**9, "engines": 2, "seconds": 0.5}
 
 
 def test_what_other_phases_need_counts_against_the_memory():

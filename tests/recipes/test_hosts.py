@@ -17,6 +17,7 @@ from jaxtrain.recipes import sft
 from jaxtrain.session.record import read_metrics
 
 EVERY_STEP = ("train.epochs=2", "checkpoint.every=1")
+ROW_ON_ALL = ("train.epochs=1", "mesh.context=4", "checkpoint.every=2")
 # The 27 rows of an epoch end within step 4: a run is killed before it, or after it.
 KILLED_AFTER = random.choice([3, 4])
 
@@ -68,8 +69,10 @@ def job(place: Path, count: int, runs: dict[str, tuple[str, ...]]) -> commands.J
 
 @pytest.fixture(scope="module")
 def two(place) -> list[list[str]]:
-    """What two hosts print: of two runs, and of one that a signal to the second host ends."""
-    runs = {"2-1": ("train.epochs=1",), "2-2": (*EVERY_STEP, "checkpoint.keep=10"), "signal": ("train.steps=100000",)}
+    """What two hosts print: of three runs, and of one that a signal to the second host ends. Of "row" all devices, and
+    thus both hosts, hold parts of the same rows."""
+    runs = {"2-1": ("train.epochs=1",), "2-2": (*EVERY_STEP, "checkpoint.keep=10"), "row": ROW_ON_ALL}
+    runs["signal"] = ("train.steps=100000",)
     started, log = job(place, 2, runs), place / "signal" / "metrics.jsonl"
     started.wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
     started.processes[1].send_signal(signal.SIGUSR1)
@@ -105,6 +108,14 @@ def test_hosts_whose_data_end_at_different_steps_end_together(place, one, two, f
     assert all(line["loss"] > 0 and line["skipped_steps"] == 0 for line in lines)
     assert [line["num_tokens"] for line in lines] == [line["num_tokens"] for line in expected]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+
+
+def test_a_row_on_two_hosts_is_read_by_both_and_counted_once(place, one, two):
+    lines = read_metrics(place / "row")
+    for name in ("num_tokens", "epoch", "data/examples", "packing_density"):
+        assert [line[name] for line in lines] == [line[name] for line in one[1]], name
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one[1]], rel=1e-4)
+    assert "27 examples" in two[2][0]
 
 
 def test_two_hosts_resume_a_run_with_exhausted_data_from_one_host(place, two):

@@ -4,9 +4,10 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.config.sections import LoraSection, RematSection
+from jaxtrain.config.model import LoraSection, RematSection
 from jaxtrain.ops.quantize import Quantized
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import FSDP
 from jaxtrain.roles.declare import LORA_TARGETS, declare
 
 
@@ -20,7 +21,7 @@ def test_every_parameter_has_a_shape_a_dtype_and_the_sharding_of_the_preset():
     made = declared(MeshSection(fsdp=4, tensor=2, preset="fsdp_tensor"), param_dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made.target)} == {"bfloat16"}
     kernel = made.target["layers"]["mlp"]["up_proj"]["kernel"]
-    assert kernel.shape == (1, 16, 16) and kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert kernel.shape == (1, 16, 16) and kernel.sharding.spec == PartitionSpec(None, FSDP, "tensor")
     assert made.mesh.shape["tensor"] == 2 and made.model.config.padded_vocab == 128
     assert made.trained == made.target and made.frozen == {}
 

@@ -8,9 +8,10 @@ from jax.sharding import PartitionSpec
 
 from converters.weight_rows import flatten
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.config.sections import LoraSection
+from jaxtrain.config.model import LoraSection
 from jaxtrain.ops.quantize import Quantized
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.sharding import FSDP
 from jaxtrain.roles.declare import declare
 from jaxtrain.roles.initial import full_params, initial_params
 
@@ -75,7 +76,7 @@ def test_a_name_that_makes_no_sense_is_refused(names, options, message):
 def test_what_is_trained_in_full_has_the_adapters_dtype_and_the_presets_sharding():
     made = declared(["embed_tokens", "norm"], param_dtype="bfloat16")
     embed = made.trained["embed"]["weight"]
-    assert (embed.dtype, embed.sharding.spec) == ("float32", PartitionSpec(None, "fsdp"))
+    assert (embed.dtype, embed.sharding.spec) == ("float32", PartitionSpec(None, FSDP))
     assert made.trained["norm"]["scale"].dtype == "float32"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made.frozen)} == {"bfloat16"}
     assert made.trained_axes["embed"]["weight"] == ("vocab", "embed")

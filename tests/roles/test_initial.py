@@ -3,7 +3,7 @@ import numpy as np
 import tiny
 
 from jaxtrain.config import MeshSection, ModelSection
-from jaxtrain.config.sections import LoraSection
+from jaxtrain.config.model import LoraSection
 from jaxtrain.lora import join
 from jaxtrain.ops.quantize import Quantized, dense
 from jaxtrain.parallel.mesh import make_mesh

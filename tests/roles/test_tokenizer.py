@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from jaxtrain.config import ModelSection
-from jaxtrain.config.sections import AddTokensSection
+from jaxtrain.config.model import AddTokensSection
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
 

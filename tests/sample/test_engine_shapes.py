@@ -41,6 +41,9 @@ def test_a_mesh_changes_nothing(sizes):
         for one, other in zip(ours, theirs, strict=True):
             assert one.ids.tolist() == other.ids.tolist()
             np.testing.assert_allclose(one.raw_logps, other.raw_logps, atol=1e-5)
+    parts = tiny.model(mesh=make_mesh(MeshSection(context=8)))
+    with pytest.raises(ValueError, match=r"mesh.context=8 splits the tokens of rows"):
+        Engine(parts, params, slots=8, max_length=40)
     with pytest.raises(ValueError, match="slots=3 must be a multiple"):
         Engine(model, params, slots=3, max_length=40)
 

@@ -11,7 +11,7 @@ import tiny
 from chat_templates import CHATML, tokenizer
 
 from jaxtrain.config import SourceSection, config_tree, parse_config
-from jaxtrain.config.sections import LoraSection
+from jaxtrain.config.model import LoraSection
 from jaxtrain.nn.heads import SCALAR
 from jaxtrain.objectives.sft import SFT
 from jaxtrain.objectives.value import ClippedValue

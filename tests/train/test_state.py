@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.parallel.sharding import FSDP, RULES, param_specs
 from jaxtrain.train.state import new_state, state_shardings
 
 
@@ -20,7 +20,7 @@ def test_a_moment_has_the_sharding_of_its_parameter_and_the_rest_is_replicated()
     assert shardings.params == specs
     adam = shardings.opt_state[0]
     assert adam.mu == adam.nu == specs
-    assert specs["layers"]["attn"]["q_proj"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert specs["layers"]["attn"]["q_proj"]["kernel"].spec == PartitionSpec(None, FSDP, "tensor", None)
     for leaf in (adam.count, shardings.step, shardings.key, shardings.skipped):
         assert leaf.spec == PartitionSpec()
 

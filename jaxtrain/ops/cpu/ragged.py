@@ -56,9 +56,9 @@ def grouped_outer(x: Float[Array, "M I"], g: Float[Array, "M O"], sizes: Integer
     def body(i: Array | int, out: Array) -> Array:  # an int outside of jit
         group, start, remaining = tiles.at(i)
         in_group = jnp.arange(_TILE)[:, None] < remaining
-        tile = jnp.where(in_group, lax.dynamic_slice_in_dim(x, start, _TILE), 0)
+        x_tile, g_tile = (jnp.where(in_group, lax.dynamic_slice_in_dim(rows, start, _TILE), 0) for rows in (x, g))
         # See `ops.cpu.matmul`: the kernels are fastest for rows times columns.
-        product = lax.optimization_barrier(tile.T) @ lax.dynamic_slice_in_dim(g, start, _TILE)
+        product = lax.optimization_barrier(x_tile.T) @ g_tile
         return out.at[group].add(product.astype(jnp.float32))
 
     shape = (len(sizes), x.shape[1], g.shape[1])

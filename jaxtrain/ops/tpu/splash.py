@@ -1,17 +1,20 @@
 """Splash attention (JAX's Pallas kernel for TPU) over packed rows, sharded over a mesh."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Integer
 
 from jaxtrain.ops.blockwise import RESIDUALS, AttentionOptions
-from jaxtrain.parallel.sharding import ROWS
+from jaxtrain.ops.context import PartKernel, attend_in_parts, query_order
+from jaxtrain.parallel.sharding import CONTEXT, ROWS, context_shards
 from jaxtrain.types import Array
 
 _LANES = 128  # lanes of a vector register: blocks are multiples of it
@@ -33,7 +36,13 @@ def splash_attention(
     mesh: Mesh | None,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
-    """Attention within packed rows; see `attend`. Each device computes its rows and its heads."""
+    """Attention within packed rows; see `attend`. Each device computes its rows, its heads and its queries.
+
+    Raises ValueError if the tokens of a row are sharded over `CONTEXT` and do not divide into two blocks of whole
+    registers for each device.
+    """
+    if mesh is not None and context_shards(mesh) > 1:
+        return _parts(q, k, v, segment_ids, options, sinks=sinks, mesh=mesh, interpret=interpret)
     attention = partial(_rows, options=options, interpret=interpret)
     if mesh is None or mesh.size == 1:
         return attention(q, k, v, segment_ids, sinks)
@@ -48,6 +57,43 @@ def splash_attention(
     )(q, k, v, segment_ids, sinks)
 
 
+def _parts(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    options: AttentionOptions,
+    *,
+    sinks: Array | None,
+    mesh: Mesh,
+    interpret: bool,
+) -> Array:
+    """The attention of rows whose tokens are sharded."""
+    (length, heads), devices = q.shape[1:3], context_shards(mesh)
+    if length % (2 * devices * _LANES):
+        raise ValueError(
+            f"rows of {length} tokens over mesh.context={devices}: splash attention takes multiples of "
+            f"{2 * devices * _LANES} tokens, two blocks of {_LANES} for each device; choose another data.row_length"
+        )
+    order = query_order(length, devices)
+    blocks = _block_sizes(length // devices // 2, length)
+    attention = _kernel(order, heads // mesh.shape["tensor"], blocks, options, devices=devices, interpret=interpret)
+    spec = attention.manual_sharding_spec(NamedSharding(mesh, P(None, CONTEXT)))
+
+    def part(
+        attention: kernel.SplashAttentionKernel,
+        q: Array,
+        ids: Any,
+        k: Array,
+        v: Array,
+        all_ids: Any,
+        sinks: Array | None,
+    ) -> Array:
+        return _attended(attention, q * options.scale, k, v, kernel.SegmentIds(ids, all_ids), sinks)
+
+    return attend_in_parts(PartKernel(part, order, attention, spec), q, k, v, segment_ids, sinks, mesh=mesh)
+
+
 def _rows(
     q: Array,
     k: Array,
@@ -60,39 +106,70 @@ def _rows(
 ) -> Array:
     length, heads = q.shape[1:3]
     padding = -length % _LANES
+    padded = length + padding
     # The causal mask hides padding after the last token from all tokens, in any segment.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * options.scale, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q * options.scale, k, v))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    attention = kernel.make_splash_mha_single_device(
-        masks.MultiHeadMask([_mask(length + padding, options.window)] * heads),
-        block_sizes=_block_sizes(length + padding),
+    attention = _kernel(np.arange(padded), heads, _block_sizes(padded, padded), options, interpret=interpret)
+    return _attended(attention, q, k, v, kernel.SegmentIds(segment_ids, segment_ids), sinks)[:, :length]
+
+
+def _attended(
+    attention: kernel.SplashAttentionKernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: kernel.SegmentIds,
+    sinks: Array | None,
+) -> Array:
+    """q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
+    assert isinstance(out, jax.Array)  # a tuple only if residuals are requested
+    return out.swapaxes(1, 2)
+
+
+def _kernel(
+    order: np.ndarray,
+    heads: int,
+    blocks: kernel.BlockSizes,
+    options: AttentionOptions,
+    *,
+    devices: int = 1,
+    interpret: bool,
+) -> kernel.SplashAttentionKernel:
+    """The kernel for rows of tokens, of which `devices` compute the queries in `order`."""
+    mask = _mask(len(order), options.window)
+    mask.q_sequence = order.astype(np.int32)
+    return kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=devices,
+        block_sizes=blocks,
         attn_logits_soft_cap=options.softcap,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
-    segments = kernel.SegmentIds(segment_ids, segment_ids)
-    out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, segments, sinks)
-    assert isinstance(out, jax.Array)  # a tuple only if residuals are requested
-    return out.swapaxes(1, 2)[:, :length]
 
 
-def _mask(length: int, window: int | None) -> masks.Mask:
+def _mask(length: int, window: int | None) -> masks.CausalMask | masks.LocalMask:
     if window is None or window >= length:
         return masks.CausalMask((length, length))
     return masks.LocalMask((length, length), (window - 1, 0), 0)
 
 
-def _block_sizes(length: int) -> kernel.BlockSizes:
-    block = _largest_block(length, _BLOCK)
+def _block_sizes(queries: int, keys: int) -> kernel.BlockSizes:
+    """Blocks that divide so many queries, of which each device has a multiple, and keys."""
+    block_q, block = _largest_block(queries, _BLOCK), _largest_block(keys, _BLOCK)
     compute = _largest_block(block, _BLOCK_COMPUTE)
     return kernel.BlockSizes(
-        block_q=block,
+        block_q=block_q,
         block_kv=block,
         block_kv_compute=compute,
-        block_q_dkv=block,
+        block_q_dkv=block_q,
         block_kv_dkv=block,
         block_kv_dkv_compute=compute,
-        block_q_dq=block,
+        block_q_dq=block_q,
         block_kv_dq=block,
     )
 
