@@ -48,12 +48,24 @@ def weight_block_size(section: Mapping[str, Any]) -> Shape | None:
     """The rows and columns of a tile of FP8, or None if there is no tile. Raises ConversionError for other values."""
     size = section.get("weight_block_size")
     if size is None:
+        size = _block_structure(section)
+    if size is None:
         return None
     if not isinstance(size, list) or len(size) != 2 or not all(type(each) is int and each > 0 for each in size):
         raise ConversionError(
             f"config.json: {QUANTIZATION}.weight_block_size must be two positive integers, not {size!r}"
         )
     return size[0], size[1]
+
+
+def _block_structure(section: Mapping[str, Any]) -> Any:
+    """What compressed-tensors calls the tile; it may name it for several groups of modules."""
+    groups = section.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("block_structure") is not None:
+            return weights["block_structure"]
+    return None
 
 
 def tile_of_folder(folder: Path) -> Shape | None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from converters.errors import ConversionError
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_json_config
+from converters.quantization import without_quantization
 
 
 class ModuleCall(NamedTuple):
@@ -35,7 +36,13 @@ class Reference:
         torch, transformers = _import()
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self._scalar = has_scalar_head(read_json_config(folder))
+        config = read_json_config(folder)
+        if without_quantization(config) != config:
+            raise ConversionError(
+                f"{folder} is quantised, and transformers rounds its weights otherwise: compare the folder that "
+                "`jaxtrain convert` writes of it"
+            )
+        self._scalar = has_scalar_head(config)
         kind = transformers.AutoModelForSequenceClassification if self._scalar else transformers.AutoModelForCausalLM
         try:
             self._model, info = kind.from_pretrained(

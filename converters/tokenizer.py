@@ -47,7 +47,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 def _check_tokenizer_config(file: Path) -> None:
     """Raises ConversionError naming a key whose value transformers would fail on later, or read otherwise."""
     content = read_json_object(file)
-    for key in (*_SPECIAL_TOKENS, "chat_template", "added_tokens_decoder"):
+    template = () if (file.parent / "chat_template.jinja").is_file() else ("chat_template",)  # it is read instead
+    for key in (*_SPECIAL_TOKENS, *template, "added_tokens_decoder"):
         value = content.get(key)
         fits, words = _FORMS.get(key, _FORMS["token"])
         if value is not None and not fits(value):

@@ -47,9 +47,10 @@ def config_reference() -> str:
         same = next((first[section] for section in key.sections if section in first), None)
         if same is not None:
             skipped = (*skipped, f"{name}.")
-        first |= dict.fromkeys(key.sections, name)
+        first = dict.fromkeys(key.sections, name) | first
         default = f", default `{key.default_text}`" if key.default_text else ""
-        line = f"`{name}` ({key.kind_text}{default}): {key.text}{f' The keys are those of `{same}`.' if same else ''}"
+        texts = [key.text, f"The keys are those of `{same}`." if same else ""]
+        line = f"`{name}` ({key.kind_text}{default}): {' '.join(filter(None, texts))}".removesuffix(": ")
         parts.append(f"## {name}\n\n{key.text}" if "." not in name and key.sections else f"- {line.strip()}")
     return "\n".join(f"\n{part}\n" if part.startswith("#") else part for part in parts).lstrip() + "\n"
 

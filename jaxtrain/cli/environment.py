@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="print everything a
     for title, entries in found.items():
         typer.echo(f"{title}:")
         for name, value in entries.items():
-            typer.echo(f"  {name:24}{value}")
+            typer.echo(f"  {name:26} {value}")
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -50,7 +50,9 @@ def environment() -> dict[str, dict[str, Any]]:
         "devices": _devices(),
         "packages": {"jaxtrain": version("jaxtrain"), **_installed("")},
         "optional packages": {
-            extra: _what_is_missing(extra) for extra in ("tpu", "cuda", "serve", "remote", "ray", "math", "verify")
+            extra: _what_is_missing(extra)
+            for extra in metadata("jaxtrain").get_all("Provides-Extra") or []
+            if extra != "dev"
         },
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -80,7 +82,7 @@ def _installed(extra: str) -> dict[str, str | None]:
                 found[each.name] = version(each.name)
             except PackageNotFoundError:
                 found[each.name] = None
-            for of_package in each.extras:  # jax[tpu] brings packages of its own
+            for of_package in each.extras if found[each.name] else ():  # jax[tpu] brings packages of its own
                 found |= _brought(each.name, of_package)
     return found
 

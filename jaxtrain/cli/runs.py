@@ -202,7 +202,10 @@ def config(
     from jaxtrain.named import did_you_mean
 
     if schema:
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+        found = RunConfig.model_json_schema()
+        found["properties"] |= {"extends": {"type": "string"}, "stages": {"type": "array"}}
+        del found["required"]  # the extended file, or a stage, may have it
+        typer.echo(json.dumps(found, indent=1))
         return
     keys = dict(known_keys())
     shown = {name: key for name, key in keys.items() if not section or f"{name}.".startswith(f"{section}.")}

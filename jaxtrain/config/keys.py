@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -38,7 +37,9 @@ class ConfigKey(NamedTuple):
         value = self.default
         if value is MISSING or self.sections:
             return ""
-        return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _is_plain(value) else str(value)
+        if isinstance(value, tuple):
+            value = list(value)
+        return {None: "null", True: "true", False: "false"}[value] if _is_plain(value) else str(value)
 
 
 def known_keys(section: type | FieldsOf = RunConfig, prefix: str = "") -> Iterator[tuple[str, ConfigKey]]:
@@ -95,7 +96,7 @@ def _kind_text(kind: Any) -> str:
         return " | ".join(str(part) for part in parts)
     if origin in (UnionType, Union):
         return " | ".join(dict.fromkeys(_kind_text(part) for part in parts))
-    if origin in (list, tuple, typing.Sequence):
+    if origin in (list, tuple, Sequence):
         return f"list of {_kind_text(parts[0])}" if parts else "list"
     if kind is Any:
         return "value"

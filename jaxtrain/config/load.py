@@ -59,6 +59,12 @@ def read_tree(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict[str,
     return _merged(read_tree(path.parent / base, (*extended_by, path.resolve())), tree)
 
 
+def whole_text(path: str | Path) -> str:
+    """The content of a YAML file with that of the files it extends, as YAML. Raises ConfigError as `read_tree`."""
+    text = Path(path).read_text()
+    return yaml.safe_dump(read_tree(path), sort_keys=False) if "extends" in text else text
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     sections = {
         key: _merged(base[key], value)
@@ -176,13 +182,12 @@ def _unquoted(kind: str, value: Any) -> str:
         return ""
     if kind == "list_type":
         return f"; did you mean [{value}]?"
-    if kind not in ("int_type", "float_type", "bool_type"):
-        return ""
+    right = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}.get(kind, ())
     try:
-        plain = yaml.load(value, _Loader)
+        plain = yaml.load(value, _Loader) if right else value
     except yaml.YAMLError:
         return ""
-    return f": write {value} without quotes" if isinstance(plain, int | float) else ""
+    return f": write {value} without quotes" if type(plain) in right else ""
 
 
 def _suggest(keys: list[str], siblings: list[str] | None = None) -> str:
@@ -195,7 +200,12 @@ def _suggest(keys: list[str], siblings: list[str] | None = None) -> str:
         siblings = [key.removeprefix(prefix) for key in known if key.startswith(prefix)]
         siblings = [name for name in siblings if "." not in name]
     known.pop(".".join(keys), None)  # an objective lacks keys that others have
-    elsewhere = [ALIASES[last]] if last in ALIASES else [key for key in known if key.rpartition(".")[2] == last]
+    if last == "steps" and f"{prefix}every" in known:
+        elsewhere = [f"{prefix}every"]
+    elif last in ALIASES:
+        elsewhere = [ALIASES[last]]
+    else:
+        elsewhere = [key for key in known if key.rpartition(".")[2] == last]
     elsewhere.sort(key=lambda key: key.split(".")[-2:-1] != section[-1:])  # in a section of the same name, if any
     near = difflib.get_close_matches(last, siblings, 1) or [name for name in siblings if name.startswith(last)]
     if elsewhere or near:

@@ -25,7 +25,7 @@ class LoraSection(Section):
     alpha: PositiveFloat | None = None
     """Default: 32."""
     rslora: bool | None = None
-    """Scale by alpha / sqrt(rank) instead of alpha / rank; default: False."""
+    """Scale by alpha / sqrt(rank) instead of alpha / rank; default: false."""
     targets: list[str] | None = None
     """Names, globs (`attn.*`) or all-linear; default: the seven *_proj of a layer."""
     modules_to_save: list[str] | None = None

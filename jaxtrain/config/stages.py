@@ -73,7 +73,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
             base = shared | {"model": {**model, "path": str(stages[-1].export)}}
             common = [change for change in common if not change.startswith(_OF_FIRST)]
         folder = Path(home) / name
-        whole = _merged(base, parts) | {"run": {**(shared.get("run") or {}), "dir": str(folder)}}
+        whole = _merged_one_level(base, parts) | {"run": {**(shared.get("run") or {}), "dir": str(folder)}}
         config = parse_config(deepcopy(whole), f"{path}, stage {name}", [*common, *own[name]])
         if stages:
             _check_start(config, stages, f"{path}, stage {name}", lora=(parts.get("model") or {}).get("lora"))
@@ -101,7 +101,7 @@ def _check_start(config: RunConfig, before: Sequence[Stage], where: str, *, lora
         )
 
 
-def _merged(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def _merged_one_level(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Sections of `other` are merged into those of `base`, one level deep; lists and other values replace."""
     merged = dict(base)
     for key, value in other.items():

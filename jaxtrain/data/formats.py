@@ -310,7 +310,8 @@ class Encoder(RowEncoder):
             text += step + "\n"
             ends.append(len(text))
         located = encode_plain(self._needed_tokenizer, self._backend, text)
-        last = (np.searchsorted(located.starts, ends) - 1).tolist()
+        real = np.flatnonzero(located.ends > located.starts)  # without tokens that the tokenizer adds
+        last = real[np.searchsorted(located.starts[real], ends) - 1].tolist()
         return Example(located.ids, np.zeros(len(located.ids), np.float32)), last
 
     def _plain_ids(self, text: str) -> np.ndarray:

@@ -109,6 +109,8 @@ def _byte_lengths(backend: Any) -> np.ndarray | None:
         return None
     alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = backend.get_vocab(with_added_tokens=False)
+    if not alphabet <= vocabulary.keys():  # other bytes become the unknown token, one or several together
+        return None
     lengths = np.full(max([*vocabulary.values(), *added], default=-1) + 1, _NO_BYTES, np.int64)
     for token, number in vocabulary.items():
         if alphabet.issuperset(token):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt
 
+from jaxtrain.config.load import whole_text
 from jaxtrain.launch.backend import Backend
 from jaxtrain.launch.exits import STOPPED, USER_ERROR, describe_exit
 from jaxtrain.launch.job import LaunchJob, dns_label
@@ -109,7 +110,7 @@ class JobSetBackend(Backend):
                 ]
             },
             "template": {
-                "metadata": {"annotations": {_CONFIG_KEY: job.config.read_text()}},
+                "metadata": {"annotations": {_CONFIG_KEY: whole_text(job.config)}},
                 "spec": self._pod(job, name, slices, hosts),
             },
         }

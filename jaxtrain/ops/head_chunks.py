@@ -23,6 +23,7 @@ from jaxtrain.ops.divergence import (
     divergence_derivative,
     divergence_stats,
 )
+from jaxtrain.ops.varying import varying_over
 from jaxtrain.parallel.sharding import CONTEXT, FSDP, ROWS
 from jaxtrain.types import Array, Scores
 
@@ -163,8 +164,7 @@ class Plan(NamedTuple):
 
     def varying(self, x: Array, axes: tuple[str, ...] = MESH_AXES) -> Array:
         """Mark `x` as varying over the mesh `axes`, as the types of `shard_map` require."""
-        missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying) if self.sharded else ()
-        return lax.pcast(x, missing, to="varying") if missing else x
+        return varying_over(x, axes) if self.sharded else x
 
 
 class Compact(NamedTuple):

@@ -37,6 +37,8 @@ def local_row_shares(mesh: Mesh | None) -> int:
         return 1
     shares, processes = row_shares(mesh), jax.process_count()
     if shares % processes:
+        if mesh.shape["context"] == mesh.shape["tensor"] == 1:
+            raise ValueError(f"the {mesh.size} devices of this mesh do not divide over {processes} processes")
         axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in ("context", "tensor") if mesh.shape[axis] > 1)
         raise ValueError(
             f"{axes} splits a row over several processes: choose a divisor of the {mesh.size // processes} devices of "

@@ -127,8 +127,8 @@ def nearest_fit(best: RunPlan) -> str:
     room = hbm - (best.used - state)
     if room <= 0:
         return (
-            "nothing that was tried fits: a row's activations alone are too large. Split it with mesh.context, shorten "
-            "data.max_length, or choose chips with more memory"
+            "nothing that was tried fits: a row's activations alone are too large. Split it with mesh.context (not for "
+            "recipe rl or eval.generate), shorten data.max_length, or choose chips with more memory"
         )
     chips = best.target.chips
     while state * best.target.chips / chips > room:

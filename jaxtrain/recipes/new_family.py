@@ -4,6 +4,7 @@ from pathlib import Path
 
 from converters.import_hf import read_json_config
 from converters.new_family import Draft, draft_family
+from converters.quantization import without_quantization
 from converters.safetensors_io import open_checkpoint
 from converters.weight_rows import flatten
 from jaxtrain.hub import local_folder
@@ -24,7 +25,7 @@ def write_draft(name: str, source: str | Path, out: Path) -> Draft:
     stored = {tensor: entry.shape for tensor, entry in checkpoint.entries.items()}
     draft = draft_family(
         name,
-        read_json_config(folder),
+        without_quantization(read_json_config(folder)),
         stored,
         lambda config: {ours: leaf.shape for ours, leaf in flatten(Model(config).abstract()).items()},
     )

@@ -271,10 +271,13 @@ class _Responses:
         self._settings, self._processes = settings, settings.deal.engine_group
         assert settings.in_turns or self._processes is None, "processes would not agree on who has responded"
         self._calls: Calls[_Response] = Calls(settings.seconds)
-        self._come: dict[int, _Response] = {}  # and were not returned yet
+        self._arrived: dict[int, _Response] = {}  # not returned yet
 
     def ask(self, number: int, conversation: _Conversation, call: Callable[[], _Response]) -> None:
-        if self._settings.deal.owns(conversation.prompt.number):
+        prompt = conversation.prompt.number
+        owned = self._settings.deal.owns(prompt)
+        assert owned or self._processes is not None, f"prompt {prompt} is of another process"
+        if owned:
             self._calls.start(number, call)
 
     def next(self, idle: bool) -> list[tuple[int, _Response]]:
@@ -283,7 +286,7 @@ class _Responses:
         self._collect(0.0)
         if self._settings.in_turns:
             return sorted(self._all().items()) if idle else []
-        if idle and not self._come:
+        if idle and not self._arrived:
             self._collect(POLL_SECONDS)
         return sorted(self._take().items())
 
@@ -302,7 +305,7 @@ class _Responses:
         return self._take()
 
     def _take(self) -> dict[int, _Response]:
-        taken, self._come = self._come, {}
+        taken, self._arrived = self._arrived, {}
         return taken
 
     def _collect(self, wait: float) -> None:
@@ -310,7 +313,7 @@ class _Responses:
             if isinstance(result, BaseException):
                 text = f"{type(result).__name__}: {error_text(result)}"
                 result = _Failure(text, isinstance(result, TimeoutError))
-            self._come[number] = result if self._processes is None else _sendable(result)
+            self._arrived[number] = result if self._processes is None else _sendable(result)
 
 
 def _sendable(response: _Response) -> _Response:

@@ -24,7 +24,7 @@ _CALL = threading.local()  # its `deadline`: of the call that runs in this threa
 
 
 def time_left() -> float:
-    """Seconds until the call of `call_all` that runs in this thread is abandoned; infinite outside of one."""
+    """Seconds until the call of `Calls` that runs in this thread is abandoned; infinite outside of one."""
     return max(getattr(_CALL, "deadline", math.inf) - time.monotonic(), 0.0)
 
 
@@ -40,12 +40,12 @@ class Calls(Generic[T]):
     """Concurrent calls of user code, each in a separate daemon thread, with a limit of `seconds` each.
 
     A call that exceeds the limit is abandoned with a TimeoutError, since a thread cannot be stopped. However many calls
-    hang, they delay the others by at most about ten times `seconds`: after `_MAX_TIMEOUTS` timeouts in a row the
-    remaining calls are not started.
+    hang, they delay the others by at most about ten times `seconds`: after `_MAX_TIMEOUTS` more timeouts than results
+    the remaining calls are not started.
     """
 
     def __init__(self, seconds: float):
-        self._seconds, self._timeouts = seconds, 0  # the latter in a row
+        self._seconds, self._timeouts = seconds, 0  # more than results, at least 0
         self._waiting: deque[tuple[int, Callable[[], T]]] = deque()
         self._deadlines: dict[int, float] = {}  # of the running calls
         self._finished: SimpleQueue[tuple[int, float, T | BaseException]] = SimpleQueue()
@@ -84,7 +84,7 @@ class Calls(Generic[T]):
                 wait = 0
                 if self._deadlines.get(key, -math.inf) >= at:  # else it is late, or was abandoned
                     del self._deadlines[key]
-                    self._timeouts = 0
+                    self._timeouts = max(self._timeouts - 1, 0)
                     found.append((key, result))
         for key in [key for key, deadline in self._deadlines.items() if deadline <= time.monotonic()]:
             del self._deadlines[key]

@@ -28,7 +28,7 @@ from etils import epath
 from jaxtrain.train.agree import barrier, gather_values
 from jaxtrain.train.checksums import array_checksums
 from jaxtrain.train.leaves import describe, leaf_mismatches, named_leaves, raw_leaves, raw_struct, unraw
-from jaxtrain.train.orbax_errors import IO_ERRORS, is_not_of_orbax, root_cause
+from jaxtrain.train.orbax_errors import IO_ERRORS, is_not_of_orbax, root_cause, still_runs
 from jaxtrain.train.save_waits import SAVE_WAITS
 from jaxtrain.types import Array
 
@@ -75,7 +75,8 @@ class Checkpoints:
 
     A save that fails, because a disk is full or a bucket does not answer, does not end the run: it is warned of, and
     attempted again as long as its arrays exist; if a step has donated them, `overdue` asks for a save of newer ones.
-    The third failure in a row is a CheckpointError. A save that fails on one process fails on all.
+    The third failure in a row is a CheckpointError. A save that fails on one process, in orbax's
+    background threads, fails on all.
     """
 
     def __init__(
@@ -97,13 +98,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._running is not None:
-            # The other processes do not come here with this one, so nothing can be agreed on with them.
-            step, problem = self._running.step, self._problem_here()
-            self._running = self._response = None
-            if problem:
-                warnings.warn(self._failure(step, problem), RuntimeWarning, stacklevel=2)
-        self.close()
+        try:
+            if kind is not None and (save := self._running) is not None:
+                # The other processes do not come here with this one, so nothing can be agreed on with them.
+                self._running = None
+                if problem := self._problem_here():
+                    self._writer = None  # it would raise the same error again, in the place of the block's
+                    warnings.warn(self._failure(save.step, problem), RuntimeWarning, stacklevel=2)
+        finally:
+            self.close()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, also a damaged one, ascending."""
@@ -156,8 +159,10 @@ class Checkpoints:
         Raises CheckpointError if three saves in a row failed.
         """
         while (save := self._running) is not None:
-            problem = self._problem_anywhere()
-            self._running = self._response = None
+            try:
+                problem = self._problem_anywhere()
+            finally:
+                self._running = self._response = None
             if not problem:
                 self._failures = 0
                 return
@@ -207,7 +212,7 @@ class Checkpoints:
             self._response.result(timeout=timeout)
             self._writer.wait()
         except IO_ERRORS as error:
-            return None if _still_runs(error) else root_cause(error)
+            return None if still_runs(error) else root_cause(error)
         return ""
 
     def _has_failed(self) -> bool:
@@ -217,7 +222,7 @@ class Checkpoints:
         try:
             self._response.result(timeout=0)
         except Exception as error:  # any error: raised or reported by `wait`
-            return not _still_runs(error)
+            return not still_runs(error)
         return False
 
     def close(self) -> None:
@@ -361,11 +366,6 @@ class _Kept(NamedTuple):
         return [
             each.step in self.steps or (self.every is not None and each.step % self.every == 0) for each in checkpoints
         ]
-
-
-def _still_runs(error: Exception) -> bool:
-    """Whether the error of a response says so. The TimeoutErrors of orbax's barriers have a text."""
-    return isinstance(error, TimeoutError) and not error.args
 
 
 class _DamagedError(Exception):

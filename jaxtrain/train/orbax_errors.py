@@ -29,3 +29,9 @@ def is_not_of_orbax(record: logging.LogRecord) -> bool:
     trace = record.exc_info[2] if record.exc_info else None
     places = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
     return not any("/orbax/" in place for place in places)
+
+
+def still_runs(error: Exception) -> bool:
+    """Whether the error of a response says that the save is not done. The TimeoutErrors of orbax's barriers have a
+    text."""
+    return isinstance(error, TimeoutError) and not error.args

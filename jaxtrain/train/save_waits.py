@@ -22,7 +22,7 @@ import jax
 
 _POLL_SECONDS = 0.5
 _LAST_THREAD = "save_finalize"  # orbax's name of the thread that ends a save
-_JOIN_MILLISECONDS = 1000  # a barrier that nobody waits at any more is joined for as long
+_JOIN_MILLISECONDS = 1000  # how long `end` waits at a barrier that the others have left
 
 
 class SaveWaits:
@@ -41,7 +41,10 @@ class SaveWaits:
     def end(self, barriers: Collection[str]) -> None:
         """Fail those of `barriers` at which this process does not wait, and its own waits for values."""
         self._ended += 1
-        for key in sorted(set(barriers) - set(self.barriers())):
+        for key in sorted(set(barriers)):
+            if key in self.barriers():
+                continue
+            # The service counts how often each process has come to a barrier: every process comes once.
             with suppress(jax.errors.JaxRuntimeError):  # it fails, as intended
                 _jax_client().wait_at_barrier(key, _JOIN_MILLISECONDS, process_ids=[jax.process_index()])
 
@@ -75,14 +78,14 @@ SAVE_WAITS = SaveWaits()
 _jax_client: Any = None  # orbax's function that returns JAX's client
 
 
-def _stand_between() -> None:
-    """Give `SAVE_WAITS` to orbax in the place of JAX's client."""
+def _install() -> None:
+    """Replace JAX's client in orbax by `SAVE_WAITS`."""
     global _jax_client
     try:
         from orbax.checkpoint._src.futures.signaling_client import get_signaling_client
         from orbax.checkpoint._src.multihost import multihost
 
-        _jax_client = multihost.get_jax_distributed_client
+        _jax_client, forget = multihost.get_jax_distributed_client, get_signaling_client.cache_clear
     except (ImportError, AttributeError):
         return
 
@@ -91,7 +94,7 @@ def _stand_between() -> None:
         return SAVE_WAITS
 
     multihost.get_jax_distributed_client = client
-    get_signaling_client.cache_clear()  # it holds a client
+    forget()  # what holds JAX's client
 
 
-_stand_between()
+_install()

@@ -30,6 +30,16 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch):
     assert "missing: uvicorn (pip install 'jaxtrain[serve]')" in text
 
 
+def test_extras_of_a_missing_package_are_not_asked_for(monkeypatch):
+    def without_ray(name: str):
+        raise PackageNotFoundError if name == "ray" else AssertionError(name)
+
+    found, asked = environment.version, environment.requires
+    monkeypatch.setattr(environment, "version", lambda name: without_ray(name) if name == "ray" else found(name))
+    monkeypatch.setattr(environment, "requires", lambda name: without_ray(name) if name == "ray" else asked(name))
+    assert environment.environment()["optional packages"]["ray"] == "missing: ray (pip install 'jaxtrain[ray]')"
+
+
 def test_devices_that_cannot_be_used_are_an_entry_and_no_failure(monkeypatch):
     def none():
         raise RuntimeError("the TPU is in use")

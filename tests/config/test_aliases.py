@@ -1,5 +1,7 @@
 """Names of other frameworks, answered with the key and the value that mean the same here."""
 
+from copy import deepcopy
+
 import pytest
 
 from jaxtrain.config import ConfigError, parse_config
@@ -15,6 +17,8 @@ TREE = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": 
         ({"bf16": True}, "unknown key bf16; did you mean model.compute_dtype: bfloat16?"),
         ({"model": {"path": "m", "load_in_4bit": True}}, "did you mean model.quantize: nf4?"),
         ({"report_to": "wandb"}, "did you mean log.tensorboard? (true or false: TensorBoard is the only tracker)"),
+        ({"eval": {"steps": 5}}, "unknown key eval.steps; did you mean eval.every?"),
+        ({"train": {"steps": "1e3"}}, "train.steps: Input should be a valid integer (got '1e3')"),
         ({"recipe": "grpo"}, "(got 'grpo'); did you mean rl, with rl.algorithm: grpo?"),
         ({"recipe": "dpo"}, "(got 'dpo'); did you mean preference, with objective: DPO?"),
         (
@@ -36,4 +40,4 @@ def test_what_users_of_other_frameworks_type_is_answered_with_key_and_value(give
 def test_the_value_that_a_switch_stands_for_is_valid(name):
     key = ALIASES[name]
     lora = ["model.lora.rank=4"] if key.startswith(("model.lora", "model.quantize")) else []
-    parse_config({**TREE, "model": {"path": "model"}}, overrides=[*lora, f"{key}={VALUES[name]}"])
+    parse_config(deepcopy(TREE), overrides=[*lora, f"{key}={VALUES[name]}"])

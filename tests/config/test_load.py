@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from jaxtrain.config.load import ConfigError, dump_config, load_config, parse_config
+from jaxtrain.config.load import ConfigError, dump_config, load_config, parse_config, whole_text
 
 TREE = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "a.jsonl"}}}
 RL = TREE | {"recipe": "rl", "rl": {"rewards": [{"function": "exact_answer"}]}}
@@ -59,6 +59,13 @@ def test_a_file_extends_another(tmp_path):
     assert load_config(tmp_path / "again.yaml", ["train.steps=7"]) == parse_config(
         expected | {"run": {"dir": "y"}, "train": {"steps": 7, "batch_size": 16}}
     )
+
+
+def test_the_whole_text_of_a_file_needs_no_other(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TREE))
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\ntrain: {steps: 2}  # few\n")
+    assert yaml.safe_load(whole_text(tmp_path / "run.yaml")) == TREE | {"train": {"steps": 2}}
+    assert whole_text(tmp_path / "base.yaml") == (tmp_path / "base.yaml").read_text()
 
 
 def test_files_that_extend_each_other_or_nothing_are_named(tmp_path):

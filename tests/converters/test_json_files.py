@@ -99,6 +99,9 @@ def test_a_tokenizer_config(key, tmp_path):
     content = hf_folders.read_json(file)
     for value in STRANGE:
         file.write_text(json.dumps({**content, key: value}))
+        if key in ("eos_token", "pad_token", "added_tokens_decoder") and isinstance(value, float):
+            with pytest.raises(ConversionError, match=key):
+                load_tokenizer(tmp_path)
         try:
             load_tokenizer(tmp_path)
         except ValueError as error:

@@ -6,7 +6,7 @@ import pytest
 
 from converters.errors import ConversionError
 from converters.import_hf import read_config
-from converters.quantization import tile_of_folder
+from converters.quantization import tile_of_folder, weight_block_size
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -51,3 +51,9 @@ def test_the_tile_of_a_folder(tmp_path):
         assert tile_of_folder(tmp_path) is None
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": FP8}))
     assert tile_of_folder(tmp_path) == (128, 128)
+
+
+def test_the_tile_of_compressed_tensors_is_its_block_structure():
+    group = {"weights": {"strategy": "block", "block_structure": [128, 64]}}
+    assert weight_block_size({"config_groups": {"group_0": {"weights": None}, "group_1": group}}) == (128, 64)
+    assert weight_block_size({"config_groups": [group]}) is None

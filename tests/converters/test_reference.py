@@ -1,5 +1,7 @@
 """transformers' side of a comparison, held against transformers itself."""
 
+import json
+
 import hf_folders
 import numpy as np
 import pytest
@@ -59,3 +61,11 @@ def test_a_folder_that_transformers_cannot_load_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(ConversionError, match=f"transformers cannot load {tmp_path}"):
         Reference(tmp_path, "float32")
+
+
+def test_a_quantised_folder_is_refused(tmp_path):
+    folder = hf_folders.save(tmp_path, "qwen3")
+    config = hf_folders.read_json(folder / "config.json") | {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=r"is quantised, .*compare the folder that `jaxtrain convert` writes"):
+        Reference(folder, "float32")

@@ -95,7 +95,7 @@ def test_white_space_at_the_end_of_a_turn_is_learned_though_offsets_leave_it_out
     assert token_weights(TokenLocator(tok)(text), [(0, len(text), 1.0)], 0.0).all()
 
 
-@pytest.mark.parametrize("change", ["normalizer", "removed", "added"])
+@pytest.mark.parametrize("change", ["normalizer", "removed", "added", "unknown"])
 def test_where_tokens_are_not_the_bytes_of_the_text_offsets_locate_them(change):
     tok = untrimmed_tokenizer()
     backend = tok.backend_tokenizer

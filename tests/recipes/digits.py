@@ -26,7 +26,7 @@ def slow_digits(completions, folder, **columns):
 
 
 class MoreDigits:
-    """Asks twice for digits, quotes the answer, and does not like some letters."""
+    """Asks twice for digits, quotes the answer, and raises for some letters."""
 
     async def reset(self, row):
         self.turns = 0

@@ -134,7 +134,7 @@ def test_an_engine_of_two_processes_equals_one_of_each(place, two, case):
 
 
 def test_environments_of_two_processes_have_responded(place, two):
-    """Else the tests above would see nothing of conversations."""
+    """Else the tests above would not test conversations."""
     talks = [
         t
         for step in recorded_steps(place / "environment" / "two")

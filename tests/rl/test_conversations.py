@@ -156,7 +156,7 @@ def test_a_conversation_waits_for_the_environments_of_others_only_in_turns():
     assert [group[0].rewards for group in finished] == [{"environment": 2.0}] * 2
     events = threading.Event()
     script = Script(tok, ["1"] * 6)
-    (late,), (early,) = run(script, partial(Ordered, events), rows, seconds=0.5)
+    (late,), (early,) = run(script, partial(Ordered, events), rows, seconds=2.0)
     events.set()
     assert late.info["timed_out"] and early.rewards == {"environment": 2.0}
     assert [len(requests) for requests in script.requests] == [2, 1]

@@ -58,6 +58,19 @@ def test_when_many_calls_hang_the_others_are_not_started(over):
     assert len(tried) < 200
 
 
+def test_a_few_that_return_do_not_prolong_the_wait_for_many_that_hang(over):
+    tried = []
+
+    def hang_mostly(index):
+        tried.append(index)
+        if index % 10:
+            over.wait()
+
+    answers = call_all([partial(hang_mostly, index) for index in range(400)], 0.1)
+    assert "not started" in str(answers[-1])
+    assert len(tried) < 250
+
+
 def test_awaitables_share_one_event_loop_and_other_values_pass():
     async def loop():
         return asyncio.get_running_loop()

@@ -1,5 +1,7 @@
 """A save that fails is attempted again, and the third failure in a row is an error."""
 
+import resource
+import signal
 import time
 
 import jax
@@ -40,6 +42,23 @@ def test_a_failed_save_is_attempted_again_while_its_arrays_exist(tmp_path, monke
     restored = Checkpoints(str(tmp_path), 1, 1).restore(state)
     assert restored is not None
     assert (restored.state["w"] == state["w"]).all()
+
+
+def test_a_failed_save_does_not_replace_the_error_that_ends_the_run(tmp_path):
+    """Orbax's threads fail while they write; the writer would raise their error when it is closed."""
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with (
+            pytest.raises(KeyError, match="of the run"),
+            pytest.warns(RuntimeWarning, match="could not save step 1"),
+            Checkpoints(str(tmp_path), 1, 1) as checkpoints,
+        ):
+            checkpoints.save(1, {"w": jnp.arange(1_000_000.0)}, {}, {})
+            raise KeyError("of the run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_after_a_failed_save_whose_arrays_were_donated_a_newer_step_is_overdue(tmp_path, monkeypatch, no_delay):

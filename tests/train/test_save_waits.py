@@ -72,7 +72,7 @@ def test_a_save_that_fails_on_one_process_fails_soon_on_both(tmp_path, failing, 
         for n in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+        outputs = [process.communicate(timeout=280)[0].splitlines() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -81,5 +81,5 @@ def test_a_save_that_fails_on_one_process_fails_soon_on_both(tmp_path, failing, 
         culprit = rf"could not save step 1 .*: process {failing} on {socket.gethostname()}: \w+Error: .*File too large"
         assert re.search(culprit, warned), printed
         attempts, seconds = end.split()
-        assert int(attempts) == min(times + 1, 3) and float(seconds) < 60
+        assert int(attempts) == min(times + 1, 3) and float(seconds) < 200  # orbax's shortest timeout is 300
         assert result == "saved (2, 500000)" if times < 3 else re.search(culprit, result)
