@@ -51,7 +51,7 @@ from jaxtrain.data.messages import KNOWN_KEYS, Conversation, conversation, keys_
 from jaxtrain.data.packing import Example, RowExamples, last_trained
 from jaxtrain.data.sources import Source
 from jaxtrain.data.token_ids import from_token_ids
-from jaxtrain.data.tokens import encode_plain, token_weights, without_limits
+from jaxtrain.data.tokens import TokenLocator, locate_plain, token_weights
 
 log = logging.getLogger(__name__)
 
@@ -289,7 +289,7 @@ class Encoder(RowEncoder):
         if not completion:
             raise ValueError("there is no text to learn" if not prompt else "the completion is empty")
         text = prompt + completion
-        located = encode_plain(self._needed_tokenizer, self._backend, text)
+        located = locate_plain(self._needed_tokenizer, self._locate, text)
         learned = (len(prompt), len(text), 1.0)
         weights = token_weights(located, [learned], 1.0 if self._loss_on == "all" else 0.0)
         ids, eos = located.ids, np.int32(self._eos)
@@ -309,13 +309,13 @@ class Encoder(RowEncoder):
         for step in steps:
             text += step + "\n"
             ends.append(len(text))
-        located = encode_plain(self._needed_tokenizer, self._backend, text)
+        located = locate_plain(self._needed_tokenizer, self._locate, text)
         real = np.flatnonzero(located.ends > located.starts)  # without tokens that the tokenizer adds
-        last = real[np.searchsorted(located.starts[real], ends) - 1].tolist()
+        last = real[np.searchsorted(located.starts[real], located.places(ends)) - 1].tolist()
         return Example(located.ids, np.zeros(len(located.ids), np.float32)), last
 
     def _plain_ids(self, text: str) -> np.ndarray:
-        return encode_plain(self._needed_tokenizer, self._backend, text).ids
+        return locate_plain(self._needed_tokenizer, self._locate, text).ids
 
     @cached_property
     def _chat(self) -> ChatTokenizer:
@@ -326,8 +326,8 @@ class Encoder(RowEncoder):
         return frozenset(re.findall(r"\w+", str(self._tokenizer and self._tokenizer.chat_template)))
 
     @cached_property
-    def _backend(self) -> Any:
-        return without_limits(self._needed_tokenizer)
+    def _locate(self) -> TokenLocator:
+        return TokenLocator(self._needed_tokenizer)
 
     @property
     def _eos(self) -> int:

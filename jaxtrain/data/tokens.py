@@ -51,9 +51,16 @@ class LocatedTokens(NamedTuple):
     ends: np.ndarray  # [n]
     text: str | bytes
 
+    def places(self, characters: Sequence[int]) -> list[int]:
+        """Numbers of characters of the text as `starts` and `ends` count."""
+        if isinstance(self.text, str):
+            return list(characters)
+        text = self.text.decode()
+        return [len(text[:number].encode()) for number in characters]
+
 
 class TokenLocator:
-    """Encodes texts and locates their tokens, with no special tokens added.
+    """Encodes texts and locates their tokens.
 
     The tokens of byte-level BPE are bytes of the text, so their places follow from their lengths, and the tokenizer
     need not be asked for offsets, which take it a third of its time. Its own offsets also leave out white space where
@@ -65,25 +72,28 @@ class TokenLocator:
         self._lengths = _byte_lengths(self._backend)
         self._composed = self._backend.normalizer is not None
 
-    def __call__(self, text: str) -> LocatedTokens:
-        """Raises ValueError for a lone surrogate."""
+    def __call__(self, text: str, *, add_special_tokens: bool = False) -> LocatedTokens:
+        """Special tokens that are added stand for no part of the text. Raises ValueError for a lone surrogate."""
         if self._lengths is not None and not (self._composed and not is_normalized("NFC", text)):
             with naming_surrogates(text):
-                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
                 written = text.encode()
             ids = np.array(encoding.ids, np.int32)
-            ends = self._lengths[ids].cumsum()
+            lengths = self._lengths[ids]
+            if add_special_tokens:
+                lengths[np.array(encoding.special_tokens_mask, bool)] = 0
+            ends = lengths.cumsum()
             if len(written) == (ends[-1] if len(ends) else 0):
                 starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
                 return LocatedTokens(ids, starts, ends, text if len(text) == len(written) else written)
-        return by_offsets(text, encode(self._backend, text, add_special_tokens=False))
+        return by_offsets(text, encode(self._backend, text, add_special_tokens=add_special_tokens))
 
 
-def by_offsets(text: str, encoding: Any, first: int = 0) -> LocatedTokens:
-    """The tokens from `first` on, where the tokenizer says they are. Added ones, without a place, follow the last."""
-    starts, ends = np.array(encoding.offsets[first:], np.int64).reshape(-1, 2).T
+def by_offsets(text: str, encoding: Any) -> LocatedTokens:
+    """The tokens where the tokenizer says they are. Added ones, without a place, follow the last."""
+    starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     starts = np.maximum.accumulate(starts)
-    return LocatedTokens(np.array(encoding.ids[first:], np.int32), starts, np.maximum(ends, starts), text)
+    return LocatedTokens(np.array(encoding.ids, np.int32), starts, np.maximum(ends, starts), text)
 
 
 _NO_BYTES = -(1 << 40)  # of a token whose bytes are not known: no text has the length of a sum with it
@@ -130,7 +140,7 @@ def token_weights(located: LocatedTokens, spans: Sequence[tuple[int, int, float]
     text, starts, ends = located.text, located.starts, located.ends
     weights = np.full(len(starts), outside, np.float32)
     for *span, weight in spans:
-        start, end = _in_bytes(text, span) if isinstance(text, bytes) else span
+        start, end = located.places(span)
         first = before = bisect_left(starts, start)
         while first < len(starts) and ends[first] <= start:  # of no characters
             first += 1
@@ -143,14 +153,9 @@ def token_weights(located: LocatedTokens, spans: Sequence[tuple[int, int, float]
     return weights
 
 
-def _in_bytes(text: bytes, span: Sequence[int]) -> list[int]:
-    characters = text.decode()
-    return [len(characters[:place].encode()) for place in span]
-
-
-def encode_plain(tokenizer: PreTrainedTokenizerFast, backend: Any, text: str) -> LocatedTokens:
+def locate_plain(tokenizer: PreTrainedTokenizerFast, locate: TokenLocator, text: str) -> LocatedTokens:
     """The tokens of plain text, with the special tokens that the tokenizer adds. A beginning-of-sequence token that the
     text itself begins with is not added once more."""
-    encoding = encode(backend, text, add_special_tokens=True)
-    doubled = encoding.ids[:2] == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token))
-    return by_offsets(text, encoding, int(doubled))
+    ids, starts, ends, text_or_bytes = locate(text, add_special_tokens=True)
+    doubled = int(ids[:2].tolist() == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token)))
+    return LocatedTokens(ids[doubled:], starts[doubled:], ends[doubled:], text_or_bytes)

@@ -1,7 +1,9 @@
 """Rows of preferences: which prompt and answers they are, and the signals of their examples."""
 
+import chat_templates
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.config import DataSection, SourceSection
@@ -155,6 +157,18 @@ def test_steps_are_scored_at_their_ends(tokenizer):
     text = [tokenizer.decode(example.input_ids[: end + 1]) for end in scored]
     assert text == ["Q:ab\n", "Q:ab\nc\nd\n"]
     assert example.signals["label"][scored].tolist() == [1, 0]
+
+
+def test_a_token_that_the_tokenizer_adds_ends_no_step():
+    tok = chat_templates.tokenizer(None)
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tok.eos_token_id)]
+    )
+    encode = encoder(tok, LabelEncoder, plain=True, score_last=True)
+    example = encode({"prompt": "Q:", "completions": ["ab", "é"], "labels": [True, False]})
+    scored = np.flatnonzero(example.loss_weights)
+    assert [tok.decode(example.input_ids[: end + 1]) for end in scored] == ["Q:ab\n", "Q:ab\né\n"]
+    assert example.input_ids[-1] == tok.eos_token_id
 
 
 def stream(rows, tokenizer, **changes):

@@ -10,7 +10,7 @@ from jaxtrain.data.tokens import (
     TokenLocator,
     by_offsets,
     encode,
-    encode_plain,
+    locate_plain,
     token_weights,
     without_limits,
 )
@@ -40,7 +40,7 @@ def test_a_token_that_begins_in_the_prompt_is_learned_where_it_holds_words():
 @pytest.mark.parametrize("written", ["", "<s>"])
 def test_a_first_token_that_the_text_holds_is_not_added_again(written):
     tok = tokenizer(None, add_bos=True)
-    ids, starts, ends, _ = encode_plain(tok, without_limits(tok), written + "The capital")
+    ids, starts, ends, _ = locate_plain(tok, TokenLocator(tok), written + "The capital")
     assert tok.decode(ids) == "<s>The capital" and len(ids) == len(starts)
     assert (starts[0], ends[0]) == (0, len(written)) and ends[-1] == len(written) + len("The capital")
 
@@ -110,3 +110,16 @@ def test_where_tokens_are_not_the_bytes_of_the_text_offsets_locate_them(change):
     expected = by_offsets(UNICODE, encode(without_limits(tok), UNICODE, add_special_tokens=False))
     assert located.text == UNICODE
     assert all((ours == theirs).all() for ours, theirs in zip(located[:3], expected[:3], strict=True))
+
+
+def test_added_tokens_stand_for_no_part_of_the_text():
+    tok = untrimmed_tokenizer()
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tok.bos_token_id), ("</s>", tok.eos_token_id)]
+    )
+    text = f"é</s>{UNICODE} "
+    ids, starts, ends, written = TokenLocator(tok)(text, add_special_tokens=True)
+    assert written == text.encode()
+    assert (ids[0], starts[0], ends[0]) == (tok.bos_token_id, 0, 0)
+    assert (ids[-1], starts[-1], ends[-1]) == (tok.eos_token_id, len(written), len(written))
+    assert (starts[1:] == ends[:-1]).all() and (ids == tok.eos_token_id).sum() == 2
