@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from converters.errors import ConversionError
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_json_config
-from converters.quantization import without_quantization
+from converters.quantization import QUANTIZATION, without_quantization
 
 
 class ModuleCall(NamedTuple):
@@ -37,7 +37,7 @@ class Reference:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         config = read_json_config(folder)
-        if without_quantization(config) != config:
+        if config.get(QUANTIZATION) and without_quantization(config) != config:
             raise ConversionError(
                 f"{folder} is quantised, and transformers rounds its weights otherwise: compare the folder that "
                 "`jaxtrain convert` writes of it"

@@ -33,6 +33,7 @@ def plan(**changes):
         "divergence": None,
         "top_k": None,
         "sharded": False,
+        "parts": 1,
     }
     return Plan(**(settings | changes))
 
