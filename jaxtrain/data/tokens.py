@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unicodedata import is_normalized
 
@@ -24,23 +23,21 @@ def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def encode(backend: Any, text: str, *, add_special_tokens: bool) -> Any:
     """The `tokenizers.Encoding` of a text. Raises ValueError for a lone surrogate, which no UTF-8 text holds."""
-    with naming_surrogates(text):
-        return backend.encode(text, add_special_tokens=add_special_tokens)
-
-
-@contextmanager
-def naming_surrogates(text: str) -> Iterator[None]:
-    """Errors of encoding a lone surrogate as a ValueError that shows it."""
     try:
-        yield
+        return backend.encode(text, add_special_tokens=add_special_tokens)
     except (TypeError, UnicodeError) as error:
-        at = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
-        if at is None:
-            raise
-        raise ValueError(
-            f"the text holds a lone surrogate, U+{ord(text[at]):04X}, which is half of a character: "
-            f"...{text[max(at - 20, 0) : at + 1]!a}"
-        ) from error
+        raise _with_surrogate_named(error, text) from error
+
+
+def _with_surrogate_named(error: Exception, text: str) -> ValueError:
+    """The error of encoding a text as a ValueError that shows its lone surrogate. Raises `error` if it has none."""
+    at = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+    if at is None:
+        raise error
+    return ValueError(
+        f"the text holds a lone surrogate, U+{ord(text[at]):04X}, which is half of a character: "
+        f"...{text[max(at - 20, 0) : at + 1]!a}"
+    )
 
 
 class LocatedTokens(NamedTuple):
@@ -75,9 +72,11 @@ class TokenLocator:
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> LocatedTokens:
         """Special tokens that are added stand for no part of the text. Raises ValueError for a lone surrogate."""
         if self._lengths is not None and not (self._composed and not is_normalized("NFC", text)):
-            with naming_surrogates(text):
+            try:
                 (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
                 written = text.encode()
+            except (TypeError, UnicodeError) as error:
+                raise _with_surrogate_named(error, text) from error
             ids = np.array(encoding.ids, np.int32)
             lengths = self._lengths[ids]
             if add_special_tokens:
@@ -140,7 +139,7 @@ def token_weights(located: LocatedTokens, spans: Sequence[tuple[int, int, float]
     text, starts, ends = located.text, located.starts, located.ends
     weights = np.full(len(starts), outside, np.float32)
     for *span, weight in spans:
-        start, end = located.places(span)
+        start, end = span if isinstance(text, str) else located.places(span)
         first = before = bisect_left(starts, start)
         while first < len(starts) and ends[first] <= start:  # of no characters
             first += 1
