@@ -41,6 +41,16 @@ TEACHER = {
 }
 
 
+def model_section(folder: Path) -> dict[str, Any]:
+    """A tiny model with random weights and the tokenizer in `folder`."""
+    return {
+        "config": commands.MODEL | {"max_position_embeddings": 128},
+        "tokenizer": str(folder / "tokenizer"),
+        "compute_dtype": "float32",
+        "remat": "none",
+    }
+
+
 def prepare(folder: Path, recipe: str = "preference") -> Path:
     """Write run.yaml, its data, a tokenizer, and for recipe distill a teacher."""
     write_byte_tokenizer(folder / "tokenizer")
@@ -49,12 +59,7 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
     config = {
         "recipe": recipe,
         "run": {"dir": str(folder / "whole")},
-        "model": {
-            "config": commands.MODEL | {"max_position_embeddings": 128},
-            "tokenizer": str(folder / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
+        "model": model_section(folder),
         "data": {"train": {"path": str(files.train)}, "eval": {"path": str(files.eval)}, "max_length": 96},
         "train": {"steps": STEPS, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
@@ -83,12 +88,7 @@ def rl_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "recipe": "rl",
         "run": {"dir": str(folder / "run")},
-        "model": {
-            "config": commands.MODEL | {"max_position_embeddings": 128},
-            "tokenizer": str(folder / "tokenizer"),
-            "compute_dtype": "float32",
-            "remat": "none",
-        },
+        "model": model_section(folder),
         "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 48},
         "train": {"steps": 4},
         "optimizer": {"learning_rate": 0.02, "schedule": "constant"},

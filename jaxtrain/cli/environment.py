@@ -78,10 +78,7 @@ def _installed(extra: str) -> dict[str, str | None]:
     for text in requires("jaxtrain") or []:
         each = Requirement(text)
         if each.marker.evaluate({"extra": extra}) if each.marker else not extra:
-            try:
-                found[each.name] = version(each.name)
-            except PackageNotFoundError:
-                found[each.name] = None
+            found[each.name] = _version(each.name)
             for of_package in each.extras if found[each.name] else ():  # jax[tpu] brings packages of its own
                 found |= _brought(each.name, of_package)
     return found
@@ -91,11 +88,15 @@ def _brought(package: str, extra: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for each in map(Requirement, requires(package) or []):
         if each.marker and each.marker.evaluate({"extra": extra}) and not each.marker.evaluate({"extra": ""}):
-            try:
-                found[each.name] = version(each.name)
-            except PackageNotFoundError:
-                found[each.name] = None
+            found[each.name] = _version(each.name)
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _what_is_missing(extra: str) -> str:
