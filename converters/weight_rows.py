@@ -95,6 +95,36 @@ class Split:
 
 
 @dataclass(frozen=True)
+class PairsToHalves:
+    """Reorder the channels of a head, on `axis`, from rope on neighbours (2i, 2i + 1) to rope on halves (i, i + R/2).
+
+    `rotated` is R: the channels after it stay where they are. Of an axis of size 1, which an adapter's first factor
+    has in place of the heads, nothing changes. The axis is never sharded.
+    """
+
+    axis: int
+    rotated: int
+
+    def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
+        return shape
+
+    def hf_index(self, index: Index, shape: Shape, hf_shape: Shape) -> Index:
+        assert index[self.axis] == slice(0, shape[self.axis]), f"the channels of a head are split: {index} of {shape}"
+        return index
+
+    def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
+        return block.take(self._theirs(shape[self.axis]), self.axis)
+
+    def to_hf(self, array: np.ndarray, hf_shape: Shape) -> np.ndarray:
+        return array.take(np.argsort(self._theirs(hf_shape[self.axis])), self.axis)
+
+    def _theirs(self, size: int) -> np.ndarray:
+        """Their channel for each of ours."""
+        rotated = min(self.rotated, size)
+        return np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, size)])
+
+
+@dataclass(frozen=True)
 class PadVocab:
     """Pad the checkpoint's `axis` of `vocab_size` rows with zeros; export removes them."""
 
@@ -183,12 +213,13 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row. `ops` map the checkpoint's tensor, or this row's `part` of it, to our parameter. An alias is another
-    name under which a checkpoint may store the same parameter; if it stores both, their values must be equal."""
+    """One row. `ops` map the checkpoint's tensor, or this row's `part` of it, to our parameter; one that depends on the
+    config is a function of it. An alias is another name under which a checkpoint may store the same parameter; if it
+    stores both, their values must be equal."""
 
     ours: str
     hf: str
-    ops: tuple[Op, ...] = ()
+    ops: tuple[Op | Callable[[ModelConfig], Op], ...] = ()
     alias: bool = False
     part: Part | None = None
 
@@ -283,12 +314,13 @@ def bind(rows: Sequence[Weight], shapes: Mapping[str, Shape], config: ModelConfi
 def _tensors(row: Weight, shape: Shape, config: ModelConfig) -> Iterable[Tensor]:
     fields = [field for _, field, _, _ in string.Formatter().parse(row.hf) if field]
     shapes = [shape[len(fields) :]]
-    for op in reversed(row.ops):
+    ops = tuple(op(config) if callable(op) else op for op in row.ops)
+    for op in reversed(ops):
         shapes.insert(0, op.hf_shape(shapes[0], config))
     slot = row.part.slot(shapes[0], config) if row.part else None
     for stack in itertools.product(*(range(size) for size in shape[: len(fields)])):
         name = row.hf.format(**dict(zip(fields, stack, strict=True)))
-        yield Tensor(name, row.ours, stack, row.ops, tuple(shapes), row.alias, slot)
+        yield Tensor(name, row.ours, stack, ops, tuple(shapes), row.alias, slot)
 
 
 def flatten(tree: Params) -> dict[str, Any]:

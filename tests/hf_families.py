@@ -45,6 +45,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
         },
     ),
+    "olmoe": ("Olmoe", {"pad_token_id": None, "hidden_size": 64, "num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe-renormalised-biases": (
+        "Olmoe",
+        {
+            "pad_token_id": None,
+            "hidden_size": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+        },
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "exaone4-window-tied": (
+        "Exaone4",
+        {"sliding_window": 37, "layer_types": MIXED, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "seed-oss": ("SeedOss", {}),
+    "seed-oss-biases": ("SeedOss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    "arcee": ("Arcee", {}),
+    "arcee-biases-tied": ("Arcee", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "glm4": ("Glm4", {"pad_token_id": 0}),
+    "glm4-full-yarn-tied": (
+        "Glm4",
+        {
+            "pad_token_id": 0,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 1.0},
+        },
+    ),
     "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 37}),
     "phi3-longrope-tied": (
         "Phi3",

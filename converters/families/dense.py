@@ -9,7 +9,7 @@ from typing import Any
 from converters.errors import ConversionError
 from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope, write_rope
-from converters.weight_rows import PadVocab, Split, Transpose, Weight
+from converters.weight_rows import PadVocab, SideBySide, Split, Transpose, Weight
 from jaxtrain.nn.config import Activation, LayerKind, ModelConfig
 
 _LAYER = "model.layers.{layer}"
@@ -43,6 +43,16 @@ MLP_BIAS = (
     Weight("layers.mlp.up_proj.bias", f"{_LAYER}.mlp.up_proj.bias"),
     Weight("layers.mlp.down_proj.bias", f"{_LAYER}.mlp.down_proj.bias"),
 )
+FUSED_GATE_UP = tuple(
+    Weight(
+        f"layers.mlp.{name}.kernel",
+        f"{_LAYER}.mlp.gate_up_proj.weight",  # [2F, D]
+        _MATRIX,
+        part=SideBySide(0, place, lambda config: (config.intermediate_size, config.intermediate_size)),
+    )
+    for place, name in enumerate(("gate_proj", "up_proj"))
+)
+"""In place of two rows of BASE."""
 QK_NORM = (
     Weight("layers.attn.q_norm.scale", f"{_LAYER}.self_attn.q_norm.weight"),
     Weight("layers.attn.k_norm.scale", f"{_LAYER}.self_attn.k_norm.weight"),
@@ -55,6 +65,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 

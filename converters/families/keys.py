@@ -63,11 +63,11 @@ class ConfigKeys:
         return self._typed(key, int, "an integer of at least 0", lambda value: 0 <= value < 2**31)
 
     def number(self, key: str) -> float:
-        return float(self._typed(key, int | float, "a number above 0", _is_positive))
+        return float(self._typed(key, int | float, "a number above 0", is_positive))
 
     def numbers(self, key: str) -> tuple[float, ...]:
         return tuple(
-            map(float, self._typed(key, list, "a list of numbers above 0", lambda x: all(map(_is_positive, x))))
+            map(float, self._typed(key, list, "a list of numbers above 0", lambda x: all(map(is_positive, x))))
         )
 
     def names(self, key: str) -> list[str]:
@@ -98,6 +98,6 @@ class ConfigKeys:
         return value
 
 
-def _is_positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
     """Whether a JSON value is a number above 0 that a float can hold: not a bool, NaN, Infinity or a longer integer."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max

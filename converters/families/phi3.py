@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.errors import ConversionError
-from converters.families.dense import BASE, read_sizes, write_sizes
+from converters.families.dense import BASE, FUSED_GATE_UP, read_sizes, write_sizes
 from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope, rope_parameters
 from converters.weight_rows import SideBySide, Split, Transpose, Weight
@@ -13,15 +13,10 @@ from jaxtrain.nn.config import LayerKind, LongRopeScaling, ModelConfig
 ARCHITECTURE = "Phi3ForCausalLM"
 MODEL_TYPE = "phi3"
 _QKV = "model.layers.{layer}.self_attn.qkv_proj.weight"  # [(N + 2K)*H, D]
-_GATE_UP = "model.layers.{layer}.mlp.gate_up_proj.weight"  # [2F, D]
 
 
 def _heads(config: ModelConfig) -> tuple[int, ...]:
     return tuple(heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-
-
-def _gate_up(config: ModelConfig) -> tuple[int, ...]:
-    return (config.intermediate_size, config.intermediate_size)
 
 
 _FUSED = (
@@ -29,10 +24,7 @@ _FUSED = (
         Weight(f"layers.attn.{ours}.kernel", _QKV, (Split(0), Transpose((2, 0, 1))), part=SideBySide(0, i, _heads))
         for i, ours in enumerate(("q_proj", "k_proj", "v_proj"))
     ),
-    *(
-        Weight(f"layers.mlp.{ours}.kernel", _GATE_UP, (Transpose((1, 0)),), part=SideBySide(0, i, _gate_up))
-        for i, ours in enumerate(("gate_proj", "up_proj"))
-    ),
+    *FUSED_GATE_UP,
 )
 WEIGHTS = (*(row for row in BASE if row.ours not in {fused.ours for fused in _FUSED}), *_FUSED)
 

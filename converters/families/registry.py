@@ -6,8 +6,11 @@ from typing import Any, Protocol
 
 from converters.errors import ConversionError
 from converters.families import (
+    arcee,
+    exaone4,
     gemma2,
     gemma3,
+    glm4,
     gpt_oss,
     granite,
     llama,
@@ -16,10 +19,12 @@ from converters.families import (
     mixtral,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from converters.families.rope import ROPE_KEYS
@@ -66,6 +71,7 @@ class Family(Protocol):
 _ALL: tuple[Family, ...] = (
     *(llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss, gemma2, gemma3),
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
+    *(arcee, exaone4, glm4, olmoe, seed_oss),
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 DERIVED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)

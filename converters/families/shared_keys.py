@@ -47,7 +47,10 @@ _OTHER_MODELS = "read only for models of other kinds (vision, audio, state space
 _NAMES = "information about the folder"
 
 IGNORED: dict[str, str] = {
-    **dict.fromkeys(("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop"), _TRAINING),
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "residual_dropout"),
+        _TRAINING,
+    ),
     **dict.fromkeys(("gradient_checkpointing", "router_aux_loss_coef", "output_router_logits"), _TRAINING),
     **dict.fromkeys(("output_hidden_states", "output_attentions", "_output_attentions", "return_dict"), _OUTPUTS),
     **dict.fromkeys(("use_return_dict", "return_dict_in_generate", "use_cache", "tie_last_hidden_states"), _OUTPUTS),

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 FLOAT32 = np.dtype("float32")
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 QKNorm = Literal["head", "all"]
 
 
@@ -140,6 +140,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mlp_gate: bool = True  # feed-forward layers multiply by a gate; else down(act(up(x)))
     pre_norms: bool = True  # a norm before attention and one before the feed-forward layer
     post_norms: bool = False  # a norm of the output of each, before it is added to the residual stream
     norm_offset: bool = False  # norms multiply by 1 + scale

@@ -1,4 +1,4 @@
-"""The gated feed-forward layer (https://arxiv.org/abs/2002.05202)."""
+"""The feed-forward layer, gated (https://arxiv.org/abs/2002.05202) or not."""
 
 from collections.abc import Callable
 
@@ -18,11 +18,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # https://arxiv.org/abs/2109.08668
 }
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`, or without a gate (`config.mlp_gate`) `down(act(up(x)))`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
         def linear(name: str, inside: Axes, outside: Axes) -> Linear:
@@ -38,11 +39,16 @@ class GatedMLP(nnx.Module):
 
         stream, hidden = Axes((config.hidden_size,), ("embed",)), Axes((config.intermediate_size,), ("mlp",))
         self.activation = config.activation
-        self.gate_proj = linear("gate_proj", stream, hidden)
+        self.gate_proj = linear("gate_proj", stream, hidden) if config.mlp_gate else nnx.data(None)
         self.up_proj = linear("up_proj", stream, hidden)
         self.down_proj = linear("down_proj", hidden, stream)
 
     def __call__(self, x: Float[Array, "B T D"], keys: list[Array | None]) -> Float[Array, "B T D"]:
         """`keys` are dropout keys for the adapters of the three projections, or Nones."""
-        gate, up = checkpoint_name(self.gate_proj(x, keys[0]), GATE), checkpoint_name(self.up_proj(x, keys[1]), UP)
-        return checkpoint_name(self.down_proj(ACTIVATIONS[self.activation](gate) * up, keys[2]), DOWN)
+        act = ACTIVATIONS[self.activation]
+        if self.gate_proj is None:
+            hidden = act(checkpoint_name(self.up_proj(x, keys[1]), UP))
+        else:
+            gate, up = checkpoint_name(self.gate_proj(x, keys[0]), GATE), checkpoint_name(self.up_proj(x, keys[1]), UP)
+            hidden = act(gate) * up
+        return checkpoint_name(self.down_proj(hidden, keys[2]), DOWN)

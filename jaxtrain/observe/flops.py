@@ -126,7 +126,7 @@ def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
         "attn.v_proj": (1, d, config.num_kv_heads * h),
         "attn.o_proj": (1, config.num_heads * h, d),
         **({"mlp.router": (1, d, moe.num_experts)} if moe else {}),
-        f"{mlp}.gate_proj": (count, d, f),
+        **({f"{mlp}.gate_proj": (count, d, f)} if config.mlp_gate else {}),
         f"{mlp}.up_proj": (count, d, f),
         f"{mlp}.down_proj": (count, f, d),
     }

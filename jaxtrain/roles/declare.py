@@ -18,7 +18,7 @@ from jaxtrain.lora import check_targets
 from jaxtrain.nn.config import Lora, ModelConfig, Modules, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
-from jaxtrain.nn.remat import DENSE_ONLY, RECOMPUTE, Remat
+from jaxtrain.nn.remat import DENSE_ONLY, GATE, RECOMPUTE, Remat
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.gpu.parity import HeadShapes, agrees_with_xla
 from jaxtrain.ops.quantize import QuantizedFormat, quantize_kernels
@@ -157,11 +157,12 @@ def _remat(section: ModelSection, config: ModelConfig) -> Remat:
     if isinstance(section.remat, str):
         return section.remat
     places = section.remat.model_dump()
-    for name in DENSE_ONLY if config.moe else ():
+    for name in DENSE_ONLY if config.moe else () if config.mlp_gate else (GATE,):
         if places.pop(name) != RECOMPUTE:
+            has = "a mixture of experts" if config.moe else "feed-forward layers without a gate"
             raise ValueError(
-                f"model.remat.{name} names an activation of a dense feed-forward layer; this model of family "
-                f"{config.family} has a mixture of experts: leave it out"
+                f"model.remat.{name} names an activation of a {'dense' if config.moe else 'gated'} feed-forward layer; "
+                f"this model of family {config.family} has {has}: leave it out"
             )
     return tuple(places.items())
 
@@ -193,7 +194,8 @@ def _lora(section: ModelSection, config: ModelConfig) -> Lora | None:
         return None
     dtype = jnp.dtype(requested.dtype)
     if requested.path is None:
-        targets = LORA_TARGETS if requested.targets is None else tuple(requested.targets)
+        targets = tuple(name for name in LORA_TARGETS if config.mlp_gate or name != "gate_proj")
+        targets = targets if requested.targets is None else tuple(requested.targets)
         return Lora(
             rank=requested.rank or 16,
             alpha=requested.alpha or 32.0,

@@ -125,7 +125,13 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, rotation: str) -> n
     return np.concatenate([turned, x[..., width:]], -1)
 
 
-ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu_tanh": "tanh gelu", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS: dict[Activation, str] = {
+    "silu": "silu",
+    "gelu_tanh": "tanh gelu",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "squared relu",
+}
 
 
 def explain_gate(gate: np.ndarray, up: np.ndarray, activation: Activation, ours: np.ndarray, theirs: np.ndarray) -> str:
@@ -143,6 +149,8 @@ def explain_gate(gate: np.ndarray, up: np.ndarray, activation: Activation, ours:
 def _activate(x: np.ndarray, name: Activation) -> np.ndarray:
     if name == "relu":
         return np.maximum(x, 0)
+    if name == "relu2":
+        return np.maximum(x, 0) ** 2
     if name == "silu":
         return x / (1 + np.exp(-x))
     if name == "gelu_tanh":

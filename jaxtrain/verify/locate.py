@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from converters.reference import Reference
-from converters.verify import Mismatch, Pair, Point, compare_values, first_mismatch, pair_modules
+from converters.reference import ModuleCall, Reference
+from converters.verify import Mismatch, Pair, Point, compare_values, first_mismatch, module_path, pair_modules
+from converters.weight_rows import PairsToHalves
 from jaxtrain.types import Array
 from jaxtrain.verify.subject import Subject, as_batch, outputs, params_as, precise
 from jaxtrain.verify.suspects import Observed, explain, order_of_layers
@@ -48,10 +49,29 @@ def _layers(pairs: Mapping[str, Pair]) -> set[str]:
     return {pair.hf for path, pair in pairs.items() if re.fullmatch(r"layers\.\d+", path)}
 
 
+def _in_our_order(
+    subject: Subject, pairs: Mapping[str, Pair], calls: Mapping[str, ModuleCall]
+) -> dict[str, ModuleCall]:
+    """The calls of the modules whose output channels the weight rows reorder, with outputs in our order."""
+    found = {}
+    for tensor in subject.tensors:
+        pair = pairs.get(module_path(tensor))
+        call = calls.get(pair.hf) if pair else None
+        if call is None or call.output is None or not any(isinstance(op, PairsToHalves) for op in tensor.ops):
+            continue
+        channels = np.arange(tensor.shape[0], dtype=np.int32)
+        if len(tensor.shape) == 2:  # a matrix [out, in]: in ours [in, N, H], every row has the same order
+            channels = np.broadcast_to(channels[:, None], tensor.shape)
+        order = tensor.to_ours_in_full(channels).reshape(-1, tensor.shape[0])[0]
+        found[pair.hf] = call._replace(output=call.output[..., order])
+    return found
+
+
 def _observe(
     subject: Subject, reference: Reference, ids: np.ndarray, dtype: str, pairs: Mapping[str, Pair]
 ) -> Observed:
     calls, logits = reference.record(ids, {pair.hf for pair in pairs.values()})
+    calls |= _in_our_order(subject, pairs, calls)
     points: list[Point] = []
     values: dict[tuple[str, str], np.ndarray] = {}
     compared: dict[str, int] = {}  # by module of theirs that corresponds to several of ours: channels compared so far

@@ -9,17 +9,22 @@ import transformers
 
 from converters.errors import ConversionError
 from converters.families import (
+    arcee,
+    exaone4,
     gemma2,
     gemma3,
+    glm4,
     granite,
     llama,
     ministral,
     mistral,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
+    seed_oss,
     smollm3,
 )
 from converters.families.keys import INERT_VALUES
@@ -33,7 +38,8 @@ CLASSES = {
     for family, name in [
         *((llama, "Llama"), (qwen2, "Qwen2"), (qwen3, "Qwen3"), (mistral, "Mistral"), (ministral, "Ministral")),
         *((smollm3, "SmolLM3"), (granite, "Granite"), (olmo2, "Olmo2"), (olmo3, "Olmo3"), (phi3, "Phi3")),
-        *((gemma2, "Gemma2"), (gemma3, "Gemma3Text")),
+        *((gemma2, "Gemma2"), (gemma3, "Gemma3Text"), (olmoe, "Olmoe"), (exaone4, "Exaone4")),
+        *((seed_oss, "SeedOss"), (arcee, "Arcee"), (glm4, "Glm4")),
     ]
 }
 MINIMAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -53,7 +59,8 @@ def test_defaults_are_those_of_transformers(name):
     # Keys that transformers reads though they are no field of the class.
     loose = {"rope_theta": thetas["global"], "rope_local_base_freq": thetas.get("local"), "sliding_window_pattern": 6}
     fields = {field.name: field.default for field in dataclasses.fields(theirs)}
-    expected = {**loose, "head_dim": None, "partial_rotary_factor": 1.0, **fields}
+    loose["partial_rotary_factor"] = theirs().rope_parameters.get("partial_rotary_factor", 1.0)
+    expected = {**loose, "head_dim": None, **fields}
     assert {key: expected[key] for key in family.DEFAULTS} == family.DEFAULTS
 
 

@@ -20,7 +20,7 @@ from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
 
 LENGTH = 600  # short prompts hide mistakes in rope
-CASES = ["qwen3-moe", "qwen3-moe-renormalised-window", "mixtral", "mixtral-window", "gpt-oss"]
+CASES = ["qwen3-moe", "qwen3-moe-renormalised-window", "mixtral", "mixtral-window", "gpt-oss", "olmoe"]
 
 
 def batch_of(tokens):

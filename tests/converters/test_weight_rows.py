@@ -12,7 +12,8 @@ from converters.import_hf import read_config
 from converters.weight_rows import Tensor, Transpose, Weight, bind, by_name, flatten, fuse, unflatten
 from jaxtrain.nn.config import ModelConfig
 
-CASES = ["llama-biases", "qwen2-tied", "qwen3", "gpt-oss", *(c for c in hf_folders.CASES if c.startswith("phi3"))]
+CASES = ["llama-biases", "qwen2-tied", "qwen3", "gpt-oss", "glm4"]
+CASES += [case for case in hf_folders.CASES if case.startswith("phi3")]
 
 
 def config_of(case: str) -> ModelConfig:

@@ -38,6 +38,14 @@ def test_under_lora_the_adapters_are_trained_and_the_base_is_frozen():
     )
 
 
+def test_without_a_gate_there_is_no_adapter_or_activation_of_it():
+    config = tiny.HF_CONFIG | {"architectures": ["ArceeForCausalLM"], "model_type": "arcee", "hidden_act": "relu2"}
+    made = declare(ModelSection(config=config, lora=LoraSection(rank=2)), make_mesh(MeshSection()), "fsdp")
+    assert made.model.lora.targets == tuple(name for name in LORA_TARGETS if name != "gate_proj")
+    with pytest.raises(ValueError, match=r"model\.remat\.gate .* feed-forward layers without a gate: leave it out"):
+        declare(ModelSection(config=config, remat=RematSection(gate="keep")), make_mesh(MeshSection()), "fsdp")
+
+
 def test_quantised_kernels_are_declared_as_they_are_stored():
     frozen = declared(lora=LoraSection(rank=2), quantize="int8").frozen
     kernel = frozen["layers"]["attn"]["q_proj"]["kernel"]
