@@ -14,19 +14,17 @@ import string
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from converters.adapter_config import MERGE, AdapterSettings, read_settings
 from converters.errors import ConversionError
 from converters.export_hf import UNCHANGED_TEXT, TrainedText, empty_folder, gather, temporary_folder, write_text_files
-from converters.families.keys import ConfigKeys
 from converters.families.registry import weight_rows
 from converters.import_hf import ADAPTER_CONFIG, check_alias, place
-from converters.json_files import read_json_object
-from converters.safetensors_io import Checkpoint, TensorSpec, check_folder, read_header, write_checkpoint
-from converters.weight_rows import Index, Shape, Tensor, Weight, bind, flatten, unflatten
+from converters.safetensors_io import Checkpoint, TensorSpec, read_header, write_checkpoint
+from converters.weight_rows import Index, PadVocab, Shape, Tensor, Weight, bind, flatten, full_index, unflatten
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
 from jaxtrain.nn.config import Lora, ModelConfig
@@ -34,43 +32,8 @@ from jaxtrain.types import Params
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}  # peft.LoraConfig (0.21)
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _MODULE_PARTS = (".weight", ".bias")
-
-# Keys of adapter_config.json that change what an adapter computes, with the values that do not.
-INERT_KEYS: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "alpha_pattern": (None, {}),
-    "arrow_config": (None,),
-    "bias": (None, "none"),
-    "corda_config": (None, {}),  # like the other initializations, it changes the base weights too
-    "eva_config": (None, {}),
-    "fan_in_fan_out": (None, False),
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal"),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "layers_to_transform": (None, []),
-    "loftq_config": (None, {}),
-    "lora_bias": (None, False),
-    "lora_ga_config": (None,),
-    "monteclora_config": (None,),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "velora_config": (None,),
-}
-# Keys that do not: those that are read, those that follow from the tensor names, and how PEFT trains or loads.
-KNOWN_KEYS = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("target_modules", "exclude_modules", "layers_pattern", "qalora_group_size"),
-    *("modules_to_save", "ensure_weight_tying"),
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("megatron_config", "megatron_core", "runtime_config"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,49 +56,67 @@ class _Drop:
         return array.reshape(hf_shape)
 
 
+@dataclass(frozen=True)
+class _PadRank(PadVocab):
+    """Pad a factor of rank `rank`, on `axis` of the checkpoint's layout, with zeros, and multiply it by `factor`.
+
+    The ranks of zeros have no gradient, so that they stay zeros: training is that of the smaller rank.
+    """
+
+    rank: int
+    factor: float
+
+    def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
+        return (*shape[: self.axis], self.rank, *shape[self.axis + 1 :])
+
+    def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
+        scaled = block if self.factor == 1 else block.astype(np.float32) * np.float32(self.factor)
+        return super().to_ours(scaled, shape)
+
+
 def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
     """The settings of the adapter in a PEFT folder, its targets and full paths derived from its tensors.
+
+    With a `rank_pattern` the rank is the largest one; see `import_adapter`.
 
     Raises ConversionError for a folder without an adapter, an adapter that is not a plain LoRA, a setting of the wrong
     type, a tensor that belongs to no linear module of the model and to none of `modules_to_save`, and a module of these
     without a tensor.
     """
-    hf, keys = _read_config(local_folder(folder))
-    saved = _saved_modules(hf, folder)
-    tied = ["lm_head"] if config.tied and hf.get("ensure_weight_tying") else []  # PEFT saves it with the embedding
-    rows = [row for row in _linears(config) if row.part is None]
-    modules = {_module(row, layer): row for row in rows for layer in range(config.num_layers)}
-    targets, full, used = {}, {}, set()
+    settings = read_settings(local_folder(folder))
+    tied = ["lm_head"] if config.tied and settings.keeps_tie else []  # PEFT saves it with the embedding
+    modules: dict[str, list[str]] = {}
+    for row in _linears(config):
+        for layer in range(config.num_layers):
+            modules.setdefault(_module(row, layer), []).append(_path(row).removeprefix("layers."))
+    targets, full, ranks, used = {}, {}, set(), set()
     with _open(local_folder(folder)) as checkpoint:
         for name in checkpoint.entries:
             if ".lora_" not in name:
-                ours, holders = _full_path(name.removeprefix(_PREFIX), [*saved, *tied], config)
+                ours, holders = _full_path(name.removeprefix(_PREFIX), [*settings.saved, *tied], config)
                 if ours is None:
                     raise ConversionError(
                         f"{folder}: tensor {name} belongs to no linear module of the model and to no module of "
-                        f"modules_to_save={saved}"
+                        f"modules_to_save={settings.saved}"
                     )
                 full[ours] = None
                 used |= holders
                 continue
-            module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+            module = _adapted_module(name)
             if module not in modules:
                 raise ConversionError(
-                    f"{folder}: adapter tensor {name} belongs to no linear module of the model"
-                    + did_you_mean(module, modules)
+                    f"{folder}: adapter tensor {name} belongs to no linear module of the model's layers"
+                    f"{did_you_mean(module, modules)}. {MERGE}"
                 )
-            targets[_path(modules[module]).removeprefix("layers.")] = None
+            targets |= dict.fromkeys(modules[module])
+            ranks.add(settings.rank_of(module))
     if not targets:
         raise ConversionError(f"{folder}: the adapter holds no tensors")
-    if unused := sorted(set(saved) - used):
+    if unused := sorted(set(settings.saved) - used):
         raise ConversionError(f"{folder}: modules_to_save names {unused[0]}, of which the folder holds no tensor")
+    rank = max(ranks)
     return Lora(
-        keys.size("r"),
-        keys.number("lora_alpha"),
-        keys.share("lora_dropout"),
-        tuple(targets),
-        keys.flag("use_rslora"),
-        full_paths=tuple(full),
+        rank, settings.alpha_for(rank), settings.dropout, tuple(targets), settings.rslora, full_paths=tuple(full)
     )
 
 
@@ -143,15 +124,25 @@ def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> P
     """Read a PEFT folder into the tree of `target`: `lora_a`, `lora_b` and the parameters that are trained in full, as
     sharded `jax.ShapeDtypeStruct`s.
 
+    Adapters of a smaller rank are padded with zeros, and where `alpha_pattern` or `rank_pattern` gives a module another
+    scale, its `lora_b` is multiplied by the quotient of the two. Both factors of a module without an adapter are zero,
+    so that it stays without one. The parts of a fused matrix get its `lora_A` each, and their rows of its `lora_B`.
+
     Raises ConversionError for a missing, unexpected or misshapen tensor, and for a tied head that differs from the
     embedding.
     """
-    leaves = flatten(target)
-    tensors = list(_bind(config, {ours: leaf.shape for ours, leaf in leaves.items()}))
-    keeps_tie = _read_config(local_folder(folder))[0].get("ensure_weight_tying")
+    leaves, settings = flatten(target), read_settings(local_folder(folder))
+    bound = list(_bind(config, {ours: leaf.shape for ours, leaf in leaves.items()}))
     with _open(local_folder(folder)) as checkpoint:
-        if keeps_tie:
-            tensors = [t for t in tensors if not t.alias or t.name in checkpoint.entries]
+        tensors = []
+        for tensor in bound:
+            stored = tensor.name in checkpoint.entries
+            if ".lora_" in tensor.name:
+                module = _adapted_module(tensor.name)
+                if stored or settings.adapts(module, tensor.stack[0]):
+                    tensors.append(_with_own_rank(tensor, module, settings))
+            elif stored or not (tensor.alias and settings.keeps_tie):
+                tensors.append(tensor)
         expected = {tensor.name: tensor.shape for tensor in tensors}
         for name in sorted(expected.keys() ^ checkpoint.entries.keys()):
             fault = "lacks" if name in expected else "holds, in addition to those of model.lora.targets,"
@@ -169,6 +160,24 @@ def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> P
         return unflatten({ours: place(checkpoint, leaf, own[ours]) for ours, leaf in leaves.items()})
 
 
+def _adapted_module(name: str) -> str:
+    return name.removeprefix(_PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+
+
+def _with_own_rank(tensor: Tensor, module: str, settings: AdapterSettings) -> Tensor:
+    """A factor of our rank as one of the module's rank in the folder."""
+    is_a, rank = tensor.name.endswith(".lora_A.weight"), settings.rank_of(module)
+    axis, factor = (0, 1.0) if is_a else (1, settings.scale_of(module) / settings.scale)
+    if rank == tensor.shapes[0][axis] and factor == 1:
+        return tensor
+    if rank > tensor.shapes[0][axis]:
+        raise ConversionError(
+            f"{settings.file}: {module} has rank {rank}, the model's adapters have {tensor.shapes[0][axis]}"
+        )
+    shape = (*tensor.shapes[0][:axis], rank, *tensor.shapes[0][axis + 1 :])
+    return replace(tensor, ops=(_PadRank(axis, rank, factor), *tensor.ops), shapes=(shape, *tensor.shapes))
+
+
 def export_adapter(
     adapters: Params,
     config: ModelConfig,
@@ -182,18 +191,25 @@ def export_adapter(
     """Write the trained parameters as a folder that `peft` loads onto the model at `base`. Returns the folder.
 
     They are `lora_a`, `lora_b` and `lora.full_paths`. A tied embedding is written twice, since PEFT unties its copies.
+    The adapters of the parts of a fused matrix become one: its `lora_A` has the ranks of all parts, and each part's
+    rows of `lora_B` are zero but for its own ranks.
 
     The tokenizer's files, chat template and generation_config.json are those of the folder `tokenizer_from`, with the
     changes of `text`. Every process must call this. Raises ConversionError if `out` is not empty, or if PEFT cannot
-    represent the parameters (those of experts, or of parts of a fused matrix).
+    represent the parameters (those of experts).
     """
     folder, leaves = empty_folder(Path(out)), flatten(adapters)
-    by_name = {t.name: t for t in _bind(config, {ours: leaf.shape for ours, leaf in leaves.items()})}
-    specs = [TensorSpec(name, np.dtype(leaves[t.ours].dtype), t.shape) for name, t in by_name.items()]
+    by_name: dict[str, list[Tensor]] = {}
+    for tensor in _bind(config, {ours: leaf.shape for ours, leaf in leaves.items()}):
+        by_name.setdefault(tensor.name, []).append(tensor)
+    specs = [
+        TensorSpec(name, np.dtype(leaves[parts[0].ours].dtype), _joined_shape(parts)) for name, parts in by_name.items()
+    ]
 
     def fetch(name: str) -> np.ndarray:
-        tensor = by_name[name]
-        return tensor.to_hf(gather(leaves[tensor.ours], tensor.stack))
+        return _joined(
+            by_name[name], [tensor.to_hf(gather(leaves[tensor.ours], tensor.stack)) for tensor in by_name[name]]
+        )
 
     if jax.process_index() > 0:
         for spec in specs:
@@ -210,8 +226,9 @@ def export_adapter(
         "target_modules": _target_modules(
             config, {ours.rpartition(".")[0] for ours in leaves if ours.rpartition(".")[2] in _FACTORS}
         ),
+        **_fused_ranks(by_name, lora),
         "modules_to_save": _names_of_saved(
-            {_hf_module(t.name) for t in by_name.values() if t.ours in lora.full_paths}, config
+            {_hf_module(name) for name, (part, *_) in by_name.items() if part.ours in lora.full_paths}, config
         ),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -249,13 +266,44 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
         for factor, theirs in _FACTORS.items():
             row, ours = rows[path], f"{path}.{factor}"
             name = f"{_PREFIX}{row.hf.removesuffix('.weight')}.{theirs}.weight"
-            for tensor in bind([Weight(ours, name, (*row.ops, drops[factor]))], {ours: shapes[ours]}, config):
-                if row.part or tensor.shape != wanted[factor]:
+            part = row.part if factor == "lora_b" else None
+            weight = Weight(ours, name, (*row.ops, drops[factor]), part=part)
+            for tensor in bind([weight], {ours: shapes[ours]}, config):
+                if tensor.shapes[0] != wanted[factor] or (tensor.slot and tensor.slot.axis != 0):
                     raise ConversionError(
-                        f"PEFT cannot represent the adapter of {path}: in transformers it is part of a fused matrix "
-                        f"({row.hf})"
+                        f"PEFT cannot represent the adapter of {path}: it is not a matrix of transformers ({row.hf})"
                     )
                 yield tensor
+
+
+def _joined_shape(parts: list[Tensor]) -> Shape:
+    """The shape of PEFT's factor of a fused matrix, of those of its parts."""
+    count = len(parts)
+    if count == 1 and parts[0].slot is None:
+        return parts[0].shape
+    rows, columns = parts[0].shape
+    return (rows, columns * count) if parts[0].slot else (rows * count, columns)
+
+
+def _joined(parts: list[Tensor], arrays: list[np.ndarray]) -> np.ndarray:
+    if parts[0].slot is None:  # each part has its own ranks
+        return np.concatenate(arrays)
+    joined, rank = np.zeros(_joined_shape(parts), arrays[0].dtype), arrays[0].shape[1]
+    for number, (part, array) in enumerate(zip(parts, arrays, strict=True)):
+        assert part.slot is not None
+        rows, _ = part.slot.place(full_index(array.shape))
+        joined[rows, number * rank : (number + 1) * rank] = array
+    return joined
+
+
+def _fused_ranks(by_name: Mapping[str, list[Tensor]], lora: Lora) -> dict[str, dict[str, float]]:
+    """`rank_pattern` and `alpha_pattern` of fused matrices, whose rank is that of all of their adapted parts."""
+    counts = {_adapted_module(name).rpartition(".")[2]: len(parts) for name, parts in by_name.items() if parts[0].slot}
+    counts = {name: count for name, count in counts.items() if count > 1}
+    return {
+        "rank_pattern": {name: lora.rank * count for name, count in counts.items()},
+        "alpha_pattern": {name: lora.alpha * (count**0.5 if lora.rslora else count) for name, count in counts.items()},
+    }
 
 
 def _full_path(name: str, saved: Collection[str], config: ModelConfig) -> tuple[str | None, set[str]]:
@@ -272,13 +320,6 @@ def _full_path(name: str, saved: Collection[str], config: ModelConfig) -> tuple[
         (row.ours for row in rows if re.fullmatch(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(row.hf)), name)), None
     )
     return (found if holders else None), holders
-
-
-def _saved_modules(hf: Mapping[str, Any], folder: str | Path) -> list[str]:
-    saved = hf.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise ConversionError(f"{folder}: {ADAPTER_CONFIG}: modules_to_save must be a list of names, not {saved!r}")
-    return saved
 
 
 def _names_of_saved(saved: set[str], config: ModelConfig) -> list[str] | None:
@@ -319,35 +360,17 @@ def _module(row: Weight, layer: int) -> str:
 
 def _target_modules(config: ModelConfig, adapted: set[str]) -> list[str]:
     """Module names without their parents if unambiguous, as is usual with PEFT; else with one parent."""
-    names: dict[str, list[tuple[str, bool]]] = {}
+    names: dict[str, dict[str, list[bool]]] = {}
     for row in _linears(config):
         module = _module(row, 0)
-        names.setdefault(module.rpartition(".")[2], []).append((module, _path(row) in adapted))
+        names.setdefault(module.rpartition(".")[2], {}).setdefault(module, []).append(_path(row) in adapted)
     found = []
-    for last, rows in names.items():
-        if all(is_adapted for _, is_adapted in rows):
+    for last, modules in names.items():
+        if all(any(parts) for parts in modules.values()):
             found.append(last)
         else:
-            found += [".".join(module.split(".")[-2:]) for module, is_adapted in rows if is_adapted]
+            found += [".".join(module.split(".")[-2:]) for module, parts in modules.items() if any(parts)]
     return sorted(found)
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], ConfigKeys]:
-    """adapter_config.json, and the keys of it that have defaults."""
-    check_folder(folder)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ConversionError(f"{folder} is not a PEFT folder: it holds no {ADAPTER_CONFIG}")
-    file = folder / ADAPTER_CONFIG
-    hf = read_json_object(file)
-    if hf.get("peft_type") != "LORA":
-        raise ConversionError(f"{file}: peft_type={hf.get('peft_type')} is not supported; only LORA is")
-    for key, value in hf.items():
-        if key not in KNOWN_KEYS and value not in INERT_KEYS.get(key, (None, False, [], {})):
-            harmless = f"; only {INERT_KEYS[key][-1]!r} is" if key in INERT_KEYS else ": the key is unknown"
-            raise ConversionError(f"{file}: {key}={value!r} is not supported{harmless}")
-    optional = ("lora_dropout", "use_rslora")
-    given = {key: hf[key] for key in _DEFAULTS if key in hf and not (key in optional and hf[key] is None)}
-    return hf, ConfigKeys(given, _DEFAULTS, file=str(file))
 
 
 def _open(folder: Path) -> Checkpoint:

@@ -147,7 +147,8 @@ def place(checkpoint: Checkpoint, leaf: jax.ShapeDtypeStruct, tensors: list[Tens
     holders: dict[ShardBounds, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         holders.setdefault(_bounds(index, leaf.shape), []).append(device)
-    buffers = {bounds: np.empty([stop - start for start, stop in bounds], leaf.dtype) for bounds in holders}
+    # Of zeros, since an adapter may lack layers.
+    buffers = {bounds: np.zeros([stop - start for start, stop in bounds], leaf.dtype) for bounds in holders}
     for tensor in tensors:
         _fill(checkpoint, tensor, buffers)
     arrays = []
