@@ -97,7 +97,7 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
                 if ours is None:
                     raise ConversionError(
                         f"{folder}: tensor {name} belongs to no linear module of the model and to no module of "
-                        f"modules_to_save={settings.saved}"
+                        f"modules_to_save={settings.saved}. {MERGE}"
                     )
                 full[ours] = None
                 used |= holders

@@ -14,6 +14,7 @@ from converters.families.registry import DERIVED, family_of, weight_rows
 from converters.json_files import read_json_object
 from converters.quantization import without_quantization
 from converters.safetensors_io import Checkpoint, check_folder, open_checkpoint
+from converters.towers import text_config
 from converters.weight_rows import Index, Shape, Tensor, bind, flatten, unflatten
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
@@ -26,7 +27,8 @@ ShardBounds = tuple[tuple[int, int], ...]  # of a shard in its array: (start, st
 
 
 def read_config(source: str | Path | Mapping[str, Any], vocab_multiple: int = 64) -> tuple[ModelConfig, dict[str, Any]]:
-    """Our config, and the config.json that it was read from.
+    """Our config, and the config.json that it was read from: of a language model beside other models, its own
+    (`towers.text_config`).
 
     `source` is a folder, a name on the hub, or the content of a config.json.
 
@@ -42,6 +44,7 @@ def read_config(source: str | Path | Mapping[str, Any], vocab_multiple: int = 64
                 f"{source} holds {ADAPTER_CONFIG} next to config.json: transformers would load the adapter onto the "
                 "base that it names. Use that base as the model and this folder as model.lora.path, or remove the file"
             )
+    hf = text_config(hf)
     return family_of(hf).from_hf(without_quantization(hf), vocab_multiple), hf
 
 

@@ -108,11 +108,16 @@ def _block_structure(section: Mapping[str, Any]) -> Any:
     return None
 
 
-def section_of_folder(folder: Path) -> Mapping[str, Any]:
-    """`quantization_config` of a folder's config.json; empty if it has none. A file that cannot be read has none:
-    reading the config reports it."""
-    try:
-        section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(QUANTIZATION)
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return {}
+def section_of(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`quantization_config` of a config.json; empty if it has none."""
+    section = hf.get(QUANTIZATION)
     return section if isinstance(section, Mapping) else {}
+
+
+def config_of_folder(folder: Path) -> Mapping[str, Any]:
+    """A folder's config.json; empty if it cannot be read, which reading the config reports."""
+    try:
+        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return hf if isinstance(hf, Mapping) else {}

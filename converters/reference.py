@@ -14,6 +14,7 @@ from converters.errors import ConversionError
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_json_config
 from converters.quantization import QUANTIZATION, without_quantization
+from converters.towers import text_names, tower_of
 
 
 class ModuleCall(NamedTuple):
@@ -43,7 +44,9 @@ class Reference:
                 "`jaxtrain convert` writes of it"
             )
         self._scalar = has_scalar_head(config)
+        self._beside_others = tower_of(config) is not None
         kind = transformers.AutoModelForSequenceClassification if self._scalar else transformers.AutoModelForCausalLM
+        kind = transformers.AutoModelForImageTextToText if self._beside_others else kind
         try:
             self._model, info = kind.from_pretrained(
                 folder,
@@ -118,8 +121,9 @@ class Reference:
     def rope_tables(self, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each layer the cosines and sines of positions 0 to length - 1, [T, R] or [T, R/2]: those that the model
         uses for a sequence of `length` tokens. Empty if the model's ropes are not modules."""
-        config = self._model.config
-        rope = next((m for m in self._model.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
+        config = self._model.config.get_text_config()
+        decoder = self._model.get_decoder() if self._beside_others else self._model
+        rope = next((m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")), None)
         if rope is None:
             return []
         types = config.layer_types if hasattr(rope, "layer_types") else [None] * config.num_hidden_layers
@@ -166,10 +170,15 @@ class Reference:
         return self._model.score(hidden)
 
     def _as_stored(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Map values by parameter name to the names and shapes of the checkpoint's tensors."""
+        """Map values by parameter name to the names and shapes of the checkpoint's tensors; of a language model beside
+        other models, to the names of its family."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        return revert_weight_conversion(self._model, state)
+        stored = revert_weight_conversion(self._model, state)
+        if not self._beside_others:
+            return stored
+        names = text_names(stored)
+        return {plain: value for name, value in stored.items() if (plain := names.plain(name)) is not None}
 
     def _is_float(self, value: Any) -> bool:
         return isinstance(value, self._torch.Tensor) and value.is_floating_point()

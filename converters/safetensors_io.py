@@ -26,7 +26,8 @@ from converters.errors import ConversionError
 from converters.integer_matrices import with_matrices
 from converters.json_files import read_json_object
 from converters.packed_tensors import Entry, unpacked
-from converters.quantization import integer_format, section_of_folder, weight_block_size
+from converters.quantization import config_of_folder, integer_format, section_of, weight_block_size
+from converters.towers import TextNames, text_names, tower_of
 from converters.weight_rows import Index, Shape
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
@@ -40,6 +41,17 @@ _ITEM_SIZES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
+STORED = {
+    **DTYPES,
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The types of tensors that are copied without being read as parameters."""
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHORT_RUN = 16 << 10  # for contiguous runs below this many bytes, it is faster to read the gaps than to skip them
@@ -51,13 +63,14 @@ class Checkpoint:
     """An opened folder, from which rectangles of tensors can be read. Thread-safe."""
 
     folder: Path
-    entries: dict[str, Entry]
+    entries: dict[str, Entry]  # of a language model beside other models, under the names of its family
+    others: dict[str, Entry] = field(default_factory=dict)  # tensors of the other models, as they are stored
+    names: TextNames | None = None  # of the language model, if there are other models
     _files: dict[Path, int] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
-        self._files = {
-            file: os.open(file, os.O_RDONLY) for file in set[Path]().union(*(e.files for e in self.entries.values()))
-        }
+        every = [*self.entries.values(), *self.others.values()]
+        self._files = {file: os.open(file, os.O_RDONLY) for file in set[Path]().union(*(e.files for e in every))}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -85,6 +98,11 @@ class Checkpoint:
         if entry.packed is not None:
             return entry.packed.read(index, self._read)
         return self._read(entry, dtype, index)
+
+    def read_other(self, name: str) -> np.ndarray:
+        """A tensor of another model, as it is stored, of a type in `STORED`."""
+        entry = self.others[name]
+        return self._read(entry, STORED[entry.dtype], tuple(slice(0, size) for size in entry.shape))
 
     def _read(self, entry: Entry, dtype: Any, index: Index) -> np.ndarray:
         out = np.empty([s.stop - s.start for s in index], dtype)
@@ -151,9 +169,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             entries[name] = entry
     for name, others in copies.items():
         _warn_of_differing_copies(folder, name, others, entries[name])
-    section = section_of_folder(folder)
-    entries = with_matrices(entries, integer_format(section))
-    return Checkpoint(folder, unpacked(entries, weight_block_size(section)))
+    hf = config_of_folder(folder)
+    section = section_of(hf)
+    entries = unpacked(with_matrices(entries, integer_format(section)), weight_block_size(section))
+    if tower_of(hf) is None:
+        return Checkpoint(folder, entries)
+    try:
+        names = text_names(entries)
+    except ConversionError as error:
+        raise ConversionError(f"{folder}: {error}") from None
+    plain = {name: names.plain(name) for name in entries}
+    own = {each: entries[name] for name, each in plain.items() if each is not None}
+    return Checkpoint(folder, own, {name: entries[name] for name, each in plain.items() if each is None}, names)
 
 
 def _warn_of_differing_copies(folder: Path, name: str, others: Sequence[Entry], used: Entry) -> None:
@@ -336,7 +363,7 @@ def write_checkpoint(
 
 
 def _write_file(file: Path, specs: Sequence[TensorSpec], fetch: Callable[[str], np.ndarray]) -> None:
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+    codes = {dtype: code for code, dtype in STORED.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:

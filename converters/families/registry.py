@@ -28,6 +28,7 @@ from converters.families import (
     smollm3,
 )
 from converters.families.rope import ROPE_KEYS
+from converters.towers import TOWERS
 from converters.weight_rows import Transpose, Weight
 from jaxtrain.named import did_you_mean
 from jaxtrain.nn.config import ModelConfig
@@ -165,7 +166,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     if name not in known:
         hint = did_you_mean(name, known)
         raise ConversionError(
-            f"config.json: architecture {name} is not supported; supported: {', '.join(known)}{hint}; "
+            f"config.json: architecture {name} is not supported; supported: {', '.join([*known, *TOWERS])}{hint}; "
             "`jaxtrain new-family` drafts a file for a new one; model.backend=torchax trains without one (sft only)"
         )
     return known[name]

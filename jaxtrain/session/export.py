@@ -1,19 +1,23 @@
 """Exports a run's checkpoint, or a role in memory, to a Hugging Face folder."""
 
 import logging
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from converters.adapters import export_adapter
-from converters.export_hf import TrainedText, convert, declared_dtype, export_hf
+from converters.export_hf import MAX_SHARD_BYTES, TrainedText, convert, declared_dtype, empty_folder, export_hf
+from converters.export_towers import export_towers, has_towers
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
 from converters.weight_rows import flatten
 from jaxtrain.config import MeshSection, ModelSection
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
+from jaxtrain.hub import local_folder
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
@@ -86,6 +90,8 @@ def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | N
         others = sorted({path.split(".")[0] for path in flatten(params).keys() - set(lora.full_paths)} - {"layers"})
         if declared.added is not None:
             others = ["the rows of model.add_tokens"]
+        if section.path is not None and has_towers(local_folder(section.path)):
+            raise ValueError(f"{section.path} holds other models beside its language model: export without --adapter")
         if others:
             raise ValueError(
                 f"{role.name} also trained {others[0]}, which a PEFT folder cannot hold: export it without --adapter"
@@ -102,15 +108,34 @@ def _write(role: Role, params: Params, tokenizer: Any, out: Path, dtype: str | N
         # Adapters of a quantised base are merged into the original weights.
         base = declared.model.split(base_params(section, declared._replace(quantize=None), role.seed))[1]
         params = jax.jit(lambda trained, base: declared.model.merged(join(trained, base))[1])(params, base)
-    export_hf(
-        params,
-        declared.model.config,
-        declared.hf,
-        out,
-        dtype=dtype or declared_dtype(declared.hf),
-        tokenizer_from=tokenizer_from,
-        text=text,
-    )
+    with _beside_other_models(section.path, out, declared.model.output) as folder:
+        export_hf(
+            params,
+            declared.model.config,
+            declared.hf,
+            folder,
+            dtype=dtype or declared_dtype(declared.hf),
+            tokenizer_from=tokenizer_from,
+            text=text,
+        )
+
+
+@contextmanager
+def _beside_other_models(source: str | Path | None, out: Path, output: str = LANGUAGE) -> Iterator[Path]:
+    """The folder to write a model to: `out`, or if the model is the language model of a folder that holds others, one
+    beside it, from which `out` is then written with the others. A model with another head is written alone."""
+    base = None if source is None else local_folder(source)
+    if base is None or output != LANGUAGE or not has_towers(base):
+        yield out
+        return
+    empty_folder(out)
+    alone = out.parent / f".{out.name}.language-model"
+    try:
+        yield alone
+        if jax.process_index() == 0:
+            export_towers(alone, base, out, max_shard_bytes=MAX_SHARD_BYTES)
+    finally:
+        shutil.rmtree(alone, ignore_errors=True)
 
 
 def _trained_text(section: ModelSection, declared: Declaration, tokenizer: Any) -> TrainedText:
@@ -181,5 +206,5 @@ def convert_checkpoint(source: str | Path, out: str | Path) -> None:
     """Import and export a Hugging Face folder without training; tensors, names and dtypes are unchanged."""
     config, hf = read_config(source)
     target = Model(config, output=SCALAR if has_scalar_head(hf) else LANGUAGE).abstract()
-    with written_folder(out) as folder:
+    with written_folder(out) as written, _beside_other_models(source, written) as folder:
         convert(source, config, hf, target, folder)

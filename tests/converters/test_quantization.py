@@ -6,7 +6,7 @@ import pytest
 
 from converters.errors import ConversionError
 from converters.import_hf import read_config
-from converters.quantization import integer_format, section_of_folder, weight_block_size
+from converters.quantization import config_of_folder, integer_format, section_of, weight_block_size
 
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -72,12 +72,12 @@ def test_a_block_size_that_is_none_is_named(size):
 
 
 def test_the_section_of_a_folder(tmp_path):
-    assert section_of_folder(tmp_path) == {}
+    assert section_of(config_of_folder(tmp_path)) == {}
     for text in ("{", "[]", "{}", '{"quantization_config": 3}'):
         (tmp_path / "config.json").write_text(text)
-        assert section_of_folder(tmp_path) == {}
+        assert section_of(config_of_folder(tmp_path)) == {}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": FP8}))
-    assert weight_block_size(section_of_folder(tmp_path)) == (128, 128)
+    assert weight_block_size(section_of(config_of_folder(tmp_path))) == (128, 128)
 
 
 def test_the_tile_of_compressed_tensors_is_its_block_structure():

@@ -1,0 +1,32 @@
+"""A trained language model is written under the names of the folder it was read from, beside its other models."""
+
+import hf_folders
+import jax.numpy as jnp
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_towers import save
+
+from converters.errors import ConversionError
+from converters.export_hf import export_hf
+from converters.export_towers import export_towers, has_towers
+from converters.towers import text_names
+
+
+def test_trained_parameters_and_dtype_are_written_under_the_folders_names(tmp_path):
+    save(tmp_path / "in", "mistral3")
+    params, config, hf = hf_folders.load(tmp_path / "in")
+    params["norm"]["scale"] = params["norm"]["scale"] + 1
+    export_hf(params, config, hf, tmp_path / "text", dtype="bfloat16")
+    export_towers(tmp_path / "text", tmp_path / "in", tmp_path / "out", max_shard_bytes=10**9)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    norm = text_names(before).stored("model.norm.weight")
+    for name, tensor in before.items():
+        expected = (tensor + 1 if name == norm else tensor).to(after[name].dtype)
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=0)
+    assert {after[name].dtype for name in after if "vision" in name} == {torch.float32}
+    assert jnp.dtype(hf_folders.read_json(tmp_path / "out/config.json")["dtype"]) == jnp.bfloat16
+    assert after[norm].dtype == torch.bfloat16
+    assert has_towers(tmp_path / "in") and has_towers(tmp_path / "out") and not has_towers(tmp_path / "text")
+    with pytest.raises(ConversionError, match="already exists and is not an empty folder"):
+        export_towers(tmp_path / "text", tmp_path / "in", tmp_path / "out", max_shard_bytes=10**9)
