@@ -157,12 +157,12 @@ def _modules(hf: Mapping[str, Any], key: str, file: Path) -> str | list[str] | N
 
 def _layers(hf: Mapping[str, Any], file: Path) -> list[int] | None:
     value = hf.get("layers_to_transform")
-    layers = value if isinstance(value, list) else [value]
-    if value is not None and not all(type(layer) is int for layer in layers):
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers):
         raise ConversionError(
             f"{file}: layers_to_transform must be the number of a layer or a list of them, not {value!r}"
         )
-    return None if value in (None, []) else layers
+    return layers or None
 
 
 def _check_regex(text: str, key: str, file: Path) -> None:

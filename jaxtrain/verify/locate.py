@@ -56,8 +56,10 @@ def _in_our_order(
     found = {}
     for tensor in subject.tensors:
         pair = pairs.get(module_path(tensor))
-        call = calls.get(pair.hf) if pair else None
-        if call is None or call.output is None or not any(isinstance(op, PairsToHalves) for op in tensor.ops):
+        if pair is None or not any(isinstance(op, PairsToHalves) for op in tensor.ops):
+            continue
+        call = calls.get(pair.hf)
+        if call is None or call.output is None:
             continue
         channels = np.arange(tensor.shape[0], dtype=np.int32)
         if len(tensor.shape) == 2:  # a matrix [out, in]: in ours [in, N, H], every row has the same order

@@ -1,11 +1,11 @@
 """A trained language model is written under the names of the folder it was read from, beside its other models."""
 
 import hf_folders
+import hf_towers
 import jax.numpy as jnp
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_towers import save
 
 from converters.errors import ConversionError
 from converters.export_hf import export_hf
@@ -14,7 +14,7 @@ from converters.towers import text_names
 
 
 def test_trained_parameters_and_dtype_are_written_under_the_folders_names(tmp_path):
-    save(tmp_path / "in", "mistral3")
+    hf_towers.save(tmp_path / "in", "mistral3")
     params, config, hf = hf_folders.load(tmp_path / "in")
     params["norm"]["scale"] = params["norm"]["scale"] + 1
     export_hf(params, config, hf, tmp_path / "text", dtype="bfloat16")

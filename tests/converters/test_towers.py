@@ -3,68 +3,30 @@
 import json
 
 import hf_folders
+import hf_towers
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_parity import our_logits, random_tokens, their_logits
 
 from converters.errors import ConversionError
 from converters.families.registry import FAMILIES
 from converters.import_hf import read_config
 from converters.towers import TOWERS, text_config, text_names
 from jaxtrain.session.export import convert_checkpoint
+from jaxtrain.types import get_leaf
 from jaxtrain.verify import compare, load_subject
-
-SIZES = {key: value for key, value in hf_folders.SIZES.items() if key not in ("rope_parameters", "tie_word_embeddings")}
-SIZES |= {"hidden_size": 64, "pad_token_id": 0}
-MROPE = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 3, 3]}
-LOCAL = {"rope_type": "default", "rope_theta": 60.0}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1, "depth": 1}
-QWEN_VISION = VISION | {"num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "fullatt_block_indexes": [0]}
-QWEN_VISION |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-CASES = {
-    "gemma3": (
-        "Gemma3",
-        {"sliding_window": 37, "rope_parameters": {"full_attention": LOCAL, "sliding_attention": LOCAL}},
-        VISION | {"image_size": 28, "patch_size": 14},
-        {"tie_word_embeddings": True, "mm_tokens_per_image": 4},
-    ),
-    "qwen2.5-vl": ("Qwen2_5_VL", {"rope_parameters": MROPE}, QWEN_VISION, {"tie_word_embeddings": False}),
-    "qwen3-vl": (
-        "Qwen3VL",
-        {"rope_parameters": MROPE | {"mrope_interleaved": True}},
-        QWEN_VISION,
-        {"tie_word_embeddings": True},
-    ),
-    "mistral3": (
-        "Mistral3",
-        {"model_type": "mistral", "sliding_window": None, "rope_parameters": LOCAL},
-        VISION | {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 16},
-        {"tie_word_embeddings": False},
-    ),
-}
+from jaxtrain.verify.subject import our_logits
 
 
-def save(folder, case):
-    """A tiny random model with its other models; returns the model."""
-    name, text, vision, extra = CASES[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(text_config=SIZES | text, vision_config=vision, **extra)
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", hf_towers.CASES)
 def test_the_language_model_is_that_of_transformers_and_the_rest_is_kept(case, tmp_path):
-    model = save(tmp_path / "in", case)
-    tokens = random_tokens(101, 60)
-    np.testing.assert_allclose(our_logits(tmp_path / "in", tokens), their_logits(model, tokens), atol=1e-4)
+    model = hf_towers.save(tmp_path / "in", case)
+    tokens = np.random.default_rng(0).integers(0, 101, (2, 60)).astype(np.int32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(our_logits(load_subject(tmp_path / "in"), tokens, "float32"), expected, atol=1e-4)
     (tmp_path / "in" / "preprocessor_config.json").write_text("{}")
     convert_checkpoint(tmp_path / "in", tmp_path / "out")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
@@ -79,7 +41,7 @@ def test_the_language_model_is_that_of_transformers_and_the_rest_is_kept(case, t
 
 @pytest.mark.parametrize("case", ["gemma3", "qwen2.5-vl"])
 def test_the_verifier_compares_the_language_model(case, tmp_path):
-    save(tmp_path, case)
+    hf_towers.save(tmp_path, case)
     report = compare(load_subject(tmp_path), tokens=40, dtype="float32", gradients=True)
     assert report.passed, "\n".join(f"{check.name}: {check.summary}" for check in report.checks)
 
@@ -88,7 +50,7 @@ def test_the_verifier_compares_the_language_model(case, tmp_path):
     ("prefix", "head"), [("language_model.model.", "language_model.lm_head."), ("a.b.", "lm_head.")]
 )
 def test_any_prefix(prefix, head, tmp_path):
-    save(tmp_path, "qwen2.5-vl")
+    hf_towers.save(tmp_path, "qwen2.5-vl")
     stored = load_file(tmp_path / "model.safetensors")
     names = text_names(stored)
     renamed = {
@@ -98,15 +60,15 @@ def test_any_prefix(prefix, head, tmp_path):
         for name, value in stored.items()
         for plain in [names.plain(name)]
     }
-    plain = hf_folders.load(tmp_path)[0]
+    before = get_leaf(load_subject(tmp_path).params, "lm_head", "kernel")
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    np.testing.assert_array_equal(hf_folders.load(tmp_path)[0]["lm_head"]["kernel"], plain["lm_head"]["kernel"])
+    np.testing.assert_array_equal(get_leaf(load_subject(tmp_path).params, "lm_head", "kernel"), before)
     convert_checkpoint(tmp_path, tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == renamed.keys()
 
 
 def test_two_embeddings_are_refused(tmp_path):
-    save(tmp_path, "qwen3-vl")
+    hf_towers.save(tmp_path, "qwen3-vl")
     stored = load_file(tmp_path / "model.safetensors")
     save_file(stored | {"audio.embed_tokens.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(
