@@ -81,6 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {**MOE, "norm_topk_prob": True, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 37},
     ),
+    "qwen3-moe-some-dense": ("Qwen3Moe", {**MOE, "decoder_sparse_step": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "mixtral-window": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 37}),
     "gpt-oss": ("GptOss", {**GPT_OSS, "rope_parameters": YARN}),

@@ -8,7 +8,6 @@ import tiny
 
 from jaxtrain.nn import cache
 from jaxtrain.nn.config import LayerKind, Rope
-from jaxtrain.nn.model import unstack
 from jaxtrain.train.step import batch_norm, score
 
 LOCAL = LayerKind(window=5, rope=Rope(theta=300.0))
@@ -63,7 +62,7 @@ def test_cached_decoding_equals_the_whole_row(pattern, order):
     params = tiny.random_params(model)
     batch = tiny.packed_batch([[20], [20]], 20)
     whole = model.hidden(params, batch)
-    params = unstack(params)
+    params = model.unstack(params)
     tokens, positions, segments = batch.tokens, batch.positions, batch.segment_ids
     seen = cache.empty_cache(model.config, 2, 24, model.run.dtype, order)
     hidden, seen = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], seen)
