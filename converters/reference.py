@@ -3,6 +3,7 @@
 This is the only file that imports torch, and only when it is used.
 """
 
+import inspect
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from converters.errors import ConversionError
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_json_config
 from converters.quantization import QUANTIZATION, without_quantization
+
+_GATE_OF_ONE = 1.2784645427610738  # x sigmoid(x) = 1
 
 
 class ModuleCall(NamedTuple):
@@ -110,10 +113,15 @@ class Reference:
         return calls, logits
 
     def apply(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The output of one module (`model.norm`) for an input of float32, cast to the model's dtype."""
-        dtype = self._model.dtype
+        """The output of one module (`model.norm`) for an input of float32, cast to the model's dtype.
+
+        A norm that is multiplied by the SiLU of a gate gets a gate whose SiLU is 1.
+        """
+        found, tensor = self._model.get_submodule(module), self._torch.from_numpy(x)
+        gated = "gate" in inspect.signature(found.forward).parameters
+        gates = [self._torch.full_like(tensor, _GATE_OF_ONE)] if gated else []
         with self._torch.no_grad():
-            return _array(self._model.get_submodule(module)(self._torch.from_numpy(x).to(dtype)))
+            return _array(found(tensor.to(self._model.dtype), *gates))
 
     def rope_tables(self, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each layer the cosines and sines of positions 0 to length - 1, [T, R] or [T, R/2]: those that the model

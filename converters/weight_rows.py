@@ -196,8 +196,8 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Concatenated parts along `axis`, of `sizes(config)`; this one is number `place`. With `groups`, the tensor has this
-    number of groups, each of which has all parts one after the other."""
+    """Concatenated parts along `axis`, of `sizes(config)`; this one is number `place`. With `groups`, the tensor has so
+    many groups, each of which has all parts one after the other."""
 
     axis: int
     place: int

@@ -187,6 +187,7 @@ class Model:
         stacked = params["layers"]
         if isinstance(stacked, tuple):
             return params
+        assert isinstance(stacked, dict)
         rows = {part: self.config.layers_of(part) for part in stacked}
 
         def row(node: Any, number: int) -> Any:

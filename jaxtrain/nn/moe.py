@@ -87,7 +87,9 @@ class SparseMLP(nnx.Module):
         return out, routing_of(logits, logits >= scores[..., -1:], segment_ids > 0)
 
     def _of_shared(self, shared: GatedMLP, x: Array, key: Array | None) -> Array:
-        keys = [None] * 4 if key is None else list(jax.random.split(jax.random.fold_in(key, 1), 4))
+        keys: list[Array | None] = [None] * 4
+        if key is not None:
+            keys = list(jax.random.split(jax.random.fold_in(key, 1), 4))
         out = shared(x, keys[:3])
         return out if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x, keys[3])) * out
 

@@ -12,6 +12,8 @@ a document does not depend on the others in its row, to the last bit. The refere
 transformers' `torch_chunk_gated_delta_rule`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,10 +45,7 @@ def gated_delta_rule(
     if q.shape[1] == 1:
         return _one_token(q, k, v, decay, beta, starts, state)
 
-    def run(*inputs: Array) -> tuple[Array, Array]:
-        return _chunked(*inputs, precision)
-
-    return jax.checkpoint(run)(q, k, v, decay, beta, starts, state)
+    return jax.checkpoint(partial(_chunked, precision=precision))(q, k, v, decay, beta, starts, state)
 
 
 def _one_token(
@@ -70,6 +69,7 @@ def _chunked(
     beta: Array,
     starts: Array,
     state: Array,
+    *,
     precision: lax.Precision | None,
 ) -> tuple[Array, Array]:
     length = q.shape[1]
