@@ -172,9 +172,11 @@ class RecurrentState(LayerState):
     def empty(cls, sizes: DeltaNet, rows: int, dtype: jnp.dtype) -> RecurrentState:
         """That of rows without tokens."""
         state = (rows, sizes.key_heads, sizes.groups, sizes.key_width, sizes.value_width)
-        keys = jnp.zeros((rows, sizes.conv_width - 1, sizes.key_heads, sizes.key_width), dtype)
-        values = jnp.zeros((rows, sizes.conv_width - 1, sizes.value_heads, sizes.value_width), dtype)
-        return cls(jnp.zeros(state, jnp.float32), keys, keys, values)
+        keys = (rows, sizes.conv_width - 1, sizes.key_heads, sizes.key_width)
+        values = (rows, sizes.conv_width - 1, sizes.value_heads, sizes.value_width)
+        # Each has a buffer of its own, which may be donated.
+        tails = (jnp.zeros(shape, dtype) for shape in (keys, keys, values))
+        return cls(jnp.zeros(state, jnp.float32), *tails)
 
     @property
     def tails(self) -> tuple[Array, Array, Array]:

@@ -39,12 +39,13 @@ def test_padding_and_rows_that_do_not_run_leave_their_state_as_it_is():
     tokens = np.random.default_rng(0).integers(0, 101, (2, 9)).astype(np.int32)
     positions = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
     segments = np.asarray([[1] * 5 + [0] * 4, [1] * 9], np.int32)
-    _, cache = model.extend(params, tokens, positions, segments, model.empty_cache(2, 16))
-    _, short = model.extend(params, tokens[:, :5], positions[:, :5], segments[:, :5], model.empty_cache(2, 16))
+    extend = jax.jit(model.extend)
+    _, cache = extend(params, tokens, positions, segments, model.empty_cache(2, 16))
+    _, short = extend(params, tokens[:, :5], positions[:, :5], segments[:, :5], model.empty_cache(2, 16))
     for one, other in zip(jax.tree.leaves(cache.layers[0]), jax.tree.leaves(short.layers[0]), strict=True):
         np.testing.assert_allclose(one[0], other[0], atol=1e-6)
     asleep = np.asarray([[0], [1]], np.int32)
-    _, after = model.extend(params, tokens[:, :1], np.asarray([[5], [9]], np.int32), asleep, cache)
+    _, after = extend(params, tokens[:, :1], np.asarray([[5], [9]], np.int32), asleep, cache)
     for one, other in zip(jax.tree.leaves(after.layers[0]), jax.tree.leaves(cache.layers[0]), strict=True):
         np.testing.assert_array_equal(one[0], other[0])
         assert np.any(one[1] != other[1])
@@ -56,11 +57,11 @@ def test_a_token_at_position_0_starts_from_a_state_of_zeros():
     empty = model.empty_cache(1, 8)
     used = empty._replace(layers=jax.tree.map(jnp.ones_like, empty.layers))
     tokens, positions, ones = np.asarray([[5, 7, 9]]), np.arange(3)[None], np.ones((1, 3), np.int32)
-    seen = []
+    seen, extend = [], jax.jit(model.extend)
     for cache in (empty, used):
         parts = []
         for at in (slice(0, 1), slice(1, 3)):
-            hidden, cache = model.extend(params, tokens[:, at], positions[:, at], ones[:, at], cache)
+            hidden, cache = extend(params, tokens[:, at], positions[:, at], ones[:, at], cache)
             parts.append(hidden)
         seen.append(np.concatenate(parts, 1))
     np.testing.assert_array_equal(*seen)
