@@ -137,7 +137,9 @@ def token_weights(located: LocatedTokens, spans: Sequence[tuple[int, int, float]
     One that holds only white space of it has not: the prompt ends with a separate token there.
     """
     text, starts, ends = located.text, located.starts, located.ends
-    weights = np.full(len(starts), outside, np.float32)
+    weights = np.zeros(len(starts), np.float32)
+    if outside:
+        weights[:] = outside
     for *span, weight in spans:
         start, end = span if isinstance(text, str) else located.places(span)
         first = before = bisect_left(starts, start)
