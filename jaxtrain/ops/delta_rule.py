@@ -88,20 +88,19 @@ def _chunked(
     documents = chunks(documents, last=True)
     before = jnp.concatenate([jnp.zeros_like(documents[:1, :, 0]), documents[:-1, :, -1]])  # of the state, [chunks, B]
 
-    # What does not depend on the state, for all chunks at once. Axes: n chunks, b rows, s t tokens, h heads, g groups.
+    # What does not depend on the state, for all chunks at once. Axes: n chunks, b rows, t s tokens, h heads, g groups.
     same = documents[..., :, None] == documents[..., None, :]
-    causal = same & jnp.tril(jnp.ones((size, size), bool))
-    total = jnp.einsum(
-        "nbts,nbshg->nbhgt", causal.astype(jnp.float32), decay, precision=lax.Precision.HIGHEST
-    )  # the sum of decays since the start of the chunk or of the document
-    between = _exp_where(causal[:, :, None, None], total[..., :, None] - total[..., None, :])
+    tril = jnp.tril(jnp.ones((size, size), bool))
+    causal = (same & tril)[:, :, None, None]
+    beta, decay = jnp.moveaxis(beta, 2, -1), jnp.moveaxis(decay, 2, -1)
+    # The sum of decays after s up to t. Differences of sums since the start would lose the digits of small ones.
+    sums = _matmul(jnp.where(tril, decay[..., None, :], 0), jnp.tril(jnp.ones((size, size), jnp.float32), -1))
+    between = _exp_where(causal, sums)
     reads_state = (documents == before[..., None])[:, :, None, None]
-    from_start = _exp_where(reads_state, total)
-    in_last = (documents == documents[..., -1:])[:, :, None, None]
-    to_end = _exp_where(in_last, total[..., -1:] - total)
-    beta = jnp.moveaxis(beta, 2, -1)
+    from_start = _exp_where(reads_state, sums[..., 0] + decay[..., :1])
+    to_end = between[..., -1, :]
     overlap = product("nbthi,nbshi->nbhts", k, k)[:, :, :, None] * between * beta[..., None]
-    inverse = unit_lower_inverse(jnp.where(jnp.tril(jnp.ones((size, size), bool), -1), overlap, 0))
+    inverse = unit_lower_inverse(jnp.where(tril & ~jnp.eye(size, dtype=bool), overlap, 0))
     weights = inverse * beta[..., None, :]
     values = product("nbhgts,nbshgj->nbhgtj", weights, v)
     reads = product("nbhgts,nbshi->nbhgti", weights * from_start[..., None, :], k)
