@@ -1,4 +1,4 @@
-"""`Cache`: what each layer keeps of earlier tokens, always an explicit argument.
+"""`ModelCache`: what each layer keeps of earlier tokens, always an explicit argument.
 
 `LayerState` is the interface of all kinds of layers: the engine resizes, copies and shards the state of a layer through
 it, and the layer alone knows what is in it.
@@ -205,7 +205,7 @@ class RecurrentState(LayerState):
         return RecurrentState(PartitionSpec(ROWS, heads), tail, tail, tail)
 
 
-class Cache(NamedTuple):
+class ModelCache(NamedTuple):
     """One state per layer: an unrolled decode step updates each in place; it would copy a stacked buffer entirely."""
 
     layers: tuple[LayerState, ...]
@@ -219,7 +219,7 @@ def columns_of(kind: LayerKind, length: int) -> int:
     return length if kind.window is None else min(length, kind.window)
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, order: Order) -> Cache:
+def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, order: Order) -> ModelCache:
     """A cache for `rows` sequences of up to `length` tokens."""
 
     def empty(kind: LayerKind) -> LayerState:
@@ -229,4 +229,4 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, o
         zeros = jnp.zeros((rows, columns_of(kind, length), config.num_kv_heads, config.head_dim), dtype)
         return LayerCache.of(zeros, zeros, order)
 
-    return Cache(tuple(map(empty, config.pattern)), jnp.zeros(rows, jnp.int32))
+    return ModelCache(tuple(map(empty, config.pattern)), jnp.zeros(rows, jnp.int32))

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Integer
 
 from jaxtrain.nn.attention import Attention, AttentionInputs
-from jaxtrain.nn.cache import Cache, LayerCache, LayerState, RecurrentState
+from jaxtrain.nn.cache import LayerCache, LayerState, ModelCache, RecurrentState
 from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig, NewTokens
 from jaxtrain.nn.delta_net import GatedDeltaNet
 from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, with_new_tokens
@@ -26,7 +26,7 @@ from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.remat import Remat, remat_policy
 from jaxtrain.nn.rope import rope_tables, token_segment_lengths
-from jaxtrain.nn.stack import Span, in_periods, longest_loop
+from jaxtrain.nn.stack import LayerSpan, in_periods, longest_loop
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.project import project_on_table
 from jaxtrain.parallel.mesh import CompilerOptions
@@ -269,13 +269,13 @@ class Decoder(nnx.Module):
             return jax.checkpoint(apply, policy=remat_policy(run.remat), prevent_cse=not alone)
 
         def one_by_one(x: Array, first: int, stop: int) -> tuple[Array, list[Routing | None]]:
-            span, found = Span(first, self.parts[first:stop]), []
+            span, found = LayerSpan(first, self.parts[first:stop]), []
             for number, params in enumerate(span.unstacked(span.select(stacked, rows)), first):
                 x, routing = layer(number)(x, params, self.kind_of[number], number)
                 found.append(routing)
             return x, found
 
-        period = Span(loop.first, self.parts[loop.first : loop.first + loop.period])
+        period = LayerSpan(loop.first, self.parts[loop.first : loop.first + loop.period])
         applied = [layer(loop.first + place) for place in range(loop.period)]
 
         def body(x: Array, step: tuple) -> tuple[Array, list[Routing | None]]:
@@ -291,7 +291,7 @@ class Decoder(nnx.Module):
             return x, found
 
         x, before = one_by_one(x, 0, loop.first)
-        looped = Span(loop.first, self.parts[loop.first : loop.stop]).select(stacked, rows)
+        looped = LayerSpan(loop.first, self.parts[loop.first : loop.stop]).select(stacked, rows)
         steps = (looped, jnp.asarray(self.kind_of[loop.first : loop.stop]), jnp.arange(loop.first, loop.stop))
         x, within = jax.lax.scan(
             body, x, steps if loop.period == 1 else in_periods(steps, loop.repeats), unroll=run.unroll
@@ -310,7 +310,7 @@ class Decoder(nnx.Module):
     def blocks(self) -> Iterator[Block]:
         """Every layer, with its parameters."""
         stacked = nnx.to_pure_dict(nnx.state(self.layers))
-        for number, params in enumerate(Span(0, self.parts).unstacked(stacked)):
+        for number, params in enumerate(LayerSpan(0, self.parts).unstacked(stacked)):
             yield nnx.merge(self.graphdef(number), params)
 
     def _embedded(self, tokens: Array, run: Execution) -> Array:
@@ -343,9 +343,9 @@ class Decoder(nnx.Module):
         tokens: Integer[Array, "B T"],
         positions: Integer[Array, "B T"],
         segment_ids: Integer[Array, "B T"],
-        cache: Cache,
+        cache: ModelCache,
         run: Execution,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], ModelCache]:
         """Hidden states of tokens that continue the rows of `cache`, and the cache with these tokens in it.
 
         The tokens of a row are in order. Their segment is 1; that of padding, which is not written, is 0.
@@ -355,7 +355,7 @@ class Decoder(nnx.Module):
         inputs = self._inputs(positions, segment_ids, length[:, None], run)
         inputs = inputs._replace(cached=cache.length, length=length)
         x, written = self._apply_layers(layers, self.embed(tokens, run.dtype), inputs, run, cache.layers)
-        return self._features(x), Cache(written, length)
+        return self._features(x), ModelCache(written, length)
 
     def _inputs(self, positions: Array, segment_ids: Array, lengths: Array, run: Execution) -> AttentionInputs:
         lengths = lengths if run.rope_length is None else jnp.asarray(run.rope_length)

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Float, Integer
 
 from jaxtrain.lora import merge_adapters, merge_tokens, split_adapters
-from jaxtrain.nn.cache import Cache, LayerState, empty_cache, order_on
+from jaxtrain.nn.cache import LayerState, ModelCache, empty_cache, order_on
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
@@ -128,8 +128,8 @@ class Model:
         tokens: Integer[Array, "B T"],
         positions: Integer[Array, "B T"],
         segment_ids: Integer[Array, "B T"],
-        cache: Cache,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        cache: ModelCache,
+    ) -> tuple[Float[Array, "B T D"], ModelCache]:
         """Hidden states of tokens that continue the rows of `cache`, and the cache with these tokens in it.
 
         The segment of tokens is 1, that of the padding after them 0. `unstack` the parameters once, to save copies at
@@ -138,7 +138,7 @@ class Model:
         params = self.unstack(params)
         return self._merge(params).extend(params["layers"], tokens, positions, segment_ids, cache, self.run)
 
-    def empty_cache(self, rows: int, length: int) -> Cache:
+    def empty_cache(self, rows: int, length: int) -> ModelCache:
         """A cache for `rows` sequences of up to `length` tokens."""
         return empty_cache(self.config, rows, length, self.run.dtype, order_on(self.run.mesh))
 

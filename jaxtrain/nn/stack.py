@@ -44,7 +44,7 @@ def longest_loop(kinds: Sequence[Hashable]) -> Loop:
     return best
 
 
-class Span(NamedTuple):
+class LayerSpan(NamedTuple):
     """Adjacent layers, each as the names of its parts."""
 
     first: int

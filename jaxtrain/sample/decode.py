@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Integer
 
-from jaxtrain.nn.cache import Cache, LayerState
+from jaxtrain.nn.cache import LayerState, ModelCache
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import CompilerOptions
 from jaxtrain.parallel.sharding import constrain_rows, replicated
@@ -157,7 +157,7 @@ def _decode(
         step, (cache, marks), slots, generated = carry
         segments = slots.live[:, None].astype(jnp.int32)
         hidden, extended = model.extend(
-            params, slots.token[:, None], slots.position[:, None], segments, Cache(cache, slots.position)
+            params, slots.token[:, None], slots.position[:, None], segments, ModelCache(cache, slots.position)
         )
         raw = constrain_rows(model.logits(params, hidden[:, 0]), model.run.mesh)
         logits = constrain(raw, settings, marks, tries, slots.node, slots.live)

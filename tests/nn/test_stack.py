@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtrain.nn.stack import Loop, Span, in_periods, longest_loop
+from jaxtrain.nn.stack import LayerSpan, Loop, in_periods, longest_loop
 from jaxtrain.train.step import score
 
 DENSE = dataclasses.replace(tiny.KIND, dense=True)
@@ -37,10 +37,10 @@ def test_the_loop_with_the_fewest_compiled_layers(kinds, loop):
 def test_a_span_has_the_rows_of_its_layers_only():
     stacked = {"all": jnp.arange(5), "odd": {"x": jnp.asarray([1, 3])}}
     layers_of = {"all": (0, 1, 2, 3, 4), "odd": (1, 3)}
-    span = Span(1, (("all", "odd"), ("all",)))
+    span = LayerSpan(1, (("all", "odd"), ("all",)))
     found = jax.tree.map(int, span.unstacked(span.select(stacked, layers_of)))
     assert found == [{"all": 1, "odd": {"x": 1}}, {"all": 2}]
-    assert Span(4, (("all",),)).select(stacked, layers_of).keys() == {"all"}
+    assert LayerSpan(4, (("all",),)).select(stacked, layers_of).keys() == {"all"}
     np.testing.assert_array_equal(in_periods(jnp.arange(6), 3), [[0, 1], [2, 3], [4, 5]])
 
 
