@@ -107,6 +107,18 @@ def status(
     typer.echo(json.dumps(found, indent=1) if as_json else status_text(found), nl=as_json)
 
 
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="local or mounted folders of runs; several are compared")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the first folder")] = None,
+) -> None:
+    """Write the curves, samples and config of runs as one HTML file, which needs no network."""
+    from jaxtrain.observe.report_page import write_report
+
+    if out is None and len(runs) > 1:
+        raise ValueError("give --out FILE.html: report.html in a run's folder is the report of that run alone")
+    typer.echo(f"wrote {write_report(runs, out)}")
+
+
 def preview(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
