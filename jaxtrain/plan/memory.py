@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
-
-import jax
 
 from jaxtrain.parallel.sharding import device_bytes
 from jaxtrain.plan.compile import Compiled

@@ -23,7 +23,6 @@ from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.rollouts import EXTRA, Prompt, Trajectory
 from jaxtrain.types import Params
 
-
 _TOKENS = {  # per token of the completion
     "completion_ids": np.int32,
     "loss_mask": np.bool_,
