@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from jaxtrain.config.sections import Section
 
@@ -29,3 +31,5 @@ class LogSection(Section):
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Whether TensorBoard files are written."""
+    profile: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """[step, steps]: the first step that is traced, and how many; into profile/ of the run's folder."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import jax
 from rich.console import Console
@@ -103,7 +103,7 @@ class Progress:
         if metrics is None:
             self._bar.update(self._task, completed=step)
             return
-        values = metrics | ({"eta": eta} if (eta := self._eta(now)) else {})
+        values: dict[str, Any] = {**metrics, **({"eta": eta} if (eta := self._eta(now)) else {})}
         parts = {name: form.format(values[name]) for name, form in _FORMATS.items() if name in values}
         title = f"step {step}/{self._steps}"
         whole = "  ".join([title, *parts.values()])

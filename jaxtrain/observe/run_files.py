@@ -7,6 +7,7 @@ FINISHED = "finished.json"  # the step after which the run was complete
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 HEARTBEATS = "heartbeats"  # of every process, rewritten several times a minute
+PROFILE = "profile"  # traces of steps
 LOGS = "logs"  # the messages of every process
 REPORT = "report.html"
 TRAJECTORIES = "trajectories"  # samples of recipe rl
@@ -17,5 +18,5 @@ QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart m
 # Everything that a run writes into its folder, except for the lock.
 RUN_FILES = (
     *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT),
-    *("tensorboard", "inspection", "experience", TRAJECTORIES),
+    *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )

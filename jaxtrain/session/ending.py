@@ -71,7 +71,9 @@ def end_facts(
         steps = ", ".join(f"{step} (best)" if step == best else str(step) for step in kept)
         facts.append(("checkpoints", f"{folder / CHECKPOINTS}: {steps}"))
         facts.append(("report", str(folder / REPORT)))
-        facts.append(("next", f"jaxtrain export {config.run.dir} OUT" + (" --best" if best is not None else "")))
+        export = f"jaxtrain export {config.run.dir} OUT" + (" --best" if best is not None else "")
+        speaks = config.recipe != "reward"
+        facts.append(("next", f"jaxtrain chat {config.run.dir} (or generate, serve); {export}" if speaks else export))
     return facts
 
 

@@ -28,6 +28,7 @@ from jaxtrain.data.pipeline import TrainStream
 from jaxtrain.observe.environment import environment
 from jaxtrain.observe.logs import RunLog
 from jaxtrain.observe.metrics import MetricLog
+from jaxtrain.observe.profile import StepProfile
 from jaxtrain.observe.progress import Progress
 from jaxtrain.observe.report_page import ReportPage
 from jaxtrain.parallel.mesh import make_mesh
@@ -236,6 +237,7 @@ class Session(RunRoles):
         if jax.process_index() == 0:
             length = RunLength(self.step, self.num_steps, self._row_length)
             self.progress.facts(start_facts(config, self._roles, self._data, length))
+        self._profile = stack.enter_context(StepProfile(self.folder.path, config.log.profile, self.window.wait))
         self._page = ReportPage(self.folder.path) if jax.process_index() == 0 else None
         if self._page is not None:
             stack.callback(self._page.write)  # after the last heartbeat, which says how the run ended
@@ -263,6 +265,7 @@ class Session(RunRoles):
             if batch is None:
                 return
             self._finite.recent.append(batch)
+            self._profile.before(self.step + 1)
             started = time.perf_counter()
             yield self._roles[0].place(batch)
             self._after_step(batch, time.perf_counter() - started)
@@ -295,6 +298,7 @@ class Session(RunRoles):
         self._finite.check()
         self._finite.stepped(self.step, self._reports)
         self.window.add(self._reports, batch, seconds)
+        self._profile.after(self.step)
         self.progress.update(self.step)
         self._signal, self._save_now = self._agreement.stopping(), self._agreement.saving()
         if not self._signal:

@@ -32,4 +32,4 @@ def test_the_best_values_and_the_best_checkpoint_are_named(tmp_path):
     assert "entropy" not in facts and "eval_loss_std_error" not in facts
     assert facts["time"] == "0:02:00: steps 0:01:30, saving 0:00:30"
     assert facts["checkpoints"].endswith("checkpoints: 4 (best), 6")
-    assert facts["next"] == "jaxtrain export runs/a OUT --best"
+    assert facts["next"] == "jaxtrain chat runs/a (or generate, serve); jaxtrain export runs/a OUT --best"
