@@ -72,7 +72,7 @@ def command(folder: Path, name: str, run: Path, *more: str) -> list[str]:
         "eval={every: 4, generate: 3, max_new_tokens: 8}",
     ]
     return [
-        *("train", str(folder / case.recipe / FILE), f"run.dir={run}", "log.tensorboard=true", *case.overrides),
+        *("train", str(folder / case.recipe / FILE), f"run.dir={run}", "log.to=[tensorboard]", *case.overrides),
         *([f"{caches[name]}={run}.cache"] if name in caches else []),
         *(evaluated if name in ("grpo", "ppo") else []),
         *more,

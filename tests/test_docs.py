@@ -111,6 +111,7 @@ def test_the_reference_is_what_its_script_writes():
     spec.loader.exec_module(script)
     assert script.PAGE.read_text() == script.reference(), "run python docs/make_reference.py"
     assert script.CONFIG_PAGE.read_text() == script.config_reference(), "run python docs/make_reference.py"
+    assert script.MIGRATION_PAGE.read_text() == script.migration_reference(), "run python docs/make_reference.py"
     shown = [name for names in script.SECTIONS.values() for name in names]
     import jaxtrain
 

@@ -40,6 +40,7 @@ for command in (
     ),
 ):
     app.command(command.__name__.replace("_", "-"))(command)
+app.command("eval")(models.evaluate)  # whose name is Python's
 
 
 def _print_version(wanted: bool) -> None:

@@ -105,6 +105,31 @@ def chat(model: AnyModelArgument, **given: Any) -> None:
 
 
 @with_field_options(ServingOptions)
+def evaluate(
+    model: AnyModelArgument,
+    task: Annotated[Path, typer.Option(help="YAML file with the keys of the section `eval`: docs/evaluation.md")],
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    **given: Any,
+) -> None:
+    """Answer the questions of a task and judge the answers: exact match or rewards, pass@k, maj@k, lengths."""
+    import json
+
+    from jaxtrain.recipes.task import load_task, run_task, task_rows
+    from jaxtrain.serve.served import load_served
+    from jaxtrain.session.model_folder import model_folder
+
+    loaded = load_task(task)  # whose faults are found before a model is loaded
+    metrics = run_task(load_served(model_folder(model), **fields_of(ServingOptions, given)), loaded)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "task": str(task), "metrics": metrics}, indent=1, allow_nan=False))
+        return
+    rows = task_rows(metrics)
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, error in rows:
+        typer.echo(f"{name:<{width}}  {value:10.4f}" + ("" if error is None else f" ± {error:.4f}"))
+
+
+@with_field_options(ServingOptions)
 def serve(
     model: AnyModelArgument,
     host: Annotated[str, typer.Option()] = "127.0.0.1",

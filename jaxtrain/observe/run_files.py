@@ -8,6 +8,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 HEARTBEATS = "heartbeats"  # of every process, rewritten several times a minute
 PROFILE = "profile"  # traces of steps
+TRACKERS = "trackers.json"  # the ids of the run in each
 LOGS = "logs"  # the messages of every process
 REPORT = "report.html"
 TRAJECTORIES = "trajectories"  # samples of recipe rl
@@ -17,6 +18,6 @@ QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart m
 
 # Everything that a run writes into its folder, except for the lock.
 RUN_FILES = (
-    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT),
+    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, TRACKERS),
     *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, config_tree
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.pipeline import TrainStream
@@ -31,6 +31,7 @@ from jaxtrain.observe.metrics import MetricLog
 from jaxtrain.observe.profile import StepProfile
 from jaxtrain.observe.progress import Progress
 from jaxtrain.observe.report_page import ReportPage
+from jaxtrain.observe.trackers import TENSORBOARD, check_trackers, open_trackers
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.role import Role, TrainedRole
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
@@ -73,6 +74,7 @@ class Session(RunRoles):
     def __init__(self, folder: RunFolder, mesh: jax.sharding.Mesh, job: Job, stack: ExitStack, log: RunLog):
         config = folder.config  # with what the run has settled, such as its date
         super().__init__(config, mesh, jax.devices())
+        check_trackers(config.log.to)
         self.folder, self.preemption = folder, job.preemption
         self.tokenizer = make_tokenizer(config.model)
         self._stack = stack  # closed with the run
@@ -231,14 +233,17 @@ class Session(RunRoles):
         repeatable = (self._evaluate_action, *self._every)
         mark_done(self._actions, self.step, zip(repeatable, self._done_at, strict=False))
         evaluated = self._evaluate_action.done_at == self.step
-        log = MetricLog(self.folder.path, config.log.tensorboard, self.step or None, evaluated=evaluated)
+        shown, first = config.log.to, jax.process_index() == 0
+        trackers = open_trackers(shown, self.folder.path, config_tree(config)) if first else []
+        board = TENSORBOARD in shown
+        log = MetricLog(self.folder.path, board, self.step or None, evaluated=evaluated, trackers=trackers)
         self._log = stack.enter_context(log)
         self.progress.begin(self.num_steps, self.step)
-        if jax.process_index() == 0:
+        if first:
             length = RunLength(self.step, self.num_steps, self._row_length)
             self.progress.facts(start_facts(config, self._roles, self._data, length))
         self._profile = stack.enter_context(StepProfile(self.folder.path, config.log.profile, self.window.wait))
-        self._page = ReportPage(self.folder.path) if jax.process_index() == 0 else None
+        self._page = ReportPage(self.folder.path) if first else None
         if self._page is not None:
             stack.callback(self._page.write)  # after the last heartbeat, which says how the run ended
         stack.enter_context(self._monitor.running(self.step, self.num_steps))

@@ -53,7 +53,7 @@ def test_a_folder_of_the_hubs_cache_is_its_main_snapshot(place, tmp_path):
     cache = tmp_path / "models--owner--name"
     for commit in ("abc", "def"):
         shutil.copytree(place / "base", cache / "snapshots" / commit)
-    with pytest.raises(ValueError, match="several snapshots: name one, such as .*abc"):
+    with pytest.raises(ValueError, match=r"several snapshots: name one, such as .*abc"):
         model_folder(str(cache))
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("def")

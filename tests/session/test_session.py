@@ -44,7 +44,7 @@ def config(tmp_path, **train):
         "model": {"config": tiny.HF_CONFIG, "compute_dtype": "float32"},
         "data": {"train": {"path": str(tmp_path / "train.jsonl"), "epochs": 1}, "max_length": 32},
         "train": {"steps": 10, "max_skipped_in_a_row": 3, **train},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     return parse_config(tree, "test")
 
