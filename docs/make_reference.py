@@ -74,20 +74,20 @@ def migration_reference() -> str:
 
 _OF_MIGRATION = """# From TRL, axolotl and Tunix
 
-What is typed there, and the key that means the same here; written by `docs/make_reference.py`. A config with one of these
-names is refused with the same answer. [config.md](config.md) describes every key.
+What is typed there, and the key that means the same here; written by `docs/make_reference.py`. A config with one of
+these names is refused with the same answer. [config.md](config.md) describes every key.
 
 - A run is one YAML file and one command, `jaxtrain train run.yaml section.key=value`; there is no launcher of processes
   around it on one host. `jaxtrain preview run.yaml` shows what would be trained on.
-- A trainer class or command (`SFTTrainer`, `DPOTrainer`, `axolotl train` with `rl: dpo`, `PeftTrainer`, `GRPOLearner`) is a
-  `recipe` with an `objective` or an `rl.algorithm`.
-- `train.batch_size` is the global batch in packed rows, over all devices and microbatches. With other frameworks it is the
-  product of the batch of a device, the devices and the accumulated steps, in examples.
-- Data sets have TRL's columns (`messages`, `prompt` and `completion`, `chosen` and `rejected`, `label`), and `data.*.columns`
-  maps others; reward functions have TRL's signature. Metrics have TRL's names.
+- A trainer class or command (`SFTTrainer`, `DPOTrainer`, `axolotl train` with `rl: dpo`, `PeftTrainer`, `GRPOLearner`)
+  is a `recipe` with an `objective` or an `rl.algorithm`.
+- `train.batch_size` is the global batch in packed rows, over all devices and microbatches. With other frameworks it is
+  the product of the batch of a device, the devices and the accumulated steps, in examples.
+- Data sets have TRL's columns (`messages`, `prompt` and `completion`, `chosen` and `rejected`, `label`), and
+  `data.*.columns` maps others; reward functions have TRL's signature. Metrics have TRL's names.
 - Models and adapters are Hugging Face and PEFT folders on both sides.
-- There is no `device_map`, FSDP or DeepSpeed config: [`mesh`](config.md) says how many devices each axis has, and `fsdp` takes
-  those that are left."""
+- There is no `device_map`, FSDP or DeepSpeed config: [`mesh`](config.md) says how many devices each axis has, and
+  `fsdp` takes those that are left."""
 
 
 _OF_CONFIG = """Every key of a run's YAML file, as `jaxtrain config` shows them; written by `docs/make_reference.py`.

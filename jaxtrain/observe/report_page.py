@@ -69,7 +69,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         "__TITLE__": html.escape(title),
         "__REFRESH__": refresh,
         "__SCRIPT__": (here / "report.js").read_text(encoding="utf-8"),
-        "__DATA__": json.dumps(found, allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\u0021--"),
+        "__DATA__": json.dumps(found, allow_nan=False).replace("<", "\\u003c"),  # so that no text ends the block
     }
     text = (here / "report.html").read_text(encoding="utf-8")
     for mark, part in parts.items():  # the data last: it may hold any text
