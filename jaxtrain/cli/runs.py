@@ -112,11 +112,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the first folder")] = None,
 ) -> None:
     """Write the curves, samples and config of runs as one HTML file, which needs no network."""
-    from jaxtrain.observe.report_page import write_report
+    from jaxtrain.observe.report_page import write_page
 
     if out is None and len(runs) > 1:
         raise ValueError("give --out FILE.html: report.html in a run's folder is the report of that run alone")
-    typer.echo(f"wrote {write_report(runs, out)}")
+    typer.echo(f"wrote {write_page(runs, out)}")
 
 
 def preview(

@@ -45,7 +45,7 @@ class ReportPage:
         """Write it now. A full disk, or files that cannot be read, are only warned of."""
         started = time.monotonic()
         try:
-            write_report([self._run])
+            write_page([self._run])
         except (OSError, ValueError) as error:
             if not self._warned:
                 log.warning("%s cannot be written: %s", self._run / REPORT, error)
@@ -54,7 +54,7 @@ class ReportPage:
         self._next = now + max(_UPDATE_SECONDS, _PART * (now - started))
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run, by default into its folder, or that of several, compared. Returns its path.
 
     Raises ValueError for a folder that is not that of a run.

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from jaxtrain.cli import app
-from jaxtrain.observe.report_page import ReportPage, write_report
+from jaxtrain.observe.report_page import ReportPage, write_page
 
 TEXT = "</script><script>alert(1)</script> <!-- __SCRIPT__ __DATA__"
 
@@ -44,7 +44,7 @@ def data_of(page):
 
 
 def test_the_page_has_the_curves_the_samples_and_the_config_and_needs_nothing_else(tmp_path):
-    page = write_report([make_run(tmp_path / "one")])
+    page = write_page([make_run(tmp_path / "one")])
     assert page == tmp_path / "one" / "report.html"
     (run,) = data_of(page)
     assert run["name"] == "one" and run["series"]["loss"][1][-1] == 10.0 / 40
@@ -75,7 +75,7 @@ def test_several_runs_are_told_apart_and_long_curves_are_thinned(tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run"):
-        write_report([tmp_path])
+        write_page([tmp_path])
 
 
 def test_a_run_goes_on_where_its_report_cannot_be_written(tmp_path, caplog):
