@@ -197,6 +197,8 @@ def quickstart(
     """
     from jaxtrain.recipes.quickstart import load_quickstart, run, run_distill, run_from_first
 
+    if "=" in str(config) and not config.exists():  # an override alone
+        config, overrides = QUICKSTART, [str(config), *(overrides or [])]
     loaded = load_quickstart(config, overrides)
     if loaded.recipe == "sft":
         sys.exit(run(loaded))
