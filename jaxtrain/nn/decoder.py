@@ -84,6 +84,7 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm("mlp_post_norm", config.post_norms)
         self.residual_scale = config.residual_scale
 
+    @jax.named_scope("layer")
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -101,18 +102,21 @@ class Block(nnx.Module):
         out = _normed(self.input_norm, x)
         if self.delta is None:
             assert self.attn is not None and (cache is None or isinstance(cache, LayerCache))
-            out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
+            with jax.named_scope("attention"):
+                out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
         else:
             assert cache is None or isinstance(cache, RecurrentState)
-            out, cache = self.delta(out, inputs, cache, keys[0])
+            with jax.named_scope("delta"):
+                out, cache = self.delta(out, inputs, cache, keys[0])
         x += _scaled(_normed(self.attn_post_norm, out), self.residual_scale)
         out, routing = _normed(self.mlp_norm, x), None
-        if isinstance(self.mlp, SparseMLP):
-            out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
-        else:
-            mlp = self.mlp if self.dense_mlp is None else self.dense_mlp
-            assert mlp is not None
-            out = mlp(out, keys[4:])
+        with jax.named_scope("mlp"):
+            if isinstance(self.mlp, SparseMLP):
+                out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
+            else:
+                mlp = self.mlp if self.dense_mlp is None else self.dense_mlp
+                assert mlp is not None
+                out = mlp(out, keys[4:])
         x += _scaled(_normed(self.mlp_post_norm, out), self.residual_scale)
         return constrain_rows(x, run.mesh, CONTEXT), cache, routing
 
