@@ -4,7 +4,7 @@ Training scans the layers (see `nn.stack`), rematerialised by policy. Decoding u
 each layer.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
 from jaxtrain.nn.remat import Remat, remat_policy
 from jaxtrain.nn.rope import rope_tables, token_segment_lengths
-from jaxtrain.nn.stack import LayerSpan, in_periods, longest_loop
+from jaxtrain.nn.stack import LayerSpan, in_periods, joined_routing, longest_loop
 from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.project import project_on_table
 from jaxtrain.parallel.mesh import CompilerOptions
@@ -181,25 +181,6 @@ def _stacked_layers(config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora:
     return whole[0]
 
 
-def _joined(*routings: Sequence[Routing | None]) -> Routing | None:
-    """The statistics of all layers, in order: of those before, within and after the loop."""
-    before, within, after = ([each for each in routing if each is not None] for routing in routings)
-    if within and not before and not after and len(within) == 1:
-        return within[0]
-
-    def join(*leaves: Array) -> Array:
-        first, loop, last = (
-            leaves[: len(before)],
-            leaves[len(before) : len(leaves) - len(after)],
-            leaves[len(leaves) - len(after) :],
-        )
-        middle = [jnp.stack(loop, 1).reshape(-1, *loop[0].shape[1:])] if loop else []
-        return jnp.concatenate([*(leaf[None] for leaf in first), *middle, *(leaf[None] for leaf in last)])
-
-    every = (*before, *within, *after)
-    return jax.tree.map(join, *every) if every else None
-
-
 class Decoder(nnx.Module):
     """Embedding, layers, final norm and head."""
 
@@ -301,7 +282,7 @@ class Decoder(nnx.Module):
             body, x, steps if loop.period == 1 else in_periods(steps, loop.repeats), unroll=run.unroll
         )
         x, after = one_by_one(x, loop.stop, self.config.num_layers)
-        return x, _joined(before, within, after)
+        return x, joined_routing(before, within, after)
 
     def graphdef(self, number: int) -> Any:
         """The graph of a layer: that of the stacks, without the parts that the layer does not have."""

@@ -10,8 +10,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jaxtrain.types import Array, Params
+from jaxtrain.types import Array, Params, Routing
 
 
 class Loop(NamedTuple):
@@ -83,3 +84,22 @@ def in_periods(stacked: Any, repeats: int) -> Any:
         return leaf.reshape(repeats, -1, *leaf.shape[1:])
 
     return jax.tree.map(split, stacked)
+
+
+def joined_routing(*routings: Sequence[Routing | None]) -> Routing | None:
+    """The statistics of all layers, in order: of those before, within and after the loop."""
+    before, within, after = ([each for each in routing if each is not None] for routing in routings)
+    if within and not before and not after and len(within) == 1:
+        return within[0]
+
+    def join(*leaves: Array) -> Array:
+        first, loop, last = (
+            leaves[: len(before)],
+            leaves[len(before) : len(leaves) - len(after)],
+            leaves[len(leaves) - len(after) :],
+        )
+        middle = [jnp.stack(loop, 1).reshape(-1, *loop[0].shape[1:])] if loop else []
+        return jnp.concatenate([*(leaf[None] for leaf in first), *middle, *(leaf[None] for leaf in last)])
+
+    every = (*before, *within, *after)
+    return jax.tree.map(join, *every) if every else None
