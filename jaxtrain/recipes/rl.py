@@ -95,7 +95,7 @@ def run(
         source = Replay(replay) if replay else make_source(session, collect, sampler, prompts)
 
         def experience_from(samples: Collected) -> Experience:
-            experience = pack_samples(samples, config, policy.mesh, deal)
+            experience = pack_samples(samples, config, policy.mesh, deal, reward.weights)
             if isinstance(teacher, HiddenStates):
                 experience.without_signals()  # the objective reads those of the teacher alone
                 return experience
