@@ -17,12 +17,13 @@ from jaxtrain.plan.memory import device_bytes
 from jaxtrain.plan.programs import Program, data_programs, without_weights
 from jaxtrain.plan.reading import Reading, Setting, read_tpu
 from jaxtrain.plan.report import Phase, RunPlan
-from jaxtrain.plan.rl_programs import rl_programs
+from jaxtrain.plan.rl_programs import SAMPLING, rl_programs
 from jaxtrain.plan.target import Target, parse_target, target_devices
 from jaxtrain.plan.transfer import WeightTransfer, weight_transfer
 from jaxtrain.rl.placement import sampling_meshes
 
 _PASSING = ("batch", "merged parameters")  # inputs that are in memory only for their programs
+_OF_ENGINE = ("engine's parameters", "cache")
 
 
 def plan(
@@ -64,12 +65,14 @@ def plan(
     if save is not None:
         for program, each in zip(programs, compilations, strict=True):
             _save(program, each, config, target, save)
+    phased = config.rl is not None and config.rl.placement.memory == "phased"
     phases = [
-        Phase(program, each, _read(program, each, target), _beside(program, programs))
+        Phase(program, each, _read(program, each, target), beside(program, programs, phased=phased))
         for program, each in zip(programs, compilations, strict=True)
     ]
     sent = None if config.rl is None else _transfer(config, programs, target, devices)
-    return replace(made, phases=phases, step_tokens=_trained_tokens(config, phases), transfer=sent)
+    copied = _host_seconds(programs, target) if phased else 0.0
+    return replace(made, phases=phases, step_tokens=_trained_tokens(config, phases), transfer=sent, host_seconds=copied)
 
 
 def _transfer(
@@ -92,8 +95,12 @@ def _compiled(program: Program, target: Target) -> Compiled:
     return compile_program(program.lowered, name, compiler_options(program.mesh))
 
 
-def _beside(program: Program, programs: Sequence[Program]) -> dict[str, int]:
-    """Bytes of what other programs read and is on the same devices meanwhile."""
+def beside(program: Program, programs: Sequence[Program], *, phased: bool) -> dict[str, int]:
+    """Bytes of what other programs read and is on the same devices meanwhile.
+
+    `phased`: by `rl.placement.memory`, optimizers wait on the host while an engine samples, and there is no engine
+    while roles train or score. The engine's weights are the outputs of its own "reshard".
+    """
     mine = set(program.mesh.devices.flat)
     found: dict[str, int] = {}
     for other in programs:
@@ -103,7 +110,22 @@ def _beside(program: Program, programs: Sequence[Program]) -> dict[str, int]:
                 for kind, tree in other.inputs.items()
                 if kind not in program.inputs and kind not in _PASSING
             }
+    if phased:
+        with_optimizer, with_engine = program.name not in SAMPLING, program.name in ("prefill", "decode")
+        found = {
+            kind: size
+            for kind, size in found.items()
+            if (with_optimizer or not kind.endswith("optimizer")) and (with_engine or kind not in _OF_ENGINE)
+        }
     return {kind: size for kind, size in found.items() if size}
+
+
+def _host_seconds(programs: Sequence[Program], target: Target) -> float | None:
+    """Of a step: what the optimizers' states take to the host and back. None for a CPU."""
+    if target.chip is None:
+        return None
+    kinds = {kind: tree for program in programs for kind, tree in program.inputs.items() if kind.endswith("optimizer")}
+    return 2 * sum(device_bytes(tree) for tree in kinds.values()) / target.chip.host_link
 
 
 def _read(program: Program, made: Compiled, target: Target) -> Reading | None:

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import recipe_runs
 import yaml
 
 from jaxtrain.config import load_config
-from jaxtrain.plan.planner import plan
+from jaxtrain.plan.planner import beside, plan
 from jaxtrain.plan.prices import DCN
+from jaxtrain.plan.programs import Program
 
 MODEL = {
     "model_type": "qwen3",
@@ -50,11 +53,40 @@ def test_a_plan_for_cpus_has_memory_and_no_time(tmp_path):
     assert json.dumps(made.as_json(10))
 
 
+def test_in_phases_optimizer_and_engine_are_not_in_memory_together():
+    def program(name, **inputs):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("fsdp",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        held = {kind: jax.ShapeDtypeStruct((size,), np.int8, sharding=sharding) for kind, size in inputs.items()}
+        return Program(name, None, held, mesh, 0.0, 0, 0, lambda place: None)
+
+    engine = {"engine's parameters": 4, "cache": 8}
+    programs = [
+        program("merge", parameters=1),
+        program("decode", **engine),
+        program("update", parameters=1, optimizer=2),
+    ]
+    kept = [beside(each, programs, phased=False) for each in programs]
+    phased = [beside(each, programs, phased=True) for each in programs]
+    assert kept == [
+        {"engine's parameters": 4, "cache": 8, "optimizer": 2},
+        {"parameters": 1, "optimizer": 2},
+        {"engine's parameters": 4, "cache": 8},
+    ]
+    assert phased == [{}, {"parameters": 1}, {}]
+
+
 def test_an_estimate_compiles_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.planner.compile_program", lambda *given: pytest.fail("compiled"))
     made = plan(load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml"), "v5p:4x4x8", compiled=False)
     assert made.estimate.seconds > 0
     assert made.phases == ()
+
+
+def test_options_of_a_tpus_compiler_do_not_prevent_the_estimate(tmp_path):
+    overrides = ["model.compiler_options={xla_enable_async_all_gather: true}"]
+    config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", overrides)
+    assert plan(config, "v5p:4x4x8", compiled=False).estimate.parameters > 0
 
 
 def test_a_folder_needs_no_weights(tmp_path):
