@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 from converters.import_hf import read_config
 from jaxtrain.config import RunConfig
+from jaxtrain.ops.gpu.described import hopper_gpus
 from jaxtrain.parallel.mesh import compiler_options
 from jaxtrain.plan.compile import Compiled, compile_program, save_program
 from jaxtrain.plan.estimate import StateEstimate, estimate
 from jaxtrain.plan.hlo import Module
 from jaxtrain.plan.memory import device_bytes
+from jaxtrain.plan.prices import Gpu
 from jaxtrain.plan.programs import Program, data_programs, without_weights
 from jaxtrain.plan.reading import Reading, Setting, read_tpu
+from jaxtrain.plan.reading_gpu import read_gpu
 from jaxtrain.plan.report import Phase, RunPlan
 from jaxtrain.plan.rl_programs import SAMPLING, rl_programs
 from jaxtrain.plan.target import Target, parse_target, target_devices
@@ -40,7 +44,7 @@ def plan(
 
     Args:
         config: Its model's weights are not read: config.json is enough.
-        on: The devices: v5p:4x4x8, v5e:8x8, v6e:16x16, tpu7x:4x4x4 or cpu:8.
+        on: The devices: v5p:4x4x8, v5e:8x8, v6e:16x16, tpu7x:4x4x4, h100:8, h200:8 or cpu:8.
         slices: TPU slices of this size, combined along "data".
         price: Of a chip and hour, for the cost of the run.
         save: A folder for the HLO of every program and a JSON file about it.
@@ -60,8 +64,9 @@ def plan(
     if not compiled:
         return made
     devices = devices or target_devices(target)
-    programs = (data_programs if config.rl is None else rl_programs)(config, devices)
-    compilations = [_compiled(program, target) for program in programs]
+    with hopper_gpus() if isinstance(target.chip, Gpu) else contextlib.nullcontext():
+        programs = (data_programs if config.rl is None else rl_programs)(config, devices)
+        compilations = [_compiled(program, target) for program in programs]
     if save is not None:
         for program, each in zip(programs, compilations, strict=True):
             _save(program, each, config, target, save)
@@ -131,9 +136,10 @@ def _host_seconds(programs: Sequence[Program], target: Target) -> float | None:
 def _read(program: Program, made: Compiled, target: Target) -> Reading | None:
     if target.chip is None or target.peak is None or made.refused:
         return None
+    read = read_gpu if isinstance(target.chip, Gpu) else read_tpu
     network = target.network(program.mesh)
     setting = Setting(target.chip, target.peak, network, program.trips, program.never, program.grouped_rows)
-    return read_tpu(Module(made.text), setting)
+    return read(Module(made.text), setting)
 
 
 def _save(program: Program, made: Compiled, config: RunConfig, target: Target, folder: Path) -> None:
