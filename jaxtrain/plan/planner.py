@@ -66,7 +66,7 @@ def plan(
     devices = devices or target_devices(target)
     with hopper_gpus() if isinstance(target.chip, Gpu) else contextlib.nullcontext():
         programs = (data_programs if config.rl is None else rl_programs)(config, devices)
-        compilations = [_compiled(program, target) for program in programs]
+        compilations = [_compiled(program, target, config) for program in programs]
     if save is not None:
         for program, each in zip(programs, compilations, strict=True):
             _save(program, each, config, target, save)
@@ -95,9 +95,11 @@ def _trained_tokens(config: RunConfig, phases: Sequence[Phase]) -> int:
     return update.tokens * (config.rl.minibatches if config.rl else 1)
 
 
-def _compiled(program: Program, target: Target) -> Compiled:
+def _compiled(program: Program, target: Target, config: RunConfig) -> Compiled:
     name = f"{target.kind} {target.name} {target.slices}"
-    return compile_program(program.lowered, name, compiler_options(program.mesh))
+    return compile_program(
+        program.lowered, name, compiler_options(program.mesh, tuple(config.model.compiler_options.items()))
+    )
 
 
 def beside(program: Program, programs: Sequence[Program], *, phased: bool) -> dict[str, int]:

@@ -239,7 +239,7 @@ class TrainedRole(Role):
         if self._state is not None:
             return self._step.lower(self._state, self.frozen, batch, self.teacher_head)
         state = self.abstract_state()
-        step = jit_step(self._make_step(), state, self.mesh)
+        step = jit_step(self._make_step(), state, self.mesh, self.model.run.compiler_options)
         return step.lower(state, self.declared.frozen, batch, self.teacher_head)
 
     def snapshot(self) -> Snapshot:

@@ -34,6 +34,12 @@ MODEL = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
+
+
+class _EnoughSeenError(Exception):
+    pass
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu, so nothing can be compiled for TPU: install jax[tpu]"
 )
@@ -87,6 +93,26 @@ def test_options_of_a_tpus_compiler_do_not_prevent_the_estimate(tmp_path):
     overrides = ["model.compiler_options={xla_enable_async_all_gather: true}"]
     config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", overrides)
     assert plan(config, "v5p:4x4x8", compiled=False).estimate.parameters > 0
+
+
+def test_the_runs_own_options_of_the_compiler_are_planned(tmp_path, monkeypatch):
+    overrides = ["model.compiler_options={xla_cpu_enable_fast_math: true}"]
+    config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", overrides)
+    given, jit = [], jax.jit
+
+    def seen(*functions, **named):
+        given.append(named.get("compiler_options"))
+        return jit(*functions, **named)
+
+    def options_of(lowered, target, options):
+        assert options == {"xla_cpu_enable_fast_math": True}
+        raise _EnoughSeenError
+
+    monkeypatch.setattr(jax, "jit", seen)
+    monkeypatch.setattr("jaxtrain.plan.planner.compile_program", options_of)
+    with pytest.raises(_EnoughSeenError):
+        plan(config, "cpu:8")
+    assert {"xla_cpu_enable_fast_math": True} in given
 
 
 def test_a_folder_needs_no_weights(tmp_path):
