@@ -94,7 +94,7 @@ _TPU = {
     "tensor parallelism over 2": ("mesh.preset=fsdp_tensor", "mesh.tensor=2"),
 }
 _GPU = {
-    "attention by XLA": ("model.attention=xla", "model.remat=full"),
+    "attention by XLA, with remat full": ("model.attention=xla", "model.remat=full"),
     "remat full": ("model.remat=full",),
     "remat {}": ("model.remat={}",),
     "chunks of the head of 512 tokens": ("model.head_chunk=512",),
