@@ -218,9 +218,9 @@ TPU_CONFIGS = {  # file -> the model, the devices, and the parameters on the mod
 }
 QWEN_06B = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
 QWEN_25 = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
-QWEN_25 |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+QWEN_25 |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "attention_bias": True}
 GPU_CONFIGS = {
-    "qwen3_06b_h100": (QWEN | QWEN_06B | {"tie_word_embeddings": True}, "h100:1", 0.6e9),
+    "qwen3_06b_h100": (QWEN | QWEN_06B | {"tie_word_embeddings": True}, "h100:1", 0.596e9),
     "qwen3_8b_h100x8": (QWEN, "h100:8", 8.2e9),
     "llama31_8b_lora_h100": (LLAMA | LLAMA_8B, "h100:1", 8.03e9),
     "qwen25_7b_lora_h100": (MODEL | QWEN_25, "h100:1", 7.62e9),
