@@ -174,16 +174,16 @@ class TrainedRole(Role):
     @property
     def state(self) -> TrainState:
         """Parameters, the optimizer's state and counters, all of it on the device."""
-        held = self._held
         if self._on_host:
+            held = self._held
             placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().opt_state)
-            self._state = held = held._replace(opt_state=_moved(held.opt_state, placed))
-            self._on_host = False
-        return held
+            self._state, self._on_host = held._replace(opt_state=_moved(held.opt_state, placed)), False
+        assert self._state is not None, f"role {self.name} has no state: it was not restored, or an update failed"
+        return self._state
 
     @property
     def _held(self) -> TrainState:
-        assert self._state is not None, f"role {self.name} has no state: it was not restored, or an update failed"
+        assert self._state is not None, f"role {self.name} has no state"
         return self._state
 
     def wait_on_host(self) -> None:
