@@ -87,11 +87,14 @@ class Study(NamedTuple):
 
 _TPU = {
     "splash attention with two backward kernels": ("model.splash.fused_backward=false",),
-    "asynchronous gathers (five options of XLA)": (f"model.compiler_options={{{_ASYNC}}}",),
     "qkv and attention_out kept as well": (f"model.remat={_KEPT}",),
     "attention recomputed (`remat: {}`)": ("model.remat={}",),
     "chunks of the head of 512 tokens": ("model.head_chunk=512",),
     "tensor parallelism over 2": ("mesh.preset=fsdp_tensor", "mesh.tensor=2"),
+}
+_GATHERS = {
+    "v5p": {"synchronous gathers": ("model.compiler_options={}",)},
+    "v6e": {"asynchronous gathers": (f"model.compiler_options={{{_ASYNC}}}",)},
 }
 _GPU = {
     "attention by XLA, with remat full": ("model.attention=xla", "model.remat=full"),
@@ -100,9 +103,19 @@ _GPU = {
     "chunks of the head of 512 tokens": ("model.head_chunk=512",),
 }
 STUDIES = {
-    "v5p": Study("Qwen3-8B, 16 rows of 8192 tokens, v5p:2x2x2", "tpu/qwen3_8b_v5p8.yaml", "v5p:2x2x2", _QWEN3, _TPU),
+    "v5p": Study(
+        "Qwen3-8B, 16 rows of 8192 tokens, v5p:2x2x2",
+        "tpu/qwen3_8b_v5p8.yaml",
+        "v5p:2x2x2",
+        _QWEN3,
+        _TPU | _GATHERS["v5p"],
+    ),
     "v6e": Study(
-        "Llama-3.1-8B, 16 rows of 8192 tokens, v6e:4x4", "tpu/llama31_8b_v6e16.yaml", "v6e:4x4", _LLAMA31, _TPU
+        "Llama-3.1-8B, 16 rows of 8192 tokens, v6e:4x4",
+        "tpu/llama31_8b_v6e16.yaml",
+        "v6e:4x4",
+        _LLAMA31,
+        _TPU | _GATHERS["v6e"],
     ),
     "h100": Study("Qwen3-8B, 8 rows of 8192 tokens, h100:8", "gpu/qwen3_8b_h100x8.yaml", "h100:8", _QWEN3, _GPU),
     "lora": Study(
