@@ -75,19 +75,19 @@ class ModulesSection(Section):
     """Default: jaxtrain.nn.norm:RMSNorm."""
 
 
-Block = Annotated[PositiveInt, Field(multiple_of=128)]
+_Block = Annotated[PositiveInt, Field(multiple_of=128)]
 
 
 class SplashSection(Section):
     """Blocks of splash attention on TPU, in tokens. Rows that a block does not divide have a smaller one."""
 
-    block_q: Block = 1024
+    block_q: _Block = 1024
     """Queries."""
-    block_kv: Block = 1024
+    block_kv: _Block = 1024
     """Keys that are in the chip's vector memory."""
-    block_kv_compute: Block = 512
+    block_kv_compute: _Block = 512
     """Keys that are computed at a time."""
-    backward_block_kv: Block = 2048
+    backward_block_kv: _Block = 2048
     """Keys, in the fused backward kernel."""
     fused_backward: bool = True
     """One kernel for all gradients, for rows of up to 16384 tokens without a window or mesh.context."""

@@ -28,7 +28,7 @@ _COLLECTIVES = {
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # the operand with what is written in place
 
 
-class Kernel(NamedTuple):
+class _Kernel(NamedTuple):
     kind: str
     flops: float
     bytes: float
@@ -109,7 +109,7 @@ class _Walker:
                 self._time(each, kernel, times)
         return now
 
-    def _time(self, each: Instruction, kernel: Kernel, times: float) -> None:
+    def _time(self, each: Instruction, kernel: _Kernel, times: float) -> None:
         where, operation = self.module.where(each), each.operation or each.name
         part = TimedPart(kernel.seconds * times, times, where, operation)
         if kernel.kind.startswith(("attention", "grouped")):
@@ -153,11 +153,11 @@ class _Walker:
     def _operand_bytes(self, each: Instruction, computation: str) -> list[float]:
         return [shape_bytes(self.module.shape(computation, name)) for name in each.operands]
 
-    def _cost(self, kind: str, flops: float, moved: float, share: float = 1.0, priced: float | None = None) -> Kernel:
+    def _cost(self, kind: str, flops: float, moved: float, share: float = 1.0, priced: float | None = None) -> _Kernel:
         compute = (flops if priced is None else priced) / (self.setting.peak * share)
-        return Kernel(kind, flops, moved, max(compute, moved / self.gpu.bandwidth / self.gpu.stream) + self.gpu.launch)
+        return _Kernel(kind, flops, moved, max(compute, moved / self.gpu.bandwidth / self.gpu.stream) + self.gpu.launch)
 
-    def _kernel(self, each: Instruction, computation: str) -> Kernel:
+    def _kernel(self, each: Instruction, computation: str) -> _Kernel:
         if each.opcode == "fusion":
             name = str(each.called("calls"))
             moved = sum(self._read(name, place) for place in range(len(each.operands))) + self._written(name)
@@ -237,7 +237,7 @@ class _Walker:
             total += shape_bytes(part.shape)
         return total
 
-    def _custom(self, each: Instruction, computation: str, moved: float) -> Kernel:
+    def _custom(self, each: Instruction, computation: str, moved: float) -> _Kernel:
         target = each.target or ""
         shapes = [array_sizes(self.module.shape(computation, name)) for name in each.operands]
         if target.startswith("__cudnn$fmha"):
@@ -268,7 +268,7 @@ class _Walker:
             "one to jaxtrain/plan/reading_gpu.py, by its FLOPs and bytes"
         )
 
-    def _grouped(self, each: Instruction, computation: str, moved: float) -> Kernel:
+    def _grouped(self, each: Instruction, computation: str, moved: float) -> _Kernel:
         """A product of rows [m, k] with matrices [groups, k, n], or of rows [m, k] and [m, n] to such matrices."""
         floats = [
             sizes for name in each.operands for sizes in array_sizes(self.module.shape(computation, name), floats=True)
