@@ -276,8 +276,9 @@ def make_step(
         if max_grad_norm is not None:
             clip_factor = jnp.minimum(1, max_grad_norm / jnp.maximum(grad_norm, 1e-9))
             grads = jax.tree.map(lambda g: g * clip_factor.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params, rounding = apply_updates(tx, state.params, updates, ok, key)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params, rounding = apply_updates(tx, state.params, updates, ok, key)
         metrics = {**total.metrics, **rounding}
 
         state = TrainState(
