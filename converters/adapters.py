@@ -24,7 +24,7 @@ from converters.export_hf import UNCHANGED_TEXT, TrainedText, empty_folder, gath
 from converters.families.registry import weight_rows
 from converters.import_hf import ADAPTER_CONFIG, check_alias, place
 from converters.safetensors_io import Checkpoint, TensorSpec, read_header, write_checkpoint
-from converters.weight_rows import Index, PadVocab, Shape, Tensor, Weight, bind, flatten, full_index, unflatten
+from converters.weight_rows import Drop, PadVocab, Shape, Tensor, Weight, bind, flatten, full_index, unflatten
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
 from jaxtrain.nn.config import Lora, ModelConfig
@@ -34,26 +34,6 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTORS = {"lora_a": "lora_A", "lora_b": "lora_B"}
 _MODULE_PARTS = (".weight", ".bias")
-
-
-@dataclass(frozen=True)
-class _Drop:
-    """Insert `count` axes of size 1 at `at`: the kernel's layout has them, the factor does not."""
-
-    at: int
-    count: int
-
-    def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
-        return (*shape[: self.at], *[1] * self.count, *shape[self.at :])
-
-    def hf_index(self, index: Index, shape: Shape, hf_shape: Shape) -> Index:
-        return (*index[: self.at], *[slice(0, 1)] * self.count, *index[self.at :])
-
-    def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
-        return block.reshape(shape)
-
-    def to_hf(self, array: np.ndarray, hf_shape: Shape) -> np.ndarray:
-        return array.reshape(hf_shape)
 
 
 @dataclass(frozen=True)
@@ -87,7 +67,7 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
     tied = ["lm_head"] if config.tied and settings.keeps_tie else []  # PEFT saves it with the embedding
     modules: dict[str, list[str]] = {}
     for row in _linears(config):
-        for layer in range(config.num_layers):
+        for layer in config.layers_of(row.ours.split(".")[1]):
             modules.setdefault(_module(row, layer), []).append(_path(row).removeprefix("layers."))
     targets, full, ranks, used = {}, {}, set(), set()
     with _open(local_folder(folder)) as checkpoint:
@@ -139,7 +119,7 @@ def import_adapter(folder: str | Path, config: ModelConfig, target: Params) -> P
             stored = tensor.name in checkpoint.entries
             if ".lora_" in tensor.name:
                 module = _adapted_module(tensor.name)
-                if stored or settings.adapts(module, tensor.stack[0]):
+                if stored or settings.adapts(module, tensor.layers[tensor.stack[0]]):
                     tensors.append(_with_own_rank(tensor, module, settings))
             elif stored or not (tensor.alias and settings.keeps_tie):
                 tensors.append(tensor)
@@ -261,7 +241,7 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
             )
         a, b = shapes[f"{path}.lora_a"], shapes[f"{path}.lora_b"]
         rank, inputs, outputs = a[-1], math.prod(a[1:-1]), math.prod(b[2:])
-        drops = {"lora_a": _Drop(len(a) - 1, len(b) - 3), "lora_b": _Drop(1, len(a) - 3)}
+        drops = {"lora_a": Drop(len(a) - 1, len(b) - 3), "lora_b": Drop(1, len(a) - 3)}
         wanted = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
         for factor, theirs in _FACTORS.items():
             row, ours = rows[path], f"{path}.{factor}"

@@ -23,7 +23,10 @@ from converters.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
 )
@@ -70,7 +73,8 @@ class Family(Protocol):
 
 
 _ALL: tuple[Family, ...] = (
-    *(llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss, gemma2, gemma3),
+    *(llama, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
+    *(mixtral, gpt_oss, gemma2, gemma3),
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
     *(arcee, exaone4, glm4, olmoe, seed_oss),
 )
