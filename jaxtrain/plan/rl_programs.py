@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxtrain.config import RunConfig
 from jaxtrain.lora import split_adapters
-from jaxtrain.nn.model import Model, unstack
+from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import TEACHER_HIDDEN
 from jaxtrain.objectives.policy import ENTROPY_COEFFICIENTS
 from jaxtrain.observe.flops import train_flops
-from jaxtrain.parallel.sharding import replicated, row_shares, with_shardings
+from jaxtrain.parallel.sharding import ROWS, replicated, row_shares, with_shardings
 from jaxtrain.plan.batches import abstract_batch
 from jaxtrain.plan.programs import (
     AbstractRole,
@@ -36,14 +36,16 @@ from jaxtrain.rl.rollouts import SUPPORTS, common_rows
 from jaxtrain.rl.sync import merge, rollout_model
 from jaxtrain.roles.role import Role, TrainedRole
 from jaxtrain.sample import decode as engine
-from jaxtrain.sample.buffers import MIN_PROMPT, bucket_for, bucket_lengths
+from jaxtrain.sample.buffers import MIN_PROMPT, bucket_for, bucket_lengths, prefill_rows
 from jaxtrain.sample.capacity import cast_matrices, empty_buffers, lay_out, serving_shardings
 from jaxtrain.sample.constraints import join_tries
-from jaxtrain.sample.engine import prefill_rows
 from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.sample.samples import default_settings
 from jaxtrain.session.roles import RunRoles
 from jaxtrain.types import Batch, Params
+
+SAMPLING = ("merge", "reshard", "prefill", "decode")
+"""The programs of the phase in which an engine gets the weights and samples."""
 
 _UNASKED = frozenset({"constrain", "forbid_stops"})  # conditionals of what a rollout does not use
 
@@ -162,7 +164,7 @@ def engine_params(model: Model) -> Params:
     stacked = with_shardings(
         jax.eval_shape(lambda params: cast_matrices(params, dtype), model.abstract()), serving_shardings(model)
     )
-    shapes = jax.eval_shape(unstack, stacked)
+    shapes = jax.eval_shape(model.unstack, stacked)
 
     def of_layer(leaf: jax.ShapeDtypeStruct, whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         named: Any = whole.sharding
@@ -170,7 +172,10 @@ def engine_params(model: Model) -> Params:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(named.mesh, spec))
 
     layers: Any = stacked["layers"]
-    return {**stacked, "layers": tuple(jax.tree.map(of_layer, layer, layers) for layer in shapes["layers"])}
+    parts = (
+        {part: jax.tree.map(of_layer, node, layers[part]) for part, node in each.items()} for each in shapes["layers"]
+    )
+    return {**stacked, "layers": tuple(parts)}
 
 
 def decode_program(model: Model, params: Params, slots: int, columns: int, support: int = 0) -> Program:
@@ -183,7 +188,7 @@ def decode_program(model: Model, params: Params, slots: int, columns: int, suppo
     state = engine.SlotState(*np.zeros((5, slots), np.int32))._replace(live=np.zeros(slots, np.bool_))
     host = (default_settings(slots), tries, state, (np.int32(limits.steps), np.int32(1)))
     rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), host)
-    lowered = engine.decode.lower(model, limits, params, (cache, marks), *rest)
+    lowered = engine.with_options(model.run.compiler_options)[1].lower(model, limits, params, (cache, marks), *rest)
     flops = _forward_flops(model, slots, 1, head=True)
     inputs = {"engine's parameters": params, "cache": (cache, marks)}
     grouped = grouped_rows(model, mesh, slots)
@@ -204,7 +209,7 @@ def _prefill(model: Model, params: Params, rooms: tuple[int, int], prompts: int,
     everywhere = replicated(mesh)
     tokens = jax.ShapeDtypeStruct((rows, bucket), np.int32, sharding=everywhere)
     lengths = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
-    lowered = engine.prefill.lower(model, params, tokens, lengths)
+    lowered = engine.with_options(model.run.compiler_options)[0].lower(model, params, tokens, lengths)
     inputs = {"engine's parameters": params}
     flops = _forward_flops(model, rows, bucket, head=False)
     calls, grouped = -(-prompts // rows), grouped_rows(model, mesh, rows * bucket)
@@ -233,7 +238,7 @@ def _reshard(policy: TrainedRole, model: Model) -> Program:
 def _buffers(model: Model, slots: int, columns: int) -> Any:
     """See `sample.capacity.empty_buffers`."""
     layers, marks = jax.eval_shape(partial(empty_buffers, model, slots, columns))
-    sharding, mesh = engine.cache_sharding(model), model.run.mesh
-    assert sharding is not None and mesh is not None
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(engine.ROWS))
-    return tuple(jax.tree.map(with_shardings, layer, sharding) for layer in layers), with_shardings(marks, rows)
+    shardings, mesh = engine.cache_shardings(model, layers), model.run.mesh
+    assert shardings is not None and mesh is not None
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(ROWS))
+    return with_shardings(layers, shardings), with_shardings(marks, rows)
