@@ -5,7 +5,7 @@ from pathlib import Path
 import commands
 import pytest
 import yaml
-from campaign_runs import record
+from campaign_runs import lost_or_repeated_prompts
 from recipe_runs import killed_copy, logged, rl_tree
 
 from jaxtrain.config import load_config
@@ -68,21 +68,8 @@ def test_a_run_that_samples_beside_training_trains_all_its_steps_on_older_weight
     assert len({sample[4] for sample in samples(place / "beside")}) > 1
 
 
-def check_prompts(folder: Path) -> None:
-    """None is lost or repeated: those before the last state, and those it names, were trained on or dropped."""
-    state = record(folder)["data_state"]["prompts"]["prompts"]
-    used = set(range(state["number"])) | set(state["used"])
-    entries = [
-        (t.prompt.number, t.sample, t.left_out) for step in recorded_steps(folder) for t in read_step(folder, step)
-    ]
-    assert len({entry[:2] for entry in entries}) == len(entries)
-    trained = {number for number, _, left_out in entries if not left_out}
-    dropped = sum(line.get("dynamic_sampling/dropped_groups", 0) for line in logged(folder))
-    assert trained <= used and len(trained) + dropped == len(used)
-
-
 def test_no_prompt_is_lost_or_repeated(place, runs):
-    check_prompts(place / "beside")
+    assert lost_or_repeated_prompts(place / "beside") == []
 
 
 def test_a_killed_run_draws_the_prompts_that_were_not_used_before_its_checkpoint(place, runs):
@@ -90,7 +77,7 @@ def test_a_killed_run_draws_the_prompts_that_were_not_used_before_its_checkpoint
     train_on_two(place, ("killed", BESIDE))
     before = [entry for entry in samples(place / "beside") if entry[0] <= 2]
     assert samples(place / "killed")[: len(before)] == before
-    check_prompts(place / "killed")
+    assert lost_or_repeated_prompts(place / "killed") == []
 
 
 def test_held_out_prompts_are_evaluated_between_the_rollouts(place, runs):
