@@ -15,7 +15,7 @@ import numpy as np
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.buffers import Buffers, bucket_for
+from jaxtrain.sample.buffers import Buffers, bucket_for, prefill_rows
 from jaxtrain.sample.capacity import MARK, place_params
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, SlotState
@@ -26,8 +26,6 @@ from jaxtrain.sample.usage import EngineUsage
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
-
-_PREFILL_TOKENS = 2048  # rows x length of the largest prefill: short prompts share a call
 
 _REASONS: dict[int, FinishReason] = {STOPPED: "stop", ENDED: "stop", FULL: "length", NON_FINITE: "failed"}
 
@@ -96,14 +94,24 @@ class Engine:
         self._running: list[Sample | None] = [None] * slots
         self._waiting: deque[Sample] = deque()
         self._submitted = 0
-        self._params, self.version = place_params(self.model, params), version
+        self._params: Params | None = place_params(self.model, params)
+        self.version = version
         self._buffers = Buffers(self.model, self._params, slots, max_length)
         self._usage = EngineUsage(self.model, slots)
 
     def set_params(self, params: Params, version: int) -> None:
         """Use these weights from the next device call on. Requests in flight keep their cached keys and values."""
+        released = self._params is None
         self._params, self.version = place_params(self.model, params), version
+        if released:
+            self._buffers = Buffers(self.model, self._params, self.slots, self.max_length)
         self._buffers.cached_prompts = [None] * self.slots
+
+    def release(self) -> None:
+        """Free the weights and the cache. `set_params` makes the engine usable again. It must be idle."""
+        assert not self.busy
+        self._params = None
+        self._buffers.free()
 
     def add_tries(self, tries: Sequence[Trie]) -> None:
         """Register tries before the requests that use them. Recompiles when their size exceeds a power of two."""
@@ -389,11 +397,3 @@ class Engine:
     def _failed(self, sample: Sample, error: Exception) -> Chunk:
         log.error("sample %d of request %d failed", sample.index, sample.number, exc_info=error)
         return sample.fail(f"{type(error).__name__}: {error}", time.perf_counter())
-
-
-def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
-    """The row counts of a prefill of prompts of this length: powers of four, and the maximum. `shares`: the number of
-    parts that rows are split into."""
-    maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
-    smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
-    return tuple(size * shares for size in (*smaller, maximum))

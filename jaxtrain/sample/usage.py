@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-import numpy as np
-
 from jaxtrain.nn.model import Model
-from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.parallel.sharding import device_bytes, row_shares
 from jaxtrain.sample.capacity import slot_bytes
 from jaxtrain.types import Params
 
@@ -29,23 +26,19 @@ class EngineUsage:
         if rows * columns > self._largest[0] * self._largest[1]:
             self._largest = rows, columns
 
-    def read(self, params: Params) -> dict[str, float]:
+    def read(self, params: Params | None) -> dict[str, float]:
         """`engine/slots_in_use`, the mean share of the slots that held a sample, and `engine/memory_gib`, what weights
-        and the largest cache take on a device, since the last call. Empty if there was no device call.
+        and the largest cache take on a device, since the last call. Empty if there was no device call. `params` is
+        None where the engine has released them.
         """
         if not self._calls:
             return {}
         rows, columns = self._largest
         cache = rows // row_shares(self._model.run.mesh) * slot_bytes(self._model, columns)
-        weights = sum(_bytes_on_device(leaf) for leaf in jax.tree.leaves(params))
+        weights = device_bytes(params)
         metrics = {
             "engine/slots_in_use": self._live / (self._calls * self._slots),
             "engine/memory_gib": (weights + cache) / 2**30,
         }
         self._begin()
         return metrics
-
-
-def _bytes_on_device(leaf: jax.Array) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return int(np.prod(shape)) * leaf.dtype.itemsize
