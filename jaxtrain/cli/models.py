@@ -18,6 +18,7 @@ from jaxtrain.cli.options import (
     with_field_options,
 )
 from jaxtrain.sample.requests import EngineLimits, SamplingParams
+from jaxtrain.serve.limits import Limits
 
 _CHUNK_TOKENS = 8  # maximum tokens of a streamed chunk
 
@@ -99,22 +100,25 @@ def chat(model: ModelArgument, **given: Any) -> None:
         print()  # Ctrl-D leaves the cursor behind the prompt
 
 
-@with_field_options(ServingOptions)
+@with_field_options(ServingOptions, Limits)
 def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="JAXTRAIN_API_KEY", help="what clients must send; default: nothing")
+    ] = None,
     **given: Any,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. Needs the extra `serve`."""
-    from jaxtrain.serve.app import listen
-    from jaxtrain.serve.app import serve as serve_model
-    from jaxtrain.serve.protocol import ALTERNATIVES
+    from jaxtrain.serve.schema import ALTERNATIVES
     from jaxtrain.serve.served import load_served
+    from jaxtrain.serve.server import listen
+    from jaxtrain.serve.server import serve as serve_model
 
     listening = listen(host, port)
     limits = EngineLimits(_CHUNK_TOKENS, alternatives=ALTERNATIVES)
     served = load_served(model, limits=limits, **fields_of(ServingOptions, given))
     engine = served.engine
     typer.echo(f"{served.name} at http://{host}:{port}/v1, {engine.slots} slots of {engine.max_length} tokens")
-    serve_model(served, listening)
+    serve_model(served, listening, Limits(**fields_of(Limits, given)), api_key)

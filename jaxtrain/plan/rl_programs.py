@@ -36,10 +36,9 @@ from jaxtrain.rl.rollouts import SUPPORTS, common_rows
 from jaxtrain.rl.sync import merge, rollout_model
 from jaxtrain.roles.role import Role, TrainedRole
 from jaxtrain.sample import decode as engine
-from jaxtrain.sample.buffers import MIN_PROMPT, bucket_for, bucket_lengths
+from jaxtrain.sample.buffers import MIN_PROMPT, bucket_for, bucket_lengths, prefill_rows
 from jaxtrain.sample.capacity import cast_matrices, empty_buffers, lay_out, serving_shardings
 from jaxtrain.sample.constraints import join_tries
-from jaxtrain.sample.engine import prefill_rows
 from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.sample.samples import default_settings
 from jaxtrain.session.roles import RunRoles

@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import closing, suppress
 
 import jax
@@ -11,12 +11,16 @@ import jax
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Chunk, Request
 
-# Delivers to one stream. An exception fails that request alone; None means that the engine has stopped.
+# Delivers to one stream. An exception fails that stream alone; None means that the engine has stopped.
 _Deliver = Callable[[Chunk | Exception | None], None]
 
 
 class StoppedError(RuntimeError):
     """The engine was closed, or failed with `__cause__`."""
+
+
+class StreamEndedError(RuntimeError):
+    """A stream took too long, or was read too slowly."""
 
 
 class AsyncEngine:
@@ -26,37 +30,63 @@ class AsyncEngine:
         async for chunk in serving.stream(request): ...
 
     The engine must not be used otherwise until `close`. An exception caused by one request is raised only in its
-    `stream`; a device error or exhausted memory stops the engine for all.
+    `stream`; a device error or exhausted memory stops the engine for all. A request with many samples does not delay
+    the others: free slots are shared, see `Engine.share_slots`.
     """
 
     def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] | None = None):
         """`on_failure` is called in the engine's thread with the exception that stopped the engine."""
         self._engine = engine
+        engine.share_slots()
         self._on_failure = on_failure
         self._failure: Exception | None = None
         self._stopped = False
         self._listeners: set[_Deliver] = set()
-        self._active: dict[int, _Deliver] = {}  # by the engine's request number
-        # (request, deliver) submits a request, (None, deliver) cancels a stream, None closes the engine.
-        self._inbox: queue.Queue[tuple[Request | None, _Deliver] | None] = queue.Queue()
+        self._active: dict[int, tuple[_Deliver, int]] = {}  # by the engine's number: its stream, its place in it
+        # (requests, deliver) submits requests, ((), deliver) cancels a stream, None closes the engine.
+        self._inbox: queue.Queue[tuple[Sequence[Request], _Deliver] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncGenerator[Chunk]:
-        """Yield the chunks of a request as they are generated. Leaving the loop early cancels the request.
+    @property
+    def stopped(self) -> bool:
+        """Whether the engine was closed or has failed."""
+        return self._stopped
 
-        Raises ValueError for a request that cannot be served, StoppedError if the engine stops before it is done.
+    async def stream(
+        self, *requests: Request, seconds: float | None = None, unread: int | None = None
+    ) -> AsyncGenerator[Chunk]:
+        """Yield the chunks of requests as they are generated; `Chunk.request` is the index in `requests`.
+
+        Leaving the loop early cancels the requests, and so do `seconds` since the call, or more than `unread` chunks
+        that the loop has not taken yet.
+
+        Raises ValueError for a request that cannot be served, StreamEndedError for those limits, StoppedError if the
+        engine stops before all are done.
         """
         chunks: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
+        def end(problem: str) -> None:
+            self._inbox.put(((), deliver))  # now: the loop may be busy with an earlier chunk for long
+            while not chunks.empty():
+                chunks.get_nowait()
+            chunks.put_nowait(StreamEndedError(problem))
+
+        def put(chunk: Chunk | Exception | None) -> None:
+            if unread is not None and chunks.qsize() >= unread and isinstance(chunk, Chunk):
+                end(f"{unread} chunks of the stream were not read: its reader is too slow")
+            else:
+                chunks.put_nowait(chunk)
+
         def deliver(chunk: Chunk | Exception | None) -> None:
             with suppress(RuntimeError):  # the loop is closed: its coroutine has left and is being cancelled
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+                loop.call_soon_threadsafe(put, chunk)
 
         self._listeners.add(deliver)  # before `_stopped` is read, so that a stop in between is not missed
-        self._inbox.put((request, deliver))
-        remaining = request.params.n
+        self._inbox.put((requests, deliver))
+        timer = None if seconds is None else loop.call_later(seconds, end, f"it took longer than {seconds:g} seconds")
+        remaining = sum(request.params.n for request in requests)
         try:
             if self._stopped:
                 deliver(None)
@@ -70,8 +100,10 @@ class AsyncEngine:
                 remaining -= chunk.completion is not None
                 yield chunk
         finally:
+            if timer is not None:
+                timer.cancel()
             self._listeners.discard(deliver)
-            self._inbox.put((None, deliver))
+            self._inbox.put(((), deliver))
 
     def close(self) -> None:
         """Cancel all requests and stop the thread."""
@@ -82,7 +114,8 @@ class AsyncEngine:
         try:
             with closing(self._engine.run(self._take)) as chunks:
                 for chunk in chunks:
-                    self._active[chunk.request](chunk)
+                    deliver, place = self._active[chunk.request]
+                    deliver(chunk._replace(request=place))
         except Exception as error:  # whatever it is, every stream is told that the engine has stopped
             self._failure = error
         finally:
@@ -99,21 +132,22 @@ class AsyncEngine:
             if item is None:
                 self._engine.cancel(list(self._active))
                 return False
-            request, deliver = item
-            if request is not None:
-                self._submit(request, deliver)
+            requests, deliver = item
+            if requests:
+                self._submit(requests, deliver)
             else:
-                cancelled = [number for number, each in self._active.items() if each is deliver]
+                cancelled = [number for number, (each, _) in self._active.items() if each is deliver]
                 self._engine.cancel(cancelled)
                 for number in cancelled:
                     del self._active[number]
             idle = not self._engine.busy
         return True
 
-    def _submit(self, request: Request, deliver: _Deliver) -> None:
+    def _submit(self, requests: Sequence[Request], deliver: _Deliver) -> None:
         try:
-            self._active[self._engine.submit(request)] = deliver
+            for place, request in enumerate(requests):
+                self._active[self._engine.submit(request)] = deliver, place
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # the request was not admitted, so the others are unaffected
+        except Exception as error:  # the request was not admitted, so those of other streams are unaffected
             deliver(error)

@@ -13,6 +13,7 @@ from jaxtrain.sample.capacity import commit_like, empty_buffers
 from jaxtrain.types import Params
 
 _MIN_COLUMNS, MIN_PROMPT = 64, 32
+_PREFILL_TOKENS = 2048  # rows x length of the largest prefill: short prompts share a call
 _SMALL_DIVISOR, _MIN_SPLIT_SLOTS = 4, 8  # from 8 slots on, a second size has a quarter of the rows
 
 PromptIds = tuple[int, ...]
@@ -97,3 +98,11 @@ def bucket_lengths(max_length: int, minimum: int) -> tuple[int, ...]:
     for power in range(int(math.log2(minimum)), max_length.bit_length()):
         sizes |= {2**power, 3 * 2 ** (power - 1)}
     return tuple(sorted(size for size in sizes if size <= max_length))
+
+
+def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
+    """The row counts of a prefill of prompts of this length: powers of four, and the maximum. `shares`: the number of
+    parts that rows are split into."""
+    maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
+    smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
+    return tuple(size * shares for size in (*smaller, maximum))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.buffers import Buffers, bucket_for
+from jaxtrain.sample.buffers import Buffers, bucket_for, prefill_rows
 from jaxtrain.sample.capacity import MARK, place_params
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, SlotState
@@ -23,11 +23,10 @@ from jaxtrain.sample.filters import SlotSettings
 from jaxtrain.sample.requests import Chunk, Completion, EngineLimits, FinishReason, Request, check_request
 from jaxtrain.sample.samples import Sample, default_settings
 from jaxtrain.sample.usage import EngineUsage
+from jaxtrain.sample.waiting import Waiting
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
-
-_PREFILL_TOKENS = 2048  # rows x length of the largest prefill: short prompts share a call
 
 _REASONS: dict[int, FinishReason] = {STOPPED: "stop", ENDED: "stop", FULL: "length", NON_FINITE: "failed"}
 
@@ -94,7 +93,7 @@ class Engine:
         self._roots: dict[Trie, int] = {}
         self.add_tries(())
         self._running: list[Sample | None] = [None] * slots
-        self._waiting: deque[Sample] = deque()
+        self._waiting = Waiting()
         self._submitted = 0
         self._params, self.version = place_params(self.model, params), version
         self._buffers = Buffers(self.model, self._params, slots, max_length)
@@ -181,18 +180,22 @@ class Engine:
         now = time.perf_counter()
         if params.trie is not None and params.trie not in self._roots:
             self.add_tries([params.trie])
-        self._waiting.extend(
+        self._waiting.add(
             Sample(number, index, request, seed, now, self.tokenizer, prompt) for index in range(params.n)
         )
         return number
 
     def cancel(self, numbers: Collection[int]) -> None:
         """Cancel requests, given by the numbers of `submit`: their slots become free and they yield no more chunks."""
-        self._waiting = deque(sample for sample in self._waiting if sample.number not in numbers)
+        self._waiting.cancel(numbers)
         for slot, sample in enumerate(self._running):
             if sample is not None and sample.number in numbers:
                 self._running[slot] = None
                 self._state.live[slot] = False
+
+    def share_slots(self) -> None:
+        """From now on, give a free slot to the request with the fewest running samples instead of the first one."""
+        self._waiting.fair = True
 
     @property
     def rows(self) -> int:
@@ -274,8 +277,9 @@ class Engine:
         free = [slot for slot, sample in enumerate(self._running) if sample is None]
         admitted: list[tuple[int, Sample, np.ndarray | None]] = []
         failed: list[Chunk] = []
+        running = Counter(sample.number for sample in self._running if sample is not None)
         while self._waiting and len(admitted) < len(free):
-            sample, slot = self._waiting.popleft(), free[len(admitted)]
+            sample, slot = self._waiting.take(running), free[len(admitted)]
             try:
                 sample.write_settings(self._settings, slot)
                 marks = sample.marks(self.model.config.vocab_size) if sample.marked else None
@@ -285,6 +289,7 @@ class Engine:
                 failed.append(self._failed(sample, error))
             else:
                 admitted.append((slot, sample, marks))
+                running[sample.number] += 1
         if not admitted:
             return False, failed
         buffers = self._buffers
@@ -389,11 +394,3 @@ class Engine:
     def _failed(self, sample: Sample, error: Exception) -> Chunk:
         log.error("sample %d of request %d failed", sample.index, sample.number, exc_info=error)
         return sample.fail(f"{type(error).__name__}: {error}", time.perf_counter())
-
-
-def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
-    """The row counts of a prefill of prompts of this length: powers of four, and the maximum. `shares`: the number of
-    parts that rows are split into."""
-    maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
-    smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
-    return tuple(size * shares for size in (*smaller, maximum))

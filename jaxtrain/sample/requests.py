@@ -95,10 +95,11 @@ class SamplingParams:
     allowed_ids: Sequence[int] | np.ndarray | None = None  # nothing else is generated; None: all
     trie: Trie | None = None  # the sample is one of the trie's sequences, and ends with it
     # None: the engine draws one. What else the engine is doing makes no difference.
-    seed: Annotated[int | None, Bounds(int, 0, 2**32 - 1), Doc("decides what is sampled")] = None
+    seed: Annotated[int | None, Bounds(int, -(2**63), 2**64 - 1), Doc("decides what is sampled")] = None
     n: Annotated[int, Bounds(int, 1, INT32_MAX), Doc("samples of each prompt")] = 1  # the prompt is prefilled once
     # of the most probable tokens at each place, ids and log-probabilities; see `Engine`
     alternatives: Annotated[int, Bounds(int, 0, INT32_MAX)] = 0
+    skip_special_tokens: Annotated[bool, Doc("leave special tokens out of the text")] = True
     logprobs: bool = True  # False spares their computation where no request in a slot wants them
 
     def __post_init__(self) -> None:
@@ -126,8 +127,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))  # so that equal parameters compare equal
         if not isinstance(self.trie, Trie | None):
             self._refuse("trie", f"trie must be a Trie, not {shown(self.trie)}")
-        if not isinstance(self.logprobs, bool):
-            self._refuse("logprobs", f"logprobs must be true or false, not {shown(self.logprobs)}")
+        for name in ("logprobs", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, f"{name} must be true or false, not {shown(getattr(self, name))}")
 
     def _refuse(self, name: str, problem: str | None) -> None:
         if problem is not None:

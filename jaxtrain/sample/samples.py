@@ -61,7 +61,7 @@ class Sample:
         params = self.request.params
         biases = list(params.logit_bias.items())
         values = dict[str, Any](
-            seed=self.seed,
+            seed=_seed32(self.seed),
             sample=self.index,
             temperature=params.temperature,
             top_k=params.top_k,
@@ -192,7 +192,7 @@ class Sample:
         return text[: self._stop_at(text)]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=self.request.params.skip_special_tokens)
 
     def _stop_at(self, text: str) -> int | None:
         """Where the first stop string begins in the text after the first `min_tokens` tokens."""
@@ -211,6 +211,11 @@ def _final_length(text: str, stops: Sequence[str]) -> int:
                 length -= size
                 break
     return length
+
+
+def _seed32(seed: int) -> int:
+    """The 32 bits that the device computes with; those of a seed below 2^32 are the seed."""
+    return seed if 0 <= seed < 2**32 else int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
 
 def _padded(values: Sequence[Any] | np.ndarray, size: int, fill: int, kind: Any) -> np.ndarray:
