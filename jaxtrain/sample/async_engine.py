@@ -3,12 +3,15 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 
 import jax
+import numpy as np
 
 from jaxtrain.sample.engine import Engine
+from jaxtrain.sample.prompt_scores import PromptScores
 from jaxtrain.sample.requests import Chunk, Request
 
 # Delivers to one stream. An exception fails that stream alone; None means that the engine has stopped.
@@ -43,8 +46,7 @@ class AsyncEngine:
         self._stopped = False
         self._listeners: set[_Deliver] = set()
         self._active: dict[int, tuple[_Deliver, int]] = {}  # by the engine's number: its stream, its place in it
-        # (requests, deliver) submits requests, ((), deliver) cancels a stream, None closes the engine.
-        self._inbox: queue.Queue[tuple[Sequence[Request], _Deliver] | None] = queue.Queue()
+        self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()  # None closes the engine
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -68,7 +70,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
 
         def end(problem: str) -> None:
-            self._inbox.put(((), deliver))  # now: the loop may be busy with an earlier chunk for long
+            self._inbox.put(partial(self._cancel, deliver))  # now: the loop may be busy with an earlier chunk for long
             while not chunks.empty():
                 chunks.get_nowait()
             chunks.put_nowait(StreamEndedError(problem))
@@ -84,7 +86,7 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(put, chunk)
 
         self._listeners.add(deliver)  # before `_stopped` is read, so that a stop in between is not missed
-        self._inbox.put((requests, deliver))
+        self._inbox.put(partial(self._submit, requests, deliver))
         timer = None if seconds is None else loop.call_later(seconds, end, f"it took longer than {seconds:g} seconds")
         remaining = sum(request.params.n for request in requests)
         try:
@@ -93,8 +95,7 @@ class AsyncEngine:
             while remaining:
                 chunk = await chunks.get()
                 if chunk is None:
-                    cause = "" if self._failure is None else f": {type(self._failure).__name__}: {self._failure}"
-                    raise StoppedError(f"the engine has stopped{cause}") from self._failure
+                    raise self._stopped_error() from self._failure
                 if isinstance(chunk, Exception):
                     raise chunk
                 remaining -= chunk.completion is not None
@@ -103,7 +104,39 @@ class AsyncEngine:
             if timer is not None:
                 timer.cancel()
             self._listeners.discard(deliver)
-            self._inbox.put(((), deliver))
+            self._inbox.put(partial(self._cancel, deliver))
+
+    async def score_prompt(self, prompt_ids: Sequence[int] | np.ndarray, alternatives: int) -> PromptScores:
+        """`Engine.score_prompt`, between two device calls of the engine. Raises as `stream` does."""
+        loop = asyncio.get_running_loop()
+        scores: asyncio.Queue[PromptScores | Exception | None] = asyncio.Queue()
+
+        def deliver(value: PromptScores | Chunk | Exception | None) -> None:
+            assert not isinstance(value, Chunk)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(scores.put_nowait, value)
+
+        def score() -> None:
+            with _failing_alone(deliver):
+                deliver(self._engine.score_prompt(prompt_ids, alternatives))
+
+        self._listeners.add(deliver)
+        self._inbox.put(score)
+        try:
+            if self._stopped:
+                deliver(None)
+            found = await scores.get()
+        finally:
+            self._listeners.discard(deliver)
+        if found is None:
+            raise self._stopped_error() from self._failure
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _stopped_error(self) -> StoppedError:
+        cause = "" if self._failure is None else f": {type(self._failure).__name__}: {self._failure}"
+        return StoppedError(f"the engine has stopped{cause}")
 
     def close(self) -> None:
         """Cancel all requests and stop the thread."""
@@ -132,22 +165,29 @@ class AsyncEngine:
             if item is None:
                 self._engine.cancel(list(self._active))
                 return False
-            requests, deliver = item
-            if requests:
-                self._submit(requests, deliver)
-            else:
-                cancelled = [number for number, (each, _) in self._active.items() if each is deliver]
-                self._engine.cancel(cancelled)
-                for number in cancelled:
-                    del self._active[number]
+            item()
             idle = not self._engine.busy
         return True
 
     def _submit(self, requests: Sequence[Request], deliver: _Deliver) -> None:
-        try:
+        with _failing_alone(deliver):
             for place, request in enumerate(requests):
                 self._active[self._engine.submit(request)] = deliver, place
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # the request was not admitted, so those of other streams are unaffected
-            deliver(error)
+
+    def _cancel(self, deliver: _Deliver) -> None:
+        cancelled = [number for number, (each, _) in self._active.items() if each is deliver]
+        self._engine.cancel(cancelled)
+        for number in cancelled:
+            del self._active[number]
+
+
+@contextmanager
+def _failing_alone(deliver: _Deliver) -> Iterator[None]:
+    """Exceptions of one request are delivered to it. Those of the device and MemoryError, which affect all, are
+    raised."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        deliver(error)

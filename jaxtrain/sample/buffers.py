@@ -1,7 +1,7 @@
 """`Buffers`: the slots' keys, values and token marks on the device, in a small set of shapes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -106,3 +106,20 @@ def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
     maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
     smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
     return tuple(size * shares for size in (*smaller, maximum))
+
+
+def prefill_groups(
+    fresh: dict[PromptIds, list[int]], lengths: Sequence[int], slots: int, shares: int
+) -> Iterator[tuple[list[tuple[PromptIds, list[int]]], int, int]]:
+    """Yield the prompts, with the slots of each, that are prefilled together, their padded length, and the number of
+    rows."""
+    by_length: dict[int, list[tuple[PromptIds, list[int]]]] = {}
+    for prompt, own in fresh.items():
+        by_length.setdefault(bucket_for(lengths, len(prompt)), []).append((prompt, own))
+    for length, group in by_length.items():
+        sizes = prefill_rows(slots, shares, length)
+        while group:
+            # The largest size that is more than half full.
+            rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
+            yield group[:rows], length, rows
+            group = group[rows:]

@@ -15,11 +15,12 @@ import numpy as np
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.buffers import Buffers, bucket_for, prefill_rows
+from jaxtrain.sample.buffers import Buffers, bucket_for, prefill_groups, prefill_rows
 from jaxtrain.sample.capacity import MARK, place_params
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, SlotState
 from jaxtrain.sample.filters import SlotSettings
+from jaxtrain.sample.prompt_scores import PromptScores, score_prompt
 from jaxtrain.sample.requests import Chunk, Completion, EngineLimits, FinishReason, Request, check_request
 from jaxtrain.sample.samples import Sample, default_settings
 from jaxtrain.sample.usage import EngineUsage
@@ -193,6 +194,13 @@ class Engine:
                 self._running[slot] = None
                 self._state.live[slot] = False
 
+    def score_prompt(self, prompt_ids: Sequence[int] | np.ndarray, alternatives: int = 0) -> PromptScores:
+        """The log-probabilities of a prompt's tokens. Uses no slot; raises ValueError for an invalid prompt."""
+        self.check([Request(prompt_ids)])
+        prompt = np.asarray(prompt_ids, np.int32)
+        size = self._shares, bucket_for(self._buffers.prompt_lengths, len(prompt))
+        return score_prompt(self.model, self._params, prompt, size, min(alternatives, self.model.config.vocab_size))
+
     def share_slots(self) -> None:
         """From now on, give a free slot to the request with the fewest running samples instead of the first one."""
         self._waiting.fair = True
@@ -222,6 +230,8 @@ class Engine:
         if not live.any():
             return failed
         steps = min(self.limits.steps, int(self._state.remaining[live].max()))
+        if any(sample is not None and sample.matcher is not None for sample in self._running):
+            steps = 1  # the next tokens depend on this one
         # The last running samples are usually long ones. After an admission there may be another.
         if not admitted and not self._waiting and live.sum() <= self._buffers.small_rows < self._buffers.rows:
             self._compact()
@@ -311,7 +321,8 @@ class Engine:
             buffers.cached_prompts[slot] = cached or None
         if forks:
             buffers.fork(*zip(*forks, strict=True))
-        self._prefill_all(fresh)
+        for group, length, rows in prefill_groups(fresh, buffers.prompt_lengths, self.slots, self._shares):
+            self._prefill(group, length, rows)
         return True, failed
 
     def _compact(self) -> None:
@@ -328,18 +339,6 @@ class Engine:
             self._state.live[source] = False
         self._device_settings = None
         self._buffers.fit(self._buffers.columns, few)
-
-    def _prefill_all(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
-        by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
-        for prompt, slots in fresh.items():
-            by_length.setdefault(bucket_for(self._buffers.prompt_lengths, len(prompt)), []).append((prompt, slots))
-        for length, group in by_length.items():
-            sizes = prefill_rows(self.slots, self._shares, length)
-            while group:
-                # The largest size that is more than half full.
-                rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
-                self._prefill(group[:rows], length, rows)
-                group = group[rows:]
 
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
         """Compute the keys and values of each prompt once and copy them to its slots."""
@@ -379,8 +378,11 @@ class Engine:
             self._state.node[slot] = generated.node[slot]
             if self._windowed:
                 self._buffers.cached_prompts[slot] = None  # a ring buffer overwrites the beginning of the prompt
+            marks = None
             try:
                 chunk = sample.advance(values, _REASONS.get(status), status == STOPPED, self.version, now)
+                if chunk.completion is None and sample.matcher is not None:
+                    marks = sample.marks(self.model.config.vocab_size)
             except MemoryError:
                 raise
             except Exception as error:  # most likely of the tokenizer: only this sample fails
@@ -389,6 +391,8 @@ class Engine:
             self._state.live[slot] = chunk.completion is None
             if chunk.completion is not None:
                 self._running[slot] = None
+            elif marks is not None:
+                self._buffers.mark(marks, slot)
         return chunks
 
     def _failed(self, sample: Sample, error: Exception) -> Chunk:

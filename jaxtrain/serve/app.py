@@ -1,13 +1,14 @@
 """The endpoints: OpenAI's chat completions, completions and models, and health and metrics of the server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from jaxtrain.sample.async_engine import AsyncEngine, StoppedError, StreamEndedError
-from jaxtrain.sample.requests import FieldError
+from jaxtrain.sample.prompt_scores import PromptScores
+from jaxtrain.sample.requests import Chunk, FieldError
 from jaxtrain.serve.answers import ModelInfo, ModelList
 from jaxtrain.serve.guard import Guard, refusal_response
 from jaxtrain.serve.limits import PERMITS, Admission, Limits, Permits, RefusedError
@@ -57,6 +58,17 @@ def make_app(
         permits.acquire(call.samples - 1)
         return call
 
+    async def prompt_scores(call: Call) -> list[PromptScores]:
+        if not (call.echo and call.logprobs):
+            return []
+        alternatives = call.requests[0].params.alternatives
+        return [await engine.score_prompt(request.prompt_ids, alternatives) for request in call.requests]
+
+    def generated(call: Call) -> AsyncGenerator[Chunk]:
+        requests = call.requests if call.generates else []
+        chunks = engine.stream(*requests, seconds=limits.call_seconds, unread=limits.max_unread * call.samples)
+        return metrics.counted(chunks, sum(len(request.prompt_ids) for request in call.requests))
+
     def answering(chat: bool) -> Callable[[Http], Coroutine[Any, Any, Response]]:
         async def answer(http: Http) -> Response:
             try:
@@ -69,14 +81,13 @@ def make_app(
                 return refusal_response(error)
             except ClientDisconnect:
                 return Response()  # the client is gone
-            prompt_tokens = sum(len(request.prompt_ids) for request in call.requests)
-            unread = limits.max_unread * call.samples
-            chunks = engine.stream(*call.requests, seconds=limits.call_seconds, unread=unread)
-            chunks, response = metrics.counted(chunks, prompt_tokens), ResponseBuilder(served, call)
-            if call.body.stream:
-                return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
             try:
-                return Response(await _unless_disconnected(http, response.build(chunks)), media_type="application/json")
+                scores = await prompt_scores(call)
+                response, chunks = ResponseBuilder(served, call, scores), generated(call)
+                if call.body.stream:
+                    return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
+                answer = await _unless_disconnected(http, response.build(chunks))
+                return Response(answer, media_type="application/json")
             except StreamEndedError as error:
                 return refusal_response(RefusedError(504, "timeout_error", str(error)))
             except (FailedError, StoppedError) as error:

@@ -8,12 +8,22 @@ import numpy as np
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from jaxtrain.sample.grammar import Grammar, guidance_tokenizer, json_schema_grammar, lark_grammar, regex_grammar
 from jaxtrain.sample.requests import FieldError, Request, SamplingParams, shown
 from jaxtrain.serve.limits import Limits
 from jaxtrain.serve.outputs import Parser, parser, thought_of
-from jaxtrain.serve.schema import ChatCall, CompletionCall, NamedTool, Sampling, Tool
+from jaxtrain.serve.schema import (
+    ChatCall,
+    CompletionCall,
+    JsonSchemaFormat,
+    NamedTool,
+    RegexFormat,
+    Sampling,
+    TextFormat,
+    Tool,
+)
 from jaxtrain.serve.served import Served
-from jaxtrain.serve.tool_formats import tool_format, whole_parser
+from jaxtrain.serve.tool_formats import forced_call, tool_format, whole_parser
 
 _Body = TypeVar("_Body", ChatCall, CompletionCall)
 
@@ -29,6 +39,15 @@ class Call(NamedTuple):
     logprobs: bool
     usage: bool  # at the end of a stream
     parse: Parser | None = None  # of the texts of a chat
+
+    @property
+    def echo(self) -> bool:
+        return isinstance(self.body, CompletionCall) and self.body.echo
+
+    @property
+    def generates(self) -> bool:
+        """Whether new tokens are wanted, besides an echo of the prompts."""
+        return self.body.max_tokens != 0
 
     @property
     def samples(self) -> int:
@@ -115,6 +134,8 @@ def _read_call(served: Served, body: ChatCall | CompletionCall, limits: Limits) 
     if chat:
         parse, skip_special_tokens = _parser(served, body, prompts[0])
         params = replace(params, skip_special_tokens=skip_special_tokens)
+    if (grammar := _grammar(served, body, prompts[0])) is not None:
+        params = replace(params, grammar=grammar)
     names = {"prompt_ids": "messages" if chat else "prompt", "stop_ids": "stop_token_ids"}
     names["alternatives"] = "top_logprobs" if chat else "logprobs"
     if body.max_tokens is None:
@@ -161,6 +182,10 @@ def _logprobs(body: ChatCall | CompletionCall) -> tuple[bool, int]:
 
 def _params(served: Served, body: ChatCall | CompletionCall, alternatives: int, limits: Limits) -> SamplingParams:
     options = {name: getattr(body, name) for name in Sampling.model_fields}
+    if isinstance(body, CompletionCall) and body.max_tokens == 0:
+        if not body.echo:
+            raise _refused("max_tokens", "max_tokens must be at least 1 without echo")
+        options["max_tokens"] = 1  # which is not generated
     if isinstance(body, ChatCall) and body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):
             name = "max_completion_tokens"
@@ -186,7 +211,10 @@ def _check_size(call: Call, max_length: int, limits: Limits) -> None:
         prompts = "" if len(call.requests) == 1 else f" of {len(call.requests)} prompts"
         raise _refused("n", f"n={call.body.n}{prompts} must be at most {limits.max_samples} samples")
     params = call.requests[0].params
-    tokens = sum(params.n * (params.max_tokens or max_length - len(each.prompt_ids)) for each in call.requests)
+    tokens = 0
+    for each in call.requests:
+        new = params.max_tokens or max_length - len(each.prompt_ids)
+        tokens += params.n * (new + len(each.prompt_ids) if call.echo else new)
     values = tokens * (1 + params.alternatives)
     if call.logprobs and values > limits.max_logprobs:
         raise _refused(
@@ -201,12 +229,45 @@ def _parser(served: Served, body: ChatCall, prompt_ids: np.ndarray) -> tuple[Par
     found = tool_format(str(served.tokenizer.chat_template))
     if whole := whole_parser(found):
         return whole, False
-    opened = thought_of(served.tokenizer.decode(prompt_ids[-_END_OF_PROMPT:]))
+    opened = thought_of(_end_of_prompt(served, prompt_ids))
     if not _offered(body):
         return parser(opened, None), body.skip_special_tokens
     if found is None:
         raise _refused("tools", "tools: the model's chat template is not in a known format of tool calls")
     return parser(opened, found.read), False
+
+
+def _grammar(served: Served, body: ChatCall | CompletionCall, prompt_ids: np.ndarray) -> Grammar | None:
+    """What the answers must follow: response_format, or a call of a tool that is required."""
+    wanted, field = body.response_format, "response_format"
+    call = isinstance(body, ChatCall) and body.tool_choice not in ("auto", "none")
+    if call:
+        field = "tool_choice"
+    elif wanted is None or isinstance(wanted, TextFormat):
+        return None
+    if call and wanted is not None:
+        raise _refused(field, "tool_choice: a call of a tool and response_format exclude each other")
+    try:
+        if isinstance(body, ChatCall) and thought_of(_end_of_prompt(served, prompt_ids)):
+            raise ValueError("the prompt opens a thought; turn it off, for example by chat_template_kwargs")
+        vocab_size, ends = served.engine.model.config.vocab_size, tuple(served.stop_ids)
+        tokenizer = guidance_tokenizer(served.tokenizer, vocab_size, ends)
+        if isinstance(body, ChatCall) and call:
+            return lark_grammar(
+                tokenizer, forced_call(tool_format(str(served.tokenizer.chat_template)), _offered(body))
+            )
+        if isinstance(wanted, RegexFormat):
+            return regex_grammar(tokenizer, wanted.pattern)
+        schema = wanted.json_schema.json_schema if isinstance(wanted, JsonSchemaFormat) else {"type": "object"}
+        return json_schema_grammar(tokenizer, schema)
+    except FieldError:
+        raise
+    except ValueError as error:
+        raise _refused(field, f"{field}: {error}") from error
+
+
+def _end_of_prompt(served: Served, prompt_ids: np.ndarray) -> str:
+    return served.tokenizer.decode(prompt_ids[-_END_OF_PROMPT:])
 
 
 def _offered(body: ChatCall) -> list[Tool]:

@@ -5,15 +5,17 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from jaxtrain.sample.async_engine import StoppedError, StreamEndedError
-from jaxtrain.sample.requests import Chunk
+from jaxtrain.sample.prompt_scores import PromptScores
+from jaxtrain.sample.requests import Alternatives, Chunk
 from jaxtrain.sample.requests import Completion as Sample
 from jaxtrain.serve.answers import (
     ChatChoice,
@@ -36,7 +38,7 @@ from jaxtrain.serve.answers import (
 from jaxtrain.serve.outputs import Call as ToolText
 from jaxtrain.serve.outputs import Splitter
 from jaxtrain.serve.protocol import Call
-from jaxtrain.serve.schema import ChatCall
+from jaxtrain.serve.schema import ChatCall, CompletionCall
 from jaxtrain.serve.served import Served
 
 log = logging.getLogger(__name__)
@@ -49,8 +51,9 @@ class FailedError(Exception):
 class ResponseBuilder:
     """Builds the response to one call. Detokenizes in other threads, so that the event loop is not blocked."""
 
-    def __init__(self, served: Served, call: Call):
-        self._served, self._call = served, call
+    def __init__(self, served: Served, call: Call, prompt_scores: Sequence[PromptScores] = ()):
+        """`prompt_scores` are those of each prompt, if an echo has log-probabilities."""
+        self._served, self._call, self._prompt_scores = served, call, prompt_scores
         self._chat = isinstance(call.body, ChatCall)
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -70,6 +73,8 @@ class ResponseBuilder:
     async def stream(self, chunks: AsyncGenerator[Chunk]) -> AsyncIterator[str]:
         """Yield server-sent events. An error becomes the last event."""
         try:
+            for index in range(self._call.samples if self._call.echo else 0):
+                yield _as_event(self._piece([await asyncio.to_thread(self._echo, index)]))
             async with aclosing(chunks):
                 async for chunk in chunks:
                     # Only the texts of log-probabilities take long.
@@ -104,7 +109,10 @@ class ResponseBuilder:
             ]
             answer = ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=self._usage())
         else:
+            echoes = [self._echo(index) for index in range(self._call.samples)] if self._call.echo else []
             choices = [self._text_choice(index, sample.text or "", sample, sample) for index, sample in ordered]
+            if echoes:
+                choices = [_joined(*both) for both in zip(echoes, choices, strict=True)] if choices else echoes
             answer = Completion(**self._head, object="text_completion", choices=choices, usage=self._usage())
         return _as_json(answer)
 
@@ -170,25 +178,52 @@ class ResponseBuilder:
         return Usage(prompt_tokens=prompt, completion_tokens=self._generated, total_tokens=prompt + self._generated)
 
     def _text_choice(self, index: int, text: str, of: Chunk | Sample, sample: Sample | None) -> TextChoice:
-        logprobs = self._text_logprobs(of, index) if self._call.logprobs else None
+        logprobs = None
+        if self._call.logprobs:
+            logprobs = self._text_logprobs(of.ids, of.raw_logps, of.alternatives, index)
         return TextChoice(
             index=index, text=text, logprobs=logprobs, finish_reason=None if sample is None else _finish(sample)
         )
+
+    def _echo(self, index: int) -> TextChoice:
+        """A choice that is the prompt. The first token has no log-probability."""
+        number = index // self._call.body.n
+        ids = np.asarray(self._call.requests[number].prompt_ids)
+        assert isinstance(self._call.body, CompletionCall)
+        given = self._call.body.prompt[number]
+        finish = None if self._call.generates else "length"
+        text = given if isinstance(given, str) else self._served.tokenizer.decode(ids)
+        if not self._call.logprobs:
+            return TextChoice(index=index, text=text, logprobs=None, finish_reason=finish)
+        scores = self._prompt_scores[number]
+        first = self._token(int(ids[0]), 0.0).token
+        rest = self._text_logprobs(ids[1:], scores.logps, scores.alternatives, index, len(first))
+        logprobs = TextLogprobs(
+            tokens=[first, *rest.tokens],
+            token_logprobs=[None, *rest.token_logprobs],
+            top_logprobs=None if rest.top_logprobs is None else [None, *rest.top_logprobs],
+            text_offset=[0, *rest.text_offset],
+        )
+        return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
 
     def _chat_logprobs(self, of: Chunk | Sample) -> ChatLogprobs | None:
         """The model's log-probabilities, before temperature and filters."""
         if not self._call.logprobs:
             return None
-        sampled, others = self._tokens(of)
+        sampled, others = self._tokens(of.ids, of.raw_logps, of.alternatives)
         content = [
             TokenLogprobs(token=each.token, logprob=each.logprob, bytes=each.bytes, top_logprobs=top)
             for each, top in zip(sampled, others, strict=True)
         ]
         return ChatLogprobs(content=content, refusal=None)
 
-    def _text_logprobs(self, of: Chunk | Sample, index: int) -> TextLogprobs:
-        sampled, others = self._tokens(of)
-        *offsets, self._sent[index] = accumulate((len(each.token) for each in sampled), initial=self._sent[index])
+    def _text_logprobs(
+        self, ids: np.ndarray, logps: np.ndarray, alternatives: Alternatives | None, index: int, skipped: int = 0
+    ) -> TextLogprobs:
+        """Of the next tokens of a choice, `skipped` characters after those that have been sent."""
+        sampled, others = self._tokens(ids, logps, alternatives)
+        start = self._sent[index] + skipped
+        *offsets, self._sent[index] = accumulate((len(each.token) for each in sampled), initial=start)
         # Of tokens with the same text, such as parts of a character, keep the most probable one.
         best = [{each.token: each.logprob for each in reversed(top)} for top in others]
         return TextLogprobs(
@@ -198,12 +233,14 @@ class ResponseBuilder:
             text_offset=offsets,
         )
 
-    def _tokens(self, of: Chunk | Sample) -> tuple[list[Token], list[list[Token]]]:
-        """The tokens of a chunk or a sample, and the most probable ones at the place of each."""
-        sampled = [self._token(*pair) for pair in zip(of.ids.tolist(), of.raw_logps.tolist(), strict=True)]
-        if of.alternatives is None:
+    def _tokens(
+        self, ids: np.ndarray, logps: np.ndarray, alternatives: Alternatives | None
+    ) -> tuple[list[Token], list[list[Token]]]:
+        """Tokens with their log-probabilities, and the most probable ones at the place of each."""
+        sampled = [self._token(*pair) for pair in zip(ids.tolist(), logps.tolist(), strict=True)]
+        if alternatives is None:
             return sampled, [[] for _ in sampled]
-        places = zip(of.alternatives.ids.tolist(), of.alternatives.logps.tolist(), strict=True)
+        places = zip(alternatives.ids.tolist(), alternatives.logps.tolist(), strict=True)
         return sampled, [[self._token(*pair) for pair in zip(*place, strict=True)] for place in places]
 
     def _token(self, token: int, logp: float) -> Token:
@@ -215,6 +252,22 @@ def _unless_failed(sample: Sample) -> Sample:
     if sample.error is not None:
         raise FailedError(sample.error)
     return sample
+
+
+def _joined(echo: TextChoice, choice: TextChoice) -> TextChoice:
+    """A choice that begins with its prompt."""
+    logprobs, first = choice.logprobs, echo.logprobs
+    if logprobs is not None and first is not None:
+        best = None
+        if first.top_logprobs is not None or logprobs.top_logprobs is not None:
+            best = [*(first.top_logprobs or [None]), *(logprobs.top_logprobs or [])]
+        logprobs = TextLogprobs(
+            tokens=first.tokens + logprobs.tokens,
+            token_logprobs=first.token_logprobs + logprobs.token_logprobs,
+            top_logprobs=best,
+            text_offset=first.text_offset + logprobs.text_offset,
+        )
+    return choice.model_copy(update={"text": echo.text + choice.text, "logprobs": logprobs})
 
 
 def _finish(sample: Sample) -> Finish:

@@ -38,6 +38,7 @@ OTHERWISE = {
     "logit_bias": "its keys are text in JSON",
     "allowed_ids": "no API has it",
     "trie": "no API has it",
+    "grammar": "OpenAI's name is response_format",
 }
 """Fields of SamplingParams that are no fields of a body as they are, and why."""
 
@@ -207,6 +208,7 @@ class _Call(Sampling):
     )
     stream: bool = Field(False, description="answer with server-sent events")
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = Field(None, description="what each answer must follow")
     user: str | None = Field(None, description="not read")
     metadata: dict[str, Any] | None = Field(None, description="not read")
 
@@ -239,4 +241,8 @@ class CompletionCall(_Call):
     logprobs: bool | Annotated[int, Ge(0), Le(ALTERNATIVES)] = Field(
         False, description="answer log-probabilities, and those of so many of the most probable tokens"
     )
+    max_tokens: Annotated[int, Ge(0), Le(INT32_MAX)] | None = Field(
+        None, description="new tokens; 0 needs echo; default: as many as max_length leaves"
+    )
+    echo: bool = Field(False, description="begin with the prompt, and with its log-probabilities if they are asked for")
     best_of: Annotated[int, Ge(1), Le(1)] = Field(1, description="only 1")

@@ -5,11 +5,14 @@ The format of a model is found in its chat template. Text that looks like a call
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxtrain.serve.outputs import Call, Parser, Parts, Reader, settled
+from jaxtrain.serve.schema import Tool
 
 _DECODER = json.JSONDecoder()
+_ANY = {"type": "object"}
 
 
 class ToolFormat(NamedTuple):
@@ -59,25 +62,32 @@ def read_llama(text: str, final: bool) -> tuple[str, list[Call]]:
 def read_mistral(text: str, final: bool) -> tuple[str, list[Call]]:
     """[TOOL_CALLS] and a list of {"name": ..., "arguments": {...}}, or name[ARGS]{...}, of Mistral."""
     mark = "[TOOL_CALLS]"
-    before, found, body = text.partition(mark)
+    before, found, rest = text.partition(mark)
     if not found:
-        return settled(before, (mark,), final), []
-    calls, unread = list[Call](), ""
-    for part in body.split(mark):
-        if part.lstrip().startswith("["):
-            more, rest = _calls_in(part.lstrip()[1:], separators=", \n")
-            complete = bool(more) and rest.strip() in ("]", "")
-        else:
-            name, _, arguments = part.partition("[ARGS]")
-            more = _argument_call(name.partition("[CALL_ID]")[0].strip(), arguments)
-            complete = bool(more)
-        if complete:
-            calls += more
-        elif not final:
+        return _trimmed(settled(before, (mark,), final), [], final), []
+    calls: list[Call] = []
+    while found:
+        more, after = _mistral_calls(rest)
+        if not more:
             break
-        else:
-            unread += mark + part
-    return _trimmed(before, calls, final) + unread, calls
+        calls += more
+        rest = after.lstrip()
+        found, rest = (mark, rest.removeprefix(mark)) if rest.startswith(mark) else ("", rest)
+    return _trimmed(before, calls, final) + (found + rest if final else ""), calls
+
+
+def _mistral_calls(text: str) -> tuple[list[Call], str]:
+    """The calls at the beginning of a text that follows the mark, and what follows them."""
+    if text.lstrip().startswith("["):
+        calls, rest = _calls_in(text.lstrip()[1:], separators=", \n")
+        return calls, rest.removeprefix("]")
+    name, _, arguments = text.partition("[ARGS]")
+    try:
+        value, end = _DECODER.raw_decode(arguments)
+    except (ValueError, RecursionError):
+        return [], text
+    name = name.partition("[CALL_ID]")[0].strip()
+    return ([Call(name, arguments[:end])], arguments[end:]) if name and isinstance(value, dict) else ([], text)
 
 
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.-]+)")
@@ -122,6 +132,25 @@ def tool_format(template: str | None) -> ToolFormat | None:
     return None
 
 
+def forced_call(found: ToolFormat | None, tools: Sequence[Tool]) -> str:
+    """A Lark grammar of a call of one of `tools`. Raises ValueError for a format whose calls cannot be forced."""
+    if found is None or found.read is None:
+        raise ValueError("a call can only be required of models with the formats of Qwen, Hermes, Llama 3 and Mistral")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, found.arguments: tool.function.parameters or _ANY},
+            "required": ["name", found.arguments],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    parts = [json.dumps(found.begin), "call", json.dumps(found.end)]
+    rule = " ".join(part for part in parts if part != '""')
+    options = {"x-guidance": {"whitespace_flexible": False}}
+    return f"start: {rule}\ncall: %json {json.dumps({'anyOf': calls, **options})}\n"
+
+
 def whole_parser(found: ToolFormat | None) -> Parser | None:
     """The parser of a format that has its own marks for reasoning, too."""
     return parse_harmony if found is HARMONY else None
@@ -157,11 +186,6 @@ def _calls_in(text: str, separators: str) -> tuple[list[Call], str]:
         calls.append(call)
         text = text[end:].lstrip(separators)
     return calls, text
-
-
-def _argument_call(name: str, arguments: str) -> list[Call]:
-    text = arguments.strip()
-    return [Call(name, text)] if name and _is_object(text) else []
 
 
 def _is_object(text: str) -> bool:

@@ -61,7 +61,7 @@ def test_a_text_is_split_into_its_parts_at_once_and_in_pieces(parse, text, expec
         pieces = [splitter.feed(text[at : at + size], False) for at in range(0, len(text), size)]
         pieces.append(splitter.feed("", True))
         reasoning, content, calls = zip(*pieces, strict=True)
-        assert Parts("".join(reasoning), "".join(content), sum(calls, [])) == expected
+        assert Parts("".join(reasoning), "".join(content), [call for each in calls for call in each]) == expected
         assert splitter.called == len(expected.calls)
 
 
