@@ -86,8 +86,8 @@ def make_app(
                 response, chunks = ResponseBuilder(served, call, scores), generated(call)
                 if call.body.stream:
                     return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
-                answer = await _unless_disconnected(http, response.build(chunks))
-                return Response(answer, media_type="application/json")
+                whole = await _unless_disconnected(http, response.build(chunks))
+                return Response(whole, media_type="application/json")
             except StreamEndedError as error:
                 return refusal_response(RefusedError(504, "timeout_error", str(error)))
             except (FailedError, StoppedError) as error:

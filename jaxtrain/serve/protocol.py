@@ -180,7 +180,7 @@ def _logprobs(body: ChatCall | CompletionCall) -> tuple[bool, int]:
     return body.logprobs, body.top_logprobs or 0
 
 
-def _params(served: Served, body: ChatCall | CompletionCall, alternatives: int, limits: Limits) -> SamplingParams:
+def _params(served: Served, body: ChatCall | CompletionCall, alternatives: int) -> SamplingParams:
     options = {name: getattr(body, name) for name in Sampling.model_fields}
     if isinstance(body, CompletionCall) and body.max_tokens == 0:
         if not body.echo:
