@@ -109,7 +109,7 @@ def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
 
 
 def prefill_groups(
-    fresh: dict[PromptIds, list[int]], lengths: Sequence[int], slots: int, shares: int
+    fresh: dict[PromptIds, list[int]], lengths: tuple[int, ...], slots: int, shares: int
 ) -> Iterator[tuple[list[tuple[PromptIds, list[int]]], int, int]]:
     """Yield the prompts, with the slots of each, that are prefilled together, their padded length, and the number of
     rows."""

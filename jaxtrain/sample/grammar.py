@@ -88,7 +88,7 @@ def json_schema_grammar(tokenizer: Any, schema: dict[str, Any]) -> GuidanceGramm
     from llguidance import LLMatcher
 
     # With white space of any length a model may write nothing else.
-    options = {"whitespace_flexible": False}
+    options: Any = {"whitespace_flexible": False}
     return GuidanceGrammar(tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
 
 

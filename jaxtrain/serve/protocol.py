@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from pydantic import ValidationError
@@ -107,7 +107,7 @@ def _field_error(errors: list[ErrorDetails], given: Mapping[str, Any]) -> FieldE
 def _place(error: ErrorDetails, given: Mapping[str, Any]) -> tuple[str, Any]:
     """The path and the value in the body `given` that an error is about. pydantic's location also names the member of
     a union, which is left out."""
-    path, value = "", given
+    path, value = "", cast(Any, given)
     for part in error["loc"]:
         if isinstance(value, dict) and (part in value or error["type"] in ("missing", "extra_forbidden")):
             path, value = f"{path}.{part}" if path else str(part), value.get(part)
