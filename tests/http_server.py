@@ -40,12 +40,14 @@ def running(served, limits=None, api_key=None):
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     wait_until(lambda: server.started)
-    yield Address(*listening.getsockname(), server)
-    server.should_exit = True
-    thread.join(20)
+    try:
+        yield Address(*listening.getsockname(), server)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it takes too long"
@@ -54,7 +56,7 @@ def wait_until(condition, seconds=20):
 
 def call(address, path, body=None, headers=None):
     """The status and the body of the response to a POST of bytes, a string or an object, or to a GET without `body`."""
-    connection = HTTPConnection(address.host, address.port, timeout=60)
+    connection = HTTPConnection(address.host, address.port, timeout=300)
     raw = body if body is None or isinstance(body, bytes | str) else json.dumps(body)
     connection.request("GET" if body is None else "POST", path, raw, headers or {})
     response = connection.getresponse()
