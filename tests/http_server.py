@@ -36,6 +36,7 @@ def running(served, limits=None, api_key=None):
     """The address of a server in a thread."""
     limits = limits or Limits()
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # soon full if a client does not read
     server = make_server(make_app(served, limits=limits, api_key=api_key), limits)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()

@@ -137,7 +137,7 @@ def test_completions_continue_text_or_ids(served, client):
         ({"logprobs": True, "top_logprobs": 9}, "alternatives=9, and the engine tells up to 5"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"extra_body": {"wanted": 3}}, "wanted is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"response_format": {"type": "yaml"}}, "response_format must have one of the types"),
     ],
 )
 def test_unsupported_chat_options_are_refused(client, options, message):
