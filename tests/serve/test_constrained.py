@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from http_server import running, tiny_folder
+from http_server import running, tiny_folder, wait_until
 
 from converters.tokenizer import CHATML
 from jaxtrain.data.chat import ChatTokenizer
@@ -69,6 +69,7 @@ def test_a_text_follows_a_regular_expression(served):
     grammar = regex_grammar(tokenizer, "(ab|c){3}[0-9]")
     ids = served.tokenizer.encode("hi")
     plain = Request(ids, SamplingParams(max_tokens=20, temperature=0))
+    wait_until(lambda: not served.engine.busy)  # with the calls of other tests
     ((alone,),) = served.engine.generate([plain])
     follows = [{}, {"repetition_penalty": 1.2}, {"temperature": 0}]
     bound = [Request(ids, served.ending(SamplingParams(grammar=grammar, **options))) for options in follows]
@@ -127,7 +128,8 @@ def test_what_cannot_be_followed_is_refused_by_name(client, options, field, mess
 def test_an_echo_has_the_log_probabilities_that_its_tokens_were_generated_with(client, served):
     """Also of several prompts, with alternatives, and without new tokens."""
     prompts = ["abc", "d e"]
-    options = {"model": "tiny", "temperature": 0, "logprobs": 2}
+    letters = {str(token): 1000 for token in served.tokenizer.encode("abcdefgh")}
+    options = {"model": "tiny", "temperature": 0, "logprobs": 2, "logit_bias": letters}
     generated = client.completions.create(prompt=prompts, max_tokens=6, echo=True, **options).choices
     assert [each.text.startswith(prompt) for each, prompt in zip(generated, prompts, strict=True)] == [True, True]
     for prompt, choice in zip(prompts, generated, strict=True):
@@ -135,8 +137,8 @@ def test_an_echo_has_the_log_probabilities_that_its_tokens_were_generated_with(c
         ids = served.tokenizer.encode(prompt)
         assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
         assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(ids) + 6
-        ((completion,),) = served.engine.generate([Request(ids, SamplingParams(max_tokens=6, temperature=0))])
-        again = client.completions.create(prompt=ids + completion.ids.tolist(), max_tokens=0, echo=True, **options)
+        new = served.tokenizer.encode(choice.text[len(prompt) :])
+        again = client.completions.create(prompt=ids + new, max_tokens=0, echo=True, **options)
         scored = again.choices[0].logprobs
         assert again.choices[0].finish_reason == "length" and again.usage.completion_tokens == 0
         assert scored.token_logprobs[1:] == pytest.approx(told.token_logprobs[1:], abs=1e-4)
