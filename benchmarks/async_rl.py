@@ -123,7 +123,7 @@ def train(folder: Path, staleness: int, steps: int, tokens: int) -> None:
             "max_length": tokens + 64,
         },
         "train": {"steps": steps},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
         "checkpoint": {"every": 10 * steps},
         "rl": section,
     }

@@ -204,7 +204,7 @@ class Benchmark:
             "teacher": {"path": str(arguments.model)},
             "data": {"train": {"path": str(arguments.data / "train.jsonl"), "columns": columns}, "max_length": LENGTH},
             "optimizer": {"learning_rate": RATE, "schedule": "constant"},
-            "log": {"every": 1, "tensorboard": False},
+            "log": {"every": 1, "to": []},
         }
         if variant == "off-policy":
             return common | {"recipe": "distill", "train": {"steps": steps, "batch_size": arguments.rows}}

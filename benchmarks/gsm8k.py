@@ -61,7 +61,7 @@ def measure(model: Path, data: Path, work: Path) -> None:
         f"train.steps={STEPS}",
         f"train.batch_size={ROWS}",
         f"eval.every={STEPS}",
-        "log.tensorboard=false",
+        "log.to=[]",
     ]
     with (data / "test.jsonl").open() as file:
         question = json.loads(file.readline())["question"]

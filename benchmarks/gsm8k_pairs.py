@@ -89,7 +89,7 @@ def measure(model: Path, split: tuple[list[dict], list[dict]], work: Path, steps
             "train": {"steps": run_steps, "batch_size": ROWS},
             "optimizer": {"learning_rate": learning_rate, "schedule": "constant"},
             "eval": {"every": run_steps},
-            "log": {"tensorboard": False},
+            "log": {"to": []},
         }
         jt.run(jt.parse_config(tree))
         lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]

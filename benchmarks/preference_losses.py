@@ -157,7 +157,7 @@ def ours(folder: Path, case: dict[str, Any]) -> dict[str, list[float]]:
             "objective": case["objective"],
             "train": {"steps": STEPS, "batch_size": ROWS},
             "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
-            "log": {"every": 1, "tensorboard": False},
+            "log": {"every": 1, "to": []},
             "run": {"dir": f"{runs}/run"},
         }
         jt.run(jt.parse_config(tree))

@@ -1,4 +1,5 @@
-"""Writes docs/reference.md from the public names and their docstrings, and docs/config.md from the keys of a config.
+"""Writes docs/reference.md from the public names and their docstrings, docs/config.md from the keys of a config, and
+docs/migration.md from the names of other frameworks.
 
 Usage: python docs/make_reference.py
 """
@@ -14,9 +15,11 @@ from typing import Any
 
 import jaxtrain
 from jaxtrain.config import known_keys
+from jaxtrain.config.aliases import ALIASES, VALUES, recipe_names, remark
 
 PAGE = Path(__file__).parent / "reference.md"
 CONFIG_PAGE = Path(__file__).parent / "config.md"
+MIGRATION_PAGE = Path(__file__).parent / "migration.md"
 SECTIONS = {
     "Config": ("parse_config", "load_config", "RunConfig", "Dataset", "ConfigError"),
     "Runs": ("run", "Session", "Outcome"),
@@ -53,6 +56,38 @@ def config_reference() -> str:
         line = f"`{name}` ({key.kind_text}{default}): {' '.join(filter(None, texts))}".removesuffix(": ")
         parts.append(f"## {name}\n\n{key.text}" if "." not in name and key.sections else f"- {line.strip()}")
     return "\n".join(f"\n{part}\n" if part.startswith("#") else part for part in parts).lstrip() + "\n"
+
+
+def migration_reference() -> str:
+    """The page of the names of other frameworks, by the section of ours that they belong to."""
+    parts = [_OF_MIGRATION, "## What is trained\n\n| there | here |\n|---|---|"]
+    parts[-1] += "".join(f"\n| {', '.join(f'`{name}`' for name in names)} | {ours} |" for ours, names in recipe_names())
+    sections: dict[str, list[str]] = {}
+    for name, key in ALIASES.items():
+        value = f"; `true` is `{VALUES[name]}`" if name in VALUES else ""
+        note = (remark(name).strip(" ()") + value).removeprefix("; ")
+        sections.setdefault(key.partition(".")[0], []).append(f"| `{name}` | `{key}` | {note} |")
+    for section, rows in sections.items():
+        parts.append("\n".join([f"## {section}\n", "| there | here | |", "|---|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+_OF_MIGRATION = """# From TRL, axolotl and Tunix
+
+What is typed there, and the key that means the same here; written by `docs/make_reference.py`. A config with one of
+these names is refused with the same answer. [config.md](config.md) describes every key.
+
+- A run is one YAML file and one command, `jaxtrain train run.yaml section.key=value`; there is no launcher of processes
+  around it on one host. `jaxtrain preview run.yaml` shows what would be trained on.
+- A trainer class or command (`SFTTrainer`, `DPOTrainer`, `axolotl train` with `rl: dpo`, `PeftTrainer`, `GRPOLearner`)
+  is a `recipe` with an `objective` or an `rl.algorithm`.
+- `train.batch_size` is the global batch in packed rows, over all devices and microbatches. With other frameworks it is
+  the product of the batch of a device, the devices and the accumulated steps, in examples.
+- Data sets have TRL's columns (`messages`, `prompt` and `completion`, `chosen` and `rejected`, `label`), and
+  `data.*.columns` maps others; reward functions have TRL's signature. Metrics have TRL's names.
+- Models and adapters are Hugging Face and PEFT folders on both sides.
+- There is no `device_map`, FSDP or DeepSpeed config: [`mesh`](config.md) says how many devices each axis has, and
+  `fsdp` takes those that are left."""
 
 
 _OF_CONFIG = """Every key of a run's YAML file, as `jaxtrain config` shows them; written by `docs/make_reference.py`.
@@ -150,3 +185,4 @@ def _code(text: str) -> str:
 if __name__ == "__main__":
     PAGE.write_text(reference())
     CONFIG_PAGE.write_text(config_reference())
+    MIGRATION_PAGE.write_text(migration_reference())

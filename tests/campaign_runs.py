@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from recipe_runs import CLOCKS, logged, prepare
 
-from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
+from jaxtrain.rl.trajectories import TRAJECTORIES, read_step, recorded_steps
 from jaxtrain.session.folder import checkpoint_steps
 from jaxtrain.session.record import CHECKPOINTS
 
 FILE = "run.yaml"
-SECTIONS = {"experience": "*", FOLDER: "*"}  # folders of a run whose files must be the same
+SECTIONS = {"experience": "*", TRAJECTORIES: "*"}  # folders of a run whose files must be the same
 SAMPLES = ("sampler_logps", "raw_logps", "versions", "token_rewards", "advantages")  # arrays of a trajectory
 EQUAL = ("step", "num_tokens", "epoch", "learning_rate", "data/examples", "reward", "completions/mean_length")
 CLOSE = ("loss", "grad_norm", "kl", "entropy", "critic/loss", "eval_loss", "eval_reward", "eval_calibration_error")
@@ -72,7 +72,7 @@ def command(folder: Path, name: str, run: Path, *more: str) -> list[str]:
         "eval={every: 4, generate: 3, max_new_tokens: 8}",
     ]
     return [
-        *("train", str(folder / case.recipe / FILE), f"run.dir={run}", "log.tensorboard=true", *case.overrides),
+        *("train", str(folder / case.recipe / FILE), f"run.dir={run}", "log.to=[tensorboard]", *case.overrides),
         *([f"{caches[name]}={run}.cache"] if name in caches else []),
         *(evaluated if name in ("grpo", "ppo") else []),
         *more,

@@ -65,7 +65,7 @@ def prepare(folder: Path, recipe: str = "preference") -> Path:
         "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
         "checkpoint": {"every": 2, "keep": 10},
         "eval": {"every": 2 if recipe == "distill" else 3},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     if recipe == "distill":
         write_teacher(folder / "teacher")
@@ -93,7 +93,7 @@ def rl_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "train": {"steps": 4},
         "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
         "checkpoint": {"every": 1, "keep": 10},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
         "rl": dict(RL),
     }
     return tree | {name: tree.get(name, {}) | section for name, section in sections.items()}

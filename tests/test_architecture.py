@@ -27,6 +27,7 @@ HOST_ONLY = {
     *("jaxtrain.types", "jaxtrain.named", "jaxtrain.hub", "jaxtrain.remote"),
     *("jaxtrain.config", "jaxtrain.data", "jaxtrain.launch"),
     *("jaxtrain.observe.status", "jaxtrain.observe.heartbeat", "jaxtrain.observe.run_files"),
+    *("jaxtrain.observe.history", "jaxtrain.observe.report_page"),
 }
 FOR_CONVERTERS = {
     *("jaxtrain.types", "jaxtrain.named", "jaxtrain.hub", "jaxtrain.config", "jaxtrain.nn.config", "jaxtrain.parallel"),

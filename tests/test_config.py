@@ -194,7 +194,7 @@ eval.best.mode eval.best.patience eval.every eval.generate eval.greedy eval.max_
 eval.prompts.columns eval.prompts.config eval.prompts.epochs eval.prompts.limit eval.prompts.name eval.prompts.path
 eval.prompts.rows eval.prompts.source eval.prompts.split eval.prompts.weight eval.rewards eval.rewards.args
 eval.rewards.function eval.rewards.seconds eval.rewards.weight eval.samples eval.temperature log log.every
-log.tensorboard mesh mesh.context mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model model.add_tokens
+log.profile log.to mesh mesh.context mesh.data mesh.expert mesh.fsdp mesh.preset mesh.tensor model model.add_tokens
 model.add_tokens.alone model.add_tokens.count model.add_tokens.names model.add_tokens.prefix model.add_tokens.special
 model.add_tokens.suffix model.attention model.backend model.chat_template model.compiler_options
 model.compute_dtype model.config model.head model.head_chunk

@@ -99,7 +99,7 @@ def row_to_dispatch(folder: Path, kind: str) -> Entered:
         },
         "data": {"train": {"path": str(folder / "rows.jsonl")}, "max_length": 128, "virtual_shards": 1, "workers": 1},
         "train": {"steps": 8, "batch_size": 8},
-        "log": {"every": 100, "tensorboard": False},
+        "log": {"every": 100, "to": []},
     }
     entered, main = Entered(), threading.main_thread().ident
     asking = False

@@ -17,7 +17,17 @@ app = typer.Typer(
 )
 _WITH_OVERRIDES = (runs.train, runs.launch, runs.preview, runs.plan, runs.replay, runs.quickstart)
 for command in (
-    *(runs.train, runs.launch, runs.status, runs.preview, runs.plan, runs.export, models.convert, models.verify),
+    *(
+        runs.train,
+        runs.launch,
+        runs.status,
+        runs.report,
+        runs.preview,
+        runs.plan,
+        runs.export,
+        models.convert,
+        models.verify,
+    ),
     *(
         models.new_family,
         runs.replay,
@@ -30,6 +40,7 @@ for command in (
     ),
 ):
     app.command(command.__name__.replace("_", "-"))(command)
+app.command("eval")(models.evaluate)  # whose name is Python's
 
 
 def _print_version(wanted: bool) -> None:

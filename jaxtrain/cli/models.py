@@ -10,6 +10,7 @@ import typer
 
 from jaxtrain.cli.options import (
     MODEL,
+    AnyModelArgument,
     FloatType,
     ModelArgument,
     OutArgument,
@@ -35,7 +36,7 @@ def convert(
 
 
 def verify(
-    source: ModelArgument,
+    source: AnyModelArgument,
     tokens: Annotated[int, typer.Option(help="length of the compared sequences", min=2)] = 600,
     dtype: Annotated[FloatType, typer.Option(help="dtype, in addition to float32")] = "bfloat16",
     layers: Annotated[bool, typer.Option("--layers", help="list the differences of all layers")] = False,
@@ -44,9 +45,10 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Compare a checkpoint in jaxtrain and in transformers. If they differ, name the place and exit with 1."""
+    from jaxtrain.session.model_folder import model_folder
     from jaxtrain.verify import print_report, verify
 
-    report = verify(source, tokens=tokens, dtype=dtype, layers=layers, gradients=gradients, decode=decode)
+    report = verify(model_folder(source), tokens=tokens, dtype=dtype, layers=layers, gradients=gradients, decode=decode)
     print_report(report, as_json)
     sys.exit(0 if report.passed else 1)
 
@@ -68,7 +70,7 @@ def new_family(
 
 @with_field_options(SamplingParams, ServingOptions)
 def generate(
-    model: ModelArgument,
+    model: AnyModelArgument,
     prompts: Annotated[
         str, typer.Option(help="a file or URL, as data.train.path: rows with prompt, messages or prompt_ids")
     ],
@@ -79,30 +81,58 @@ def generate(
     """Complete every prompt of a file."""
     from jaxtrain.recipes.generate import generate_file
     from jaxtrain.serve.served import load_served
+    from jaxtrain.session.model_folder import model_folder
 
     params = SamplingParams(**fields_of(SamplingParams, given))  # whose faults are found before a model is loaded
-    served = load_served(model, **fields_of(ServingOptions, given))
+    served = load_served(model_folder(model), **fields_of(ServingOptions, given))
     tokens = generate_file(served, prompts, out, params, plain)
     typer.echo(f"wrote {out}: {tokens} tokens from {served.engine.slots} slots")
 
 
 @with_field_options(SamplingParams, ServingOptions, without=("n", "slots", "cache_gib"))  # one answer at a time
-def chat(model: ModelArgument, **given: Any) -> None:
+def chat(model: AnyModelArgument, **given: Any) -> None:
     """Chat with a model; exit with Ctrl-D."""
     from jaxtrain.recipes.generate import chat as converse
     from jaxtrain.serve.served import load_served
+    from jaxtrain.session.model_folder import model_folder
 
     params = SamplingParams(**fields_of(SamplingParams, given))
-    served = load_served(model, slots=1, limits=EngineLimits(_CHUNK_TOKENS), **fields_of(ServingOptions, given))
+    options = fields_of(ServingOptions, given)
+    served = load_served(model_folder(model), slots=1, limits=EngineLimits(_CHUNK_TOKENS), **options)
     prompt = "> " if sys.stdin.isatty() else ""
     converse(served, params, lambda: input(prompt), lambda text: print(text, end="", flush=True))
     if prompt:
         print()  # Ctrl-D leaves the cursor behind the prompt
 
 
+@with_field_options(ServingOptions)
+def evaluate(
+    model: AnyModelArgument,
+    task: Annotated[Path, typer.Option(help="YAML file with the keys of the section `eval`: docs/evaluation.md")],
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    **given: Any,
+) -> None:
+    """Answer the questions of a task and judge the answers: exact match or rewards, pass@k, maj@k, lengths."""
+    import json
+
+    from jaxtrain.recipes.task import load_task, run_task, task_rows
+    from jaxtrain.serve.served import load_served
+    from jaxtrain.session.model_folder import model_folder
+
+    loaded = load_task(task)  # whose faults are found before a model is loaded
+    metrics = run_task(load_served(model_folder(model), **fields_of(ServingOptions, given)), loaded)
+    if as_json:
+        typer.echo(json.dumps({"model": model, "task": str(task), "metrics": metrics}, indent=1, allow_nan=False))
+        return
+    rows = task_rows(metrics)
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, error in rows:
+        typer.echo(f"{name:<{width}}  {value:10.4f}" + ("" if error is None else f" ± {error:.4f}"))
+
+
 @with_field_options(ServingOptions, Limits)
 def serve(
-    model: ModelArgument,
+    model: AnyModelArgument,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
     api_key: Annotated[
@@ -115,10 +145,11 @@ def serve(
     from jaxtrain.serve.served import load_served
     from jaxtrain.serve.server import listen
     from jaxtrain.serve.server import serve as serve_model
+    from jaxtrain.session.model_folder import model_folder
 
     listening = listen(host, port)
     limits = EngineLimits(_CHUNK_TOKENS, alternatives=ALTERNATIVES)
-    served = load_served(model, limits=limits, **fields_of(ServingOptions, given))
+    served = load_served(model_folder(model), limits=limits, **fields_of(ServingOptions, given))
     engine = served.engine
     typer.echo(f"{served.name} at http://{host}:{port}/v1, {engine.slots} slots of {engine.max_length} tokens")
     serve_model(served, listening, Limits(**fields_of(Limits, given)), api_key)

@@ -14,6 +14,7 @@ from typing_extensions import Doc
 
 MODEL = "Hugging Face folder, local or a URL, or owner/name[@revision] on the hub"
 ModelArgument = Annotated[str, typer.Argument(help=MODEL)]
+AnyModelArgument = Annotated[str, typer.Argument(help=f"{MODEL}; or a run, or a PEFT folder")]
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run")]
 OutArgument = Annotated[str, typer.Argument(help="folder to write, local or a URL")]
 FloatType = Literal["float32", "bfloat16", "float16"]

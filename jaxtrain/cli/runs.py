@@ -107,6 +107,18 @@ def status(
     typer.echo(json.dumps(found, indent=1) if as_json else status_text(found), nl=as_json)
 
 
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="local or mounted folders of runs; several are compared")],
+    out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the first folder")] = None,
+) -> None:
+    """Write the curves, samples and config of runs as one HTML file, which needs no network."""
+    from jaxtrain.observe.report_page import write_page
+
+    if out is None and len(runs) > 1:
+        raise ValueError("give --out FILE.html: report.html in a run's folder is the report of that run alone")
+    typer.echo(f"wrote {write_page(runs, out)}")
+
+
 def preview(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -185,6 +197,8 @@ def quickstart(
     """
     from jaxtrain.recipes.quickstart import load_quickstart, run, run_distill, run_from_first
 
+    if "=" in str(config) and not config.exists():  # an override alone
+        config, overrides = QUICKSTART, [str(config), *(overrides or [])]
     loaded = load_quickstart(config, overrides)
     if loaded.recipe == "sft":
         sys.exit(run(loaded))

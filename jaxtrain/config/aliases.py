@@ -56,7 +56,8 @@ ALIASES = {
     "save_total_limit": "checkpoint.keep",
     "eval_steps": "eval.every",
     "logging_steps": "log.every",
-    "report_to": "log.tensorboard",
+    "report_to": "log.to",
+    "tensorboard": "log.to",
     "peft_config": "model.lora",
     "lora_r": "model.lora.rank",
     "lora_alpha": "model.lora.alpha",
@@ -69,6 +70,11 @@ ALIASES = {
     "tensor_parallel_size": "mesh.tensor",
     "expert_parallel_size": "mesh.expert",
     "context_parallel_size": "mesh.context",
+    "eval_every_n_steps": "eval.every",
+    "train_micro_batch_size": "train.batch_size",
+    "mini_batch_size": "rl.minibatches",
+    "max_tokens_to_generate": "rl.max_completion_length",
+    "checkpoint_root_directory": "run.dir",
     "reward_funcs": "rl.rewards",
     "num_generations": "rl.generations",
     "max_completion_length": "rl.max_completion_length",
@@ -97,8 +103,11 @@ VALUES = {
 
 _WHOLE_BATCH = "packed rows of the global batch, over all devices and microbatches"
 _REMARKS = {
-    "report_to": "true or false: TensorBoard is the only tracker",
+    "report_to": "a list of tensorboard, wandb, mlflow and trackio",
+    "tensorboard": "a list: [tensorboard] or []",
     "micro_batch_size": _WHOLE_BATCH,
+    "train_micro_batch_size": _WHOLE_BATCH,
+    "mini_batch_size": "into how many updates the samples of a step are divided",
     "per_device_train_batch_size": _WHOLE_BATCH,
     "gradient_accumulation_steps": "pieces in which a batch is computed; its size stays train.batch_size",
 }
@@ -121,3 +130,11 @@ def recipe_hint(given: Any) -> str:
     """The recipe of what is an algorithm or an objective; empty if it is neither."""
     recipe = _RECIPES.get(given.lower()) if isinstance(given, str) else None
     return f"; did you mean {recipe}?" if recipe else ""
+
+
+def recipe_names() -> list[tuple[str, list[str]]]:
+    """Each recipe, with what decides on it, and the names that others have for it."""
+    found: dict[str, list[str]] = {}
+    for name, recipe in _RECIPES.items():
+        found.setdefault(recipe, []).append(name)
+    return list(found.items())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from jaxtrain.config.sections import Section
 
@@ -27,5 +29,7 @@ class CheckpointSection(Section):
 class LogSection(Section):
     every: PositiveInt = 10
     """Steps between lines of metrics."""
-    tensorboard: bool = True
-    """Whether TensorBoard files are written."""
+    to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default=["tensorboard"])
+    """What shows the metrics besides metrics.jsonl and report.html; all but tensorboard need the extra of that name."""
+    profile: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """[step, steps]: the first step that is traced, and how many; into profile/ of the run's folder."""

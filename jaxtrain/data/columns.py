@@ -7,6 +7,7 @@ The names are TRL's and, of instructions, Alpaca's. A column that is null counts
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 Row = dict[str, Any]
@@ -64,6 +65,7 @@ UNSUPPORTED_COLUMNS = {  # columns with a known meaning that is not implemented,
     },
     **{kind: {**_TEXT_ONLY, **_OTHER_WEIGHTS} for kind in FORMATS if kind != "input_ids"},
 }
+_KNOWN_COLUMNS = {kind: {*FORMATS[kind], *OPTIONAL_COLUMNS[kind], *UNSUPPORTED_COLUMNS[kind]} for kind in FORMATS}
 COLUMNS = tuple(
     dict.fromkeys(
         (
@@ -95,15 +97,22 @@ def rename_columns(row: Row, columns: dict[str, str]) -> Row:
 
 def row_format(row: Row) -> str:
     """Which of `FORMATS` a row is, ShareGPT's `conversations` included. Raises ValueError where it is none."""
-    present = {column for column, value in row.items() if value is not None}
-    for names in (present, row.keys()):  # the type check of a null column names it
-        for kind, columns in FORMATS.items():
-            if names >= set(columns) or (kind == "messages" and "conversations" in names):
-                return kind
+    present = frozenset([column for column, value in row.items() if value is not None])
+    kind = _format_of(present) or _format_of(frozenset(row))  # the type check of a null column names it
+    if kind is not None:
+        return kind
     raise ValueError(
         f"no columns to train on: this row has {', '.join(map(repr, row)) or 'none'}, and needs one of "
         f"{', '.join(FORMATS)}; name them with data.train.columns, e.g. {{prompt: question, completion: answer}}"
     )
+
+
+@lru_cache(maxsize=256)
+def _format_of(names: frozenset[str]) -> str | None:
+    for kind, columns in FORMATS.items():
+        if names.issuperset(columns) or (kind == "messages" and "conversations" in names):
+            return kind
+    return None
 
 
 def from_alpaca(row: Row) -> Row:
@@ -156,9 +165,9 @@ def reference_answer(row: Row) -> Any:
 def ignored_columns(row: Row) -> list[str]:
     """The columns that hold something and are not read: those of other kinds of example, and unknown ones."""
     kind = row_format(row)
-    known = {*FORMATS[kind], *OPTIONAL_COLUMNS[kind], *UNSUPPORTED_COLUMNS[kind]}
+    known = _KNOWN_COLUMNS[kind]
     if kind == "messages" and row.get("messages") is None:
-        known.add("conversations")
+        known = known | {"conversations"}
     return [column for column, value in row.items() if column not in known and not _changes_nothing(column, value)]
 
 

@@ -37,6 +37,9 @@ class EncodePool:
         # A fork would copy the locks of jax's threads in whatever state they are.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(processes, context, _start, (encode,))
+        # Each starts when it first gets work; importing takes seconds, in which the files are scanned.
+        for _ in range(processes):
+            self._pool.submit(os.getpid)
 
     def __call__(self, rows: Sequence[Row]) -> list[Any]:
         """As `encode_rows`."""

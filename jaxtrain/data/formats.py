@@ -25,8 +25,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -136,7 +135,7 @@ class Encoder(RowEncoder):
 
         Raises ValueError for a row that cannot be read, or that holds no token to learn from.
         """
-        with _nesting_bounded():
+        with _NESTING_BOUNDED:
             try:
                 made = self._encode(row)
             except ValueError as error:
@@ -160,7 +159,7 @@ class Encoder(RowEncoder):
 
     def prompt(self, row: Row) -> EvalPrompt:
         """The row up to its last answer, as the model is asked for it, and that answer. Raises ValueError."""
-        with _nesting_bounded():
+        with _NESTING_BOUNDED:
             if self._is_plain(row):
                 row = _with_prompt(row)
                 return EvalPrompt(self._plain_ids(_string(row, "prompt")), _string(row, "completion"))
@@ -177,7 +176,7 @@ class Encoder(RowEncoder):
         last turn, which becomes the `answer` unless the row has one; so do `completion`, Alpaca's `output` and the
         `ground_truth` of verl's `reward_model`. Raises ValueError.
         """
-        with _nesting_bounded():
+        with _NESTING_BOUNDED:
             if (answer := reference_answer(row)) is not None:
                 row = row | {"answer": answer}
             if row.get("answer") is None and (completion := row.get("completion")) is not None:
@@ -363,10 +362,14 @@ def _string(row: Row, column: str) -> str:
     return value
 
 
-@contextmanager
-def _nesting_bounded() -> Iterator[None]:
-    """Values nested more deeply than Python can walk are a fault of their row."""
-    try:
-        yield
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
+class _NestingBounded:
+    """A context in which values nested more deeply than Python can walk are a fault of their row."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, RecursionError):
+            raise ValueError("its values are nested too deeply") from None
+
+
+_NESTING_BOUNDED = _NestingBounded()

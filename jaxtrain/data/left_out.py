@@ -15,6 +15,8 @@ from jaxtrain.data.tracing import Message, Trace
 
 Render = Callable[[Chat], str]
 
+_MARKS_OF_THOUGHTS = re.compile(f"({'|'.join(map(re.escape, THOUGHTS[0]))})")
+
 CHOICES = (
     "data.split_turns=true makes every turn a separate example, prompted as it is when the model is used; "
     "data.split_turns=false accepts it, and counts the rows as `thoughts_left_out`"
@@ -171,7 +173,7 @@ def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:
             yield "content", content.strip(), message | {"content": PROBE}
         return
     # Some templates read one thought in the content, and leave out what stands before it and other thoughts.
-    pieces = re.split(f"({'|'.join(map(re.escape, THOUGHTS[0]))})", content)
+    pieces = _MARKS_OF_THOUGHTS.split(content)
     for at in range(0, len(pieces), 2):
         if words := pieces[at].strip():
             part = "thought" if pieces[at + 1 : at + 2] == [THOUGHTS[0][1]] else "content"

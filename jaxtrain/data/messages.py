@@ -173,8 +173,8 @@ def _tools(row: Row) -> list[Any] | None:
 
 def keys_of_messages(row: Row) -> set[str]:
     """The keys of the row's messages that hold something."""
-    lists = [messages_in(row.get(column)) for column in ("messages", "conversations", "prompt", "completion")]
-    messages = [message for each in lists for message in each or () if isinstance(message, dict)]
+    columns = [row[column] for column in ("messages", "conversations", "prompt", "completion") if column in row]
+    messages = [message for column in columns for message in messages_in(column) or () if isinstance(message, dict)]
     return {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
 
 

@@ -15,6 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -78,13 +79,18 @@ class TrainStream:
         """
         if rows % num_shards:
             raise ValueError(f"train.batch_size={rows} is not a multiple of data.virtual_shards={num_shards}")
-        self._sources = opened = [Source(section) for section in sources]
-        _report_order(opened, data)
-        reader = Reader(opened, data, encode, bundle_size)
-        mixtures = [
-            Mixture(opened, seed=seed, shuffle=data.shuffle, shard=shard, num_shards=num_shards)
-            for shard in range(num_shards)
-        ]
+        with ExitStack() as on_error:
+            pool = EncodePool(encode, data.processes) if data.processes else None
+            on_error.callback(lambda: pool and pool.close())
+            self._sources = opened = [Source(section) for section in sources]
+            _report_order(opened, data)
+            reader = Reader(opened, data, encode, bundle_size)
+            mixtures = [
+                Mixture(opened, seed=seed, shuffle=data.shuffle, shard=shard, num_shards=num_shards)
+                for shard in range(num_shards)
+            ]
+            on_error.pop_all()
+        reader.pool = pool
         self._shards = {str(shard): Shard(mixtures[shard], reader, data) for shard in shards}
         self._reader, self._mixtures, self._encode = reader, mixtures, encode
         self._data, self._rows_per_shard, self._num_shards = data, rows // num_shards, num_shards
@@ -106,11 +112,13 @@ class TrainStream:
         if not self.has_next():
             raise StopIteration
         batch, self._snapshots = self._running().take()
+        # Two calls of numpy for all rows: each waits for the threads that read rows.
+        examples, tokens = batch.segment_ids.max(axis=1).tolist(), np.count_nonzero(batch.segment_ids, axis=1).tolist()
         for index, totals in enumerate(self._totals.values()):
-            segments = batch.segment_ids[index * self._rows_per_shard : (index + 1) * self._rows_per_shard]
-            totals["examples"] += int(segments.max(axis=1).sum())
-            totals["tokens"] += int(np.count_nonzero(segments))
-            totals["slots"] += segments.size
+            rows = slice(index * self._rows_per_shard, (index + 1) * self._rows_per_shard)
+            totals["examples"] += sum(examples[rows])
+            totals["tokens"] += sum(tokens[rows])
+            totals["slots"] += self._rows_per_shard * batch.segment_ids.shape[1]
         return batch
 
     def has_next(self) -> bool:
@@ -180,8 +188,9 @@ class TrainStream:
     def _threads(self) -> ThreadPoolExecutor:
         """The threads that read rows, and encode them or wait for worker processes to do so."""
         processes = self._data.processes
-        if processes and self._reader.pool is None:
-            self._reader.pool = EncodePool(self._encode, processes)
+        if processes:
+            if self._reader.pool is None:  # closed before
+                self._reader.pool = EncodePool(self._encode, processes)
             # To send rows to another process costs as much as to encode some, so more are sent at a time.
             self._reader.chunk_rows = max(self._reader.chunk_rows, _SENT_ROWS // len(self._shards))
         threads = max(self._data.workers, 2 * processes)

@@ -39,6 +39,11 @@ class PromptStream(Generic[T]):
         """Whether the prompts end."""
         return self._mixture.finite
 
+    @property
+    def epoch_rows(self) -> float:
+        """Rows of an epoch of the mixture (see `Mixture`)."""
+        return self._mixture.epoch_rows
+
     def end_after(self, epochs: float) -> None:
         """End after so many epochs of the mixture, instead of where the sources' own `epochs` end."""
         self._mixture.end_after(epochs)

@@ -108,6 +108,8 @@ class Source:
         missing = [theirs for theirs in self.section.columns.values() if theirs not in row]
         if missing:
             raise DataError(f"{rows.place(local)}: there is no column {missing[0]!r}" + suggest(missing[0], list(row)))
+        if not self.section.columns:
+            return row
         if self._keep_columns:
             return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}
         renamed = rename_columns(row, self.section.columns)

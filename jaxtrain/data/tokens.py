@@ -83,8 +83,7 @@ class TokenLocator:
                 lengths[np.array(encoding.special_tokens_mask, bool)] = 0
             ends = lengths.cumsum()
             if len(written) == (ends[-1] if len(ends) else 0):
-                starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-                return LocatedTokens(ids, starts, ends, text if len(text) == len(written) else written)
+                return LocatedTokens(ids, ends - lengths, ends, text if len(text) == len(written) else written)
         return by_offsets(text, encode(self._backend, text, add_special_tokens=add_special_tokens))
 
 
@@ -118,14 +117,15 @@ def _byte_lengths(backend: Any) -> np.ndarray | None:
         return None
     alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = backend.get_vocab(with_added_tokens=False)
-    if not alphabet <= vocabulary.keys():  # other bytes become the unknown token, one or several together
-        return None
     lengths = np.full(max([*vocabulary.values(), *added], default=-1) + 1, _NO_BYTES, np.int64)
     for token, number in vocabulary.items():
         if alphabet.issuperset(token):
             lengths[number] = len(token)
     for number, token in added.items():
         lengths[number] = len(token.content.encode())
+    # Bytes that the vocabulary lacks become the unknown token, one or several together, or are removed without one.
+    if model.unk_token is not None and not alphabet <= vocabulary.keys():
+        lengths[backend.token_to_id(model.unk_token)] = _NO_BYTES
     return lengths
 
 
@@ -137,7 +137,9 @@ def token_weights(located: LocatedTokens, spans: Sequence[tuple[int, int, float]
     One that holds only white space of it has not: the prompt ends with a separate token there.
     """
     text, starts, ends = located.text, located.starts, located.ends
-    weights = np.full(len(starts), outside, np.float32)
+    weights = np.zeros(len(starts), np.float32)
+    if outside:
+        weights[:] = outside
     for *span, weight in spans:
         start, end = span if isinstance(text, str) else located.places(span)
         first = before = bisect_left(starts, start)

@@ -1,7 +1,7 @@
 """Where a chat template writes each message: its loops and `{% generation %}` marks, traced while it renders.
 
-The template's syntax tree gets a call at the head of every loop over one name and around every generation mark. The
-calls write nothing and note how many characters have been written.
+The template's syntax tree gets a statement at the head of every loop over one name and around every generation mark.
+The statements write nothing and note how many characters have been written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 Message = dict[str, Any]
 TextSpan = tuple[int, int]  # [start, end) in the characters of the rendered text
 
-_TRACE = "_jaxtrain_trace"
+_TRACE = "_jaxtrain_trace"  # of the variable that holds the function which takes notes, and of the filter that calls it
 
 
 class Event(NamedTuple):
@@ -35,7 +35,7 @@ class Trace:
     events: list[Event]
     turns: list[int | None]  # of each event: the number of the message whose turn it is
 
-    @property
+    @cached_property
     def generated(self) -> list[tuple[int | None, TextSpan]]:
         """The spans in `{% generation %}` marks and the numbers of their messages; None outside of a loop over them."""
         marks = self._at("open", "close")
@@ -75,14 +75,13 @@ def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> 
     numbers = {id(message): number for number, message in enumerate(messages)}
     speaking: dict[int, int] = {}  # loops over messages, the innermost last -> the message that each has come to
 
-    def note(kind: str, loop: int, value: Any = None) -> str:
+    def note(kind: str, loop: int, value: Any) -> None:
         if kind == "turn" and id(value) in numbers:
             speaking[loop] = numbers[id(value)]
         elif kind == "end":
             speaking.pop(loop, None)
         events.append(Event(kind, loop, value, written))
         turns.append(next(reversed(speaking.values()), None))
-        return ""
 
     context = {"documents": None, "add_generation_prompt": False, **variables, "messages": messages, _TRACE: note}
     try:
@@ -113,8 +112,15 @@ def _traced_template(source: str) -> jinja2.Template:
         else:
             body.insert(at, _note(parent, "open", number))
             body.insert(at + 2, _note(parent, "close", number))
+    environment.filters[_TRACE] = _take_note
     tree.set_environment(environment)
-    return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+    # The globals as one dict: every rendering copies them, and jinja's own chain of mappings takes long to copy.
+    return jinja2.Template.from_code(environment, environment.compile(tree), dict(environment.globals))
+
+
+@jinja2.pass_context
+def _take_note(context: jinja2.runtime.Context, value: Any, kind: str, loop: int) -> None:
+    context[_TRACE](kind, loop, value)
 
 
 def _marked_nodes(tree: nodes.Template):
@@ -134,9 +140,10 @@ def _is_generation(node: Any) -> bool:
     return isinstance(call, nodes.ExtensionAttribute) and call.name == "_generation_support"
 
 
-def _note(near: nodes.Node, kind: str, number: int, *value: nodes.Expr) -> nodes.Output:
-    arguments = [nodes.Const(kind), nodes.Const(number), *value]
-    call = nodes.Call(nodes.Name(_TRACE, "load"), arguments, [], None, None)
-    output = nodes.Output([call])
-    output.set_lineno(near.lineno)
-    return output
+def _note(near: nodes.Node, kind: str, number: int, value: nodes.Expr | None = None) -> nodes.ExprStmt:
+    """A statement that notes where it is. A filter, since the sandbox would check every call of a function."""
+    noted = nodes.Const(None) if value is None else value
+    arguments: list[nodes.Expr] = [nodes.Const(kind), nodes.Const(number)]
+    statement = nodes.ExprStmt(nodes.Filter(noted, _TRACE, arguments, [], None, None))
+    statement.set_lineno(near.lineno)
+    return statement

@@ -68,6 +68,7 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm(config.post_norms)
         self.residual_scale = config.residual_scale
 
+    @jax.named_scope("layer")
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -84,13 +85,15 @@ class Block(nnx.Module):
         if dropout_key is not None:
             keys = list(jax.random.split(dropout_key, 7))
         out = _normed(self.input_norm, x)
-        out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
+        with jax.named_scope("attention"):
+            out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
         x += _scaled(_normed(self.attn_post_norm, out), self.residual_scale)
         out, routing = _normed(self.mlp_norm, x), None
-        if isinstance(self.mlp, SparseMLP):
-            out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
-        else:
-            out = self.mlp(out, keys[4:])
+        with jax.named_scope("mlp"):
+            if isinstance(self.mlp, SparseMLP):
+                out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
+            else:
+                out = self.mlp(out, keys[4:])
         x += _scaled(_normed(self.mlp_post_norm, out), self.residual_scale)
         return constrain_rows(x, run.mesh, CONTEXT), cache, routing
 

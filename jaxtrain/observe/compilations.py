@@ -8,12 +8,10 @@ from typing import Any
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # also of a program that the persistent cache had
-_PARTS = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    _COMPILED,
-)
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # the compiler begins then
+_PARTS = ("/jax/core/compile/jaxpr_trace_duration", _LOWERED, _COMPILED)
 _MOST_SPANS = 1000
+_compiling: set[int] = set()  # threads that are in the compiler
 
 
 class Compilations(threading.local):
@@ -42,7 +40,16 @@ def compilations() -> int:
     return COMPILATIONS.count
 
 
+def is_compiling(thread: int) -> bool:
+    """Whether the thread of that `threading.get_ident` is in the compiler now."""
+    return thread in _compiling
+
+
 def _on_span(event: str, start_time: float, end_time: float, **_: Any) -> None:
+    if event == _LOWERED:
+        _compiling.add(threading.get_ident())
+    elif event == _COMPILED:
+        _compiling.discard(threading.get_ident())
     if event in _PARTS:
         COMPILATIONS.add(event, start_time, end_time)
 

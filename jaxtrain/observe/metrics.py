@@ -3,13 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import jax
 
 from jaxtrain.observe.run_files import METRICS
+from jaxtrain.observe.trackers import SafeTracker
 
 
 class MetricLog:
@@ -18,13 +19,21 @@ class MetricLog:
     `resumed_from` is the step of the checkpoint that the run resumes from, None for a new run. Lines of later steps are
     removed, since these steps will be logged again: the file has the steps that led to the final parameters, each once.
     This requires that a step is logged before its checkpoint is saved, which is its first line. `evaluated`: whether it
-    was evaluated by then too; else further lines of that step are removed as well.
+    was evaluated by then too; else further lines of that step are removed as well. `trackers` get the same numbers as
+    metrics.jsonl; steps that come again are told to them again.
     """
 
     def __init__(
-        self, run_dir: str | Path, tensorboard: bool, resumed_from: int | None = None, *, evaluated: bool = True
+        self,
+        run_dir: str | Path,
+        tensorboard: bool,
+        resumed_from: int | None = None,
+        *,
+        evaluated: bool = True,
+        trackers: Sequence[SafeTracker] = (),
     ) -> None:
         self._file = self._board = None
+        self._trackers = trackers
         if jax.process_index() != 0:
             return
         path = Path(run_dir) / METRICS
@@ -60,6 +69,8 @@ class MetricLog:
         self._file.flush()
         if self._board is not None:
             self._show(step, named)
+        for tracker in self._trackers:
+            tracker.log(step, named)
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         assert self._board is not None
@@ -68,7 +79,9 @@ class MetricLog:
         self._board.flush()  # so that a killed run has the steps before its newest checkpoint
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and the runs of trackers."""
+        for tracker in self._trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
         if self._board is not None:

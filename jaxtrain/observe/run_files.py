@@ -7,12 +7,17 @@ FINISHED = "finished.json"  # the step after which the run was complete
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 HEARTBEATS = "heartbeats"  # of every process, rewritten several times a minute
+PROFILE = "profile"  # traces of steps
+TRACKERS = "trackers.json"  # the ids of the run in each
+LOGS = "logs"  # the messages of every process
+REPORT = "report.html"
+TRAJECTORIES = "trajectories"  # samples of recipe rl
 LOCK = ".lock"  # names the process that uses the folder
 ORIGIN = ".url"  # in a local copy: the URL of the run's folder
 QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart made here and may replace
 
 # Everything that a run writes into its folder, except for the lock.
 RUN_FILES = (
-    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS),
-    *("tensorboard", "inspection", "experience", "trajectories"),
+    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, TRACKERS),
+    *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )

@@ -60,6 +60,13 @@ def read_status(run: Path) -> dict[str, Any]:
 
 def status_text(status: Mapping[str, Any]) -> str:
     """Lines for a terminal."""
+    lines = status_facts(status)
+    width = max(len(name) for name, _ in lines)
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in lines)
+
+
+def status_facts(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and texts; a text without a name belongs to the name before."""
     age = status["heartbeat_age"]
     state = status["state"] + (f" ({status['activity']})" if status["activity"] else "")
     if age is not None:
@@ -92,8 +99,7 @@ def status_text(status: Mapping[str, Any]) -> str:
         lines += [
             ("process" if not number else "", _process_text(each)) for number, each in enumerate(status["processes"])
         ]
-    width = max(len(name) for name, _ in lines)
-    return "".join(f"{name:<{width}}  {text}\n" for name, text in lines)
+    return lines
 
 
 def _state(run: Path, beat: Mapping[str, Any], now: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from jaxtrain.observe.compilations import COMPILATIONS, Compilations
+from jaxtrain.observe.compilations import COMPILATIONS, Compilations, is_compiling
 
 Activity = Literal[
     "steps",  # updates, in reinforcement learning also the rollouts
@@ -34,8 +34,9 @@ class WallTime:
     ) -> None:
         self._clock, self._compilations = clock, compilations
         self._seconds: dict[Activity, float] = dict.fromkeys(ACTIVITIES, 0.0)
-        self._lock = threading.Lock()
+        self._lock, self._thread = threading.Lock(), threading.get_ident()
         self.activity: Activity = "loading"
+        self._samples = False
         self._since, self._compiled = clock(), compilations.seconds
 
     def become(self, activity: Activity) -> Activity:
@@ -49,6 +50,24 @@ class WallTime:
             self._since, self._compiled = now, compiled
             before, self.activity = self.activity, activity
         return before
+
+    @property
+    def current(self) -> str:
+        """What the main thread is busy with at the moment: `compiling`, or else `activity`, of which `steps` is
+        `sampling` or `training`. Thread-safe.
+        """
+        if is_compiling(self._thread):
+            return "compiling"
+        return self.activity if self.activity != "steps" else "sampling" if self._samples else "training"
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Samples are drawn and rewarded, or waited for, within the block; that counts as steps."""
+        self._samples = True
+        try:
+            yield
+        finally:
+            self._samples = False
 
     @contextmanager
     def spent(self, activity: Activity) -> Iterator[None]:

@@ -99,6 +99,7 @@ class Scoring(NamedTuple):
 _OF_LOGP = Scoring()
 
 
+@jax.named_scope("head")
 def token_scores(
     hidden: Float[Array, "B T D"],
     head: Head,

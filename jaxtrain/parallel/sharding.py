@@ -148,6 +148,16 @@ def _rule(name: str, axis: str | None, rules: Rules) -> MeshAxes:
     return rules[axis]
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one of its devices. Nothing is padded."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_text(size: float) -> str:
+    """Bytes as GB or MB."""
+    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def _parts(mesh_axes: MeshAxes, mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in _names(mesh_axes))
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-import jax
-
+from jaxtrain.parallel.sharding import device_bytes
 from jaxtrain.plan.compile import Compiled
 from jaxtrain.plan.programs import Program
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one of its devices. Nothing is padded."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def memory_by_kind(program: Program, compiled: Compiled) -> dict[str, int]:
@@ -31,11 +23,6 @@ def memory_by_kind(program: Program, compiled: Compiled) -> dict[str, int]:
         kinds["gradients"] = gradients
     kinds["activations and temporaries"] = compiled.temporaries - gradients
     return kinds
-
-
-def bytes_text(size: float) -> str:
-    """Bytes as GB or MB."""
-    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def total(kinds: Mapping[str, int]) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 from converters.import_hf import read_config
 from jaxtrain.config import RunConfig
 from jaxtrain.parallel.mesh import compiler_options
+from jaxtrain.parallel.sharding import device_bytes
 from jaxtrain.plan.compile import Compiled, compile_program, save_program
 from jaxtrain.plan.estimate import StateEstimate, estimate
 from jaxtrain.plan.hlo import Module
-from jaxtrain.plan.memory import device_bytes
 from jaxtrain.plan.programs import Program, data_programs, without_weights
 from jaxtrain.plan.reading import Reading, Setting, read_tpu
 from jaxtrain.plan.report import Phase, RunPlan

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtrain.parallel.sharding import bytes_text
 from jaxtrain.plan.compile import Compiled
 from jaxtrain.plan.estimate import StateEstimate
-from jaxtrain.plan.memory import bytes_text, memory_by_kind
+from jaxtrain.plan.memory import memory_by_kind
 from jaxtrain.plan.programs import Program
 from jaxtrain.plan.reading import Reading
 from jaxtrain.plan.target import Target

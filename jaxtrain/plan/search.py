@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 
 from jaxtrain.config import ModelSection, RunConfig
-from jaxtrain.plan.memory import bytes_text
+from jaxtrain.parallel.sharding import bytes_text
 from jaxtrain.plan.planner import plan
 from jaxtrain.plan.report import RunPlan
 from jaxtrain.plan.target import Target, parse_target

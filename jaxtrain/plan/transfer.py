@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxtrain.plan.memory import device_bytes
+from jaxtrain.parallel.sharding import device_bytes
 from jaxtrain.plan.prices import DCN
 from jaxtrain.plan.programs import Program
 from jaxtrain.plan.target import Target

@@ -27,7 +27,7 @@ def generate_file(served: Served, prompts: str | Path, out: Path, params: Sampli
     done = tokens = written = 0
     start = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w") as file, Progress(len(requests) * params.n) as progress:
+    with out.open("w") as file, Progress(len(requests) * params.n, activity=lambda: "generating") as progress:
         for chunk in served.engine.stream(requests):
             tokens += len(chunk.ids)
             if chunk.completion is None:

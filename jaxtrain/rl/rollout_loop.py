@@ -54,7 +54,8 @@ class RolloutLoop:
         while not session.ended:
             if self._experience is None or not self._experience.in_progress:
                 session.window.wait()  # so that the time of pending updates does not count as rollout time
-                samples = source(policy.params, session.step)
+                with session.sampling():
+                    samples = source(policy.params, session.step)
                 if samples is None:
                     return
                 self._experience = make(samples)
@@ -66,6 +67,11 @@ class RolloutLoop:
                     session.record(metrics())
                 self._write(self._experience)
             yield self._experience
+
+    @property
+    def epoch_rows(self) -> float:
+        """Prompts of an epoch of the mixture."""
+        return self._prompts.epoch_rows
 
     def get_state(self) -> dict[str, Any]:
         """The state, JSON-serializable, from process 0. All write their samples if updates on them are pending."""

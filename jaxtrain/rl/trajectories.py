@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
+from jaxtrain.observe.run_files import TRAJECTORIES
 from jaxtrain.rl.collect import Collected, rollout_metrics
 from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.rollouts import EXTRA, Prompt, Trajectory
 from jaxtrain.types import Params
-
-FOLDER = "trajectories"
 
 _TOKENS = {  # per token of the completion
     "completion_ids": np.int32,
@@ -61,7 +60,7 @@ def write_step(
     deal: Deal = Deal(),  # noqa: B008 - immutable
 ) -> Path:
     """Write this process's samples of a step atomically. A step that is repeated after a resume replaces its files."""
-    folder = Path(run_dir) / FOLDER
+    folder = Path(run_dir) / TRAJECTORIES
     folder.mkdir(parents=True, exist_ok=True)
     part = "" if deal.processes == 1 else f".{deal.process}-of-{deal.processes}"
     path = folder / f"step_{step:08d}{part}.parquet"
@@ -78,7 +77,7 @@ def write_step(
 
 def read_step(run_dir: str | Path, step: int) -> list[Trajectory]:
     """Read the samples of a step, of all processes. Raises ValueError if there is no such file."""
-    paths = _paths(Path(run_dir) / FOLDER, step)
+    paths = _paths(Path(run_dir) / TRAJECTORIES, step)
     if not paths:
         raise ValueError(f"{run_dir} has no recorded trajectories of step {step}")
     rows = [row for path in paths for row in pq.read_table(path, schema=_SCHEMA).to_pylist()]
@@ -88,7 +87,7 @@ def read_step(run_dir: str | Path, step: int) -> list[Trajectory]:
 
 
 def recorded_steps(run_dir: str | Path) -> list[int]:
-    names = [path.name.partition(".")[0] for path in (Path(run_dir) / FOLDER).glob("step_*.parquet")]
+    names = [path.name.partition(".")[0] for path in (Path(run_dir) / TRAJECTORIES).glob("step_*.parquet")]
     return sorted({int(name.removeprefix("step_")) for name in names})
 
 
@@ -101,7 +100,7 @@ class Replay:
         self._steps = deque(recorded_steps(run_dir))
         if not self._steps:
             raise ValueError(
-                f"{run_dir} has no recorded samples to replay: {Path(run_dir) / FOLDER} is missing or empty"
+                f"{run_dir} has no recorded samples to replay: {Path(run_dir) / TRAJECTORIES} is missing or empty"
             )
 
     def __call__(self, params: Params, number: int) -> Collected | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-import numpy as np
-
 from jaxtrain.nn.model import Model
-from jaxtrain.parallel.sharding import row_shares
+from jaxtrain.parallel.sharding import device_bytes, row_shares
 from jaxtrain.sample.capacity import slot_bytes
 from jaxtrain.types import Params
 
@@ -37,15 +34,10 @@ class EngineUsage:
             return {}
         rows, columns = self._largest
         cache = rows // row_shares(self._model.run.mesh) * slot_bytes(self._model, columns)
-        weights = sum(_bytes_on_device(leaf) for leaf in jax.tree.leaves(params))
+        weights = device_bytes(params)
         metrics = {
             "engine/slots_in_use": self._live / (self._calls * self._slots),
             "engine/memory_gib": (weights + cache) / 2**30,
         }
         self._begin()
         return metrics
-
-
-def _bytes_on_device(leaf: jax.Array) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return int(np.prod(shape)) * leaf.dtype.itemsize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -127,19 +126,3 @@ def data_metrics(stream: TrainStream, *, is_last: bool) -> dict[str, float]:
     return {"epoch": rows / stream.epoch_rows} | {
         f"data/{name}": count for name, count in zip(_GATHERED[1:], others, strict=True)
     }
-
-
-def summary(step: int, steps: int, metrics: Mapping[str, float], early_end: str = "the data was exhausted") -> str:
-    """What a run has done, in a line. `metrics`: the last value of each. Warns where the run ended early, and why."""
-    if step < steps:
-        rate = metrics.get("learning_rate", math.nan)
-        log.warning(
-            "%s after step %d of %d: the learning rate was still %.3g, its schedule is not done",
-            *(early_end, step, steps, rate),
-        )
-    parts = [f"trained {step} of {steps} steps"]
-    if "epoch" in metrics:
-        parts.append(f"{metrics['epoch']:.2f} epochs")
-    named = {"data/examples": "examples", "num_tokens": "tokens"}
-    named |= {f"data/{name}": name.replace("_", " ") for name in COUNTERS}
-    return ", ".join([*parts, *(f"{metrics[key]:,.0f} {name}" for key, name in named.items() if key in metrics)])

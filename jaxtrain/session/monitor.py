@@ -70,6 +70,11 @@ class RunMonitor:
             raise
         heartbeat.stop(self.end)
 
+    def activity(self) -> str:
+        """What the main thread is busy with at the moment, for people. Thread-safe."""
+        now = self.wall.current
+        return "compiling" if now == "training" and self._stepped is None else now  # the first step is traced
+
     def stepped(self, step: int) -> None:
         """Step `step` was dispatched."""
         self._step, self._at = step, time.time()
@@ -114,7 +119,7 @@ class RunMonitor:
             "first_step": self._first,
             "stepped": self._at,
             "seconds_per_step": rate,
-            "activity": self.wall.activity,
+            "activity": self.activity(),
             "seconds": self.wall.seconds(),
             "host_times": None if self._times is None else self._times._asdict(),
         }

@@ -21,22 +21,29 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, config_tree
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.pipeline import TrainStream
+from jaxtrain.observe.environment import environment
+from jaxtrain.observe.logs import RunLog
 from jaxtrain.observe.metrics import MetricLog
+from jaxtrain.observe.profile import StepProfile
 from jaxtrain.observe.progress import Progress
+from jaxtrain.observe.report_page import ReportPage
+from jaxtrain.observe.trackers import TENSORBOARD, check_trackers, open_trackers
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.role import Role, TrainedRole
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
 from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_once
 from jaxtrain.session.best import BestEvaluation
-from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, summary, warn_of_positions
+from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, warn_of_positions
+from jaxtrain.session.ending import end_facts, trained_text, warn_of_early_end
 from jaxtrain.session.folder import RunFolder, open_run
 from jaxtrain.session.monitor import RunMonitor
 from jaxtrain.session.report import MetricWindow
 from jaxtrain.session.roles import RunRoles
+from jaxtrain.session.startup import RunLength, start_facts
 from jaxtrain.train.agree import gather_values
 from jaxtrain.train.guard import FiniteChecks, warn_of_recompilation
 from jaxtrain.train.job import Job
@@ -64,14 +71,16 @@ class _CompletedError(Exception):
 class Session(RunRoles):
     """One open run: its roles, data, folder, checkpoints, metrics and signals. Open it with `Session.open`."""
 
-    def __init__(self, folder: RunFolder, mesh: jax.sharding.Mesh, job: Job, stack: ExitStack):
+    def __init__(self, folder: RunFolder, mesh: jax.sharding.Mesh, job: Job, stack: ExitStack, log: RunLog):
         config = folder.config  # with what the run has settled, such as its date
         super().__init__(config, mesh, jax.devices())
+        check_trackers(config.log.to)
         self.folder, self.preemption = folder, job.preemption
         self.tokenizer = make_tokenizer(config.model)
         self._stack = stack  # closed with the run
         self._monitor = RunMonitor(folder.path, job.watchdog)
-        wall = self._monitor.wall
+        wall, self._log_file = self._monitor.wall, log
+        self.progress = stack.enter_context(Progress(activity=self._monitor.activity, record=log.line))
         self._checkpoints = stack.enter_context(folder.checkpoints())
         stack.enter_context(job.reporting())  # left first
         self.step = self._signal = 0  # dispatched steps of the first role; the signal that ended the run
@@ -81,6 +90,7 @@ class Session(RunRoles):
         self._data: Any = None  # a `Resumable`, from `restore` on
         self._started = self._save_now = False  # the latter: since `checkpoint.minutes` have passed
         # The latter by the checkpoint: the last steps of the evaluation and of the functions of `every`.
+        self._row_length: int | None = None  # of `training_data`
         self._start, self._num_tokens, self._done_at = 0, 0, [0]
         self._reports: dict[str, StepReport] = {}
         self._finite = FiniteChecks(config.train.max_skipped_in_a_row, folder.path / "inspection", job.watchdog)
@@ -121,9 +131,10 @@ class Session(RunRoles):
         """
         config.check_length()
         with ExitStack() as stack:
+            log = stack.enter_context(RunLog())
             job = stack.enter_context(Job(stack.enter_context(preemption or Preemption()), config.distributed))
             folder = stack.enter_context(open_run(config, resume=resume, allow_change=allow_change))
-            session = cls(folder, make_mesh(config.mesh, devices()), job, stack.enter_context(ExitStack()))
+            session = cls(folder, make_mesh(config.mesh, devices()), job, stack.enter_context(ExitStack()), log)
             try:
                 yield session
                 session._finish()
@@ -159,6 +170,7 @@ class Session(RunRoles):
         `train.steps`.
         """
         encode = encode or self.encoder(role)
+        self._row_length = self.config.data.tokens_per_row(bundle_size)
         stream = self.enter(closing(open_stream(self.config, self.mesh, encode, bundle_size)))
         self.num_steps = run_length(self.config, stream, encode)
         return stream
@@ -216,13 +228,24 @@ class Session(RunRoles):
         self._started = True
         self.folder.start(self.step)
         config, stack = self.config, self._stack
+        self._log_file.begin(self.folder.path, jax.process_index(), environment())
         self.window = MetricWindow(self._roles[0].model, self._num_tokens, config.rl.updates if config.rl else None)
         repeatable = (self._evaluate_action, *self._every)
         mark_done(self._actions, self.step, zip(repeatable, self._done_at, strict=False))
         evaluated = self._evaluate_action.done_at == self.step
-        log = MetricLog(self.folder.path, config.log.tensorboard, self.step or None, evaluated=evaluated)
+        shown, first = config.log.to, jax.process_index() == 0
+        trackers = open_trackers(shown, self.folder.path, config_tree(config)) if first else []
+        board = TENSORBOARD in shown
+        log = MetricLog(self.folder.path, board, self.step or None, evaluated=evaluated, trackers=trackers)
         self._log = stack.enter_context(log)
-        self.progress = stack.enter_context(Progress(self.num_steps, self.step))
+        self.progress.begin(self.num_steps, self.step)
+        if first:
+            length = RunLength(self.step, self.num_steps, self._row_length)
+            self.progress.facts(start_facts(config, self._roles, self._data, length))
+        self._profile = stack.enter_context(StepProfile(self.folder.path, config.log.profile, self.window.wait))
+        self._page = ReportPage(self.folder.path) if first else None
+        if self._page is not None:
+            stack.callback(self._page.write)  # after the last heartbeat, which says how the run ended
         stack.enter_context(self._monitor.running(self.step, self.num_steps))
         run_once([action for action in repeatable if action.due(self.step)], self.step)  # a signal ended the run before
 
@@ -247,9 +270,14 @@ class Session(RunRoles):
             if batch is None:
                 return
             self._finite.recent.append(batch)
+            self._profile.before(self.step + 1)
             started = time.perf_counter()
             yield self._roles[0].place(batch)
             self._after_step(batch, time.perf_counter() - started)
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """A context in which samples are drawn, or waited for: the progress says so."""
+        return self._monitor.wall.sampling()
 
     def report(self, **reports: StepReport | None) -> None:
         """Pass on the reports of a step, by role name. None is ignored."""
@@ -275,6 +303,7 @@ class Session(RunRoles):
         self._finite.check()
         self._finite.stepped(self.step, self._reports)
         self.window.add(self._reports, batch, seconds)
+        self._profile.after(self.step)
         self.progress.update(self.step)
         self._signal, self._save_now = self._agreement.stopping(), self._agreement.saving()
         if not self._signal:
@@ -294,7 +323,13 @@ class Session(RunRoles):
             self._monitor.end = "stopped"
             self.progress.print(f"{signal.Signals(self._signal).name}: stopped after step {self.step}, which was saved")
         else:
-            self.progress.print(summary(self.step, self.num_steps, self.metrics, self._early_end))
+            warn_of_early_end(self.step, self.num_steps, self.metrics, self._early_end)
+            self.progress.facts([("finished", trained_text(self.step, self.num_steps, self.metrics))])
+            self._checkpoints.wait()  # so that the newest one is named
+            if jax.process_index() == 0:
+                seconds = self._monitor.wall.seconds()
+                ended = end_facts(self.config, self.folder.path, seconds, self.saved_steps(), self._best.step)
+                self.progress.facts(ended)
 
     @property
     def _early_end(self) -> str:
@@ -318,6 +353,8 @@ class Session(RunRoles):
         if isinstance(self._data, TrainStream):
             metrics |= data_metrics(self._data, is_last=self.step >= self.num_steps)
         self._log.log(self.step, metrics)
+        if self._page is not None:
+            self._page.update()
         self.progress.update(self.step, metrics)
         self.metrics |= metrics
 
@@ -327,7 +364,7 @@ class Session(RunRoles):
         with self.window.paused():
             metrics = {key: value for run in self._evaluators.values() for key, value in run().items()}
             self._log.log(self.step, metrics)
-            self.progress.print(f"step {self.step}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+            self.progress.values(f"step {self.step}", metrics)
             self.metrics |= metrics
             self._best.update(self.step, metrics)
 

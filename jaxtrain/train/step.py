@@ -274,8 +274,9 @@ def make_step(
         if max_grad_norm is not None:
             clip_factor = jnp.minimum(1, max_grad_norm / jnp.maximum(grad_norm, 1e-9))
             grads = jax.tree.map(lambda g: g * clip_factor.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {**total.metrics, **_lost_to_rounding(state.params, updates, ok)}
 
         state = TrainState(

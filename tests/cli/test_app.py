@@ -26,7 +26,7 @@ def place(tmp_path_factory):
         "model": {"config": MODEL, "tokenizer": str(folder / "tokenizer"), "compute_dtype": "float32"},
         "data": {"train": {"path": str(files.train)}, "max_length": 64, "prompt_format": "plain"},
         "train": {"steps": 8, "batch_size": 8, "max_skipped_in_a_row": 2},
-        "log": {"tensorboard": False},
+        "log": {"to": []},
     }
     (folder / "sft.yaml").write_text(yaml.safe_dump(config))
     (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')

@@ -35,3 +35,10 @@ def test_the_configs_of_all_stages_are_printed(tmp_path):
 def test_status_does_not_read_urls():
     done = CliRunner().invoke(app, ["status", "gs://bucket/run"])
     assert isinstance(done.exception, ValueError) and "status reads a local or mounted folder" in str(done.exception)
+
+
+def test_the_quickstart_takes_overrides_without_a_config(monkeypatch):
+    taken = []
+    monkeypatch.setattr("jaxtrain.recipes.quickstart.run", lambda config: taken.append(config) or 0)
+    assert CliRunner().invoke(app, ["quickstart", "train.steps=50", "run.seed=3"]).exit_code == 0
+    assert (taken[0].train.steps, taken[0].run.seed) == (50, 3)

@@ -16,7 +16,7 @@ TREE = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": 
         ({"num_train_epochs": 3}, "unknown key num_train_epochs; did you mean train.epochs?"),
         ({"bf16": True}, "unknown key bf16; did you mean model.compute_dtype: bfloat16?"),
         ({"model": {"path": "m", "load_in_4bit": True}}, "did you mean model.quantize: nf4?"),
-        ({"report_to": "wandb"}, "did you mean log.tensorboard? (true or false: TensorBoard is the only tracker)"),
+        ({"report_to": "wandb"}, "did you mean log.to? (a list of tensorboard, wandb, mlflow and trackio)"),
         ({"eval": {"steps": 5}}, "unknown key eval.steps; did you mean eval.every?"),
         ({"train": {"steps": "1e3"}}, "train.steps: Input should be a valid integer (got '1e3')"),
         ({"recipe": "grpo"}, "(got 'grpo'); did you mean rl, with rl.algorithm: grpo?"),

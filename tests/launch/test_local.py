@@ -147,7 +147,7 @@ def test_a_killed_process_does_not_end_a_run(tmp_path):
         "train": {"batch_size": 8, "steps": steps},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant"},
         "checkpoint": {"every": 10},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
     flags = f"--xla_force_host_platform_device_count=1 {os.environ['JAXTRAIN_TEST_XLA_FLAGS']}"

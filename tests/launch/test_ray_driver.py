@@ -63,7 +63,7 @@ def place(tmp_path_factory):
         "model": {"config": commands.MODEL, "tokenizer": str(folder / "tokenizer"), "compute_dtype": "float32"},
         "data": {"train": {"path": str(folder / "train.jsonl")}, "max_length": 64, "packing": False},
         "train": {"batch_size": 16, "steps": 2},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     (folder / "sft.yaml").write_text(yaml.safe_dump(config))
     return folder

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.config import MeshSection
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.plan.memory import bytes_text, device_bytes
+from jaxtrain.parallel.sharding import bytes_text, device_bytes
 
 
 def test_a_device_holds_its_shard_and_all_of_what_is_replicated():

@@ -206,7 +206,9 @@ def test_the_state_of_the_configs_for_tpus_fits_with_room(tmp_path, name):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama31_8b_v6e16", "qwen3_8b_grpo_v5p4", "gpt_oss_20b_v5p64"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama31_8b_v6e16", marks=pytest.mark.big), "qwen3_8b_grpo_v5p4", "gpt_oss_20b_v5p64"]
+)
 def test_the_configs_for_tpus_compile_at_real_widths(tmp_path, name):
     """Two layers, for their time: all layers are one loop."""
     few = {"num_hidden_layers": 2}

@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
         "train": {"batch_size": 8, "microbatches": 2},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 0, "schedule": "constant"},
         "checkpoint": {"every": 1000},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     (folder / "sft.yaml").write_text(yaml.safe_dump(config))
     return folder

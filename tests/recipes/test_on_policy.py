@@ -60,7 +60,7 @@ def tree(place, algorithm, *, prompts=4, model=None, teacher=None, steps=2, **se
         "train": {"steps": steps},
         "optimizer": {"learning_rate": 0.02, "schedule": "constant"},
         "eval": {"every": steps},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
         "rl": {
             "algorithm": algorithm,
             "prompts": prompts,

@@ -32,7 +32,7 @@ def tree(tmp_path):
         "data": {"train": {"path": str(tmp_path / "sums.jsonl")}, "max_length": 64, "on_bad_row": "skip"},
         "train": {"epochs": 2, "batch_size": 8},
         "optimizer": {"warmup_ratio": 0.2},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
 
 

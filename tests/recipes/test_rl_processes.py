@@ -14,7 +14,7 @@ from recipe_runs import checksums, killed_copy, logged, rl_tree
 from jaxtrain.config import load_config
 from jaxtrain.recipes.run import run
 from jaxtrain.rl.placement import check_processes
-from jaxtrain.rl.trajectories import FOLDER, read_step, recorded_steps
+from jaxtrain.rl.trajectories import TRAJECTORIES, read_step, recorded_steps
 
 LORA = "model.lora={rank: 4}"
 CASES = {  # overrides; each takes several updates on the same samples
@@ -124,7 +124,7 @@ def assert_equal(run: Path, other: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(place, two, case):
     assert_equal(place / case / "two", place / case / "one")
-    names = {path.name for path in (place / case / "two" / FOLDER).iterdir()}
+    names = {path.name for path in (place / case / "two" / TRAJECTORIES).iterdir()}
     assert {"step_00000001.0-of-2.parquet", "step_00000001.1-of-2.parquet"} <= names
 
 
@@ -182,7 +182,7 @@ def test_the_updates_of_one_process_go_on_on_two_and_back(place, two):
 
 def test_the_updates_of_one_process_go_on_on_four(place, four):
     assert_equal(place / "grpo" / "four", place / "grpo" / "one")
-    names = {path.name for path in (place / "grpo" / "four" / FOLDER).iterdir()}
+    names = {path.name for path in (place / "grpo" / "four" / TRAJECTORIES).iterdir()}
     assert names == {"step_00000001.parquet", *(f"step_00000003.{rank}-of-4.parquet" for rank in range(4))}
 
 

@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
         "checkpoint": {"every": 4},
         "eval": {"every": 6},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     (folder / "sft.yaml").write_text(yaml.safe_dump(config))
     return folder

@@ -37,7 +37,7 @@ def tree_of(place, name, model, rows):
         "data": {"train": {"path": write_rows(place / f"{name}.jsonl", rows)}, "max_length": 32},
         "train": {"steps": 2, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1},
-        "log": {"tensorboard": False},
+        "log": {"to": []},
     }
 
 
@@ -128,7 +128,7 @@ def test_events_without_a_tokenizer_are_trained_from_scratch_and_tuned_on_a_quan
     sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
     small = [f"model.config.{key}={value}" for key, value in sizes.items()]
     steps = ["train.steps=12", "optimizer.warmup_steps=2", "optimizer.learning_rate=1e-2", "log.every=1"]
-    run = [f"run.dir={tmp_path / 'events'}", "data.max_length=32", "train.batch_size=8", "log.tensorboard=false"]
+    run = [f"run.dir={tmp_path / 'events'}", "data.max_length=32", "train.batch_size=8", "log.to=[]"]
     outcome = sft.run(load_config(EVENTS, [*files, *small, *steps, *run]))
     losses = [json.loads(line) for line in (tmp_path / "events" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in losses if "loss" in line]

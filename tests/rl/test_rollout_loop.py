@@ -1,6 +1,6 @@
 """`RolloutLoop`: a run that stops between two updates on the same samples goes on with the others."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +57,7 @@ def session_in(folder, saved=()):
         folder=SimpleNamespace(path=folder),
         window=SimpleNamespace(wait=lambda: None),
         begin=lambda: None,
+        sampling=nullcontext,
         saved_steps=lambda: list(saved),
         record=recorded.append,
         recorded=recorded,

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from trajectories import trajectory
 
-from jaxtrain.rl.trajectories import FOLDER, Replay, read_step, recorded_steps, sample_table, write_step
+from jaxtrain.rl.trajectories import TRAJECTORIES, Replay, read_step, recorded_steps, sample_table, write_step
 
 
 def sample(number=0, index=0, **changes):
@@ -47,7 +47,7 @@ def test_samples_are_read_back_bit_for_bit(tmp_path):
         equal(one, other)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
     assert recorded_steps(tmp_path) == [3]
-    table = pq.read_table(tmp_path / FOLDER)  # what a person's tool sees
+    table = pq.read_table(tmp_path / TRAJECTORIES)  # what a person's tool sees
     assert table.column("text").to_pylist()[1] == "sample 1"
     assert table.column("rewards").to_pylist()[3][1] == ("form", 1.0)
 

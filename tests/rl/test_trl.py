@@ -197,7 +197,7 @@ def test_three_steps_of_adamw_end_at_trls_parameters(folder, tmp_path, name):
             "eps": trl_side.ADAM_EPSILON,
             "weight_decay": 0.0,
         },
-        "log": {"tensorboard": False},
+        "log": {"to": []},
         "rl": {
             "algorithm": preset,
             "iterations": trl_side.STEPS,

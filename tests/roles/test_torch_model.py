@@ -42,7 +42,7 @@ def tree_of(place, **model):
         "model": {"backend": "torchax", "compute_dtype": "float32", **model},
         "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": 32},
         "optimizer": {"learning_rate": 1e-2},
-        "log": {"tensorboard": False},
+        "log": {"to": []},
     }
 
 

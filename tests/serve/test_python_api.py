@@ -28,7 +28,7 @@ def config(folder, name, rows=ROWS, steps=2, **model):
             "data": {"train": {"rows": rows}, "max_length": 64},
             "train": {"steps": steps},
             "optimizer": {"schedule": "constant", "learning_rate": 0.05},
-            "log": {"every": 1, "tensorboard": False},
+            "log": {"every": 1, "to": []},
         }
     )
 

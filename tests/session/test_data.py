@@ -1,11 +1,11 @@
-"""The length of a run, the warning of long rows, and the line at its end."""
+"""The length of a run, and the warning of long rows."""
 
 import warnings
 from types import SimpleNamespace
 
 import pytest
 
-from jaxtrain.session.data import checked_length, summary, warn_of_positions
+from jaxtrain.session.data import checked_length, warn_of_positions
 
 
 def config(steps, warmup=0):
@@ -42,11 +42,3 @@ def test_rows_beyond_the_positions_of_the_model_are_warned_of(hf, warned):
         warnings.simplefilter("always")
         warn_of_positions(hf, 100)
     assert [("data.max_length=100 is beyond the 64 positions" in str(each.message)) for each in seen] == [True] * warned
-
-
-def test_a_run_that_ends_early_is_warned_of(caplog):
-    metrics = {"epoch": 2.0, "data/examples": 1200.0, "num_tokens": 34567.0, "learning_rate": 1e-4}
-    assert summary(10, 10, metrics) == "trained 10 of 10 steps, 2.00 epochs, 1,200 examples, 34,567 tokens"
-    assert caplog.text == ""
-    assert summary(4, 10, metrics).startswith("trained 4 of 10 steps")
-    assert "exhausted after step 4 of 10: the learning rate was still 0.0001" in caplog.text

@@ -37,7 +37,7 @@ def measured(tmp_path, make, rows=ROWS, generate=11, evaluation=None, **data):
         "data": {"train": file, "eval": file, "max_length": 96, **data},
         "train": {"steps": 1, "batch_size": 8},
         "eval": {"generate": generate, "max_new_tokens": 4} | (evaluation or {}),
-        "log": {"tensorboard": False},
+        "log": {"to": []},
     }
     with Session.open(parse_config(tree, "test")) as session:
         role = session.trained_role("policy", SFT())

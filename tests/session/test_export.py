@@ -45,7 +45,7 @@ def config(place, run, learning_rate=2e-5, **model):
         "train": {"steps": 2, "batch_size": 8},
         "optimizer": {"learning_rate": learning_rate, "schedule": "constant"},
         "checkpoint": {"every": 1},
-        "log": {"tensorboard": False},
+        "log": {"to": []},
     }
     return parse_config(tree, "test")
 

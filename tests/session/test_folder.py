@@ -55,7 +55,7 @@ def tree_of(place: Path, run: str, **changes) -> dict:
         "data": {"train": {"path": str(place / "train.jsonl")}, "max_length": 64},
         "train": {"steps": 2, "batch_size": 8},
         "optimizer": {"learning_rate": 1e-2},
-        "log": {"every": 1, "tensorboard": False},
+        "log": {"every": 1, "to": []},
     }
     for key, value in changes.items():
         *sections, last = key.split("__")

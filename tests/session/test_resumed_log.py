@@ -39,7 +39,7 @@ def train(run, ends=(), log_every=1, **sections) -> list[int]:
         "model": {"config": tiny.HF_CONFIG, "compute_dtype": "float32"},
         "data": {"train": {"path": str(run.parent / "train.jsonl"), "epochs": 1}, "max_length": 32},
         "train": {"steps": 4},
-        "log": {"every": log_every, "tensorboard": True},
+        "log": {"every": log_every, "to": ["tensorboard"]},
         "checkpoint": {"every": 2},
         "eval": {"every": 3},
     }

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-CACHE_BYTES = 256 << 20  # of all files of the process together
+CACHE_BYTES = 208 << 20  # of all files of the process together
 
 
 class Cache:
