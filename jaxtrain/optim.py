@@ -6,6 +6,7 @@ signature of `make_optimizer` or `make_schedule`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,11 @@ from optax import contrib
 from jaxtrain.config import OptimizerSection
 from jaxtrain.named import load_named
 from jaxtrain.types import Params
+
+
+class StochasticallyRounded(optax.GradientTransformation):
+    """An optimizer that computes in float32 and whose updates of bfloat16 parameters are rounded stochastically."""
+
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -65,13 +71,29 @@ def _own_schedule(section: OptimizerSection, steps: int) -> Schedule:
 
 
 def make_optimizer(section: OptimizerSection, schedule: Schedule, axes: Params) -> optax.GradientTransformation:
+    """The optimizer that `section` describes. `axes`: a tree with the logical axes of each trained parameter.
+
+    Raises ValueError if `section.name` is the path of a function that does not return an
+    `optax.GradientTransformation`.
+    """
+    made = _named(section, schedule, axes)
+    if section.rounding == "nearest":
+        return made
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        return made.update(wide(updates), state, None if params is None else wide(params))
+
+    return StochasticallyRounded(lambda params: made.init(wide(params)), update)
+
+
+def _named(section: OptimizerSection, schedule: Schedule, axes: Params) -> optax.GradientTransformation:
     """The optax chain that `section.name` names. `axes`: a tree with the logical axes of each trained parameter.
 
     AdamW: https://arxiv.org/abs/1711.05101; Adafactor: https://arxiv.org/abs/1804.04235; Muon for the hidden matrices
     with AdamW for all other parameters: https://kellerjordan.github.io/posts/muon/.
-
-    Raises ValueError if `section.name` is the path of a function that does not return an
-    `optax.GradientTransformation`.
     """
     decays = partial(jax.tree_util.tree_map_with_path, lambda path, _: _is_matrix(path))
     match section.name:

@@ -203,20 +203,21 @@ model.lora.rank model.lora.rslora model.lora.targets model.modules model.modules
 model.modules.norm model.param_dtype model.path model.quantize model.remat
 model.remat.attention model.remat.attention_out model.remat.down model.remat.gate model.remat.qkv model.remat.up
 model.router_aux_loss_coef
-model.router_z_loss_coef model.tokenizer model.vocab_multiple objective objective.aggregation objective.beta
+model.router_z_loss_coef model.splash model.splash.backward_block_kv model.splash.block_kv
+model.splash.block_kv_compute model.splash.block_q model.splash.fused_backward model.tokenizer model.vocab_multiple objective objective.aggregation objective.beta
 objective.correction objective.correction.cap objective.correction.floor objective.correction.level
 objective.correction.mode objective.dual_clip objective.entropy_coefficient objective.entropy_max
 objective.entropy_step objective.entropy_target objective.epsilon_high objective.epsilon_low objective.kl
 objective.kl_bias_correction objective.kl_in objective.kl_target objective.level objective.name
 objective.off_policy_threshold objective.top_entropy optimizer optimizer.args optimizer.b1 optimizer.b2 optimizer.eps
-optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.schedule optimizer.state_dtype
+optimizer.final_learning_rate optimizer.learning_rate optimizer.name optimizer.rounding optimizer.schedule optimizer.state_dtype
 optimizer.warmup_ratio optimizer.warmup_steps optimizer.weight_decay recipe reference reference.cache
 reference.devices reference.path rl rl.algorithm rl.algorithm.bootstrap rl.algorithm.gamma rl.algorithm.lam
 rl.algorithm.max_refills rl.algorithm.name rl.algorithm.overlong_cache rl.algorithm.overlong_filter rl.algorithm.scale
 rl.algorithm.teacher_coefficient rl.algorithm.teacher_discount rl.critic rl.critic.epsilon rl.critic.learning_rate
 rl.environment rl.environment.args rl.environment.factory rl.environment.max_tokens rl.environment.max_turns
 rl.environment.seconds rl.environment.weight rl.generations rl.iterations rl.max_completion_length rl.minibatches
-rl.placement rl.placement.kind rl.placement.processes_per_engine rl.placement.resources rl.placement.rollout_devices rl.placement.staleness
+rl.placement rl.placement.kind rl.placement.memory rl.placement.processes_per_engine rl.placement.resources rl.placement.rollout_devices rl.placement.staleness
 rl.placement.worker_seconds rl.placement.workers rl.print_samples rl.prompts rl.reward_models rl.reward_models.name
 rl.reward_models.path rl.reward_models.weight rl.reward_workers rl.rewards rl.rewards.args rl.rewards.function
 rl.rewards.seconds rl.rewards.weight rl.slots rl.support run run.dir run.seed sampling sampling.min_p

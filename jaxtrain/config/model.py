@@ -75,6 +75,24 @@ class ModulesSection(Section):
     """Default: jaxtrain.nn.norm:RMSNorm."""
 
 
+_Block = Annotated[PositiveInt, Field(multiple_of=128)]
+
+
+class SplashSection(Section):
+    """Blocks of splash attention on TPU, in tokens. Rows that a block does not divide have a smaller one."""
+
+    block_q: _Block = 1024
+    """Queries."""
+    block_kv: _Block = 1024
+    """Keys that are in the chip's vector memory."""
+    block_kv_compute: _Block = 512
+    """Keys that are computed at a time."""
+    backward_block_kv: _Block = 2048
+    """Keys, in the fused backward kernel."""
+    fused_backward: bool = True
+    """One kernel for all gradients, for rows of up to 16384 tokens without a window or mesh.context."""
+
+
 Place = Literal["keep", "recompute", "offload"]
 
 
@@ -121,6 +139,8 @@ class ModelSection(Section):
     """full: `attention` alone is kept; dots: all that `RematSection` names; none: nothing is computed again."""
     attention: Annotated[Literal["auto", "xla", "splash", "cudnn"], MAY_CHANGE] = "auto"
     """The implementation; auto: splash on TPU, cuDNN on NVIDIA where it equals XLA, else XLA."""
+    splash: Annotated[SplashSection, MAY_CHANGE] = SplashSection()
+    """How splash attention is divided into blocks."""
     head_chunk: Annotated[PositiveInt | None, MAY_CHANGE] = None
     """Tokens of a chunk of logits on each device; default: 2048 on TPU (v5e: 512) and GPU, 512 elsewhere."""
     compiler_options: Annotated[dict[str, str | int | float | bool], MAY_CHANGE] = Field(default_factory=dict)

@@ -72,6 +72,9 @@ class PlacementSection(Section):
     """ray: a worker that takes longer for its share is given up."""
     resources: Annotated[dict[str, float], MAY_CHANGE] = Field(default_factory=dict)
     """ray: what a worker asks of the cluster, e.g. {GPU: 1}."""
+    memory: Annotated[Literal["kept", "phased"], MAY_CHANGE] = "kept"
+    """phased, with colocated: the optimizer's state is in the host's memory during sampling, and the engine's weights
+    and cache are freed during updates."""
     staleness: NonNegativeInt = 0
     """Optimizer steps that a rollout's policy may lie behind; 0: on policy."""
 
@@ -83,6 +86,11 @@ class PlacementSection(Section):
             raise ValueError(
                 f"processes_per_engine={self.processes_per_engine} belongs to kind=colocated, and this is "
                 f"kind={self.kind}"
+            )
+        if self.memory == "phased" and (self.kind != "colocated" or self.staleness):
+            raise ValueError(
+                f"memory=phased needs kind=colocated and staleness=0, where sampling and updates take turns on the "
+                f"same devices; this is kind={self.kind}, staleness={self.staleness}"
             )
         for key in ("workers", "worker_seconds", "resources") if self.kind != "ray" else ():
             if getattr(self, key) != PlacementSection.model_fields[key].get_default(call_default_factory=True):

@@ -154,6 +154,7 @@ class RunConfig(Section):
             raise ValueError("`recipe: rl` and the section `rl` belong together")
         check_teacher(self.recipe, self.teacher, self.rl)
         self._check_context()
+        self._check_rounding()
         if self.teacher is not None and self.teacher.cache is not None and TEACHER_PROBS in self.objective.signals:
             raise ValueError(
                 "teacher.cache holds log-probabilities of the student's own ids, which objective.name=ULD does not "
@@ -186,6 +187,16 @@ class RunConfig(Section):
             assert self.algorithm  # raises ValueError if the algorithm and the objective do not fit together
             self._check_sampling(self.rl)
         return self
+
+    def _check_rounding(self) -> None:
+        model = self.model
+        trained = model.param_dtype if model.lora is None else model.lora.dtype
+        if self.optimizer.rounding == "stochastic" and trained != "bfloat16":
+            key = "model.param_dtype" if model.lora is None else "model.lora.dtype"
+            raise ValueError(
+                f"optimizer.rounding=stochastic is for parameters in bfloat16, and {key}={trained}: use bfloat16, or "
+                "rounding=nearest"
+            )
 
     def _check_context(self) -> None:
         """The engine keeps whole samples on a device, or splits their heads."""

@@ -115,6 +115,9 @@ class OptimizerSection(Section):
     """Added to the divisor of an update."""
     state_dtype: DType = "float32"
     """Of the first moment."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of updates of parameters in bfloat16 (model.param_dtype); stochastic: the optimizer computes in float32, and
+    small updates are not lost."""
     args: dict[str, Any] = {}
     """Read by a function that `name` or `schedule` names by import path."""
 

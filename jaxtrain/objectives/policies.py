@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class ClippedPolicy(PolicyObjective):
     """
 
     dual_clip: float | None = None
+    proportional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +56,7 @@ class CISPO(PolicyObjective):
 
     epsilon_low: NonNegativeFloat = 1.0
     epsilon_high: NonNegativeFloat = 4.0
+    proportional: ClassVar[bool] = True
 
     def surrogate(self, tokens: Tokens) -> Float[Array, "B T"]:
         ratio = jnp.clip(jnp.exp(tokens.log_ratio), 1 - self.epsilon_low, 1 + self.epsilon_high)
@@ -88,6 +91,7 @@ class SAPO(_Unbounded):
     aggregation: Aggregation = "grpo"
     tau_pos: PositiveFloat = 1.0
     tau_neg: PositiveFloat = 1.05
+    proportional: ClassVar[bool] = True
 
     def surrogate(self, tokens: Tokens) -> Float[Array, "B T"]:
         tau = jnp.where(tokens.advantages > 0, self.tau_pos, self.tau_neg)
@@ -107,6 +111,7 @@ class VESPO(_Unbounded):
     lambda_pos: PositiveFloat = 3.0
     k_neg: NonNegativeFloat = 3.0
     lambda_neg: PositiveFloat = 2.0
+    proportional: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

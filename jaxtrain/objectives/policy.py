@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,13 @@ class PolicyObjective(Checked, ABC):
     correction: Correction | None = BY_TOKEN  # of the gap between the sampler's and the trainer's probabilities
     max_completion_length: PositiveInt = 1  # the divisor of `dr_grpo`
     temperature: PositiveFloat = 1.0  # that the samples were drawn at
+    # Whether the derivative of `surrogate` is 0 where the advantage is. A class with its own surrogate says so itself.
+    proportional: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "proportional" not in vars(cls) and not vars(cls).keys().isdisjoint(("surrogate", "corrected", "__call__")):
+            cls.proportional = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +129,12 @@ class PolicyObjective(Checked, ABC):
     def separable(self) -> bool:
         by_token = self.level == "token" and (self.correction is None or self.correction.level == "token")
         return by_token and self.off_policy_threshold is None
+
+    @property
+    def zeros_have_no_gradient(self) -> bool:
+        """Whether samples of advantage 0 may be left out: the loss has no KL, no entropy bonus and no quantile."""
+        with_kl = self.beta != 0 and self.kl_in == "loss"
+        return self.proportional and not with_kl and not self.entropy_coefficient and self.top_entropy == 1
 
     @abstractmethod
     def surrogate(self, tokens: Tokens) -> Float[Array, "B T"]:

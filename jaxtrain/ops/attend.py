@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jaxtrain.ops.blockwise import AttentionOptions, MaskInputs, blockwise_attention
+from jaxtrain.ops.blockwise import AttentionOptions, MaskInputs, SplashBlocks, blockwise_attention
 from jaxtrain.ops.context import PartKernel, attend_in_parts
 from jaxtrain.ops.gpu.cudnn import cudnn_attention
 from jaxtrain.ops.tpu.splash import splash_attention
@@ -15,7 +15,8 @@ from jaxtrain.parallel.mesh import platform_of
 from jaxtrain.parallel.sharding import CONTEXT, context_shards
 from jaxtrain.types import Array
 
-Impl = Literal["auto", "xla", "splash", "cudnn"]
+Impl = Literal["auto", "xla", "splash", "cudnn"] | SplashBlocks
+"""An implementation of attention; blocks mean splash attention with them."""
 
 
 def attend(
@@ -55,6 +56,8 @@ def attend(
     platform = platform_of(mesh)
     if impl == "auto":
         impl = "splash" if platform == "tpu" and packed else "xla"
+    if isinstance(impl, SplashBlocks):
+        impl, options = "splash", options._replace(splash=impl)
     if impl in ("splash", "cudnn") and not packed:
         raise ValueError(f"impl={impl!r} supports packed rows only: leave kv_pos and kv_seg out, or use 'xla'")
     if impl == "splash":

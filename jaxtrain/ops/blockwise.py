@@ -45,6 +45,16 @@ class MaskInputs(NamedTuple):
         return self.kv_pos is None
 
 
+class SplashBlocks(NamedTuple):
+    """Blocks of splash attention in tokens, multiples of 128; smaller ones are used if these do not divide a row."""
+
+    block_q: int = 1024
+    block_kv: int = 1024
+    block_kv_compute: int = 512  # keys of a block that are computed at a time
+    backward_block_kv: int = 2048  # of the fused backward kernel
+    fused_backward: bool = True  # one kernel for all gradients of causal rows: see `ops.tpu.splash`
+
+
 class AttentionOptions(NamedTuple):
     """Compile-time constants of a layer's attention."""
 
@@ -52,6 +62,7 @@ class AttentionOptions(NamedTuple):
     window: int | None = None  # a query attends to so many keys, its own among them; None: to all before it
     softcap: float | None = None  # a score is softcap * tanh(score / softcap)
     block: int = 128  # queries per block, outside the fused kernels
+    splash: SplashBlocks = SplashBlocks()
 
 
 class _Band(NamedTuple):

@@ -10,6 +10,7 @@ from jaxtyping import Float, Integer
 
 from jaxtrain.ops.cpu import ragged as cpu
 from jaxtrain.ops.gpu import ragged as gpu
+from jaxtrain.ops.gpu.described import described
 from jaxtrain.ops.tpu import ragged as tpu
 
 
@@ -65,7 +66,9 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
 
 
 def _takes_gpu_kernels(x: Array, kernels: Array) -> bool:
-    return gpu.supports(x, *kernels.shape[1:]) and gpu.kernels_agree(lax.ragged_dot, _ragged_outer)
+    if not gpu.supports(x, *kernels.shape[1:]):
+        return False
+    return described.get() or gpu.kernels_agree(lax.ragged_dot, _ragged_outer)
 
 
 def _ragged_outer(x: Array, g: Array, sizes: Array) -> Array:

@@ -99,14 +99,14 @@ def _compile(lowered: jax.stages.Lowered, platform: str) -> Compiled:
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        # XLA:CPU leaves the temporaries out of it.
-        peak=0 if platform == "cpu" else getattr(memory, "peak_memory_in_bytes", 0) or 0,
+        # XLA:CPU and XLA:GPU leave temporaries out of it.
+        peak=0 if platform in ("cpu", "NVIDIA") else getattr(memory, "peak_memory_in_bytes", 0) or 0,
     )
 
 
 def _versions() -> list[str]:
     found = []
-    for package in ("jax", "jaxlib", "libtpu"):
+    for package in ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt"):
         try:
             found.append(version(package))
         except PackageNotFoundError:

@@ -48,7 +48,9 @@ def estimate(config: RunConfig, target: Target) -> StateEstimate:
     model = config.model
     multiple = math.lcm(model.vocab_multiple, sizes["tensor"])
     alone = make_mesh(MeshSection(), jax.devices("cpu")[:1])
-    declared = declare(model.model_copy(update={"vocab_multiple": multiple}), alone, config.mesh.preset)
+    # Options of another compiler would be refused here.
+    changed = model.model_copy(update={"vocab_multiple": multiple, "compiler_options": {}})
+    declared = declare(changed, alone, config.mesh.preset)
     shares = _shares(declared.model.axes(), config.mesh.preset, sizes)
     trained, frozen = declared.trained, declared.frozen
     tx = make_optimizer(config.optimizer, lambda step: 0.0, declared.trained_axes)  # type: ignore[arg-type, return-value]

@@ -23,6 +23,7 @@ class Instruction(NamedTuple):
     shape: str  # of its result, as text
     opcode: str
     text: str  # all after the `=`
+    root: bool = False  # of its computation
 
     @property
     def operands(self) -> list[str]:
@@ -135,7 +136,8 @@ class Module:
                 if found[1]:
                     self.entry = found[2]
             elif current is not None and (found := _INSTRUCTION.match(line)):
-                current.append(_instruction(found[1], found[2]))
+                made = _instruction(found[1], found[2])
+                current.append(made._replace(root=line.lstrip().startswith("ROOT ")))
 
     def _add_row(self, table: str, number: int, row: str) -> None:
         if table == "FileNames":

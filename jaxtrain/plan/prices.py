@@ -36,6 +36,34 @@ CHIPS = {
     "TPU7x": Chip("tpu7x", 2.2e9, 96e9, 3.7e12, 9e10, torus=3, ring=4, attention=0.25, devices=2),
 }
 
+
+class Gpu(NamedTuple):
+    """What is known of a GPU in a node of eight that NVLink connects. The shares are predictions from published figures
+    of large kernels; none was measured by us.
+    """
+
+    name: str
+    hbm: float  # bytes
+    bandwidth: float  # bytes/s of HBM
+    link: float  # bytes/s over NVLink, one way
+    matmul: float = 0.70  # the share of the peak that many matmuls in a row reach
+    attention_forward: float = 0.55  # that cuDNN's attention reaches (arXiv:2407.08608)
+    attention_backward: float = 0.45
+    grouped: float = 0.55  # that Mosaic's grouped matmul reaches beside partial tiles: a guess, nothing is published
+    stream: float = 0.85  # of the bandwidth that element-wise kernels reach
+    collective: float = 0.75  # of the link that NCCL reaches within a node
+    latency: float = 15e-6  # seconds of a collective
+    launch: float = 2e-6  # seconds of a kernel
+    multiprocessors: int = 132
+    devices: int = 1
+    host_link: float = 25e9  # bytes/s between HBM and the host's memory: PCIe 5
+
+
+GPUS = {
+    "NVIDIA H100 80GB HBM3": Gpu("h100", 80e9, 3.35e12, 450e9),
+    "NVIDIA H200": Gpu("h200", 141e9, 4.8e12, 450e9),
+}
+
 GROUPED_MATMUL = 0.5  # the share of the peak of a Mosaic kernel over ragged groups: a guess, nothing is published
 
 DCN = 6.25e9  # bytes/s of a device between slices: 50 Gbit/s, a quarter of the 200 Gbit/s of a host of four chips

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtrain.plan.hlo import Instruction, Module, array_sizes, shape_bytes
-from jaxtrain.plan.prices import DCN, FREE_CALLS, CallPrice, Chip, UnpricedCallError, call_price, row_bytes
+from jaxtrain.plan.prices import DCN, FREE_CALLS, CallPrice, Chip, Gpu, UnpricedCallError, call_price, row_bytes
 
 _KINDS = ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all"]
 _COLLECTIVES = {*_KINDS, *(f"{kind}-start" for kind in _KINDS)}
@@ -103,7 +103,7 @@ class Reading:
 class Setting(NamedTuple):
     """What a program is read for."""
 
-    chip: Chip
+    chip: Chip | Gpu
     peak: float  # dense bf16 FLOP/s of a device
     network: Network
     trips: Callable[[str], int | None]  # of a loop whose number depends on the data, by its source lines
@@ -123,6 +123,7 @@ def read_tpu(module: Module, setting: Setting) -> Reading:
 
 class _Walker:
     def __init__(self, module: Module, setting: Setting):
+        assert isinstance(setting.chip, Chip)
         self.module, self.setting, self.chip, self.network = module, setting, setting.chip, setting.network
         self.reading = Reading()
         self._channels: set[tuple[str, str]] = set()
@@ -146,7 +147,7 @@ class _Walker:
             elif each.opcode == "call" and (called := each.called("to_apply")) in self.module.computations:
                 self.walk(str(called), times)
             elif each.opcode == "conditional":
-                for branch, share in self._branches(each):
+                for branch, share in branches(self.module, each, self.setting.never):
                     self.walk(branch, times * share)
             elif each.opcode == "copy-start" and "S(5)" in each.shape:  # the host's memory
                 size = shape_bytes(each.shape) / 2  # source and destination
@@ -183,21 +184,6 @@ class _Walker:
                 raise ValueError(f"the loop at {place} has a number of trips that plan does not know")
             count = found
         self.walk(body, times * count)
-
-    def _branches(self, each: Instruction) -> Iterator[tuple[str, float]]:
-        """The branches that run, and how often of every time."""
-        listed = re.search(r"branch_computations=\{([^}]*)\}", each.text)
-        if listed:
-            names = [name.strip().lstrip("%") for name in listed[1].split(",")]
-        else:
-            names = [str(each.called("true_computation")), str(each.called("false_computation"))]
-        place = self.module.where(each)
-        if any(file in place for file in _SWITCHES):
-            yield from ((name, 1 / len(names)) for name in names)
-        else:
-            # Of `lax.cond`: the last branch is that of a true predicate, and `true_computation` comes first.
-            true, false = (names[-1], names[0]) if listed else names
-            yield (false if self.module.function(each) in self.setting.never else true), 1.0
 
     def _fused(self, each: Instruction, computation: str, times: float) -> None:
         """The collectives that the compiler fused with what they run beside; one may be spread over several."""
@@ -236,6 +222,22 @@ class _Walker:
             seconds = max(seconds, received / DCN)
         made = Collective(kind, axes, group, size * times, seconds * times, hidden, self.module.where(each))
         self.reading.collectives.append(made)
+
+
+def branches(module: Module, each: Instruction, never: frozenset[str]) -> Iterator[tuple[str, float]]:
+    """The branches of a conditional that run, and how often of every time. `never`: see `Setting`."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", each.text)
+    if listed:
+        names = [name.strip().lstrip("%") for name in listed[1].split(",")]
+    else:
+        names = [str(each.called("true_computation")), str(each.called("false_computation"))]
+    place = module.where(each)
+    if any(file in place for file in _SWITCHES):
+        yield from ((name, 1 / len(names)) for name in names)
+    else:
+        # Of `lax.cond`: the last branch is that of a true predicate, and `true_computation` comes first.
+        true, false = (names[-1], names[0]) if listed else names
+        yield (false if module.function(each) in never else true), 1.0
 
 
 def _received(kind: str, size: float, group: int, *, started: bool) -> float:

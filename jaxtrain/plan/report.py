@@ -61,6 +61,7 @@ class RunPlan:
     steps: int | None = None  # of the run
     step_tokens: int = 0  # trained in a step
     transfer: WeightTransfer | None = None  # of weights to engines on other devices
+    host_seconds: float | None = 0.0  # of optimizers to the host and back (`rl.placement.memory`); None: not known
 
     @property
     def update(self) -> Phase | None:
@@ -73,7 +74,8 @@ class RunPlan:
         known = [phase.seconds for phase in self.phases]
         if self.transfer is not None:
             known.append(self.transfer.seconds)
-        return None if not known or None in known else sum(each for each in known if each is not None)
+        known.append(self.host_seconds)
+        return None if not self.phases or None in known else sum(each for each in known if each is not None)
 
     @property
     def mfu(self) -> float | None:
@@ -132,6 +134,7 @@ class RunPlan:
             "bound": None if self.update is None else bound(self.update),
             "cost": self.cost,
             "transfer": self.transfer and self.transfer._asdict(),
+            "host_seconds": self.host_seconds,
             "programs": {phase.program.name: _program_json(phase, self.target, profile) for phase in self.phases},
         }
 
@@ -185,6 +188,8 @@ def plan_text(plan: RunPlan, profile: int = 0) -> str:
         parts = [f"{phase.program.name} {phase.seconds:.3f}" for phase in plan.phases if phase.seconds is not None]
         if plan.transfer is not None:
             parts.append(f"weights {plan.transfer.seconds:.3f}")
+        if plan.host_seconds:
+            parts.append(f"optimizer to the host and back {plan.host_seconds:.3f}")
         lines.append(f"step: {plan.seconds:.3f} s predicted" + (f" ({', '.join(parts)})" if len(parts) > 1 else ""))
         lines.append(f"  {plan.tokens_per_second_per_chip:.0f} tokens/s/chip")
     if plan.mfu is not None:

@@ -44,6 +44,9 @@ from jaxtrain.sample.samples import default_settings
 from jaxtrain.session.roles import RunRoles
 from jaxtrain.types import Batch, Params
 
+SAMPLING = ("merge", "reshard", "prefill", "decode")
+"""The programs of the phase in which an engine gets the weights and samples."""
+
 _UNASKED = frozenset({"constrain", "forbid_stops"})  # conditionals of what a rollout does not use
 
 
@@ -182,7 +185,7 @@ def decode_program(model: Model, params: Params, slots: int, columns: int, suppo
     state = engine.SlotState(*np.zeros((5, slots), np.int32))._replace(live=np.zeros(slots, np.bool_))
     host = (default_settings(slots), tries, state, (np.int32(limits.steps), np.int32(1)))
     rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), host)
-    lowered = engine.decode.lower(model, limits, params, (cache, marks), *rest)
+    lowered = engine.with_options(model.run.compiler_options)[1].lower(model, limits, params, (cache, marks), *rest)
     flops = _forward_flops(model, slots, 1, head=True)
     inputs = {"engine's parameters": params, "cache": (cache, marks)}
     grouped = grouped_rows(model, mesh, slots)
@@ -203,7 +206,7 @@ def _prefill(model: Model, params: Params, rooms: tuple[int, int], prompts: int,
     everywhere = replicated(mesh)
     tokens = jax.ShapeDtypeStruct((rows, bucket), np.int32, sharding=everywhere)
     lengths = jax.ShapeDtypeStruct((rows,), np.int32, sharding=everywhere)
-    lowered = engine.prefill.lower(model, params, tokens, lengths)
+    lowered = engine.with_options(model.run.compiler_options)[0].lower(model, params, tokens, lengths)
     inputs = {"engine's parameters": params}
     flops = _forward_flops(model, rows, bucket, head=False)
     calls, grouped = -(-prompts // rows), grouped_rows(model, mesh, rows * bucket)

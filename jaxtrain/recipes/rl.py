@@ -63,15 +63,16 @@ def run(
 
         policy = session.trained_role("policy", algorithm.objective)
         critic = critic_role(session) if algorithm.critic else None
+        trained = [policy, critic] if critic else [policy]
         prompts = prompt_stream(session, policy)
         coefficients = Coefficients.initial(algorithm.objective)
         rollouts = RolloutLoop(session, prompts, coefficients)
-        session.restore(*([policy, critic] if critic else [policy]), data=rollouts)
+        session.restore(*trained, data=rollouts)
         reference = reference_role(policy) if algorithm.needs_reference else None
         teacher = make_teacher(session, policy) if algorithm.needs_teacher else None
 
         deal = Deal.of_run(section.placement.processes_per_engine)
-        sampler = make_sampler(session, policy)
+        sampler = make_sampler(session, policy, trained)
         environment_weight = section.environment.weight if section.environment else 1.0
         models = reward_models(session, policy)
         reward, held_out = (
@@ -92,10 +93,10 @@ def run(
             limits=length_limits(section, config.data.max_length),
             deal=deal,
         )
-        source = Replay(replay) if replay else make_source(session, collect, sampler, prompts)
+        source = Replay(replay) if replay else make_source(session, collect, sampler, prompts, trained)
 
         def experience_from(samples: Collected) -> Experience:
-            experience = pack_samples(samples, config, policy.mesh, deal)
+            experience = pack_samples(samples, config, policy.mesh, deal, reward.weights)
             if isinstance(teacher, HiddenStates):
                 experience.without_signals()  # the objective reads those of the teacher alone
                 return experience

@@ -135,7 +135,8 @@ def group_statistics(totals: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray
         members = groups == group
         known = totals[members & np.isfinite(totals)]
         count[members] = len(known)
-        mean[members] = known.mean() if len(known) else 0
+        # Equal rewards are their mean exactly, so that their advantages are 0 and not a rounding error.
+        mean[members] = (known[0] if np.ptp(known) == 0 else known.mean()) if len(known) else 0
         std[members] = known.std(ddof=1) if len(known) > 1 else 0
     return mean, std, count
 

@@ -110,6 +110,14 @@ class Algorithm(Checked):
         return isinstance(self.objective, PolicyObjective) and self.needs_reference and self.objective.kl_in == "reward"
 
     @property
+    def zeros_have_no_gradient(self) -> bool:
+        """Whether the advantages follow from the rewards alone, and those that are 0 make the gradient 0."""
+        objective = self.objective
+        if not isinstance(objective, PolicyObjective) or not objective.zeros_have_no_gradient:
+            return False
+        return not (self.critic or self.kl_in_reward or self.needs_teacher)
+
+    @property
     def settings(self) -> Settings:
         return Settings(self.gamma, self.lam, self.scale)
 

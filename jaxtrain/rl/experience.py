@@ -15,7 +15,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.objectives.kl import divergence
 from jaxtrain.objectives.policy import ENTROPY_COEFFICIENTS, PolicyObjective
 from jaxtrain.parallel.batches import host_rows, local_row_shares
-from jaxtrain.rl.advantages import Outcomes, teacher_terms
+from jaxtrain.rl.advantages import Advantages, Outcomes, teacher_terms
 from jaxtrain.rl.algorithms import Algorithm
 from jaxtrain.rl.coefficients import Coefficients
 from jaxtrain.rl.collect import Collected
@@ -44,6 +44,7 @@ class Experience:
     # each the teacher's log-probabilities, if there is a teacher.
     last_values: np.ndarray | None = None
     teacher_logps: list[np.ndarray] = field(default_factory=list)
+    estimates: Advantages | None = None  # of all trajectories, where they were estimated before packing
     done: int = 0  # number of completed updates
 
     def __iter__(self) -> Iterator[Batch]:
@@ -117,19 +118,34 @@ class Experience:
 
 
 def pack_samples(
-    samples: Collected, config: RunConfig, mesh: jax.sharding.Mesh, deal: Deal | None = None
+    samples: Collected,
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    deal: Deal | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Experience:
     """Pack the samples into minibatches of rows: contiguous parts, of sizes as equal as possible.
 
-    Every process packs its own samples of each part.
+    Every process packs its own samples of each part. Samples that have no gradient because their advantage is 0 are
+    left out; the metric `frac_advantage_zero` is their share. `weights`: as in `add_advantages`.
     """
     assert config.rl is not None
     deal = deal or Deal.of_run()
-    count = len(samples.trajectories)
+    trajectories, estimates, metrics, algorithm = list(samples.trajectories), None, {}, config.algorithm
+    router_loss = config.model.router_aux_loss_coef or config.model.router_z_loss_coef  # of all tokens
+    if algorithm.zeros_have_no_gradient and not router_loss:
+        assert algorithm.advantages is not None
+        estimates = algorithm.advantages(_outcomes(trajectories, weights), algorithm.settings)
+        zero = [not t.left_out and not a.any() for t, a in zip(trajectories, estimates.advantages, strict=True)]
+        trajectories = [t._replace(left_out=t.left_out or none) for t, none in zip(trajectories, zero, strict=True)]
+        metrics["frac_advantage_zero"] = float(np.mean(zero))
+    count = len(trajectories)
     bounds = np.linspace(0, count, min(config.rl.minibatches, count) + 1).astype(int)
-    parts = [deal.own(samples.trajectories[start:stop]) for start, stop in itertools.pairwise(bounds.tolist())]
+    parts = [deal.own(trajectories[start:stop]) for start, stop in itertools.pairwise(bounds.tolist())]
     minibatches = pack_parts(parts, config.data.tokens_per_row(), row_multiple(config, mesh))
-    return Experience(minibatches, config.rl.updates, samples.trajectories, deal=deal)
+    return Experience(
+        minibatches, config.rl.updates, samples.trajectories, deal=deal, metrics=metrics, estimates=estimates
+    )
 
 
 def row_multiple(config: RunConfig, mesh: jax.sharding.Mesh) -> int:
@@ -187,22 +203,17 @@ def add_advantages(
     assert algorithm.advantages is not None and isinstance(objective, PolicyObjective)
     coefficients = coefficients or Coefficients.initial(objective)
     entropy = _entropy(trajectories)
-    zeros = [np.zeros(len(t.completion_ids)) for t in trajectories]
-    names = sorted({name for t in trajectories for name in t.rewards})
-    outcomes = Outcomes(
-        rewards=np.array([t.reward for t in trajectories]),
-        groups=np.array([t.prompt.number for t in trajectories]),
-        masks=[t.trained_mask for t in trajectories],
-        token_rewards=[
-            zero if t.token_rewards is None else t.token_rewards for t, zero in zip(trajectories, zeros, strict=True)
-        ],
-        penalties=_penalties(experience, algorithm, coefficients.beta) if algorithm.kl_in_reward else zeros,
-        values=experience.of_all(experience.gather("values")) if algorithm.critic else None,
-        last_values=None if last_values is None else np.array(experience.of_all(list(last_values))),
-        parts={name: np.array([t.rewards.get(name, np.nan) for t in trajectories]) for name in names},
-        weights={name: (weights or {}).get(name, 1.0) for name in names},
-    )
-    estimates = algorithm.advantages(outcomes, algorithm.settings)
+    estimates = experience.estimates
+    if estimates is None:
+        outcomes = _outcomes(trajectories, weights)
+        if algorithm.kl_in_reward:
+            outcomes = outcomes._replace(penalties=_penalties(experience, algorithm, coefficients.beta))
+        if algorithm.critic:
+            outcomes = outcomes._replace(
+                values=experience.of_all(experience.gather("values")),
+                last_values=None if last_values is None else np.array(experience.of_all(list(last_values))),
+            )
+        estimates = algorithm.advantages(outcomes, algorithm.settings)
     if algorithm.teacher_coefficient:
         pairs = zip(estimates.advantages, _teacher_terms(experience, algorithm), strict=True)
         estimates = estimates._replace(advantages=[of_rewards + term for of_rewards, term in pairs])
@@ -219,6 +230,23 @@ def add_advantages(
     experience.trajectories = [
         t._replace(advantages=a) for t, a in zip(trajectories, estimates.advantages, strict=True)
     ]
+
+
+def _outcomes(trajectories: Sequence[Trajectory], weights: Mapping[str, float] | None) -> Outcomes:
+    """What rewards and environments said of the trajectories; `weights` of the parts of a reward."""
+    zeros = [np.zeros(len(t.completion_ids)) for t in trajectories]
+    names = sorted({name for t in trajectories for name in t.rewards})
+    return Outcomes(
+        rewards=np.array([t.reward for t in trajectories]),
+        groups=np.array([t.prompt.number for t in trajectories]),
+        masks=[t.trained_mask for t in trajectories],
+        token_rewards=[
+            zero if t.token_rewards is None else t.token_rewards for t, zero in zip(trajectories, zeros, strict=True)
+        ],
+        penalties=zeros,
+        parts={name: np.array([t.rewards.get(name, np.nan) for t in trajectories]) for name in names},
+        weights={name: (weights or {}).get(name, 1.0) for name in names},
+    )
 
 
 def _teacher_terms(experience: Experience, algorithm: Algorithm) -> list[np.ndarray]:

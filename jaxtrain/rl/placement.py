@@ -98,8 +98,11 @@ def _engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
     return make_mesh(section.model_copy(update={"data": 1, "fsdp": -1, **sizes}), devices)
 
 
-def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySampler:
+def make_sampler(session: Session, policy: TrainedRole, trained: Sequence[TrainedRole]) -> EngineSampler | RaySampler:
     """A sampler with the policy's parameters. It is closed with the run, and interrupted when the run shall stop.
+
+    With `rl.placement.memory: phased` the optimizers' states of the roles `trained` wait on the host meanwhile, and the
+    sampler has no parameters until the first rollout.
 
     Raises ValueError for a placement that several processes do not have, or whose engines the processes cannot form.
     """
@@ -127,7 +130,13 @@ def make_sampler(session: Session, policy: TrainedRole) -> EngineSampler | RaySa
     if len(meshes) > 1:
         disjoint = placement.kind == "disjoint"
         copies = _trainer_parts(config.mesh, session.mesh, len(meshes)) if disjoint else meshes
+    phased = placement.memory == "phased"
+    for role in trained if phased else ():
+        role.wait_on_host()
     sampler = build_sampler(placement, spec, policy.model, policy.snapshot(), copies)
+    if phased:
+        assert isinstance(sampler, EngineSampler)
+        sampler.release()
     if placement.processes_per_engine > 1:
         assert isinstance(sampler, EngineSampler) and mesh is not None
         sampler.agree_on_interrupts(Agreement(session.preemption, mesh).check)

@@ -2,14 +2,17 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from jaxtrain.data.prompts import PromptStream
 from jaxtrain.rl.collect import Collected
+from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.rollouts import Sampler
+from jaxtrain.rl.sampler import EngineSampler
+from jaxtrain.roles.role import TrainedRole
 from jaxtrain.session.session import Session
 from jaxtrain.train.agree import beside_training
 from jaxtrain.types import Params
@@ -50,6 +53,31 @@ class OnPolicySource:
 
     def close(self) -> None:
         """Does nothing: rollouts run inside of `__call__`."""
+
+
+class PhasedSource:
+    """On-policy samples, during which the optimizers' states wait on the host, and after which the engine is released
+    (`rl.placement.memory: phased`)."""
+
+    def __init__(self, source: OnPolicySource, sampler: EngineSampler, roles: Sequence[TrainedRole]):
+        self._source, self._sampler, self._roles = source, sampler, roles
+
+    def __call__(self, params: Params, number: int) -> Collected | None:
+        start = time.perf_counter()
+        for role in self._roles:
+            role.wait_on_host()
+        seconds = time.perf_counter() - start
+        try:
+            collected = self._source(params, number)
+        finally:  # also after an interrupt, since a save needs the optimizer's state on the device
+            self._sampler.release()
+        return _with_times(collected, {"time/to_host": seconds})
+
+    def state(self) -> Any:
+        return self._source.state()
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class PrefetchingSource:
@@ -129,16 +157,24 @@ class PrefetchingSource:
 
 
 def make_source(
-    session: Session, collect: CollectSamples, sampler: Sampler, prompts: PromptStream[Any]
-) -> OnPolicySource | PrefetchingSource:
-    """The source for `rl.placement.staleness`. It is closed with the run.
+    session: Session,
+    collect: CollectSamples,
+    sampler: EngineSampler | RaySampler,
+    prompts: PromptStream[Any],
+    roles: Sequence[TrainedRole],
+) -> SampleSource:
+    """The source for `rl.placement.staleness` and `memory`. It is closed with the run. `roles` are all that train.
 
     Raises ValueError if sampling cannot overlap with training.
     """
     section = session.config.rl
     assert section is not None
     if not section.placement.staleness:
-        return OnPolicySource(collect, sampler, prompts.get_state)
+        on_policy = OnPolicySource(collect, sampler, prompts.get_state)
+        if section.placement.memory == "kept":
+            return on_policy
+        assert isinstance(sampler, EngineSampler)
+        return PhasedSource(on_policy, sampler, roles)
     if section.reward_models and session.mesh.size > 1:
         raise ValueError(
             f"rl.reward_models on the trainer's {session.mesh.size} devices cannot run during training: use "

@@ -72,6 +72,13 @@ class EngineSampler:
             finally:
                 self._sampling.release()
 
+    def release(self) -> None:
+        """Free the engine's weights and cache until the next `set_params`. Nothing may be sampling."""
+        with self._sampling:
+            self._metrics |= self._engine.usage()
+            self._pending.clear()
+            self._engine.release()
+
     def metrics(self) -> dict[str, float]:
         """Of the newest `set_params` the bytes and seconds of the transfer; the engine's slots and memory in use since
         the last call."""

@@ -20,6 +20,8 @@ from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.nn.remat import DENSE_ONLY, RECOMPUTE, Remat
 from jaxtrain.ops.attend import Impl
+from jaxtrain.ops.blockwise import SplashBlocks
+from jaxtrain.ops.gpu.described import described
 from jaxtrain.ops.gpu.parity import HeadShapes, agrees_with_xla
 from jaxtrain.ops.quantize import QuantizedFormat, quantize_kernels
 from jaxtrain.parallel.mesh import check_compiler_options, default_head_chunk, platform_of
@@ -127,15 +129,19 @@ def _execution(section: ModelSection, mesh: jax.sharding.Mesh) -> Execution:
 
 
 def _attention(section: ModelSection, config: ModelConfig, mesh: jax.sharding.Mesh) -> Impl:
-    """`auto` on a GPU is cuDNN's attention if it takes the model's layers and equals XLA's on this GPU.
+    """`auto` on a GPU is cuDNN's attention if it takes the model's layers and equals XLA's on this GPU. It is taken to
+    do so on GPUs that are not there, which a program is only compiled for. On TPU it is splash attention.
 
     cuDNN's has no offset of the queries, which the parts of a row need.
     """
-    here = mesh.devices.flat[0].client is jax.local_devices()[0].client  # a topology has no GPU to compare on
+    if section.attention == "splash" or (section.attention == "auto" and platform_of(mesh) == "tpu"):
+        return SplashBlocks(**section.splash.model_dump())
     sixteen_bit = section.compute_dtype != "float32"
     decided = section.attention != "auto" or platform_of(mesh) != "gpu" or context_shards(mesh) > 1
-    if decided or not here or not sixteen_bit:
+    if decided or not sixteen_bit:
         return section.attention
+    if described.get():
+        return "xla" if config.attention_softcap is not None else "cudnn"
     tensor = mesh.shape["tensor"]
     layers = [
         HeadShapes(

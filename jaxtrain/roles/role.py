@@ -165,6 +165,7 @@ class TrainedRole(Role):
         super().__init__(name, section, declared, seed)
         self._update = update
         self._state: TrainState | None = None
+        self._on_host = False  # the optimizer's state
         self.frozen: Params = {}
         self.teacher_head: Head | None = None  # of an objective that requests a divergence
         self._step: Any = None
@@ -172,8 +173,25 @@ class TrainedRole(Role):
 
     @property
     def state(self) -> TrainState:
+        """Parameters, the optimizer's state and counters, all of it on the device."""
+        if self._on_host:
+            held = self._held
+            placed = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state().opt_state)
+            self._state, self._on_host = held._replace(opt_state=_moved(held.opt_state, placed)), False
         assert self._state is not None, f"role {self.name} has no state: it was not restored, or an update failed"
         return self._state
+
+    @property
+    def _held(self) -> TrainState:
+        assert self._state is not None, f"role {self.name} has no state"
+        return self._state
+
+    def wait_on_host(self) -> None:
+        """Move the optimizer's state to the host's memory, until something reads `state`, such as the next update."""
+        held = self._held
+        if not self._on_host:
+            placed = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("pinned_host"), held.opt_state)
+            self._state, self._on_host = held._replace(opt_state=_moved(held.opt_state, placed)), True
 
     @property
     def restored(self) -> bool:
@@ -182,12 +200,12 @@ class TrainedRole(Role):
 
     @property
     def params(self) -> Params:
-        return join(self.state.params, self.frozen)
+        return join(self._held.params, self.frozen)
 
     @property
     def step(self) -> int:
         """Number of optimizer steps, including skipped ones. Reading it waits for the device."""
-        return int(self.state.step)
+        return int(self._held.step)
 
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every leaf of the state; uses no memory."""
@@ -221,7 +239,7 @@ class TrainedRole(Role):
         if self._state is not None:
             return self._step.lower(self._state, self.frozen, batch, self.teacher_head)
         state = self.abstract_state()
-        step = jit_step(self._make_step(), state, self.mesh)
+        step = jit_step(self._make_step(), state, self.mesh, self.model.run.compiler_options)
         return step.lower(state, self.declared.frozen, batch, self.teacher_head)
 
     def snapshot(self) -> Snapshot:
@@ -262,3 +280,10 @@ class Update(NamedTuple):
     optimizer: optax.GradientTransformation
     schedule: Schedule
     train: TrainSection
+
+
+def _moved(tree: Any, shardings: Any) -> Any:
+    """The arrays in another kind of memory. The old ones are deleted: JAX donates only within one kind."""
+    moved = jax.block_until_ready(jax.device_put(tree, shardings))
+    jax.tree.map(lambda leaf: leaf.delete(), tree)
+    return moved

@@ -9,7 +9,7 @@ from jaxtrain.nn.cache import columns_of
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.capacity import commit_like, empty_buffers
+from jaxtrain.sample.capacity import MARK, commit_like, empty_buffers
 from jaxtrain.types import Params
 
 _MIN_COLUMNS, MIN_PROMPT = 64, 32
@@ -35,6 +35,10 @@ class Buffers:
         self.cache, self.marks = commit_like(model, params, empty_buffers(model, slots, self.columns))
         self.cached_prompts: list[PromptIds | None] = [None] * slots
         """The prompt whose keys and values are in each slot."""
+
+    def free(self) -> None:
+        """Free the memory; the buffers are not usable any more."""
+        self.cache, self.marks = (), np.zeros((0, 0), MARK)
 
     def fit(self, tokens: int, rows: int | None = None) -> None:
         """Resize the buffers, layer by layer, to the bucket for `tokens` columns, and to `rows` if given."""
@@ -65,6 +69,20 @@ class Buffers:
         """Copy `rows` of a prefill, `lengths` tokens long, into `slots`."""
         places = (self._padded(each) for each in (rows, slots, lengths))
         self.cache = programs.insert(self._model, self.cache, fresh, *places, np.int32(len(slots)))
+
+    def assign(self, prompts: dict[int, PromptIds]) -> tuple[list[tuple[int, int]], dict[PromptIds, list[int]]]:
+        """Give slots to prompts without their last tokens. Returns the pairs of a slot that holds the same prompt and
+        the slot to copy it to, and the slots of each prompt that must be computed."""
+        holders = {p: slot for slot, p in enumerate(self.cached_prompts) if p is not None and slot not in prompts}
+        forks: list[tuple[int, int]] = []
+        fresh: dict[PromptIds, list[int]] = {}
+        for slot, prompt in prompts.items():
+            if prompt in holders:
+                forks.append((holders[prompt], slot))
+            elif prompt:
+                fresh.setdefault(prompt, []).append(slot)
+            self.cached_prompts[slot] = prompt or None
+        return forks, fresh
 
     def fork(self, sources: Sequence[int], slots: Sequence[int]) -> None:
         """Copy keys and values from the slots `sources` to `slots`."""
@@ -123,3 +141,16 @@ def prefill_groups(
             rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
             yield group[:rows], length, rows
             group = group[rows:]
+
+
+def padded_prompts(
+    prompts: Sequence[tuple[PromptIds, list[int]]], length: int, rows: int
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]:
+    """Tokens [rows, length] and lengths [rows] of a prefill, and the row, slot and length of each copy of a prompt."""
+    tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+    places: list[tuple[int, int, int]] = []
+    for row, (prompt, slots) in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+        places += [(row, slot, len(prompt)) for slot in slots]
+    return tokens, lengths, places

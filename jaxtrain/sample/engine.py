@@ -15,7 +15,7 @@ import numpy as np
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.buffers import Buffers, bucket_for, prefill_groups, prefill_rows
+from jaxtrain.sample.buffers import Buffers, bucket_for, padded_prompts, prefill_groups, prefill_rows
 from jaxtrain.sample.capacity import MARK, place_params
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, SlotState
@@ -96,14 +96,24 @@ class Engine:
         self._running: list[Sample | None] = [None] * slots
         self._waiting = Waiting()
         self._submitted = 0
-        self._params, self.version = place_params(self.model, params), version
+        self._params: Params | None = place_params(self.model, params)
+        self.version = version
         self._buffers = Buffers(self.model, self._params, slots, max_length)
         self._usage = EngineUsage(self.model, slots)
 
     def set_params(self, params: Params, version: int) -> None:
         """Use these weights from the next device call on. Requests in flight keep their cached keys and values."""
+        released = self._params is None
         self._params, self.version = place_params(self.model, params), version
+        if released:
+            self._buffers = Buffers(self.model, self._params, self.slots, self.max_length)
         self._buffers.cached_prompts = [None] * self.slots
+
+    def release(self) -> None:
+        """Free the weights and the cache. `set_params` makes the engine usable again. It must be idle."""
+        assert not self.busy
+        self._params = None
+        self._buffers.free()
 
     def add_tries(self, tries: Sequence[Trie]) -> None:
         """Register tries before the requests that use them. Recompiles when their size exceeds a power of two."""
@@ -199,6 +209,7 @@ class Engine:
         self.check([Request(prompt_ids)])
         prompt = np.asarray(prompt_ids, np.int32)
         size = self._shares, bucket_for(self._buffers.prompt_lengths, len(prompt))
+        assert self._params is not None, "the engine was released"
         return score_prompt(self.model, self._params, prompt, size, min(alternatives, self.model.config.vocab_size))
 
     def share_slots(self) -> None:
@@ -307,18 +318,9 @@ class Engine:
         live = self._state.live
         buffers.fit(max(longest, int(self._state.position[live].max(initial=0)) + 1), self.slots)
 
-        taken = {slot for slot, _, _ in admitted}
-        holders = {p: slot for slot, p in enumerate(buffers.cached_prompts) if p is not None and slot not in taken}
-        forks: list[tuple[int, int]] = []
-        fresh: dict[tuple[int, ...], list[int]] = {}
+        forks, fresh = buffers.assign({slot: sample.prompt[:-1] for slot, sample, _ in admitted})
         for slot, sample, marks in admitted:
-            cached = sample.prompt[:-1]
-            if cached in holders:
-                forks.append((holders[cached], slot))
-            elif cached:
-                fresh.setdefault(cached, []).append(slot)
             self._occupy(slot, sample, marks)
-            buffers.cached_prompts[slot] = cached or None
         if forks:
             buffers.fork(*zip(*forks, strict=True))
         for group, length, rows in prefill_groups(fresh, buffers.prompt_lengths, self.slots, self._shares):
@@ -342,12 +344,7 @@ class Engine:
 
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
         """Compute the keys and values of each prompt once and copy them to its slots."""
-        tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-        places: list[tuple[int, int, int]] = []
-        for row, (prompt, slots) in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-            places += [(row, slot, len(prompt)) for slot in slots]
+        tokens, lengths, places = padded_prompts(prompts, length, rows)
         fresh = self._programs[0](self.model, self._params, tokens, lengths)
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 

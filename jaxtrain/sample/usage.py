@@ -26,9 +26,10 @@ class EngineUsage:
         if rows * columns > self._largest[0] * self._largest[1]:
             self._largest = rows, columns
 
-    def read(self, params: Params) -> dict[str, float]:
+    def read(self, params: Params | None) -> dict[str, float]:
         """`engine/slots_in_use`, the mean share of the slots that held a sample, and `engine/memory_gib`, what weights
-        and the largest cache take on a device, since the last call. Empty if there was no device call.
+        and the largest cache take on a device, since the last call. Empty if there was no device call. `params` is
+        None where the engine has released them.
         """
         if not self._calls:
             return {}

@@ -106,7 +106,8 @@ class MetricWindow:
                 f"{lost:.0%} of the updates were lost to rounding: they are smaller than half a unit in the last place "
                 f"of their {self._model.param_dtype} parameters. Train with "
                 "model.param_dtype=float32 (compute_dtype and the export can stay bfloat16) or with model.lora, or "
-                "raise optimizer.learning_rate; metrics.jsonl has the share as updates_lost_to_rounding",
+                "optimizer.rounding=stochastic (bfloat16), or raise optimizer.learning_rate; "
+                "metrics.jsonl has the share as updates_lost_to_rounding",
                 stacklevel=3,
             )
 

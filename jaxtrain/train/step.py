@@ -34,6 +34,7 @@ from jaxtrain.ops.token_scores import LossDerivative, Scoring, Targets, Teacher,
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.mesh import CompilerOptions, compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
+from jaxtrain.train.rounding import apply_updates
 from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, Scores, TrainState
 
 Metrics = Mapping[str, Metric]
@@ -201,7 +202,8 @@ def make_step(
     The divisors of the loss are counted over the whole batch before it is split into microbatches, so the gradient does
     not depend on their number. The load-balancing loss of a mixture of experts is an exception: it is computed for each
     microbatch and weighted by its tokens. If loss or gradient are not finite, the step changes only the counters.
-    With parameters below float32, the metrics include `updates_lost_to_rounding`.
+    With parameters below float32 whose updates are rounded to the nearest value, the metrics include
+    `updates_lost_to_rounding`.
 
     Raises ValueError if the objective requests scores that the model's head does not compute. The step raises
     ValueError if the batch lacks a signal of the objective.
@@ -276,8 +278,8 @@ def make_step(
             grads = jax.tree.map(lambda g: g * clip_factor.astype(g.dtype), grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        metrics = {**total.metrics, **_lost_to_rounding(state.params, updates, ok)}
+            params, rounding = apply_updates(tx, state.params, updates, ok, key)
+        metrics = {**total.metrics, **rounding}
 
         state = TrainState(
             step=state.step + 1,
@@ -370,27 +372,6 @@ def merge_rows(pieces: Any, mesh: jax.sharding.Mesh | None) -> Any:
         return constrain_rows(strided.reshape(-1, *strided.shape[2:]), mesh)
 
     return jax.tree.map(merge_leaf, pieces)
-
-
-def _lost_to_rounding(params: Params, updates: Any, ok: Array) -> dict[str, Metric]:
-    """The share of updates of parameters below float32 that round to no change; empty without such parameters."""
-    lost, nonzero = jnp.zeros(()), jnp.zeros(())
-    narrow = False
-    for leaf, update in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
-        if leaf.dtype.itemsize >= 4:
-            continue
-        narrow, precision = True, jnp.finfo(leaf.dtype)
-        before, update = leaf.astype(jnp.float32), update.astype(jnp.float32)
-        # Explicit, because XLA may omit a rounding to bfloat16 whose result is only compared.
-        after = jax.lax.reduce_precision(before + update, precision.nexp, precision.nmant)
-        lost += _count(ok & (update != 0) & (after == before))
-        nonzero += _count(ok & (update != 0))
-    return {"updates_lost_to_rounding": Mean(lost, nonzero)} if narrow else {}
-
-
-def _count(mask: Array) -> Array:
-    """float32 []: from means over axes, since a float32 sum of ones stops at 2**24 and an int32 sum overflows."""
-    return mask.astype(jnp.float32).mean(-1).mean() * mask.size
 
 
 def _select(ok: Array, new: Any, old: Any) -> Any:

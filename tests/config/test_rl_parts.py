@@ -38,3 +38,10 @@ def test_keys_of_another_kind_of_placement_are_refused(keys, message):
         PlacementSection(**keys)
     PlacementSection(kind="ray", workers=2, resources={"GPU": 1.0})
     PlacementSection(kind="disjoint", rollout_devices=2)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "disjoint", "rollout_devices": 1}, {"staleness": 1}], ids=str)
+def test_phases_need_sampling_and_updates_in_turn_on_the_same_devices(changes):
+    assert PlacementSection(memory="phased").memory == "phased"
+    with pytest.raises(ValidationError, match="memory=phased needs kind=colocated and staleness=0"):
+        PlacementSection(memory="phased", **changes)

@@ -12,6 +12,7 @@ RL = SFT | {"recipe": "rl", "rl": {"rewards": [{"function": "exact_answer"}]}}
     [
         (SFT | {"eval": {"generate": 4}}, "eval.generate needs data.eval"),
         (SFT | {"rl": RL["rl"]}, "`recipe: rl` and the section `rl` belong together"),
+        (SFT | {"optimizer": {"rounding": "stochastic"}}, "rounding=stochastic is .* model.param_dtype=float32"),
         (SFT | {"recipe": "rl"}, "`recipe: rl` and the section `rl` belong together"),
         (SFT | {"sampling": {}}, "recipe sft draws no samples"),
         (RL | {"mesh": {"context": 2}}, "mesh.context=2 splits the tokens of rows, .* recipe rl samples with"),

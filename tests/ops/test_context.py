@@ -4,8 +4,8 @@ import pytest
 from attention_problem import VARIANTS, assert_close, attending, only_real, packed, tensors, value_and_gradients
 
 from jaxtrain.config import MeshSection
+from jaxtrain.ops.blockwise import SplashBlocks
 from jaxtrain.ops.context import query_order
-from jaxtrain.ops.tpu import splash
 from jaxtrain.parallel.mesh import make_mesh
 
 
@@ -25,11 +25,10 @@ def test_every_device_computes_as_many_pairs_of_queries_and_keys(devices):
         ("splash", 512, {"context": 2, "fsdp": 1}, "causal"),
     ],
 )
-def test_rows_in_parts_equal_whole_rows(impl, length, sizes, variant, monkeypatch):
+def test_rows_in_parts_equal_whole_rows(impl, length, sizes, variant):
     """Outputs and gradients, of rows with segments that end within parts and at their ends, and with padding. Keys of
     several blocks, some of which the mask leaves out for all queries of a part."""
-    monkeypatch.setattr(splash, "_BLOCK", 128)
-    monkeypatch.setattr(splash, "_BLOCK_COMPUTE", 128)
+    impl = SplashBlocks(128, 128, 128) if impl == "splash" else impl
     section = MeshSection(preset="fsdp_tensor", **sizes)
     mesh = make_mesh(section, jax.devices()[: section.fsdp * section.context * section.tensor])
     rows = [packed([90, 1, length // 2 - 91, 60], length), packed([length], length)]

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import recipe_runs
 import yaml
 
 from jaxtrain.config import load_config
-from jaxtrain.plan.planner import plan
+from jaxtrain.plan.planner import beside, plan
 from jaxtrain.plan.prices import DCN
+from jaxtrain.plan.programs import Program
 
 MODEL = {
     "model_type": "qwen3",
@@ -31,6 +34,12 @@ MODEL = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
+
+
+class _EnoughSeenError(Exception):
+    pass
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="no libtpu, so nothing can be compiled for TPU: install jax[tpu]"
 )
@@ -50,11 +59,60 @@ def test_a_plan_for_cpus_has_memory_and_no_time(tmp_path):
     assert json.dumps(made.as_json(10))
 
 
+def test_in_phases_optimizer_and_engine_are_not_in_memory_together():
+    def program(name, **inputs):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("fsdp",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        held = {kind: jax.ShapeDtypeStruct((size,), np.int8, sharding=sharding) for kind, size in inputs.items()}
+        return Program(name, None, held, mesh, 0.0, 0, 0, lambda place: None)
+
+    engine = {"engine's parameters": 4, "cache": 8}
+    programs = [
+        program("merge", parameters=1),
+        program("decode", **engine),
+        program("update", parameters=1, optimizer=2),
+    ]
+    kept = [beside(each, programs, phased=False) for each in programs]
+    phased = [beside(each, programs, phased=True) for each in programs]
+    assert kept == [
+        {"engine's parameters": 4, "cache": 8, "optimizer": 2},
+        {"parameters": 1, "optimizer": 2},
+        {"engine's parameters": 4, "cache": 8},
+    ]
+    assert phased == [{}, {"parameters": 1}, {}]
+
+
 def test_an_estimate_compiles_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxtrain.plan.planner.compile_program", lambda *given: pytest.fail("compiled"))
     made = plan(load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml"), "v5p:4x4x8", compiled=False)
     assert made.estimate.seconds > 0
     assert made.phases == ()
+
+
+def test_options_of_a_tpus_compiler_do_not_prevent_the_estimate(tmp_path):
+    overrides = ["model.compiler_options={xla_enable_async_all_gather: true}"]
+    config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", overrides)
+    assert plan(config, "v5p:4x4x8", compiled=False).estimate.parameters > 0
+
+
+def test_the_runs_own_options_of_the_compiler_are_planned(tmp_path, monkeypatch):
+    overrides = ["model.compiler_options={xla_cpu_enable_fast_math: true}"]
+    config = load_config(recipe_runs.prepare(tmp_path, "sft") / "run.yaml", overrides)
+    given, jit = [], jax.jit
+
+    def seen(*functions, **named):
+        given.append(named.get("compiler_options"))
+        return jit(*functions, **named)
+
+    def options_of(lowered, target, options):
+        assert options == {"xla_cpu_enable_fast_math": True}
+        raise _EnoughSeenError
+
+    monkeypatch.setattr(jax, "jit", seen)
+    monkeypatch.setattr("jaxtrain.plan.planner.compile_program", options_of)
+    with pytest.raises(_EnoughSeenError):
+        plan(config, "cpu:8")
+    assert {"xla_cpu_enable_fast_math": True} in given
 
 
 def test_a_folder_needs_no_weights(tmp_path):
@@ -158,14 +216,28 @@ TPU_CONFIGS = {  # file -> the model, the devices, and the parameters on the mod
     "gpt_oss_20b_v5p64": (GPT_OSS, "v5p:4x4x4", 20.9e9),
     "qwen3_30b_a3b_v6e64": (QWEN | MIXTURE | {"model_type": "qwen3_moe"}, "v6e:8x8", 30.5e9),
 }
-CONFIGS = Path(__file__).parents[2] / "configs" / "tpu"
+QWEN_06B = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+QWEN_25 = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
+QWEN_25 |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "attention_bias": True}
+GPU_CONFIGS = {
+    "qwen3_06b_h100": (QWEN | QWEN_06B | {"tie_word_embeddings": True}, "h100:1", 0.596e9),
+    "qwen3_8b_h100x8": (QWEN, "h100:8", 8.2e9),
+    "llama31_8b_lora_h100": (LLAMA | LLAMA_8B, "h100:1", 8.03e9),
+    "qwen25_7b_lora_h100": (MODEL | QWEN_25, "h100:1", 7.62e9),
+}
+CONFIGS = Path(__file__).parents[2] / "configs"
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="no CUDA plugin of JAX, so nothing can be compiled for GPUs: install jax[cuda13]",
+)
 
 
-def tpu_config(tmp_path: Path, name: str, **changes: object) -> Path:
-    """A file of configs/tpu, with a folder for its model that holds config.json alone."""
+def accelerator_config(tmp_path: Path, name: str, **changes: object) -> Path:
+    """A file of configs/tpu or configs/gpu, with a folder for its model that holds config.json alone."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(json.dumps(TPU_CONFIGS[name][0] | changes))
-    whole = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps((TPU_CONFIGS | GPU_CONFIGS)[name][0] | changes))
+    folder = "tpu" if name in TPU_CONFIGS else "gpu"
+    whole = yaml.safe_load((CONFIGS / folder / f"{name}.yaml").read_text())
     whole["model"]["path"] = str(tmp_path / "model")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
     return tmp_path / "run.yaml"
@@ -192,15 +264,17 @@ def test_slices_and_chips_of_two_devices_are_planned(tmp_path, on, options, axes
 
 
 def test_every_config_for_tpus_is_planned():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == TPU_CONFIGS.keys()
+    for folder, known in (("tpu", TPU_CONFIGS), ("gpu", GPU_CONFIGS)):
+        assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == known.keys()
 
 
-@pytest.mark.parametrize("name", TPU_CONFIGS)
-def test_the_state_of_the_configs_for_tpus_fits_with_room(tmp_path, name):
-    _, on, parameters = TPU_CONFIGS[name]
-    made = plan(load_config(tpu_config(tmp_path, name)), on, compiled=False)
-    adapters = made.estimate.parameters - made.estimate.trained if made.recipe == "rl" else made.estimate.parameters
-    assert adapters == pytest.approx(parameters, rel=0.005)
+@pytest.mark.parametrize("name", TPU_CONFIGS | GPU_CONFIGS)
+def test_the_state_of_the_configs_for_accelerators_fits_with_room(tmp_path, name):
+    _, on, parameters = (TPU_CONFIGS | GPU_CONFIGS)[name]
+    config = load_config(accelerator_config(tmp_path, name))
+    made = plan(config, on, compiled=False)
+    adapters = made.estimate.trained if config.model.lora else 0
+    assert made.estimate.parameters - adapters == pytest.approx(parameters, rel=0.005)
     assert made.estimate.bytes < made.target.chip.hbm / 2
 
 
@@ -214,10 +288,21 @@ def test_the_configs_for_tpus_compile_at_real_widths(tmp_path, name):
     few = {"num_hidden_layers": 2}
     if "layer_types" in TPU_CONFIGS[name][0]:
         few["layer_types"] = TPU_CONFIGS[name][0]["layer_types"][:2]
-    whole = yaml.safe_load(tpu_config(tmp_path, name, **few).read_text())
+    whole = yaml.safe_load(accelerator_config(tmp_path, name, **few).read_text())
     made = planned(tmp_path, whole, "--on", TPU_CONFIGS[name][1])
     assert made["fits"]
     assert 0.1 < made["mfu"] < 0.8
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPU_CONFIGS)
+def test_a_gpu_config_compiles_with_cudnns_attention(tmp_path, name):
+    whole = yaml.safe_load(accelerator_config(tmp_path, name, num_hidden_layers=2).read_text())
+    made = planned(tmp_path, whole, "--on", GPU_CONFIGS[name][1], "--profile")
+    assert made["fits"]
+    assert 0.1 < made["mfu"] < 0.8
+    assert made["programs"]["update"]["kernel_seconds"] > 0  # of cuDNN
 
 
 @needs_libtpu

@@ -14,7 +14,14 @@ from jaxtrain.plan.target import parse_target, target_devices
 
 @pytest.mark.parametrize(
     ("name", "slices", "chips", "devices"),
-    [("v5p:4x4x8", 1, 128, 128), ("v5e:8x8", 2, 128, 128), ("v6e:16x16", 1, 256, 256), ("tpu7x:4x4x4", 1, 64, 128)],
+    [
+        ("v5p:4x4x8", 1, 128, 128),
+        ("v5e:8x8", 2, 128, 128),
+        ("v6e:16x16", 1, 256, 256),
+        ("tpu7x:4x4x4", 1, 64, 128),
+        ("h100:8", 1, 8, 8),
+        ("h200:1", 1, 1, 1),
+    ],
 )
 def test_a_topology_has_chips_and_devices(name, slices, chips, devices):
     target = parse_target(name, slices)
@@ -31,7 +38,8 @@ def test_a_topology_has_chips_and_devices(name, slices, chips, devices):
         ("v6e:0x4", "number of chips along each axis"),
         ("v5p", "number of chips along each axis"),
         ("cpu:2x2", "no axes"),
-        ("h100:8", "GPUs are not planned yet"),
+        ("h100:16", "GPUs are planned within a node"),
+        ("h200:2x4", "GPUs are planned within a node"),
     ],
 )
 def test_a_wrong_name_says_what_to_write(name, words):
@@ -40,10 +48,11 @@ def test_a_wrong_name_says_what_to_write(name, words):
     assert name in str(error.value)
 
 
-def test_without_libtpu_the_error_names_the_extra_and_the_estimate(monkeypatch):
+@pytest.mark.parametrize(("name", "extra"), [("v5p:2x2x2", "tpu"), ("h100:8", "cuda")])
+def test_without_a_compiler_the_error_names_the_extra_and_the_estimate(monkeypatch, name, extra):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "jaxtrain\[tpu\]".*--estimate'):
-        target_devices(parse_target("v5p:2x2x2"))
+    with pytest.raises(ValueError, match=rf'pip install "jaxtrain\[{extra}\]".*--estimate'):
+        target_devices(parse_target(name))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: install jax[tpu]")

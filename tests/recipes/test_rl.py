@@ -87,6 +87,18 @@ def test_a_killed_process_is_resumed_bit_for_bit(place, tmp_path):
     assert checksums(killed) == checksums(tmp_path / "whole")
 
 
+def test_in_phases_the_losses_are_bit_equal(place, tmp_path):
+    """The optimizer waits on the host during rollouts, and the engine is freed during the updates."""
+    phased = {"kind": "colocated", "memory": "phased"}
+    kept, freed = (
+        train(tree(place, minibatches=2, placement=placement), tmp_path / name, steps=4)
+        for name, placement in (("kept", {}), ("phased", phased))
+    )
+    assert [line["loss"] for line in kept if "loss" in line] == [line["loss"] for line in freed if "loss" in line]
+    assert checksums(tmp_path / "kept") == checksums(tmp_path / "phased")
+    assert all(line["engine/memory_gib"] > 0 for line in freed if "engine/memory_gib" in line)
+
+
 def test_grpo_increases_the_reward(place, tmp_path):
     config = tree(place, prompts=8, generations=8, slots=64)
     lines = train(config, tmp_path / "run", steps=20)

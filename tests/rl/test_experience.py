@@ -16,23 +16,25 @@ from jaxtrain.rl.coefficients import Coefficients
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.experience import Experience, add_advantages, pack_samples, score_samples
+from jaxtrain.rl.rollouts import NOT_PACKED
 from jaxtrain.train.step import batch_norm
 
 SAMPLES = [
-    trajectory(3 + prompt, 2 + sample, number=prompt, sample=sample, reward=float(prompt * sample))
+    trajectory(3 + prompt, 2 + sample, number=prompt, sample=sample, reward=float((1 + prompt) * sample))
     for prompt in range(3)
     for sample in range(4)
 ]
 
 
-def packed(minibatches=3, iterations=1, samples=SAMPLES):
+def packed(minibatches=3, iterations=1, samples=SAMPLES, algorithm="grpo", **model):
     tree = {
         "recipe": "rl",
-        "model": {"path": "base"},
+        "model": {"path": "base", **model},
         "data": {"train": {"path": "a.jsonl"}, "max_length": 32},
         "train": {"steps": 2},
         "rl": {
             "rewards": [{"function": "my_rewards.py:r"}],
+            "algorithm": algorithm,
             "prompts": 30,
             "minibatches": minibatches,
             "iterations": iterations,
@@ -94,7 +96,7 @@ def test_a_value_after_the_end_is_the_critics_at_the_last_token_of_a_sample_that
 
 def test_the_penalty_has_the_coefficient_of_the_rollout_which_moves_for_the_next():
     objective = GRPO(beta=0.1, kl="k1", kl_in="reward", kl_target=0.5)
-    experience = packed(1)
+    experience = packed(1, algorithm="rloo")
     for name, value in (("old_logps", -1.0), ("ref_logps", -3.0)):
         experience.spread_signal(name, [np.full(len(t.completion_ids), value, np.float32) for t in SAMPLES])
     coefficients = Coefficients(0.2, 0.0)
@@ -105,7 +107,7 @@ def test_the_penalty_has_the_coefficient_of_the_rollout_which_moves_for_the_next
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert experience.metrics["kl"] == pytest.approx(2) and experience.metrics["kl_coefficient"] == 0.2
     assert coefficients.beta == pytest.approx(0.2 * 1.02)
-    lost = packed(1, samples=[t._replace(left_out=True) for t in SAMPLES])
+    lost = packed(1, samples=[t._replace(left_out=True) for t in SAMPLES], algorithm="rloo")
     for name in ("old_logps", "ref_logps"):
         lost.spread_signal(name, [np.zeros(len(t.completion_ids), np.float32) for t in SAMPLES])
     add_advantages(lost, replace(ALGORITHMS["dr_grpo"], objective=objective), {}, coefficients)
@@ -145,7 +147,7 @@ def test_scores_are_made_only_where_something_reads_them():
 
 def test_advantages_are_those_of_the_estimator_at_the_samples_own_tokens():
     masked = [t._replace(loss_mask=np.arange(len(t.completion_ids)) > 0) for t in SAMPLES]
-    experience = packed(2, samples=masked)
+    experience = packed(2, samples=masked, algorithm="dr_grpo")
     add_advantages(experience, Algorithm(group_centred))
     rewards = np.array([t.reward for t in masked]).reshape(3, 4)
     centred = (rewards - rewards.mean(1, keepdims=True)).ravel()
@@ -156,7 +158,7 @@ def test_advantages_are_those_of_the_estimator_at_the_samples_own_tokens():
 
 def test_the_teachers_terms_are_added_to_the_advantages_of_the_rewards():
     samples = [t._replace(left_out=t.sample == 3) for t in SAMPLES]
-    experience = packed(2, samples=samples)
+    experience = packed(2, samples=samples, algorithm="rloo")
     rng = np.random.default_rng(0)
     p, q = ([rng.normal(size=len(t.completion_ids)).astype(np.float32) for t in samples] for _ in range(2))
     role = SimpleNamespace(logps=lambda batch, temperature: np.zeros(batch.tokens.shape, np.float32))
@@ -186,3 +188,28 @@ def test_a_divergence_reads_no_signals_of_the_samples():
     experience = packed(2)
     experience.without_signals()
     assert [dict(part.batch.signals) for part in experience.minibatches] == [{}, {}]
+
+
+def test_samples_whose_advantage_is_zero_are_left_out_with_the_advantages_of_all():
+    samples = [t._replace(reward=0.1, rewards={"right": 0.1}) if t.prompt.number == 1 else t for t in SAMPLES]
+    experience = packed(1, samples=samples)
+    spans = experience.minibatches[0].spans
+    assert [span.row == NOT_PACKED for span in spans] == [t.prompt.number == 1 for t in samples]
+    assert experience.metrics["frac_advantage_zero"] == pytest.approx(1 / 3)
+    batch = experience.minibatches[0].batch
+    assert batch.left_out.sum(0).tolist() == [sum(len(t.completion_ids) for t in samples[4:8]), 4, 4]
+    add_advantages(experience, ALGORITHMS["grpo"])
+    rewards = np.array([t.reward for t in samples]).reshape(3, 4)
+    expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
+    found = [t.advantages[0] for t in experience.trajectories]
+    np.testing.assert_allclose(found, expected.ravel(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "model"), [("ppo", {}), ("rloo", {}), ("grpo", {"router_aux_loss_coef": 0.1})], ids=str
+)
+def test_nothing_is_left_out_where_more_than_the_advantage_trains(algorithm, model):
+    samples = [t._replace(reward=0.1) for t in SAMPLES]
+    experience = packed(1, samples=samples, algorithm=algorithm, **model)
+    assert experience.estimates is None
+    assert all(span.row != NOT_PACKED for span in experience.minibatches[0].spans)

@@ -96,3 +96,25 @@ def test_a_filtered_sample_is_scored_among_the_kept_tokens(batch):
         kept = logits[row, column - 1, np.unique(support)].astype(np.float64)
         expected = logits[row, column - 1, batch.tokens[row, column]] - np.log(np.exp(kept).sum())
         assert logp[row, column] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo"])
+def test_a_step_is_the_same_without_the_samples_whose_advantage_is_zero(aggregation):
+    samples = [trajectory(4, 3 + number, number=number) for number in range(6)]
+    advantages = [
+        np.full(len(t.completion_ids), index % 2 * (index - 2.5), np.float32) for index, t in enumerate(samples)
+    ]
+    model = tiny.model(num_layers=1, pattern=tiny.CONFIG.pattern[:1])
+    params = model.init(jax.random.key(0))
+
+    def stepped(left_out):
+        kept = [t._replace(left_out=left_out and not a.any()) for t, a in zip(samples, advantages, strict=True)]
+        packed = pack(kept, 24).spread(advantages=advantages)
+        return (len(packed.batch.tokens), *one_step(model, params, packed.batch, GRPO(aggregation=aggregation)))
+
+    (rows, whole, one), (fewer, part, other) = stepped(False), stepped(True)
+    assert fewer < rows
+    for a, b, start in zip(*map(jax.tree.leaves, (whole, part, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert (np.asarray(a) != np.asarray(start)).any()
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -16,8 +16,9 @@ from jaxtrain.objectives.value import ClippedValue
 from jaxtrain.optim import make_optimizer, make_schedule
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
+from jaxtrain.train.rounding import _count
 from jaxtrain.train.state import new_state, state_shardings
-from jaxtrain.train.step import _count, batch_norm, make_step, score
+from jaxtrain.train.step import batch_norm, make_step, score
 from jaxtrain.types import Mean
 
 LENGTHS = [[9, 20, 3], [14, 14], [31], [5, 5, 5], [1, 30], [16, 16], [2, 2, 2, 2], [32]]

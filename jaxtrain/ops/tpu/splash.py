@@ -12,17 +12,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Integer
 
-from jaxtrain.ops.blockwise import RESIDUALS, AttentionOptions
+from jaxtrain.ops.blockwise import RESIDUALS, AttentionOptions, SplashBlocks
 from jaxtrain.ops.context import PartKernel, attend_in_parts, query_order
 from jaxtrain.parallel.sharding import CONTEXT, ROWS, context_shards
 from jaxtrain.types import Array
 
 _LANES = 128  # lanes of a vector register: blocks are multiples of it
 
-# The largest number of tokens of a block. Larger blocks reduce the kernel's overhead per block. MaxText's published v5p
-# and v6e configurations use 512 to 2048; these are the largest that fit the vector memory of v5e, v5p and v6e.
-_BLOCK = 1024
-_BLOCK_COMPUTE = 512
+# Tokens of rows up to which the backward pass is one fused kernel. It computes five products instead of seven, and
+# writes the gradient of the queries once for every block of keys: its memory grows with the square of the length.
+_FUSED_LENGTH = 16384
 
 
 def splash_attention(
@@ -76,7 +75,7 @@ def _parts(
             f"{2 * devices * _LANES} tokens, two blocks of {_LANES} for each device; choose another data.row_length"
         )
     order = query_order(length, devices)
-    blocks = _block_sizes(length // devices // 2, length)
+    blocks = _block_sizes(length // devices // 2, length, options.splash._replace(fused_backward=False))
     attention = _kernel(order, heads // mesh.shape["tensor"], blocks, options, devices=devices, interpret=interpret)
     spec = attention.manual_sharding_spec(NamedSharding(mesh, P(None, CONTEXT)))
 
@@ -110,7 +109,10 @@ def _rows(
     # The causal mask hides padding after the last token from all tokens, in any segment.
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q * options.scale, k, v))
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    attention = _kernel(np.arange(padded), heads, _block_sizes(padded, padded), options, interpret=interpret)
+    causal = options.window is None or options.window >= padded  # the fused kernel skips no blocks out of a window
+    fused = options.splash.fused_backward and causal and padded <= _FUSED_LENGTH
+    blocks = _block_sizes(padded, padded, options.splash._replace(fused_backward=fused))
+    attention = _kernel(np.arange(padded), heads, blocks, options, interpret=interpret)
     return _attended(attention, q, k, v, kernel.SegmentIds(segment_ids, segment_ids), sinks)[:, :length]
 
 
@@ -158,19 +160,21 @@ def _mask(length: int, window: int | None) -> masks.CausalMask | masks.LocalMask
     return masks.LocalMask((length, length), (window - 1, 0), 0)
 
 
-def _block_sizes(queries: int, keys: int) -> kernel.BlockSizes:
+def _block_sizes(queries: int, keys: int, blocks: SplashBlocks) -> kernel.BlockSizes:
     """Blocks that divide so many queries, of which each device has a multiple, and keys."""
-    block_q, block = _largest_block(queries, _BLOCK), _largest_block(keys, _BLOCK)
-    compute = _largest_block(block, _BLOCK_COMPUTE)
+    block_q, block = _largest_block(queries, blocks.block_q), _largest_block(keys, blocks.block_kv)
+    fused = blocks.fused_backward
+    backward = _largest_block(keys, blocks.backward_block_kv) if fused else block
     return kernel.BlockSizes(
         block_q=block_q,
         block_kv=block,
-        block_kv_compute=compute,
+        block_kv_compute=_largest_block(block, blocks.block_kv_compute),
         block_q_dkv=block_q,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=compute,
-        block_q_dq=block_q,
-        block_kv_dq=block,
+        block_kv_dkv=backward,
+        block_kv_dkv_compute=_largest_block(backward, blocks.block_kv_compute),
+        block_q_dq=None if fused else block_q,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
     )
 
 
