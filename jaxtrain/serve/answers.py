@@ -53,7 +53,7 @@ class FunctionCall(BaseModel):
     arguments: str
 
 
-class ToolCall(BaseModel):
+class AnsweredCall(BaseModel):
     index: int | None = None  # set in a stream
     id: str | None = None
     type: Literal["function"] | None = None
@@ -66,7 +66,7 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -110,7 +110,7 @@ class ChatCompletionChunk(_Answer):
     usage: Usage | None = None  # of the last event, where asked for
 
 
-class Completion(_Answer):
+class TextCompletion(_Answer):
     """A response, or an event of a stream."""
 
     object: Literal["text_completion"]

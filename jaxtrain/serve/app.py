@@ -12,7 +12,7 @@ from jaxtrain.sample.requests import Chunk, FieldError
 from jaxtrain.serve.answers import ModelInfo, ModelList
 from jaxtrain.serve.guard import Guard, refusal_response
 from jaxtrain.serve.limits import PERMITS, Admission, Limits, Permits, RefusedError
-from jaxtrain.serve.metrics import Metrics
+from jaxtrain.serve.metrics import ServerMetrics
 from jaxtrain.serve.openapi import openapi
 from jaxtrain.serve.protocol import Call, read_call
 from jaxtrain.serve.responses import FailedError, ResponseBuilder
@@ -41,7 +41,7 @@ def make_app(
     limits = limits or Limits()
     engine = AsyncEngine(served.engine, on_failure)
     admission = Admission(limits)
-    metrics = Metrics(admission, served.engine.slots)
+    metrics = ServerMetrics(admission, served.engine.slots)
     # Threads of their own, so that long texts do not delay the responses to other calls.
     readers = ThreadPoolExecutor(_READERS, "jaxtrain-reader")
 

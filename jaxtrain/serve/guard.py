@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtrain.serve.answers import error_answer
 from jaxtrain.serve.limits import ABORT, PERMITS, Admission, Permits, RefusedError
-from jaxtrain.serve.metrics import Metrics
+from jaxtrain.serve.metrics import ServerMetrics
 
 _OPEN = ("/health",)  # answered without the API key
 
@@ -18,7 +18,7 @@ class Guard:
     The call's `Permits` are in its scope, and are released when its response has ended, normally or not.
     """
 
-    def __init__(self, app: Any, admission: Admission, metrics: Metrics, api_key: str | None):
+    def __init__(self, app: Any, admission: Admission, metrics: ServerMetrics, api_key: str | None):
         self._app, self._admission, self._metrics = app, admission, metrics
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
 

@@ -11,7 +11,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # upper e
 _ENDPOINTS = (*("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/openapi.json"),)
 
 
-class Metrics:
+class ServerMetrics:
     """Counters, histograms and gauges of one server, in a registry of their own."""
 
     def __init__(self, admission: Admission, slots: int):

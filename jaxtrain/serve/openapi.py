@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from jaxtrain.serve.answers import ChatCompletion, Completion, ErrorAnswer, ModelInfo, ModelList
+from jaxtrain.serve.answers import ChatCompletion, ErrorAnswer, ModelInfo, ModelList, TextCompletion
 from jaxtrain.serve.schema import ChatCall, CompletionCall
 
 _REFUSALS = {
@@ -21,7 +21,7 @@ _REFUSALS = {
 
 def openapi() -> dict[str, Any]:
     """The description, a JSON object."""
-    bodies, answers = (ChatCall, CompletionCall), (ChatCompletion, Completion, ModelList, ModelInfo, ErrorAnswer)
+    bodies, answers = (ChatCall, CompletionCall), (ChatCompletion, TextCompletion, ModelList, ModelInfo, ErrorAnswer)
     refs, definitions = models_json_schema(
         [*((each, "validation") for each in bodies), *((each, "serialization") for each in answers)],
         ref_template="#/components/schemas/{model}",
@@ -53,7 +53,7 @@ def openapi() -> dict[str, Any]:
         "security": [{"key": []}, {}],
         "paths": {
             "/v1/chat/completions": {"post": operation("Answer a conversation", ChatCompletion, ChatCall)},
-            "/v1/completions": {"post": operation("Continue texts", Completion, CompletionCall)},
+            "/v1/completions": {"post": operation("Continue texts", TextCompletion, CompletionCall)},
             "/v1/models": {"get": operation("The models that are served", ModelList)},
             "/v1/models/{model}": {"get": one_model},
         },

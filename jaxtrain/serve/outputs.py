@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtrain.data.answers import THOUGHTS
 
 
-class Call(NamedTuple):
+class CalledTool(NamedTuple):
     name: str
     arguments: str  # a JSON object
 
@@ -16,13 +16,13 @@ class Parts(NamedTuple):
 
     reasoning: str
     content: str
-    calls: list[Call]
+    calls: list[CalledTool]
 
 
 Parser = Callable[[str, bool], Parts]
 """(text, final) -> parts. If the text is not `final`, parts leave out what more text may change."""
 
-Reader = Callable[[str, bool], tuple[str, list[Call]]]
+CallReader = Callable[[str, bool], tuple[str, list[CalledTool]]]
 """The same for a text without reasoning: content and calls."""
 
 
@@ -54,7 +54,7 @@ def thought_of(prompt: str) -> str:
     return next((begin for begin, _ in THOUGHTS if prompt.rstrip().endswith(begin)), "")
 
 
-def parser(opened: str, read: Reader | None) -> Parser:
+def parser(opened: str, read: CallReader | None) -> Parser:
     """The parser of answers to a prompt which ends with `opened`, the beginning of a thought, or "".
 
     A thought at the beginning of the text is its reasoning. The rest is read by `read`, or is the content.

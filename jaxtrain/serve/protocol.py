@@ -122,7 +122,7 @@ def _wanted(error: ErrorDetails) -> str:
         return "have one of the types " + (error.get("ctx") or {}).get("expected_tags", "that are supported")
     _, _, words = error["msg"].partition("must " if error["type"] == "value_error" else " should ")
     words, _, _ = words.partition(" after validation")
-    return words.replace("a valid dictionary or instance of Message", "an object").replace("dictionary", "object")
+    return words.replace("a valid dictionary or instance of GivenMessage", "an object").replace("dictionary", "object")
 
 
 def _read_call(served: Served, body: ChatCall | CompletionCall, limits: Limits) -> Call:

@@ -15,28 +15,26 @@ from pydantic import BaseModel
 
 from jaxtrain.sample.async_engine import StoppedError, StreamEndedError
 from jaxtrain.sample.prompt_scores import PromptScores
-from jaxtrain.sample.requests import Alternatives, Chunk
-from jaxtrain.sample.requests import Completion as Sample
+from jaxtrain.sample.requests import Alternatives, Chunk, Completion
 from jaxtrain.serve.answers import (
+    AnsweredCall,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatLogprobs,
     ChatMessage,
     ChatPiece,
-    Completion,
     Finish,
     FunctionCall,
     TextChoice,
+    TextCompletion,
     TextLogprobs,
     Token,
     TokenLogprobs,
-    ToolCall,
     Usage,
     error_answer,
 )
-from jaxtrain.serve.outputs import Call as ToolText
-from jaxtrain.serve.outputs import Splitter
+from jaxtrain.serve.outputs import CalledTool, Splitter
 from jaxtrain.serve.protocol import Call
 from jaxtrain.serve.schema import ChatCall, CompletionCall
 from jaxtrain.serve.served import Served
@@ -63,7 +61,7 @@ class ResponseBuilder:
 
     async def build(self, chunks: AsyncGenerator[Chunk]) -> str:
         """The complete response as JSON. Raises FailedError if a sample fails, and cancels the others."""
-        samples: dict[int, Sample] = {}
+        samples: dict[int, Completion] = {}
         async with aclosing(chunks):
             async for chunk in chunks:
                 if chunk.completion is not None:
@@ -94,7 +92,7 @@ class ResponseBuilder:
         """The choice of a chunk: all of the first prompt come first."""
         return chunk.request * self._call.body.n + chunk.sample
 
-    def _response(self, samples: dict[int, Sample]) -> str:
+    def _response(self, samples: dict[int, Completion]) -> str:
         self._generated = sum(len(sample.ids) for sample in samples.values())
         ordered = sorted(samples.items())
         if self._chat:
@@ -113,7 +111,7 @@ class ResponseBuilder:
             choices = [self._text_choice(index, sample.text or "", sample, sample) for index, sample in ordered]
             if echoes:
                 choices = [_joined(*both) for both in zip(echoes, choices, strict=True)] if choices else echoes
-            answer = Completion(**self._head, object="text_completion", choices=choices, usage=self._usage())
+            answer = TextCompletion(**self._head, object="text_completion", choices=choices, usage=self._usage())
         return _as_json(answer)
 
     def _event(self, chunk: Chunk) -> str:
@@ -146,10 +144,10 @@ class ResponseBuilder:
             message["tool_calls"] = self._tool_calls(parts.calls, splitter.called - len(parts.calls))
         return ChatMessage(**message)
 
-    def _tool_calls(self, calls: list[ToolText], before: int) -> list[ToolCall]:
+    def _tool_calls(self, calls: list[CalledTool], before: int) -> list[AnsweredCall]:
         """Tool calls, of which a choice had `before` already. Each is sent as a whole."""
         return [
-            ToolCall(
+            AnsweredCall(
                 **({"index": number} if self._call.body.stream else {}),
                 id=f"call_{uuid.uuid4().hex[:24]}",
                 type="function",
@@ -158,7 +156,7 @@ class ResponseBuilder:
             for number, call in enumerate(calls, before)
         ]
 
-    def _finish(self, index: int, sample: Sample) -> Finish:
+    def _finish(self, index: int, sample: Completion) -> Finish:
         called = index in self._splitters and self._splitters[index].called
         return "tool_calls" if called and sample.finish_reason == "stop" else _finish(sample)
 
@@ -166,18 +164,18 @@ class ResponseBuilder:
     def _head(self) -> dict[str, Any]:
         return {"id": self._id, "created": self._created, "model": self._served.name}
 
-    def _piece(self, choices: list, usage: Usage | None = None) -> ChatCompletionChunk | Completion:
+    def _piece(self, choices: list, usage: Usage | None = None) -> ChatCompletionChunk | TextCompletion:
         """An event of a stream. `usage` is told where it is asked for: null in all but the last."""
         told: dict[str, Any] = {"usage": usage} if self._call.usage else {}
         if self._chat:
             return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **told)
-        return Completion(**self._head, object="text_completion", choices=choices, **told)
+        return TextCompletion(**self._head, object="text_completion", choices=choices, **told)
 
     def _usage(self) -> Usage:
         prompt = sum(len(request.prompt_ids) for request in self._call.requests)
         return Usage(prompt_tokens=prompt, completion_tokens=self._generated, total_tokens=prompt + self._generated)
 
-    def _text_choice(self, index: int, text: str, of: Chunk | Sample, sample: Sample | None) -> TextChoice:
+    def _text_choice(self, index: int, text: str, of: Chunk | Completion, sample: Completion | None) -> TextChoice:
         logprobs = None
         if self._call.logprobs:
             logprobs = self._text_logprobs(of.ids, of.raw_logps, of.alternatives, index)
@@ -206,7 +204,7 @@ class ResponseBuilder:
         )
         return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish)
 
-    def _chat_logprobs(self, of: Chunk | Sample) -> ChatLogprobs | None:
+    def _chat_logprobs(self, of: Chunk | Completion) -> ChatLogprobs | None:
         """The model's log-probabilities, before temperature and filters."""
         if not self._call.logprobs:
             return None
@@ -248,7 +246,7 @@ class ResponseBuilder:
         return Token(token=text, logprob=logp, bytes=list(text.encode()))
 
 
-def _unless_failed(sample: Sample) -> Sample:
+def _unless_failed(sample: Completion) -> Completion:
     if sample.error is not None:
         raise FailedError(sample.error)
     return sample
@@ -270,7 +268,7 @@ def _joined(echo: TextChoice, choice: TextChoice) -> TextChoice:
     return choice.model_copy(update={"text": echo.text + choice.text, "logprobs": logprobs})
 
 
-def _finish(sample: Sample) -> Finish:
+def _finish(sample: Completion) -> Finish:
     assert sample.finish_reason != "failed"
     return sample.finish_reason
 

@@ -94,7 +94,7 @@ class StreamOptions(_Strict):
     include_usage: bool = Field(False, description="end with an event that holds the usage")
 
 
-class Function(_Strict):
+class ToolFunction(_Strict):
     name: _Name
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
@@ -103,7 +103,7 @@ class Function(_Strict):
 
 class Tool(_Strict):
     type: Literal["function"]
-    function: Function
+    function: ToolFunction
 
 
 class FunctionName(_Strict):
@@ -166,7 +166,7 @@ class TextPart(_Strict):
     text: str
 
 
-class Message(_Strict):
+class GivenMessage(_Strict):
     """A message; fields that are not listed are given to the chat template."""
 
     model_config = ConfigDict(extra="allow")
@@ -216,7 +216,7 @@ class _Call(Sampling):
 class ChatCall(_Call):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], MinLen(1), Field(fail_fast=True)]
+    messages: Annotated[list[GivenMessage], MinLen(1), Field(fail_fast=True)]
     max_completion_tokens: Annotated[int, BOUNDS["max_tokens"]] | None = Field(
         None, description="another name of max_tokens"
     )

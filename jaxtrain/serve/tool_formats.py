@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxtrain.serve.outputs import Call, Parser, Parts, Reader, settled
+from jaxtrain.serve.outputs import CalledTool, CallReader, Parser, Parts, settled
 from jaxtrain.serve.schema import Tool
 
 _DECODER = json.JSONDecoder()
@@ -18,13 +18,13 @@ _ANY = {"type": "object"}
 class ToolFormat(NamedTuple):
     name: str
     marks: tuple[str, ...]  # of which a template in this format has one
-    read: Reader | None  # None: the whole text is parsed by `parse_harmony`
+    read: CallReader | None  # None: the whole text is parsed by `parse_harmony`
     begin: str = ""  # the text around a JSON object of a call, which a forced call begins and ends with
     end: str = ""
     arguments: str = "arguments"  # the key of the arguments in this object
 
 
-def read_hermes(text: str, final: bool) -> tuple[str, list[Call]]:
+def read_hermes(text: str, final: bool) -> tuple[str, list[CalledTool]]:
     """<tool_call>{"name": ..., "arguments": {...}}</tool_call>, as often as needed, of Qwen and Hermes."""
     begin, end = "<tool_call>", "</tool_call>"
     content, calls = "", []
@@ -45,7 +45,7 @@ def read_hermes(text: str, final: bool) -> tuple[str, list[Call]]:
     return _trimmed(content, calls, final), calls
 
 
-def read_llama(text: str, final: bool) -> tuple[str, list[Call]]:
+def read_llama(text: str, final: bool) -> tuple[str, list[CalledTool]]:
     """{"name": ..., "parameters": {...}} as the whole text, or several of them behind each other, of Llama 3."""
     mark = "<|python_tag|>"
     body = text.lstrip()
@@ -59,13 +59,13 @@ def read_llama(text: str, final: bool) -> tuple[str, list[Call]]:
     return ("", calls) if calls and not rest.strip() else (text, [])
 
 
-def read_mistral(text: str, final: bool) -> tuple[str, list[Call]]:
+def read_mistral(text: str, final: bool) -> tuple[str, list[CalledTool]]:
     """[TOOL_CALLS] and a list of {"name": ..., "arguments": {...}}, or name[ARGS]{...}, of Mistral."""
     mark = "[TOOL_CALLS]"
     before, found, rest = text.partition(mark)
     if not found:
         return _trimmed(settled(before, (mark,), final), [], final), []
-    calls: list[Call] = []
+    calls: list[CalledTool] = []
     while found:
         more, after = _mistral_calls(rest)
         if not more:
@@ -76,7 +76,7 @@ def read_mistral(text: str, final: bool) -> tuple[str, list[Call]]:
     return _trimmed(before, calls, final) + (found + rest if final else ""), calls
 
 
-def _mistral_calls(text: str) -> tuple[list[Call], str]:
+def _mistral_calls(text: str) -> tuple[list[CalledTool], str]:
     """The calls at the beginning of a text that follows the mark, and what follows them."""
     if text.lstrip().startswith("["):
         calls, rest = _calls_in(text.lstrip()[1:], separators=", \n")
@@ -87,7 +87,7 @@ def _mistral_calls(text: str) -> tuple[list[Call], str]:
     except (ValueError, RecursionError):
         return [], text
     name = name.partition("[CALL_ID]")[0].strip()
-    return ([Call(name, arguments[:end])], arguments[end:]) if name and isinstance(value, dict) else ([], text)
+    return ([CalledTool(name, arguments[:end])], arguments[end:]) if name and isinstance(value, dict) else ([], text)
 
 
 _RECIPIENT = re.compile(r"to=(?:functions\.)?([\w.-]+)")
@@ -96,7 +96,7 @@ _HEADER_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|
 
 def parse_harmony(text: str, final: bool) -> Parts:
     """Messages of GPT-OSS: <|channel|>CHANNEL to=functions.NAME<|message|>BODY<|end|>, with special tokens kept."""
-    reasoning, content, calls = [], [], list[Call]()
+    reasoning, content, calls = [], [], list[CalledTool]()
     pieces = re.split(r"<\|(?:end|call|return)\|>", settled(text, _HEADER_MARKS, final))
     for number, piece in enumerate(pieces):
         header, found, body = piece.partition("<|message|>")
@@ -108,7 +108,7 @@ def parse_harmony(text: str, final: bool) -> Parts:
         recipient = _RECIPIENT.search(header)
         if recipient is not None:
             if complete and _is_object(body):
-                calls.append(Call(recipient[1], body.strip()))
+                calls.append(CalledTool(recipient[1], body.strip()))
             elif complete:
                 content.append(body)
         elif "<|channel|>analysis" in header:
@@ -156,25 +156,25 @@ def whole_parser(found: ToolFormat | None) -> Parser | None:
     return parse_harmony if found is HARMONY else None
 
 
-def _call_of(value: Any) -> Call | None:
+def _call_of(value: Any) -> CalledTool | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str) and _is_object(arguments):
-        return Call(value["name"], arguments)
-    return Call(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+        return CalledTool(value["name"], arguments)
+    return CalledTool(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
 
 
-def _call_in(text: str) -> Call | None:
+def _call_in(text: str) -> CalledTool | None:
     try:
         return _call_of(json.loads(text))
     except (ValueError, RecursionError):
         return None
 
 
-def _calls_in(text: str, separators: str) -> tuple[list[Call], str]:
+def _calls_in(text: str, separators: str) -> tuple[list[CalledTool], str]:
     """The calls at the beginning of a text, and the text that follows them."""
-    calls: list[Call] = []
+    calls: list[CalledTool] = []
     while text:
         try:
             value, end = _DECODER.raw_decode(text)
@@ -195,6 +195,6 @@ def _is_object(text: str) -> bool:
         return False
 
 
-def _trimmed(content: str, calls: list[Call], final: bool) -> str:
+def _trimmed(content: str, calls: list[CalledTool], final: bool) -> str:
     """Content without the white space before a call, which is held back until it is known that none follows."""
     return content if final and not calls else content.rstrip()

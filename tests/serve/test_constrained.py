@@ -4,12 +4,11 @@ import json
 import re
 
 import pytest
-from http_server import running, tiny_folder, wait_until
+from http_server import running, tiny_folder
 
 from converters.tokenizer import CHATML
 from jaxtrain.data.chat import ChatTokenizer
-from jaxtrain.sample.grammar import guidance_tokenizer, regex_grammar
-from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
+from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.serve.served import load_served
 
 pytest.importorskip("llguidance")
@@ -61,22 +60,6 @@ def test_an_answer_follows_a_schema_whole_and_streamed(client):
     assert {choice.finish_reason for choice in reply.choices} == {"stop"}
     pieces = client.chat.completions.create(**OPTIONS, response_format=wanted, stream=True)
     assert "".join(each.choices[0].delta.content for each in pieces) == reply.choices[0].message.content
-
-
-def test_a_text_follows_a_regular_expression(served):
-    """Beside others, whose answers do not change."""
-    tokenizer = guidance_tokenizer(served.tokenizer, 259, tuple(served.stop_ids))
-    grammar = regex_grammar(tokenizer, "(ab|c){3}[0-9]")
-    ids = served.tokenizer.encode("hi")
-    plain = Request(ids, SamplingParams(max_tokens=20, temperature=0))
-    wait_until(lambda: not served.engine.busy)  # with the calls of other tests
-    ((alone,),) = served.engine.generate([plain])
-    follows = [{}, {"repetition_penalty": 1.2}, {"temperature": 0}]
-    bound = [Request(ids, served.ending(SamplingParams(grammar=grammar, **options))) for options in follows]
-    (same,), *others = served.engine.generate([plain, *bound])
-    assert same.ids.tolist() == alone.ids.tolist()
-    for (completion,) in others:
-        assert re.fullmatch("(ab|c){3}[0-9]", completion.text) and completion.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("stream", [False, True])

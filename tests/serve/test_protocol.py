@@ -1,16 +1,15 @@
 """Every body is converted to a call, or refused with the name of the field."""
 
 import json
-from dataclasses import fields
 
 import pytest
 from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.sample.requests import BOUNDS, EngineLimits, FieldError, SamplingParams
+from jaxtrain.sample.requests import BOUNDS, EngineLimits, FieldError
 from jaxtrain.serve.limits import Limits
 from jaxtrain.serve.protocol import read_call
-from jaxtrain.serve.schema import OTHERWISE, CompletionCall
+from jaxtrain.serve.schema import CompletionCall
 from jaxtrain.serve.served import load_served
 
 HUGE = "9" * 400
@@ -192,11 +191,6 @@ def test_a_pair_of_surrogates_is_a_character(served):
 def test_log_probabilities_without_alternatives(served, value, chat, expected):
     call = read(served, (CHAT if chat else {"prompt": "hi"}) | {"logprobs": value}, chat)
     assert (call.logprobs, call.requests[0].params.alternatives) == expected
-
-
-def test_every_sampling_parameter_is_a_field_or_has_a_reason_not_to_be():
-    parameters = {field.name for field in fields(SamplingParams)}
-    assert parameters - CompletionCall.model_fields.keys() <= OTHERWISE.keys() <= parameters
 
 
 def test_every_prompt_of_a_list_is_a_request(served):

@@ -9,6 +9,7 @@ import pytest
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.sample.requests import Alternatives, Chunk, Completion, Request, SamplingParams, Timings
 from jaxtrain.serve.answers import error_answer
+from jaxtrain.serve.outputs import parser
 from jaxtrain.serve.protocol import Call
 from jaxtrain.serve.responses import FailedError, ResponseBuilder
 from jaxtrain.serve.schema import ChatCall, CompletionCall
@@ -63,7 +64,8 @@ def builder(tokenizer, chat=True, logprobs=True, usage=False):
     request = Request([1, 2, 3], SamplingParams(n=2))
     given = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": [1, 2, 3]}
     body = (ChatCall if chat else CompletionCall).model_validate({**given, "n": 2})
-    return ResponseBuilder(Served("tiny", None, tokenizer, None, []), Call(body, [request], logprobs, usage))
+    served = Served("tiny", None, tokenizer, None, [])
+    return ResponseBuilder(served, Call(body, [request], logprobs, usage, parser("", None) if chat else None))
 
 
 def whole(tokenizer, given, **call):

@@ -1,29 +1,22 @@
-"""Reasoning, content and tool calls are the same however a text is cut into pieces."""
+"""Content and tool calls are the same however a text is cut into pieces."""
 
 import json
 
 import pytest
 
-from jaxtrain.serve.outputs import Call, Parts, Splitter, parser, thought_of
+from jaxtrain.serve.outputs import CalledTool, Parts, Splitter, parser
 from jaxtrain.serve.tool_formats import HARMONY, HERMES, LLAMA, MISTRAL, parse_harmony, tool_format
 
 ARGUMENTS = {"city": "Paris {}", "days": [1, 2]}
 BODY = json.dumps({"name": "weather", "arguments": ARGUMENTS})
 PARAMETERS = json.dumps({"name": "weather", "parameters": ARGUMENTS})
-WEATHER = Call("weather", json.dumps(ARGUMENTS))
+WEATHER = CalledTool("weather", json.dumps(ARGUMENTS))
 NAMED = json.dumps(ARGUMENTS)
 
-PLAIN, HERMES_PARSER = parser("", None), parser("", HERMES.read)
+HERMES_PARSER = parser("", HERMES.read)
 LLAMA_PARSER, MISTRAL_PARSER = parser("", LLAMA.read), parser("", MISTRAL.read)
 
 CASES = [
-    (PLAIN, " hello ", Parts("", " hello ", [])),
-    (PLAIN, "", Parts("", "", [])),
-    (PLAIN, "<think>\nso so\n</think>\n\nhello ", Parts("so so", "hello ", [])),
-    (PLAIN, "<thin", Parts("", "<thin", [])),
-    (PLAIN, "<think>never closed", Parts("never closed", "", [])),
-    (PLAIN, f"<tool_call>{BODY}</tool_call>", Parts("", f"<tool_call>{BODY}</tool_call>", [])),
-    (parser("<think>", None), "so</think>hello", Parts("so", "hello", [])),
     (HERMES_PARSER, "no call", Parts("", "no call", [])),
     (HERMES_PARSER, "a < b <tool", Parts("", "a < b <tool", [])),
     (HERMES_PARSER, f"Let us see.\n<tool_call>\n{BODY}\n</tool_call>", Parts("", "Let us see.", [WEATHER])),
@@ -66,7 +59,7 @@ def test_a_text_is_split_into_its_parts_at_once_and_in_pieces(parse, text, expec
 
 
 def test_content_is_streamed_before_the_end():
-    for parse in (PLAIN, HERMES_PARSER, LLAMA_PARSER, MISTRAL_PARSER):
+    for parse in (HERMES_PARSER, LLAMA_PARSER, MISTRAL_PARSER):
         assert Splitter(parse).feed("hello there", False).content == "hello there"
 
 
@@ -74,8 +67,3 @@ def test_the_format_is_that_of_the_chat_template():
     assert tool_format("{{ '<tool_call>' }}") is HERMES and tool_format("[TOOL_CALLS]") is MISTRAL
     assert tool_format("<|python_tag|>") is LLAMA and tool_format("<|channel|><tool_call>") is HARMONY
     assert tool_format("{{ messages }}") is None and tool_format(None) is None
-
-
-def test_a_prompt_may_open_a_thought():
-    assert thought_of("<|im_start|>assistant\n<think>\n") == "<think>"
-    assert thought_of("<think>\n\n</think>\n\n") == thought_of("") == ""
