@@ -51,7 +51,6 @@ def test_samples_follow_their_grammars_beside_others_that_do_not_change(tokenize
         (regex_grammar, "("),
         (json_schema_grammar, {"type": "x"}),
         (json_schema_grammar, {"$ref": "#/x"}),
-        (lark_grammar, "x"),
     ],
 )
 def test_an_invalid_grammar_is_refused(guidance, make, value):
