@@ -12,7 +12,7 @@ import math
 import re
 import string
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from converters.families.registry import weight_rows
 from converters.import_hf import ADAPTER_CONFIG, check_alias, place
 from converters.json_files import read_json_object
 from converters.safetensors_io import Checkpoint, TensorSpec, check_folder, read_header, write_checkpoint
-from converters.weight_rows import Index, Shape, Tensor, Weight, bind, flatten, unflatten
+from converters.weight_rows import Drop, Shape, Tensor, Weight, bind, flatten, unflatten
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
 from jaxtrain.nn.config import Lora, ModelConfig
@@ -71,26 +71,6 @@ KNOWN_KEYS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("megatron_config", "megatron_core", "runtime_config"),
 }
-
-
-@dataclass(frozen=True)
-class _Drop:
-    """Insert `count` axes of size 1 at `at`: the kernel's layout has them, the factor does not."""
-
-    at: int
-    count: int
-
-    def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
-        return (*shape[: self.at], *[1] * self.count, *shape[self.at :])
-
-    def hf_index(self, index: Index, shape: Shape, hf_shape: Shape) -> Index:
-        return (*index[: self.at], *[slice(0, 1)] * self.count, *index[self.at :])
-
-    def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
-        return block.reshape(shape)
-
-    def to_hf(self, array: np.ndarray, hf_shape: Shape) -> np.ndarray:
-        return array.reshape(hf_shape)
 
 
 def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
@@ -244,7 +224,7 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
             )
         a, b = shapes[f"{path}.lora_a"], shapes[f"{path}.lora_b"]
         rank, inputs, outputs = a[-1], math.prod(a[1:-1]), math.prod(b[2:])
-        drops = {"lora_a": _Drop(len(a) - 1, len(b) - 3), "lora_b": _Drop(1, len(a) - 3)}
+        drops = {"lora_a": Drop(len(a) - 1, len(b) - 3), "lora_b": Drop(1, len(a) - 3)}
         wanted = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
         for factor, theirs in _FACTORS.items():
             row, ours = rows[path], f"{path}.{factor}"

@@ -3,6 +3,8 @@
 This is the only file that imports torch, and only when it is used.
 """
 
+import inspect
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,8 @@ from converters.errors import ConversionError
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_json_config
 from converters.quantization import QUANTIZATION, without_quantization
+
+_GATE_OF_ONE = 1.2784645427610738  # x sigmoid(x) = 1
 
 
 class ModuleCall(NamedTuple):
@@ -55,6 +59,7 @@ class Reference:
         except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise ConversionError(f"transformers cannot load {folder}: {error}") from error
         self._torch = torch
+        token_by_token(self._model)
         self._model.eval()
         # torch drops the gradient of the padding token's row; rows are packed here, so no token is padding.
         self._model.get_input_embeddings().padding_idx = None
@@ -110,10 +115,15 @@ class Reference:
         return calls, logits
 
     def apply(self, module: str, x: np.ndarray) -> np.ndarray:
-        """The output of one module (`model.norm`) for an input of float32, cast to the model's dtype."""
-        dtype = self._model.dtype
+        """The output of one module (`model.norm`) for an input of float32, cast to the model's dtype.
+
+        A norm that is multiplied by the SiLU of a gate gets a gate whose SiLU is 1.
+        """
+        found, tensor = self._model.get_submodule(module), self._torch.from_numpy(x)
+        gated = "gate" in inspect.signature(found.forward).parameters
+        gates = [self._torch.full_like(tensor, _GATE_OF_ONE)] if gated else []
         with self._torch.no_grad():
-            return _array(self._model.get_submodule(module)(self._torch.from_numpy(x).to(dtype)))
+            return _array(found(tensor.to(self._model.dtype), *gates))
 
     def rope_tables(self, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each layer the cosines and sines of positions 0 to length - 1, [T, R] or [T, R/2]: those that the model
@@ -173,6 +183,18 @@ class Reference:
 
     def _is_float(self, value: Any) -> bool:
         return isinstance(value, self._torch.Tensor) and value.is_floating_point()
+
+
+def token_by_token(model: Any) -> None:
+    """Let the gated delta nets of `model`'s family in transformers process one token after the other, in this process.
+
+    Their chunked form takes differences of sums of decays, in float32 also in a float64 model: where a head forgets
+    fast, its logits differ from those of the recurrence by 2e-4.
+    """
+    modeling = sys.modules[type(model).__module__]
+    chunked, recurrent = (f"torch_{kind}_gated_delta_rule" for kind in ("chunk", "recurrent"))
+    if hasattr(modeling, chunked):
+        setattr(modeling, chunked, getattr(modeling, recurrent))
 
 
 def _import() -> tuple[Any, Any]:

@@ -90,7 +90,7 @@ def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[s
 def module_path(tensor: Tensor) -> str:
     """The path of the tensor's module: `layers.3.attn.q_proj` for layer 3 of `layers.attn.q_proj.kernel`."""
     top, *inner = _parent(tensor.ours).split(".")
-    return ".".join([top, *map(str, tensor.stack[:1]), *inner])
+    return ".".join([top, *(str(tensor.layers[place]) for place in tensor.stack[:1]), *inner])
 
 
 def _parent(path: str) -> str:

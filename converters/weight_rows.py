@@ -5,7 +5,8 @@ the layout of a tensor. It works on rectangles as well as on full tensors: impor
 to the part of the checkpoint's tensor that holds it, and reads only that part.
 
 `{...}` in a checkpoint's name is a leading axis of our parameter, with one tensor for each index: the parameter of
-`model.layers.{layer}.x` is stacked over layers, that of `...layers.{layer}.experts.{expert}.x` over both.
+`model.layers.{layer}.x` is stacked over layers (those that have its part of a layer: see `nn.stack`), that of
+`...layers.{layer}.experts.{expert}.x` over both.
 """
 
 import itertools
@@ -95,6 +96,26 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """Drop `count` axes of size 1 at `at` of the checkpoint's layout."""
+
+    at: int
+    count: int
+
+    def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
+        return (*shape[: self.at], *[1] * self.count, *shape[self.at :])
+
+    def hf_index(self, index: Index, shape: Shape, hf_shape: Shape) -> Index:
+        return (*index[: self.at], *[slice(0, 1)] * self.count, *index[self.at :])
+
+    def to_ours(self, block: np.ndarray, shape: Shape) -> np.ndarray:
+        return block.reshape(shape)
+
+    def to_hf(self, array: np.ndarray, hf_shape: Shape) -> np.ndarray:
+        return array.reshape(hf_shape)
+
+
+@dataclass(frozen=True)
 class PadVocab:
     """Pad the checkpoint's `axis` of `vocab_size` rows with zeros; export removes them."""
 
@@ -121,30 +142,36 @@ class PadVocab:
 
 @dataclass(frozen=True)
 class Slot:
-    """The location of a part in a fused tensor: slice i of `axis` is the tensor's slice `first + i * step`."""
+    """The location of a part in a fused tensor: blocks of `width` slices of `axis`, of which block i begins at slice
+    `first + i * step` of the tensor."""
 
     axis: int
     size: int  # of `axis` in the fused tensor
     first: int
     step: int
+    width: int = 1
 
     def widen(self, shape: Shape) -> Shape:
         """The shape of the fused tensor, given that of the part."""
         return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
 
-    def place(self, index: Index) -> Index:
-        """The location of the rectangle `index` of the part in the fused tensor."""
-        own = index[self.axis]
-        start, last = (self.first + i * self.step for i in (own.start, own.stop - 1))
-        return (*index[: self.axis], slice(start, last + 1, self.step), *index[self.axis + 1 :])
+    def place(self, index: Index) -> tuple[slice | np.ndarray, ...]:
+        """The location of the rectangle `index` of the part in the fused tensor, as an index of numpy."""
+        own = np.arange(index[self.axis].start, index[self.axis].stop)
+        places = self.first + own // self.width * self.step + own % self.width
+        return (*index[: self.axis], places, *index[self.axis + 1 :])
 
     def hull(self, index: Index) -> Index:
         """The bounding rectangle of `place(index)` in the fused tensor; it may include slices of other parts."""
-        return tuple(slice(s.start, s.stop) for s in self.place(index))
+        places = self.place(index)[self.axis]
+        assert isinstance(places, np.ndarray)
+        return (*index[: self.axis], slice(int(places[0]), int(places[-1]) + 1), *index[self.axis + 1 :])
 
-    def of(self, block: np.ndarray) -> np.ndarray:
-        """A view of the part in a block read at `hull`."""
-        return block[(*[slice(None)] * self.axis, slice(None, None, self.step))]
+    def of(self, block: np.ndarray, index: Index) -> np.ndarray:
+        """The rectangle `index` of the part in a block read at `hull(index)`."""
+        places = self.place(index)[self.axis]
+        assert isinstance(places, np.ndarray)
+        return block.take(places - places[0], self.axis)
 
 
 class Part(Protocol):
@@ -169,16 +196,19 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Concatenated parts along `axis`, of `sizes(config)`; this one is number `place`."""
+    """Concatenated parts along `axis`, of `sizes(config)`; this one is number `place`. With `groups`, the tensor has so
+    many groups, each of which has all parts one after the other."""
 
     axis: int
     place: int
     sizes: Callable[[ModelConfig], tuple[int, ...]]
+    groups: Callable[[ModelConfig], int] = lambda config: 1
 
     def slot(self, shape: Shape, config: ModelConfig) -> Slot:
-        sizes = self.sizes(config)
-        assert shape[self.axis] == sizes[self.place], (shape, sizes)
-        return Slot(self.axis, sum(sizes), sum(sizes[: self.place]), 1)
+        sizes, groups = self.sizes(config), self.groups(config)
+        width = sizes[self.place]
+        assert shape[self.axis] == width * groups, (shape, sizes, groups)
+        return Slot(self.axis, sum(sizes) * groups, sum(sizes[: self.place]), sum(sizes), width)
 
 
 @dataclass(frozen=True)
@@ -199,7 +229,8 @@ class Tensor:
 
     name: str
     ours: str
-    stack: tuple[int, ...]  # its index on the leading axes of our parameter: (layer,) or ()
+    stack: tuple[int, ...]  # its index on the leading axes of our parameter, of which the first is that of layers
+    layers: tuple[int, ...]  # the layers that our parameter is stacked over
     ops: tuple[Op, ...]
     shapes: tuple[Shape, ...]  # before the first op (the checkpoint's), between, after the last (ours, unstacked)
     alias: bool
@@ -217,8 +248,9 @@ class Tensor:
 
     def to_ours(self, block: np.ndarray, index: Index) -> np.ndarray:
         """The rectangle `index` of ours, given the checkpoint's at `hf_index(index)`."""
-        block = self.slot.of(block) if self.slot else block
-        for op, after in zip(self.ops, self._indices(index)[1:], strict=True):
+        first, *others = self._indices(index)
+        block = self.slot.of(block, first) if self.slot else block
+        for op, after in zip(self.ops, others, strict=True):
             block = op.to_ours(block, tuple(s.stop - s.start for s in after))
         return block
 
@@ -286,9 +318,11 @@ def _tensors(row: Weight, shape: Shape, config: ModelConfig) -> Iterable[Tensor]
     for op in reversed(row.ops):
         shapes.insert(0, op.hf_shape(shapes[0], config))
     slot = row.part.slot(shapes[0], config) if row.part else None
+    _, _, inner = row.ours.partition("layers.")
+    layers = config.layers_of(inner.partition(".")[0])
     for stack in itertools.product(*(range(size) for size in shape[: len(fields)])):
-        name = row.hf.format(**dict(zip(fields, stack, strict=True)))
-        yield Tensor(name, row.ours, stack, row.ops, tuple(shapes), row.alias, slot)
+        numbers = {**dict(zip(fields, stack, strict=True)), **({"layer": layers[stack[0]]} if inner else {})}
+        yield Tensor(row.hf.format(**numbers), row.ours, stack, layers, row.ops, tuple(shapes), row.alias, slot)
 
 
 def flatten(tree: Params) -> dict[str, Any]:

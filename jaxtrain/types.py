@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Array: TypeAlias = jax.Array | np.ndarray
     Params: TypeAlias = dict[str, "Params | Array | tuple[Any, ...]"]
     """A nested dict of arrays, of `jax.ShapeDtypeStruct` where only shapes are known, or of tuples of axis names.
-    `nn.model.unstack` makes `layers` a tuple of such dicts."""
+    `Model.unstack` makes `layers` a tuple of such dicts."""
 else:
 
     @runtime_checkable

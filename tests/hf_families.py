@@ -14,6 +14,21 @@ LONG = {  # a factor for each pair of the 8 channels that turn
     "short_factor": [1.0, 1.1, 1.3, 1.7],
     "long_factor": [1.5, 2.0, 4.0, 6.5],
 }
+HYBRID = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
+SHARED = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 24,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +60,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
         },
     ),
+    "qwen3-next": (
+        "Qwen3Next",
+        {
+            **HYBRID,
+            **SHARED,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3.5": ("Qwen3_5Text", {**HYBRID, "attention_bias": True, "tie_word_embeddings": True}),
+    "qwen3.5-moe": ("Qwen3_5MoeText", {**HYBRID, **SHARED}),
     "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 37}),
     "phi3-longrope-tied": (
         "Phi3",

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from converters.import_hf import import_params, read_config
+from converters.reference import token_by_token
 from jaxtrain.config import MeshSection
 from jaxtrain.nn.config import ModelConfig
 from jaxtrain.nn.model import Model
@@ -81,6 +82,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {**MOE, "norm_topk_prob": True, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 37},
     ),
+    "qwen3-moe-some-dense": ("Qwen3Moe", {**MOE, "decoder_sparse_step": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "mixtral-window": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "sliding_window": 37}),
     "gpt-oss": ("GptOss", {**GPT_OSS, "rope_parameters": YARN}),
@@ -98,6 +100,7 @@ def hf_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTraine
     """Random everywhere: a norm of ones or a bias of zeros would hide a mistake."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config(case, **changes), dtype=torch.float32).eval()
+    token_by_token(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

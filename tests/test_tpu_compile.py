@@ -77,6 +77,15 @@ def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(compiled):
     assert report["arguments"] + report["temporaries"] < V5P_BYTES / 2 + attention
 
 
+@pytest.mark.slow
+def test_the_step_of_a_hybrid_mixture_of_35b_fits_64_v5p(compiled):
+    """A row of 4096 tokens for each chip: gated delta nets, attention, 256 experts and a shared one."""
+    report = compiled("step", "35b-a3b", "v5p:4x4x4", 1, 64, 4096)
+    # The loop is over periods of four layers, of which one has attention.
+    assert report["splash_calls"] == SPLASH_CALLS
+    assert report["arguments"] + report["temporaries"] < V5P_BYTES
+
+
 def test_decode_does_not_copy_the_cache(compiled):
     """With another order of its axes, XLA would copy the keys and values of every layer twice at every call."""
     report = compiled("decode", "v5p:2x2x1", 4, 1024)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtrain.nn.config import LayerKind, Lora, ModelConfig, MoE, Rope
+from jaxtrain.nn.config import DeltaNet, LayerKind, Lora, ModelConfig, MoE, Rope
 from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
@@ -34,6 +34,8 @@ CONFIG = ModelConfig(
     pattern=(KIND,) * 3,
 )
 MOE = MoE(num_experts=8, experts_per_token=2, intermediate_size=48, renormalise=True)
+DELTA = DeltaNet(key_heads=2, value_heads=6, key_width=8, value_width=12, conv_width=3)
+DELTA_KIND = LayerKind(window=None, rope=None, mixer="delta")
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 
 HF_CONFIG = {

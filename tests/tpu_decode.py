@@ -12,7 +12,7 @@ from jax.experimental import topologies
 
 from jaxtrain.config import MeshSection
 from jaxtrain.nn.decoder import Execution
-from jaxtrain.nn.model import Model, unstack
+from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import replicated
 from jaxtrain.sample import decode as programs
@@ -34,10 +34,10 @@ def compile_decode(topology: str, tensor: int, vocab: int) -> jax.stages.Compile
 
     half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.run.dtype), model.abstract())
     placed = jax.tree.map(tpu_step.placed, half, serving_shardings(model))
-    shardings = jax.jit(unstack).lower(placed).compile().output_shardings
-    params = jax.tree.map(tpu_step.placed, jax.eval_shape(unstack, placed), shardings)
+    shardings = jax.jit(model.unstack).lower(placed).compile().output_shardings
+    params = jax.tree.map(tpu_step.placed, jax.eval_shape(model.unstack, placed), shardings)
     cache = jax.eval_shape(lambda: model.empty_cache(SLOTS, COLUMNS).layers)
-    cache = tuple(jax.tree.map(tpu_step.placed, layer, programs.cache_sharding(model)) for layer in cache)
+    cache = jax.tree.map(tpu_step.placed, cache, programs.cache_shardings(model, cache))
     marks = np.zeros((SLOTS, config.vocab_size), np.uint16)
     state = programs.SlotState(*(np.zeros(SLOTS, kind) for kind in (np.int32, np.int32, np.int32, np.bool_, np.int32)))
     tries, _ = join_tries(())

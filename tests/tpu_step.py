@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from converters.families import qwen3_5_moe
 from jaxtrain.config import MeshSection, OptimizerSection
 from jaxtrain.nn.config import LayerKind, ModelConfig, Rope
 from jaxtrain.nn.decoder import Execution
@@ -42,6 +43,7 @@ SHAPES = {
     "tiny": qwen3(1000, 256, 512, layers=2, heads=16, head_dim=64, tied=True),
     "8b-wide": qwen3(151936, 4096, 12288, layers=2, heads=32, head_dim=128, tied=False),
     "8b": qwen3(151936, 4096, 12288, layers=36, heads=32, head_dim=128, tied=False),  # Qwen/Qwen3-8B's config.json
+    "35b-a3b": qwen3_5_moe.from_hf({}, vocab_multiple=256),  # its defaults are Qwen3.5-35B-A3B
 }
 
 

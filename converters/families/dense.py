@@ -13,21 +13,21 @@ from converters.weight_rows import PadVocab, Split, Transpose, Weight
 from jaxtrain.nn.config import Activation, LayerKind, ModelConfig
 
 _LAYER = "model.layers.{layer}"
-_HEADS_OUT = (Split(0), Transpose((2, 0, 1)))  # [N*H, D] -> [D, N, H]
-_HEADS_IN = (Transpose((1, 0)), Split(0))  # [D, N*H] -> [N, H, D]
-_MATRIX = (Transpose((1, 0)),)  # [out, in] -> [in, out]
+HEADS_OUT = (Split(0), Transpose((2, 0, 1)))  # [N*H, D] -> [D, N, H]
+HEADS_IN = (Transpose((1, 0)), Split(0))  # [D, N*H] -> [N, H, D]
+MATRIX = (Transpose((1, 0)),)  # [out, in] -> [in, out]
 
 BASE = (
     Weight("embed.weight", "model.embed_tokens.weight", (PadVocab(0),)),
     Weight("layers.input_norm.scale", f"{_LAYER}.input_layernorm.weight"),
-    Weight("layers.attn.q_proj.kernel", f"{_LAYER}.self_attn.q_proj.weight", _HEADS_OUT),
-    Weight("layers.attn.k_proj.kernel", f"{_LAYER}.self_attn.k_proj.weight", _HEADS_OUT),
-    Weight("layers.attn.v_proj.kernel", f"{_LAYER}.self_attn.v_proj.weight", _HEADS_OUT),
-    Weight("layers.attn.o_proj.kernel", f"{_LAYER}.self_attn.o_proj.weight", _HEADS_IN),
+    Weight("layers.attn.q_proj.kernel", f"{_LAYER}.self_attn.q_proj.weight", HEADS_OUT),
+    Weight("layers.attn.k_proj.kernel", f"{_LAYER}.self_attn.k_proj.weight", HEADS_OUT),
+    Weight("layers.attn.v_proj.kernel", f"{_LAYER}.self_attn.v_proj.weight", HEADS_OUT),
+    Weight("layers.attn.o_proj.kernel", f"{_LAYER}.self_attn.o_proj.weight", HEADS_IN),
     Weight("layers.mlp_norm.scale", f"{_LAYER}.post_attention_layernorm.weight"),
-    Weight("layers.mlp.gate_proj.kernel", f"{_LAYER}.mlp.gate_proj.weight", _MATRIX),
-    Weight("layers.mlp.up_proj.kernel", f"{_LAYER}.mlp.up_proj.weight", _MATRIX),
-    Weight("layers.mlp.down_proj.kernel", f"{_LAYER}.mlp.down_proj.weight", _MATRIX),
+    Weight("layers.mlp.gate_proj.kernel", f"{_LAYER}.mlp.gate_proj.weight", MATRIX),
+    Weight("layers.mlp.up_proj.kernel", f"{_LAYER}.mlp.up_proj.weight", MATRIX),
+    Weight("layers.mlp.down_proj.kernel", f"{_LAYER}.mlp.down_proj.weight", MATRIX),
     Weight("norm.scale", "model.norm.weight"),
     Weight("lm_head.kernel", "lm_head.weight", (PadVocab(0), Transpose((1, 0)))),
     Weight("embed.weight", "lm_head.weight", (PadVocab(0),), alias=True),  # some tied checkpoints store it twice

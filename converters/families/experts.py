@@ -1,15 +1,49 @@
-"""Common rows of mixtures of experts that store the tensors of each expert separately."""
+"""Common parts of mixtures of experts: rows of those that store each expert separately, and layers without one."""
 
-from converters.weight_rows import Transpose, Weight
+from typing import Any
+
+from converters.errors import ConversionError
+from converters.families.dense import MATRIX
+from converters.families.keys import ConfigKeys
+from converters.weight_rows import Weight
+from jaxtrain.nn.config import ModelConfig
 
 _LAYER = "model.layers.{layer}"
-_MATRIX = (Transpose((1, 0)),)  # [out, in] -> [in, out]
+DENSE_LAYERS = tuple(
+    Weight(f"layers.dense_mlp.{name}.kernel", f"{_LAYER}.mlp.{name}.weight", MATRIX)
+    for name in ("gate_proj", "up_proj", "down_proj")
+)
+"""Of the layers among mixtures that are dense."""
+SHARED_EXPERT = (
+    *(
+        Weight(f"layers.mlp.shared.{name}.kernel", f"{_LAYER}.mlp.shared_expert.{name}.weight", MATRIX)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ),
+    Weight("layers.mlp.shared_gate.kernel", f"{_LAYER}.mlp.shared_expert_gate.weight", MATRIX),
+)
+
+
+def read_dense_layers(keys: ConfigKeys) -> tuple[bool, ...]:
+    """Whether each layer is dense: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    layers, step = keys.size("num_hidden_layers"), keys.size("decoder_sparse_step")
+    named = keys.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(type(each) is int and 0 <= each < layers for each in named):
+        raise ConversionError(f"config.json: mlp_only_layers must be a list of numbers of layers, not {named!r}")
+    return tuple(layer in named or (layer + 1) % step != 0 for layer in range(layers))
+
+
+def write_dense_layers(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_dense_layers`."""
+    return {
+        "mlp_only_layers": [layer for layer, kind in enumerate(config.pattern) if kind.dense],
+        "decoder_sparse_step": 1,
+    }
 
 
 def router_rows(name: str) -> tuple[Weight, ...]:
     """`name` within a layer."""
     return (
-        Weight("layers.mlp.router.kernel", f"{_LAYER}.{name}.weight", _MATRIX),
+        Weight("layers.mlp.router.kernel", f"{_LAYER}.{name}.weight", MATRIX),
         Weight("layers.mlp.router.bias", f"{_LAYER}.{name}.bias"),
     )
 
@@ -18,6 +52,6 @@ def expert_rows(experts: str, gate: str, up: str, down: str) -> tuple[Weight, ..
     """One tensor for each expert and matrix. `experts` is a name within a layer, the others are within an expert."""
     names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     return tuple(
-        Weight(f"layers.mlp.experts.{ours}.kernel", f"{_LAYER}.{experts}.{{expert}}.{theirs}.weight", _MATRIX)
+        Weight(f"layers.mlp.experts.{ours}.kernel", f"{_LAYER}.{experts}.{{expert}}.{theirs}.weight", MATRIX)
         for ours, theirs in names.items()
     )

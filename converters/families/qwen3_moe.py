@@ -1,10 +1,16 @@
-"""Qwen3's mixtures of experts: Qwen3 with experts in every layer, and one window for all layers or none."""
+"""Qwen3's mixtures of experts: Qwen3 with experts in every layer or some, and one window for all layers or none."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from converters.families.dense import BASE, O_BIAS, QK_NORM, QKV_BIAS, read_sizes, write_sizes
-from converters.families.experts import expert_rows, router_rows
+from converters.families.experts import (
+    DENSE_LAYERS,
+    expert_rows,
+    read_dense_layers,
+    router_rows,
+    write_dense_layers,
+)
 from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
 from jaxtrain.nn.config import LayerKind, ModelConfig, MoE
@@ -13,7 +19,7 @@ ARCHITECTURE = "Qwen3MoeForCausalLM"
 MODEL_TYPE = "qwen3_moe"
 WEIGHTS = (
     *(*BASE, *QKV_BIAS, *O_BIAS, *QK_NORM),
-    *router_rows("mlp.gate"),
+    *(*router_rows("mlp.gate"), *DENSE_LAYERS),
     *expert_rows("mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
 )
 
@@ -38,14 +44,13 @@ DEFAULTS: dict[str, Any] = {
     "num_experts_per_tok": 8,
     "num_experts": 128,
     "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
 }
-# Dense layers among sparse ones are not supported: no published Qwen3 has them.
 INERT = {
     "mlp_bias": (None, False),
     "qk_norm": (None, True),
     "use_qk_norm": (None, True),
-    "decoder_sparse_step": (None, 1),
-    "mlp_only_layers": (None, []),
 }
 
 
@@ -54,14 +59,14 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     # transformers 5 saves `num_experts` of published checkpoints as `num_local_experts`, and reads both.
     keys = ConfigKeys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
-    kind = LayerKind(keys.size("sliding_window") if used else None, read_rope(keys))
+    window, rope = keys.size("sliding_window") if used else None, read_rope(keys)
     return ModelConfig(
         family=MODEL_TYPE,
         **read_sizes(keys),
         qkv_bias=keys.flag("attention_bias"),
         o_bias=keys.flag("attention_bias"),
         qk_norm="head",
-        pattern=(kind,) * keys.size("num_hidden_layers"),
+        pattern=tuple(LayerKind(window, rope, dense) for dense in read_dense_layers(keys)),
         moe=MoE(
             num_experts=keys.size("num_experts"),
             experts_per_token=keys.size("num_experts_per_tok"),
@@ -77,6 +82,7 @@ def hf_keys(config: ModelConfig) -> dict[str, Any]:
     window = config.pattern[0].window
     return {
         **write_sizes(config),
+        **write_dense_layers(config),
         "attention_bias": config.qkv_bias,
         "use_sliding_window": window is not None,
         "sliding_window": window,

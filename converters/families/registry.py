@@ -19,7 +19,10 @@ from converters.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     smollm3,
 )
 from converters.families.rope import ROPE_KEYS
@@ -64,7 +67,8 @@ class Family(Protocol):
 
 
 _ALL: tuple[Family, ...] = (
-    *(llama, qwen2, qwen3, qwen3_moe, mixtral, gpt_oss, gemma2, gemma3),
+    *(llama, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
+    *(mixtral, gpt_oss, gemma2, gemma3),
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}

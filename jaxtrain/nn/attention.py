@@ -55,6 +55,9 @@ class Attention(nnx.Module):
         self.k_proj = linear("k_proj", stream, kv_heads, config.qkv_bias)
         self.v_proj = linear("v_proj", stream, kv_heads, config.qkv_bias)
         self.o_proj = linear("o_proj", heads, stream, config.o_bias)
+        self.gate_proj = (
+            linear("gate_proj", stream, heads, config.qkv_bias) if config.attention_gate else nnx.data(None)
+        )
         self.q_norm = self.k_norm = nnx.data(None)
         if config.qk_norm:
             # Over each head with scales [H], or over all heads with scales [N, H].
@@ -110,6 +113,9 @@ class Attention(nnx.Module):
 
         branches = [branch(each, rope) for each, rope in zip(kinds, inputs.ropes, strict=True)]
         out, written = branches[kind](q, k, v) if isinstance(kind, int) else jax.lax.switch(kind, branches, q, k, v)
+        if self.gate_proj is not None:
+            key = None if keys[0] is None else jax.random.fold_in(keys[0], 1)
+            out *= jax.nn.sigmoid(checkpoint_name(self.gate_proj(x, key), QKV))
         return checkpoint_name(self.o_proj(out, keys[3]), ATTENTION_OUT), written
 
 

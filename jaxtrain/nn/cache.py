@@ -1,7 +1,12 @@
-"""`KVCache`: keys and values of earlier tokens, always an explicit argument."""
+"""`ModelCache`: what each layer keeps of earlier tokens, always an explicit argument.
+
+`LayerState` is the interface of all kinds of layers: the engine resizes, copies and shards the state of a layer through
+it, and the layer alone knows what is in it.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Integer
 
-from jaxtrain.nn.config import LayerKind, ModelConfig
+from jaxtrain.nn.config import DeltaNet, LayerKind, ModelConfig
 from jaxtrain.parallel.mesh import platform_of
+from jaxtrain.parallel.sharding import ROWS
 from jaxtrain.types import Array
 
 _ROW, _COLUMN, _HEAD, _WIDTH = range(4)  # the axes of keys and values as the layers compute them, [B, S, K, H]
@@ -34,15 +40,43 @@ OFF_TPU = Order((_ROW, _HEAD, _WIDTH, _COLUMN), (_ROW, _HEAD, _COLUMN, _WIDTH))
 transposes all of them at every step, which takes longer than the product."""
 
 
+def over_tensor(heads: int, mesh: Mesh) -> str | None:
+    """The mesh axis that this number of heads is sharded over, if it is divisible."""
+    return None if heads % mesh.shape["tensor"] else "tensor"
+
+
 def order_on(mesh: Mesh | None) -> Order:
     """The order for the platform of `mesh`."""
     return ON_TPU if platform_of(mesh) == "tpu" else OFF_TPU
 
 
+class LayerState(ABC):
+    """What a layer keeps of the earlier tokens of each row: a pytree whose leaves have rows as their first axis."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """Columns of the buffers; 0 if their size does not depend on the number of tokens."""
+
+    @abstractmethod
+    def resized(self, rows: int, columns: int) -> LayerState:
+        """The state with this many rows and columns: cut off, or padded with zeros."""
+
+    @abstractmethod
+    def kept(self, columns: int, length: Integer[Array, ""]) -> LayerState:
+        """Of a single row of `length` tokens, what buffers with this many columns keep."""
+
+    @abstractmethod
+    def specs(self, mesh: Mesh) -> LayerState:
+        """The sharding of the buffers: the same record with a `PartitionSpec` in the place of each leaf. Rows are over
+        `ROWS`, heads over "tensor" if they are divisible."""
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("order",))
 @dataclass(frozen=True)
-class LayerCache:
-    """A ring buffer: position p is stored in column p mod S (in column p, if S is at least the length of the row)."""
+class LayerCache(LayerState):
+    """Keys and values in a ring buffer: position p is stored in column p mod S (in column p, if S is at least the
+    length of the row)."""
 
     # Arrays [B, S, K, H], axes permuted by `order`; or other leaves, such as shardings, in trees of this structure.
     k: Any
@@ -86,16 +120,24 @@ class LayerCache:
 
         return LayerCache(put(self.k, self.order.k, k), put(self.v, self.order.v, v), self.order)
 
-    def take(self, columns: Integer[Array, " s"]) -> LayerCache:
-        """The columns with these indices, in this order."""
+    def kept(self, columns: int, length: Integer[Array, ""]) -> LayerCache:
+        """See `LayerState`: the last tokens, in the columns of a smaller ring."""
+        if columns >= self.columns:
+            return self
+        held = jnp.maximum(_held(columns, length[None])[0], 0)
         k, v = (
-            jnp.take(each, columns, order.index(_COLUMN))
-            for each, order in zip((self.k, self.v), self.order, strict=True)
+            jnp.take(each, held, order.index(_COLUMN)) for each, order in zip((self.k, self.v), self.order, strict=True)
         )
         return LayerCache(k, v, self.order)
 
+    def specs(self, mesh: Mesh) -> LayerCache:
+        """See `LayerState`."""
+        named = {_ROW: ROWS, _HEAD: over_tensor(self.k.shape[self.order.k.index(_HEAD)], mesh)}
+        k, v = (PartitionSpec(*(named.get(axis) for axis in each)) for each in self.order)
+        return LayerCache(k, v, self.order)
+
     def resized(self, rows: int, columns: int) -> LayerCache:
-        """The cache with this many rows and columns: cut off, or padded with zeros."""
+        """See `LayerState`."""
 
         def resize(buffer: Array, order: tuple[int, ...]) -> Array:
             shape = list(buffer.shape)
@@ -107,34 +149,84 @@ class LayerCache:
 
     def positions(self, length: Integer[Array, " B"]) -> Integer[Array, "B S"]:
         """The position that each column holds in rows of `length` tokens; negative for an empty column."""
-        last = length[:, None] - 1
-        size = self.columns
-        return last - (last - jnp.arange(size)) % size
+        return _held(self.columns, length)
 
 
-class KVCache(NamedTuple):
-    """One buffer per layer: an unrolled decode step updates each in place; it would copy a stacked buffer entirely."""
+def _held(columns: int, length: Integer[Array, " B"]) -> Integer[Array, "B S"]:
+    """The position that each column of a ring holds in rows of `length` tokens; negative for an empty one."""
+    last = length[:, None] - 1
+    return last - (last - jnp.arange(columns)) % columns
 
-    layers: tuple[LayerCache, ...]
+
+@partial(jax.tree_util.register_dataclass, data_fields=("state", "q", "k", "v"), meta_fields=())
+@dataclass(frozen=True)
+class RecurrentState(LayerState):
+    """The state of a gated delta net, and the tokens that its short convolution still covers, before that."""
+
+    state: Any  # [B, K, G, I, J] float32: see `ops.delta_rule`
+    q: Any  # [B, W - 1, K, I] as projected
+    k: Any  # [B, W - 1, K, I]
+    v: Any  # [B, W - 1, K * G, J]
+
+    @classmethod
+    def empty(cls, sizes: DeltaNet, rows: int, dtype: jnp.dtype) -> RecurrentState:
+        """That of rows without tokens."""
+        state = (rows, sizes.key_heads, sizes.groups, sizes.key_width, sizes.value_width)
+        keys = (rows, sizes.conv_width - 1, sizes.key_heads, sizes.key_width)
+        values = (rows, sizes.conv_width - 1, sizes.value_heads, sizes.value_width)
+        # Each has a buffer of its own, which may be donated.
+        tails = (jnp.zeros(shape, dtype) for shape in (keys, keys, values))
+        return cls(jnp.zeros(state, jnp.float32), *tails)
+
+    @property
+    def tails(self) -> tuple[Array, Array, Array]:
+        return self.q, self.k, self.v
+
+    @property
+    def columns(self) -> int:
+        return 0
+
+    def kept(self, columns: int, length: Integer[Array, ""]) -> RecurrentState:
+        """See `LayerState`: all of it, which is that after the last token."""
+        return self
+
+    def resized(self, rows: int, columns: int) -> RecurrentState:
+        """See `LayerState`."""
+
+        def resize(leaf: Array) -> Array:
+            return jnp.pad(leaf, [(0, max(rows - len(leaf), 0)), *[(0, 0)] * (leaf.ndim - 1)])[:rows]
+
+        return jax.tree.map(resize, self)
+
+    def specs(self, mesh: Mesh) -> RecurrentState:
+        """See `LayerState`."""
+        heads = over_tensor(self.state.shape[1], mesh)
+        tail = PartitionSpec(ROWS, None, heads)
+        return RecurrentState(PartitionSpec(ROWS, heads), tail, tail, tail)
+
+
+class ModelCache(NamedTuple):
+    """One state per layer: an unrolled decode step updates each in place; it would copy a stacked buffer entirely."""
+
+    layers: tuple[LayerState, ...]
     length: Array  # [B] int32, tokens in each row
 
 
 def columns_of(kind: LayerKind, length: int) -> int:
-    """Columns that a layer's buffer needs for rows of up to `length` tokens: at most its window."""
+    """Columns of a layer's buffer for rows of up to `length` tokens: at most its window, and 0 of a recurrent layer."""
+    if kind.mixer == "delta":
+        return 0
     return length if kind.window is None else min(length, kind.window)
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, order: Order) -> KVCache:
+def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, order: Order) -> ModelCache:
     """A cache for `rows` sequences of up to `length` tokens."""
-    layers = []
-    for kind in config.pattern:
+
+    def empty(kind: LayerKind) -> LayerState:
+        if kind.mixer == "delta":
+            assert config.delta is not None
+            return RecurrentState.empty(config.delta, rows, dtype)
         zeros = jnp.zeros((rows, columns_of(kind, length), config.num_kv_heads, config.head_dim), dtype)
-        layers.append(LayerCache.of(zeros, zeros, order))
-    return KVCache(tuple(layers), jnp.zeros(rows, jnp.int32))
+        return LayerCache.of(zeros, zeros, order)
 
-
-def cache_spec(order: Order, rows: str | tuple[str, ...], heads: str | None) -> LayerCache:
-    """The sharding of a layer's buffers: a `LayerCache` with a `PartitionSpec` in the place of each."""
-    named = {_ROW: rows, _HEAD: heads}
-    k, v = (PartitionSpec(*(named.get(axis) for axis in each)) for each in order)
-    return LayerCache(k, v, order)
+    return ModelCache(tuple(map(empty, config.pattern)), jnp.zeros(rows, jnp.int32))

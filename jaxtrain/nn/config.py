@@ -1,7 +1,7 @@
 """`ModelConfig`: the architecture of a decoder, in terms that all model families share."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 FLOAT32 = np.dtype("float32")
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 QKNorm = Literal["head", "all"]
+Mixer = Literal["attention", "delta"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Attributes that may differ between layers whose parameters are stacked."""
+    """What may differ between layers: the window and the rope, which need no parameters, and the parts of a layer."""
 
     window: int | None  # a token attends to itself and the `window - 1` tokens before it; None: to all tokens before it
     rope: Rope | None  # None: no position embedding
+    dense: bool = False  # a dense feed-forward layer in a model whose other layers are mixtures of experts
+    mixer: Mixer = "attention"  # "delta": `ModelConfig.delta` in the place of attention; window and rope are None
+
+    @property
+    def absent(self) -> frozenset[str]:
+        """The parts of `nn.decoder.Block` that a layer of this kind does not have, though others may."""
+        return frozenset({"mlp" if self.dense else "dense_mlp", "delta" if self.mixer == "attention" else "attn"})
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,26 @@ class ClampedSwiGLU:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Sizes of a gated delta net: see `nn.delta_net`. Several heads of values share one of queries and keys."""
+
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    conv_width: int  # tokens that the convolution before it covers
+
+    def __post_init__(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise ValueError(f"value_heads={self.value_heads} is not a multiple of key_heads={self.key_heads}")
+
+    @property
+    def groups(self) -> int:
+        """Heads of values for each head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+
+@dataclass(frozen=True)
 class MoE:
     """A mixture of experts in place of the feed-forward layer: a router selects a few experts for each token."""
 
@@ -105,6 +133,8 @@ class MoE:
     renormalise: bool  # softmax over the logits of the selected experts, so that their weights sum to 1; else over all
     bias: bool = False  # biases of the router and of the experts' matrices
     swiglu: ClampedSwiGLU | None = None  # None: a gated MLP with the model's activation
+    shared_size: int = 0  # F of an expert that every token passes through; 0: there is none
+    shared_gate: bool = False  # its output is multiplied by the sigmoid of a projection of the token
 
     def __post_init__(self) -> None:
         if not 0 < self.experts_per_token <= self.num_experts:
@@ -148,17 +178,23 @@ class ModelConfig:
     attention_scale: float | None = None  # of q . k; None: 1 / sqrt(H)
     attention_softcap: float | None = None  # attention scores are cap * tanh(score / cap)
     logit_softcap: float | None = None  # logits are cap * tanh(logit / cap)
+    attention_gate: bool = False  # attention's output is multiplied by the sigmoid of another projection of its input
     sinks: bool = False  # every head has a learned attention score of a key without a value (attention sink)
     embedding_scale: float = 1.0  # factor of the embeddings, rounded to the compute dtype
     residual_scale: float = 1.0  # factor of what attention and feed-forward layers add to the residual stream
     logit_scale: float = 1.0  # factor of the logits, before their softcap
-    moe: MoE | None = None  # in every layer
+    moe: MoE | None = None  # in every layer that is not `dense`
+    delta: DeltaNet | None = None  # of the layers whose mixer it is
     vocab_multiple: int = 64  # the stored vocabulary is padded to a multiple of this
     modules: Modules = Modules()  # user-defined classes
 
     def __post_init__(self) -> None:
         assert len(self.pattern) == self.num_layers, (len(self.pattern), self.num_layers)
         assert self.pre_norms or self.post_norms, "pre_norms and post_norms are both off"
+        assert self.moe or not any(kind.dense for kind in self.pattern), "all layers are dense without a mixture"
+        assert self.delta or all(kind.mixer == "attention" for kind in self.pattern), (
+            "sizes of the delta net are missing"
+        )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
@@ -166,6 +202,20 @@ class ModelConfig:
     def padded_vocab(self) -> int:
         """V as stored: `vocab_size` rounded up to `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def layers_of(self, part: str) -> tuple[int, ...]:
+        """The layers that have a part of `nn.decoder.Block`: its parameters are stacked over these, in order."""
+        return tuple(layer for layer, kind in enumerate(self.pattern) if part not in kind.absent)
+
+    @property
+    def attention_kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers with attention, each once, in order of their first layers."""
+        kinds = (replace(kind, dense=False) for kind in self.pattern if kind.mixer == "attention")
+        return tuple(dict.fromkeys(kinds))
+
+    def with_plain_norms(self) -> "ModelConfig":
+        """The same model with norms that multiply by the scale, after rounding to the compute dtype."""
+        return replace(self, norm_offset=False, norm_in_float32=False)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))`."""
+    """`down(act(gate(x)) * up(x))`. `at`: its path within a layer."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None, at: str = "mlp"):
         def linear(name: str, inside: Axes, outside: Axes) -> Linear:
             return Linear(
                 inside,
@@ -33,7 +33,7 @@ class GatedMLP(nnx.Module):
                 dtype=dtype,
                 std=config.init_std,
                 bias=config.mlp_bias,
-                lora=lora if lora and lora.covers(f"mlp.{name}") else None,
+                lora=lora if lora and lora.covers(f"{at}.{name}") else None,
             )
 
         stream, hidden = Axes((config.hidden_size,), ("embed",)), Axes((config.intermediate_size,), ("mlp",))

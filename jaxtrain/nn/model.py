@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Float, Integer
 
 from jaxtrain.lora import merge_adapters, merge_tokens, split_adapters
-from jaxtrain.nn.cache import KVCache, LayerCache, empty_cache, order_on
+from jaxtrain.nn.cache import LayerState, ModelCache, empty_cache, order_on
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Decoder, Execution
 from jaxtrain.nn.heads import LANGUAGE
@@ -117,9 +117,9 @@ class Model:
         tokens: Integer[Array, "B T"],
         positions: Integer[Array, "B T"],
         segment_ids: Integer[Array, "B T"],
-    ) -> tuple[LayerCache, ...]:
-        """Keys and values of every layer for packed rows. `unstack(params)` once, to save copies at every call."""
-        params = unstack(params)
+    ) -> tuple[LayerState, ...]:
+        """The state of every layer after packed rows. `unstack` the parameters once, to save copies at every call."""
+        params = self.unstack(params)
         return self._merge(params).prefill(params["layers"], tokens, positions, segment_ids, self.run)
 
     def extend(
@@ -128,17 +128,17 @@ class Model:
         tokens: Integer[Array, "B T"],
         positions: Integer[Array, "B T"],
         segment_ids: Integer[Array, "B T"],
-        cache: KVCache,
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        cache: ModelCache,
+    ) -> tuple[Float[Array, "B T D"], ModelCache]:
         """Hidden states of tokens that continue the rows of `cache`, and the cache with these tokens in it.
 
-        The segment of tokens is 1, that of the padding after them 0. `unstack(params)` once, to save copies at every
-        call.
+        The segment of tokens is 1, that of the padding after them 0. `unstack` the parameters once, to save copies at
+        every call.
         """
-        params = unstack(params)
+        params = self.unstack(params)
         return self._merge(params).extend(params["layers"], tokens, positions, segment_ids, cache, self.run)
 
-    def empty_cache(self, rows: int, length: int) -> KVCache:
+    def empty_cache(self, rows: int, length: int) -> ModelCache:
         """A cache for `rows` sequences of up to `length` tokens."""
         return empty_cache(self.config, rows, length, self.run.dtype, order_on(self.run.mesh))
 
@@ -168,27 +168,33 @@ class Model:
     def modules(self, params: Params) -> Iterator[tuple[str, nnx.Module]]:
         """All submodules with their paths, those of layers one layer after the other (`layers.3.attn.q_proj`)."""
         decoder = self._merge(params)
-        graphdef, stacked = nnx.split(decoder.layers)
         for path, module in nnx.iter_modules(decoder):
             if path and path[0] != "layers":
                 yield ".".join(map(str, path)), module
-        for layer in range(self.config.num_layers):
-            block = nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked))
+        for layer, block in enumerate(decoder.blocks()):
             for path, module in nnx.iter_modules(block):
                 yield ".".join(map(str, ("layers", layer, *path))), module
 
     def _merge(self, params: Params) -> Any:
         layers = params["layers"]
-        # The graph has one module for all layers; it is merged with the parameters of any one of them.
-        one: Params = {**params, "layers": layers[0]} if isinstance(layers, tuple) else params
-        return nnx.merge(self._split[0], one)
+        if isinstance(layers, tuple):
+            # The graph has one module for all layers; each part of it is merged with the parameters of any layer.
+            params = {**params, "layers": {part: node for layer in layers for part, node in layer.items()}}
+        return nnx.merge(self._split[0], params)
 
+    def unstack(self, params: Params) -> Params:
+        """The tree with `layers` as a tuple of trees, one per layer, so that decode steps do not slice them."""
+        stacked = params["layers"]
+        if isinstance(stacked, tuple):
+            return params
+        assert isinstance(stacked, dict)
+        rows = {part: self.config.layers_of(part) for part in stacked}
 
-def unstack(params: Params) -> Params:
-    """The tree with `layers` as a tuple of trees, one per layer, so that decode steps do not slice them."""
-    stacked = params["layers"]
-    if isinstance(stacked, tuple):
-        return params
-    count = len(jax.tree.leaves(stacked)[0])
-    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
-    return {**params, "layers": layers}
+        def row(node: Any, number: int) -> Any:
+            return jax.tree.map(lambda leaf: leaf[number], node)
+
+        layers = tuple(
+            {part: row(node, rows[part].index(layer)) for part, node in stacked.items() if layer in rows[part]}
+            for layer in range(self.config.num_layers)
+        )
+        return {**params, "layers": layers}

@@ -10,6 +10,7 @@ that holds their expert and back (`ops.exchange`), in buffers that do not grow i
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from jaxtyping import Bool, Float, Integer
 
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
-from jaxtrain.nn.mlp import ACTIVATIONS
+from jaxtrain.nn.mlp import ACTIVATIONS, GatedMLP
 from jaxtrain.ops.exchange import Slots, at_owners, block_rows, plan_route, sort_into_slots
 from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
 from jaxtrain.ops.varying import varying_over
@@ -36,7 +37,7 @@ _ALL_AXES = (*ROWS, CONTEXT, "tensor")
 
 
 class SparseMLP(nnx.Module):
-    """`sum of weight_e * expert_e(x)` over the experts e that the router chooses for x."""
+    """`sum of weight_e * expert_e(x)` over the experts e that the router chooses for x, plus that of a shared one."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None):
         assert config.moe is not None
@@ -51,6 +52,19 @@ class SparseMLP(nnx.Module):
             lora=lora if lora and lora.covers("mlp.router") else None,
         )
         self.experts = Experts(config, rngs=rngs, dtype=dtype, lora=lora)
+        self.shared = self.shared_gate = nnx.data(None)
+        if self.moe.shared_size:
+            sizes = replace(config, intermediate_size=self.moe.shared_size, mlp_bias=self.moe.bias)
+            self.shared = GatedMLP(sizes, rngs=rngs, dtype=dtype, lora=lora, at="mlp.shared")
+        if self.moe.shared_gate:
+            self.shared_gate = Linear(
+                Axes((config.hidden_size,), ("embed",)),
+                Axes((1,), ("router",)),
+                rngs=rngs,
+                dtype=dtype,
+                std=config.init_std,
+                lora=lora if lora and lora.covers("mlp.shared_gate") else None,
+            )
 
     def __call__(
         self,
@@ -61,13 +75,23 @@ class SparseMLP(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The output, and the statistics of the router over the tokens that are not padding (segment 0).
 
-        `key` turns on the dropout of the router's adapter; adapters of experts have none.
+        `key` turns on the dropout of the adapters of the router and the shared expert; those of experts have none.
         """
         logits = self.router(x, key).astype(jnp.float32)
         scores, chosen = lax.top_k(logits, self.moe.experts_per_token)
         weights = jnp.exp(scores - jax.nn.logsumexp(scores if self.moe.renormalise else logits, -1, keepdims=True))
         mix = partial(_mix_locally, self.experts) if mesh is None else partial(_mix_on_mesh, self.experts, mesh)
-        return mix(x, chosen, weights), routing_of(logits, logits >= scores[..., -1:], segment_ids > 0)
+        out = mix(x, chosen, weights)
+        if self.shared is not None:
+            out += self._of_shared(self.shared, x, key)
+        return out, routing_of(logits, logits >= scores[..., -1:], segment_ids > 0)
+
+    def _of_shared(self, shared: GatedMLP, x: Array, key: Array | None) -> Array:
+        keys: list[Array | None] = [None] * 4
+        if key is not None:
+            keys = list(jax.random.split(jax.random.fold_in(key, 1), 4))
+        out = shared(x, keys[:3])
+        return out if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x, keys[3])) * out
 
 
 def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real: Bool[Array, "B T"]) -> Routing:

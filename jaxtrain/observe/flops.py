@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Integer
 
-from jaxtrain.nn.config import Lora, ModelConfig
+from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
 from jaxtrain.types import Array
 
 # Dense bf16 FLOP/s of one chip: the usual reference of MFU, for any compute dtype.
@@ -61,14 +61,20 @@ def train_flops(
     except for its `full_paths`."""
     lengths = segment_lengths(segment_ids)
     scored = np.count_nonzero(loss_weights[:, 1:])  # nothing predicts the first token of a row
-    per_token = config.num_layers * sum(
+    per_token = sum(
         count * _matrix_flops(f"layers.{name}.kernel", i, o, lora)
-        for name, (count, i, o) in _layer_matrices(config).items()
+        for kind in config.pattern
+        for name, (count, i, o) in _layer_matrices(config, kind).items()
     )
+    if config.delta is not None:
+        # Of each head, three products with the state: what it holds for the key, its change, and the output.
+        state = config.delta.value_heads * config.delta.key_width * config.delta.value_width
+        per_token += len(config.layers_of("delta")) * 3 * 6 * state
     head_path = "embed.weight" if config.tied else "lm_head.kernel"
     head = _matrix_flops(head_path, config.hidden_size, config.vocab_size, lora)
-    pairs = {window: visible_pairs(lengths, window) for window in {kind.window for kind in config.pattern}}
-    attention = 12 * config.num_heads * config.head_dim * sum(pairs[kind.window] for kind in config.pattern)
+    windows = [config.pattern[layer].window for layer in config.layers_of("attn")]
+    pairs = {window: visible_pairs(lengths, window) for window in set(windows)}
+    attention = 12 * config.num_heads * config.head_dim * sum(pairs[window] for window in windows)
     return float(int(lengths.sum()) * per_token + scored * head + attention)
 
 
@@ -115,20 +121,49 @@ def peak_memory_bytes() -> int:
     return resident if sys.platform == "darwin" else resident * 1024  # KiB on Linux
 
 
-def _layer_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """Name -> (count per token, in, out) of the matrices of a layer."""
-    d, h, moe = config.hidden_size, config.head_dim, config.moe
-    count, f = (moe.experts_per_token, moe.intermediate_size) if moe else (1, config.intermediate_size)
-    mlp = "mlp.experts" if moe else "mlp"
+def _layer_matrices(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, int, int]]:
+    """Name -> (count per token, in, out) of the matrices of a layer of this kind."""
+    d, moe = config.hidden_size, None if kind.dense else config.moe
+    mixer = _delta_matrices(config) if kind.mixer == "delta" else _attention_matrices(config)
+    if moe is None:
+        return mixer | _mlp_matrices("dense_mlp" if kind.dense else "mlp", 1, d, config.intermediate_size)
     return {
-        "attn.q_proj": (1, d, config.num_heads * h),
-        "attn.k_proj": (1, d, config.num_kv_heads * h),
-        "attn.v_proj": (1, d, config.num_kv_heads * h),
-        "attn.o_proj": (1, config.num_heads * h, d),
-        **({"mlp.router": (1, d, moe.num_experts)} if moe else {}),
-        f"{mlp}.gate_proj": (count, d, f),
-        f"{mlp}.up_proj": (count, d, f),
-        f"{mlp}.down_proj": (count, f, d),
+        **mixer,
+        "mlp.router": (1, d, moe.num_experts),
+        **_mlp_matrices("mlp.experts", moe.experts_per_token, d, moe.intermediate_size),
+        **(_mlp_matrices("mlp.shared", 1, d, moe.shared_size) if moe.shared_size else {}),
+        **({"mlp.shared_gate": (1, d, 1)} if moe.shared_gate else {}),
+    }
+
+
+def _attention_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    d, heads, kv_heads = (
+        config.hidden_size,
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    return {
+        "attn.q_proj": (1, d, heads),
+        "attn.k_proj": (1, d, kv_heads),
+        "attn.v_proj": (1, d, kv_heads),
+        "attn.o_proj": (1, heads, d),
+        **({"attn.gate_proj": (1, d, heads)} if config.attention_gate else {}),
+    }
+
+
+def _delta_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    assert config.delta is not None
+    d, heads = config.hidden_size, config.delta.value_heads
+    keys, values = config.delta.key_heads * config.delta.key_width, heads * config.delta.value_width
+    outputs = {"q": keys, "k": keys, "v": values, "gate": values, "beta": heads, "decay": heads}
+    return {f"delta.{name}_proj": (1, d, size) for name, size in outputs.items()} | {"delta.o_proj": (1, values, d)}
+
+
+def _mlp_matrices(path: str, count: int, d: int, f: int) -> dict[str, tuple[int, int, int]]:
+    return {
+        f"{path}.gate_proj": (count, d, f),
+        f"{path}.up_proj": (count, d, f),
+        f"{path}.down_proj": (count, f, d),
     }
 
 

@@ -20,7 +20,8 @@ from jaxtrain.types import Array, Params
 QuantizedFormat = Literal["int8", "nf4"]
 BLOCK = 64
 _BLOCK_AXES = ("head_dim", "mlp")  # on any mesh these are unsharded, or their shards are much larger than a block
-_NOT_QUANTIZED = ("experts", "router")  # experts are no `Linear`; rounding would change the choices of a router
+_NOT_QUANTIZED = ("experts", "router", "shared_gate", "beta_proj", "decay_proj")
+"""Experts are no `Linear`; rounding would change the choices of a router; the others have a few columns."""
 
 # Quantiles of a normal distribution, and 0: appendix E of the paper.
 _NEGATIVE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)

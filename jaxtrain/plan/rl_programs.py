@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxtrain.config import RunConfig
 from jaxtrain.lora import split_adapters
-from jaxtrain.nn.model import Model, unstack
+from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import TEACHER_HIDDEN
 from jaxtrain.objectives.policy import ENTROPY_COEFFICIENTS
 from jaxtrain.observe.flops import train_flops
-from jaxtrain.parallel.sharding import replicated, row_shares, with_shardings
+from jaxtrain.parallel.sharding import ROWS, replicated, row_shares, with_shardings
 from jaxtrain.plan.batches import abstract_batch
 from jaxtrain.plan.programs import (
     AbstractRole,
@@ -164,7 +164,7 @@ def engine_params(model: Model) -> Params:
     stacked = with_shardings(
         jax.eval_shape(lambda params: cast_matrices(params, dtype), model.abstract()), serving_shardings(model)
     )
-    shapes = jax.eval_shape(unstack, stacked)
+    shapes = jax.eval_shape(model.unstack, stacked)
 
     def of_layer(leaf: jax.ShapeDtypeStruct, whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         named: Any = whole.sharding
@@ -172,7 +172,10 @@ def engine_params(model: Model) -> Params:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(named.mesh, spec))
 
     layers: Any = stacked["layers"]
-    return {**stacked, "layers": tuple(jax.tree.map(of_layer, layer, layers) for layer in shapes["layers"])}
+    parts = (
+        {part: jax.tree.map(of_layer, node, layers[part]) for part, node in each.items()} for each in shapes["layers"]
+    )
+    return {**stacked, "layers": tuple(parts)}
 
 
 def decode_program(model: Model, params: Params, slots: int, columns: int, support: int = 0) -> Program:
@@ -235,7 +238,7 @@ def _reshard(policy: TrainedRole, model: Model) -> Program:
 def _buffers(model: Model, slots: int, columns: int) -> Any:
     """See `sample.capacity.empty_buffers`."""
     layers, marks = jax.eval_shape(partial(empty_buffers, model, slots, columns))
-    sharding, mesh = engine.cache_sharding(model), model.run.mesh
-    assert sharding is not None and mesh is not None
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(engine.ROWS))
-    return tuple(jax.tree.map(with_shardings, layer, sharding) for layer in layers), with_shardings(marks, rows)
+    shardings, mesh = engine.cache_shardings(model, layers), model.run.mesh
+    assert shardings is not None and mesh is not None
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(ROWS))
+    return with_shardings(layers, shardings), with_shardings(marks, rows)

@@ -88,6 +88,11 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     assert origin is not None
     multiple = math.lcm(section.vocab_multiple, mesh.shape["tensor"])
     config, hf = read_config(origin, vocab_multiple=multiple)
+    if config.delta and context_shards(mesh) > 1:
+        raise ValueError(
+            f"mesh.context={context_shards(mesh)} splits the tokens of a row, over which a model of family "
+            f"{config.family} passes recurrent states: set it to 1"
+        )
     config = replace(config, modules=Modules(**section.modules.model_dump()))
     unroll = platform_of(mesh) == "cpu" and section.remat == "none" and config.num_layers <= _MAX_UNROLLED_LAYERS
     run = replace(
@@ -153,7 +158,7 @@ def _attention(section: ModelSection, config: ModelConfig, mesh: jax.sharding.Me
             sinks=config.sinks,
             dtype=jnp.dtype(section.compute_dtype),
         )
-        for window in {kind.window for kind in config.pattern}
+        for window in {kind.window for kind in config.attention_kinds}
     ]
     return "cudnn" if all(agrees_with_xla(shapes) for shapes in layers) else "xla"
 
@@ -163,7 +168,11 @@ def _remat(section: ModelSection, config: ModelConfig) -> Remat:
     if isinstance(section.remat, str):
         return section.remat
     places = section.remat.model_dump()
-    for name in DENSE_ONLY if config.moe else ():
+    for name in (
+        DENSE_ONLY
+        if config.moe and not config.moe.shared_size and not any(kind.dense for kind in config.pattern)
+        else ()
+    ):
         if places.pop(name) != RECOMPUTE:
             raise ValueError(
                 f"model.remat.{name} names an activation of a dense feed-forward layer; this model of family "

@@ -1,5 +1,6 @@
 """Sharding and memory of the engine's parameters and cache."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.nn.cache import LayerCache, columns_of
-from jaxtrain.nn.model import Model, unstack
+from jaxtrain.nn.cache import LayerState
+from jaxtrain.nn.model import Model
 from jaxtrain.ops.quantize import dense
-from jaxtrain.parallel.sharding import RULES, constrain_rows, param_specs, row_shares
-from jaxtrain.sample.decode import cache_sharding
+from jaxtrain.parallel.sharding import RULES, constrain_rows, param_specs, row_shares, with_shardings
+from jaxtrain.sample.decode import cache_shardings
 from jaxtrain.types import Array, Params, get_leaf
 
 MARK = np.dtype("uint16")  # see `constraints`
@@ -19,13 +20,16 @@ _MATRICES = ("kernel", "weight", "lora_a", "lora_b")
 
 
 def slot_bytes(model: Model, length: int) -> int:
-    """Bytes of one slot of `length` tokens on its device: keys, values and marks."""
-    config, mesh = model.config, model.run.mesh
-    heads = config.num_kv_heads
-    if mesh is not None and heads % mesh.shape["tensor"] == 0:
-        heads //= mesh.shape["tensor"]
-    columns = sum(columns_of(kind, length) for kind in config.pattern)
-    return 2 * columns * heads * config.head_dim * np.dtype(model.run.dtype).itemsize + _mark_bytes(model)
+    """Bytes of one slot of `length` tokens on its device: the states of the layers, and marks."""
+    slots = row_shares(model.run.mesh)  # as many as are on as many devices
+    layers = jax.eval_shape(lambda: model.empty_cache(slots, length).layers)
+    shardings = cache_shardings(model, layers)
+    if shardings is not None:
+        layers = with_shardings(layers, shardings)
+    leaves = jax.tree.leaves(layers)
+    shapes = [leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    sizes = (math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
+    return sum(sizes) + _mark_bytes(model)
 
 
 def _mark_bytes(model: Model) -> int:
@@ -50,15 +54,15 @@ def slots_that_fit(model: Model, length: int, budget: int) -> int:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def empty_buffers(model: Model, slots: int, length: int) -> tuple[tuple[LayerCache, ...], Array]:
+def empty_buffers(model: Model, slots: int, length: int) -> tuple[tuple[LayerState, ...], Array]:
     """Every layer's buffers for `slots` rows of up to `length` tokens, and marks [slots, V] uint16.
 
     Each device allocates only its own shard.
     """
     layers = model.empty_cache(slots, length).layers
-    sharding = cache_sharding(model)
-    if sharding is not None:
-        layers = tuple(jax.lax.with_sharding_constraint(layer, sharding) for layer in layers)
+    shardings = cache_shardings(model, layers)
+    if shardings is not None:
+        layers = jax.lax.with_sharding_constraint(layers, shardings)
     return layers, constrain_rows(jnp.zeros((slots, model.config.vocab_size), MARK), model.run.mesh)
 
 
@@ -89,7 +93,7 @@ def lay_out(model: Model, params: Params) -> Params:
     params = cast_matrices(params, model.run.dtype)
     if model.run.mesh is not None:
         params = jax.lax.with_sharding_constraint(params, serving_shardings(model))
-    return unstack(params)
+    return model.unstack(params)
 
 
 def serving_shardings(model: Model) -> Params:

@@ -1,7 +1,7 @@
 """The engine's device programs: prefill, insert, fork, decode, resize and the updates of marks. Each compiles once per
 shape.
 
-The cache holds the keys and values of all but a row's last token, which is the input of the first decode step. So a
+The cache holds all but a row's last token, which is the input of the first decode step. So a
 prefill needs neither head nor sampling, and every token is sampled in one place.
 """
 
@@ -15,16 +15,16 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jaxtyping import Integer
 
-from jaxtrain.nn.cache import KVCache, LayerCache, cache_spec, order_on
+from jaxtrain.nn.cache import LayerState, ModelCache
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import CompilerOptions
-from jaxtrain.parallel.sharding import ROWS, constrain_rows, replicated
+from jaxtrain.parallel.sharding import constrain_rows, replicated
 from jaxtrain.sample.constraints import Tries, advance, constrain, forbid_stops, increment_counts
 from jaxtrain.sample.filters import SlotSettings, TokenValues, draw
 from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.types import Array, Params
 
-Layers = tuple[LayerCache, ...]
+Layers = tuple[LayerState, ...]
 
 # The status of a slot. STOPPED: a stop id; ENDED: the end of a sequence of its trie; FULL: no tokens remaining.
 RUNNING, STOPPED, ENDED, FULL, NON_FINITE = range(5)
@@ -58,7 +58,7 @@ class Generated(NamedTuple):
 
 
 def _prefill(model: Model, params: Params, tokens: Integer[Array, "R P"], lengths: Integer[Array, " R"]) -> Layers:
-    """Keys and values of every layer for right-padded prompts of `lengths` tokens."""
+    """The state of every layer after right-padded prompts of `lengths` tokens."""
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (columns < lengths[:, None]).astype(jnp.int32)
     return _placed(model, model.prefill(params, tokens, columns, segments))
@@ -82,9 +82,7 @@ def insert(
     def put(i: Array, cache: Layers) -> Layers:
         filled = []
         for layer, new in zip(cache, fresh, strict=True):
-            one = _row(new, rows[i])
-            if layer.columns < new.columns:  # a ring buffer, or one shorter than the padding
-                one = one.take(jnp.maximum(layer.positions(lengths[i][None]), 0)[0])
+            one = _row(new, rows[i]).kept(layer.columns, lengths[i])
             filled.append(_put_row(layer, one, slots[i]))
         return tuple(filled)
 
@@ -104,8 +102,8 @@ def fork(
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def resize(model: Model, layer: LayerCache, rows: int, columns: int) -> LayerCache:
-    """The layer's buffer with `rows` rows and `columns` columns: cut off, or padded with zeros."""
+def resize(model: Model, layer: LayerState, rows: int, columns: int) -> LayerState:
+    """The layer's state with `rows` rows and `columns` columns: cut off, or padded with zeros."""
     return _placed(model, (layer.resized(rows, columns),))[0]
 
 
@@ -159,7 +157,7 @@ def _decode(
         step, (cache, marks), slots, generated = carry
         segments = slots.live[:, None].astype(jnp.int32)
         hidden, extended = model.extend(
-            params, slots.token[:, None], slots.position[:, None], segments, KVCache(cache, slots.position)
+            params, slots.token[:, None], slots.position[:, None], segments, ModelCache(cache, slots.position)
         )
         raw = constrain_rows(model.logits(params, hidden[:, 0]), model.run.mesh)
         logits = constrain(raw, settings, marks, tries, slots.node, slots.live)
@@ -229,25 +227,22 @@ def with_options(options: CompilerOptions) -> tuple[jax.stages.Wrapped, jax.stag
     )
 
 
-def cache_sharding(model: Model) -> LayerCache | None:
-    """The sharding of a layer's buffers: slots over "data" and "fsdp", heads over "tensor" if they are divisible."""
+def cache_shardings(model: Model, layers: Layers) -> Layers | None:
+    """The shardings of the layers' buffers: slots over "data" and "fsdp", heads over "tensor" if they are divisible."""
     mesh = model.run.mesh
     if mesh is None:
         return None
-    heads = None if model.config.num_kv_heads % mesh.shape["tensor"] else "tensor"
-    return jax.tree.map(partial(NamedSharding, mesh), cache_spec(order_on(mesh), ROWS, heads))
+    return tuple(jax.tree.map(partial(NamedSharding, mesh), layer.specs(mesh)) for layer in layers)
 
 
 def _placed(model: Model, layers: Layers) -> Layers:
-    sharding = cache_sharding(model)
-    if sharding is None:
-        return layers
-    return tuple(lax.with_sharding_constraint(layer, sharding) for layer in layers)
+    shardings = cache_shardings(model, layers)
+    return layers if shardings is None else lax.with_sharding_constraint(layers, shardings)
 
 
-def _row(layer: LayerCache, row: Array) -> LayerCache:
+def _row(layer: LayerState, row: Array) -> LayerState:
     return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, row, 1), layer)
 
 
-def _put_row(layer: LayerCache, row: LayerCache, slot: Array) -> LayerCache:
+def _put_row(layer: LayerState, row: LayerState, slot: Array) -> LayerState:
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_slice_in_dim(leaf, new, slot, 0), layer, row)

@@ -86,7 +86,8 @@ class Engine:
         support, alternatives = min(limits.support, vocab_size), min(limits.alternatives, vocab_size)
         self.limits = EngineLimits(limits.steps, support, alternatives)
         self._shares = shares
-        self._windowed = any(kind.window is not None for kind in model.config.pattern)
+        # Rings of windows and recurrent states overwrite what was kept of the prompt.
+        self._overwrites = any(kind.window is not None or kind.mixer == "delta" for kind in model.config.pattern)
         self._seeds = np.random.default_rng(seed)
         self._settings = default_settings(slots)
         self._device_settings: SlotSettings | None = None
@@ -373,8 +374,8 @@ class Engine:
             self._state.position[slot] += count
             self._state.remaining[slot] -= count
             self._state.node[slot] = generated.node[slot]
-            if self._windowed:
-                self._buffers.cached_prompts[slot] = None  # a ring buffer overwrites the beginning of the prompt
+            if self._overwrites:
+                self._buffers.cached_prompts[slot] = None
             marks = None
             try:
                 chunk = sample.advance(values, _REASONS.get(status), status == STOPPED, self.version, now)

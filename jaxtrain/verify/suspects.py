@@ -99,14 +99,18 @@ def _in_attention(subject: Subject, layer: int, seen: Observed, pairs: Mapping[s
     )
     v, ours = seen.ours.get((f"{at}.v_proj", "out")), seen.ours.get((f"{at}.o_proj", "in"))
     theirs = seen.theirs[pairs[f"{at}.o_proj"].hf].input
-    if q is None or k is None or v is None or ours is None or theirs is None:
+    if q is None or k is None or v is None or ours is None or theirs is None or config.attention_gate:
         return ""
     kind = config.pattern[layer]
     setting = AttentionSetting(
         window=kind.window,
         scale=config.attention_scale or config.head_dim**-0.5,
         softcap=config.attention_softcap,
-        sinks=np.asarray(flatten(subject.params)["layers.attn.sinks"][layer], np.float64) if config.sinks else None,
+        sinks=np.asarray(
+            flatten(subject.params)["layers.attn.sinks"][config.layers_of("attn").index(layer)], np.float64
+        )
+        if config.sinks
+        else None,
         rotation="halves" if kind.rope else "none",
     )
     table, given = None, seen.theirs[pairs[at].hf].keywords.get("position_embeddings")
@@ -146,7 +150,7 @@ def _in_experts(subject: Subject, layer: int, seen: Observed, mismatch: Mismatch
     for name, (part, ending) in itertools.product(("gate", "up", "down"), (("kernel", ""), ("bias", "_bias"))):
         leaf = leaves.get(f"layers.mlp.experts.{name}_proj.{part}")
         if leaf is not None:
-            arrays[name + ending] = np.asarray(leaf[layer], np.float64)
+            arrays[name + ending] = np.asarray(leaf[subject.config.layers_of("mlp").index(layer)], np.float64)
     return explain_experts(x, ExpertWeights(**arrays), subject.config, ours, theirs)
 
 

@@ -20,6 +20,9 @@ from converters.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_next,
     smollm3,
 )
 from converters.families.keys import INERT_VALUES
@@ -33,7 +36,8 @@ CLASSES = {
     for family, name in [
         *((llama, "Llama"), (qwen2, "Qwen2"), (qwen3, "Qwen3"), (mistral, "Mistral"), (ministral, "Ministral")),
         *((smollm3, "SmolLM3"), (granite, "Granite"), (olmo2, "Olmo2"), (olmo3, "Olmo3"), (phi3, "Phi3")),
-        *((gemma2, "Gemma2"), (gemma3, "Gemma3Text")),
+        *((gemma2, "Gemma2"), (gemma3, "Gemma3Text"), (qwen3_next, "Qwen3Next")),
+        *((qwen3_5, "Qwen3_5Text"), (qwen3_5_moe, "Qwen3_5MoeText")),
     ]
 }
 MINIMAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -51,9 +55,15 @@ def test_defaults_are_those_of_transformers(name):
     thetas = theirs.default_theta  # Gemma 3 has two
     thetas = thetas if isinstance(thetas, dict) else {"global": thetas}
     # Keys that transformers reads though they are no field of the class.
-    loose = {"rope_theta": thetas["global"], "rope_local_base_freq": thetas.get("local"), "sliding_window_pattern": 6}
+    loose = {
+        "rope_theta": thetas["global"],
+        "rope_local_base_freq": thetas.get("local"),
+        "sliding_window_pattern": 6,
+        "full_attention_interval": 4,
+        "partial_rotary_factor": (theirs().rope_parameters or {}).get("partial_rotary_factor", 1.0),
+    }
     fields = {field.name: field.default for field in dataclasses.fields(theirs)}
-    expected = {**loose, "head_dim": None, "partial_rotary_factor": 1.0, **fields}
+    expected = {"head_dim": None, **loose, **fields}
     assert {key: expected[key] for key in family.DEFAULTS} == family.DEFAULTS
 
 

@@ -8,11 +8,15 @@ import tiny
 
 from jaxtrain.nn import cache
 from jaxtrain.nn.config import LayerKind, Rope
-from jaxtrain.nn.model import unstack
 from jaxtrain.train.step import batch_norm, score
 
 LOCAL = LayerKind(window=5, rope=Rope(theta=300.0))
 MIXED = (LOCAL, tiny.KIND, LOCAL)
+MODELS = {
+    "full": tiny.model(),
+    "windows": tiny.model(pattern=MIXED),
+    "hybrid": tiny.model(pattern=(tiny.DELTA_KIND, tiny.DELTA_KIND, tiny.KIND), delta=tiny.DELTA, attention_gate=True),
+}
 
 
 def loss_and_grad(model, params, batch):
@@ -28,9 +32,8 @@ def assert_close(one, other, tolerance=1e-5):
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
-def test_packed_rows_equal_the_same_segments_alone(pattern):
-    model = tiny.model(pattern=pattern)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_packed_rows_equal_the_same_segments_alone(model):
     params = tiny.random_params(model)
     packed = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
     alone = []
@@ -57,13 +60,12 @@ def test_layers_without_a_loop_are_the_same():
 
 
 @pytest.mark.parametrize("order", [cache.ON_TPU, cache.OFF_TPU], ids=["on-tpu", "off-tpu"])
-@pytest.mark.parametrize("pattern", [tiny.CONFIG.pattern, MIXED], ids=["full", "windows"])
-def test_cached_decoding_equals_the_whole_row(pattern, order):
-    model = tiny.model(pattern=pattern)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_cached_decoding_equals_the_whole_row(model, order):
     params = tiny.random_params(model)
     batch = tiny.packed_batch([[20], [20]], 20)
     whole = model.hidden(params, batch)
-    params = unstack(params)
+    params = model.unstack(params)
     tokens, positions, segments = batch.tokens, batch.positions, batch.segment_ids
     seen = cache.empty_cache(model.config, 2, 24, model.run.dtype, order)
     hidden, seen = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], seen)

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtrain.nn.model import unstack
-
 
 @pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -30,8 +28,8 @@ def test_merging_adapters_keeps_the_hidden_states():
 def test_unstacked_layers_prefill_as_stacked_ones():
     model, batch = tiny.model(), tiny.packed_batch([[9, 20]], 32)
     params = tiny.random_params(model)
-    layers = unstack(params)
-    assert isinstance(layers["layers"], tuple) and unstack(layers) is layers
+    layers = model.unstack(params)
+    assert isinstance(layers["layers"], tuple) and model.unstack(layers) is layers
     columns = (batch.tokens, batch.positions, batch.segment_ids)
     one, other = model.prefill(params, *columns), model.prefill(layers, *columns)
     jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -75,3 +75,10 @@ def test_compiler_options_are_those_of_the_run():
 def test_a_section_that_does_not_fit_the_model_is_refused(section, message):
     with pytest.raises(ValueError, match=message):
         declared(**section)
+
+
+def test_rows_of_recurrent_layers_are_not_split():
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "head_dim": 8, "layer_types": ["linear_attention"]}
+    section = ModelSection(config=tiny.HF_CONFIG | {"model_type": "qwen3_5_text", **sizes})
+    with pytest.raises(ValueError, match=r"mesh.context=2 splits the tokens of a row, .* qwen3_5_text"):
+        declare(section, make_mesh(MeshSection(context=2)), "fsdp")

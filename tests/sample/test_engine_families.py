@@ -38,3 +38,17 @@ def test_the_engines_log_probabilities_equal_the_forward_pass(case, tmp_path):
         span = slice(len(prompt), len(prompt) + 12)
         np.testing.assert_allclose(sample.raw_logps, scores.logp[row, span], atol=1e-4, rtol=0)
         assert row % 2 or np.asarray(scores.correct)[row, span].all()  # the greedy ones
+
+
+def test_a_slot_that_is_given_to_another_prompt_starts_from_no_state(tmp_path):
+    """A prompt of one token has no prefill, and its slot still holds the state of the one before; nor may a prompt be
+    copied from a slot whose state has gone on."""
+    params, config, _ = hf_folders.load(hf_folders.save(tmp_path, "qwen3.5"))
+    model = Model(config)
+    asked = [Request(prompt, SamplingParams(5, temperature=0)) for prompt in (PROMPTS[3], [7], PROMPTS[3])]
+    engine = Engine(model, params, slots=1, max_length=32, limits=EngineLimits(5))
+    (first,), (short,), (again,) = engine.generate(asked)
+    assert first.ids.tolist() == again.ids.tolist()
+    ((fresh,),) = Engine(model, params, slots=1, max_length=32, limits=EngineLimits(5)).generate(asked[1:2])
+    assert short.ids.tolist() == fresh.ids.tolist()
+    np.testing.assert_allclose(short.raw_logps, fresh.raw_logps, atol=1e-6)
