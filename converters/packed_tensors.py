@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -35,23 +35,41 @@ class Entry(NamedTuple):
     dtype: str  # the name in safetensors
     shape: Shape
     start: int  # bytes from the beginning of the file
-    packed: NumbersAndScales | None = None
+    packed: Packed | None = None
 
     @property
     def files(self) -> set[Path]:
-        return {self.file} if self.packed is None else {self.packed.numbers.file, self.packed.scales.file}
+        return {self.file} if self.packed is None else {entry.file for entry in self.packed.entries}
+
+
+ReadEntry = Callable[[Entry, Any, Index], np.ndarray]
+"""Reads the rectangle of an entry as numbers of a dtype."""
+
+
+class Packed(Protocol):
+    """Several tensors that encode one."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]: ...
+
+    def read(self, index: Index, read: ReadEntry) -> np.ndarray:
+        """The rectangle `index` of the encoded tensor, in bfloat16."""
+        ...
 
 
 class NumbersAndScales(NamedTuple):
-    """The two tensors that encode one."""
+    """A tensor of MXFP4 or FP8."""
 
     numbers: Entry
     scales: Entry
     tile: Shape = ()  # numbers that share a scale, along each axis of a matrix of FP8; () for MXFP4
 
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.numbers, self.scales
 
-ReadEntry = Callable[[Entry, Any, Index], np.ndarray]
-"""Reads the rectangle of an entry as numbers of a dtype."""
+    def read(self, index: Index, read: ReadEntry) -> np.ndarray:
+        return _read_fp8(self, index, read) if self.tile else _read_mxfp4(self, index, read)
 
 
 def unpacked(entries: Mapping[str, Entry], tile: Shape | None) -> dict[str, Entry]:
@@ -103,11 +121,6 @@ def _fp8(name: str, numbers: Entry, scales: Entry, tile: Shape | None) -> Entry:
         f"{scales.dtype}; known are one for each tile of quantization_config.weight_block_size={tile and list(tile)}, "
         "for each row, or for the matrix"
     )
-
-
-def read_packed(packed: NumbersAndScales, index: Index, read: ReadEntry) -> np.ndarray:
-    """The rectangle `index` of the tensor that a pair encodes, in bfloat16."""
-    return _read_fp8(packed, index, read) if packed.tile else _read_mxfp4(packed, index, read)
 
 
 def _read_mxfp4(packed: NumbersAndScales, index: Index, read: ReadEntry) -> np.ndarray:

@@ -23,9 +23,10 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import ConversionError
+from converters.integer_matrices import with_matrices
 from converters.json_files import read_json_object
-from converters.packed_tensors import Entry, read_packed, unpacked
-from converters.quantization import tile_of_folder
+from converters.packed_tensors import Entry, unpacked
+from converters.quantization import integer_format, section_of_folder, weight_block_size
 from converters.weight_rows import Index, Shape
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
@@ -82,7 +83,7 @@ class Checkpoint:
         entry, dtype = self.entries[name], self.dtype(name)
         index = index if index is not None else tuple(slice(0, size) for size in entry.shape)
         if entry.packed is not None:
-            return read_packed(entry.packed, index, self._read)
+            return entry.packed.read(index, self._read)
         return self._read(entry, dtype, index)
 
     def _read(self, entry: Entry, dtype: Any, index: Index) -> np.ndarray:
@@ -150,7 +151,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             entries[name] = entry
     for name, others in copies.items():
         _warn_of_differing_copies(folder, name, others, entries[name])
-    return Checkpoint(folder, unpacked(entries, tile_of_folder(folder)))
+    section = section_of_folder(folder)
+    entries = with_matrices(entries, integer_format(section))
+    return Checkpoint(folder, unpacked(entries, weight_block_size(section)))
 
 
 def _warn_of_differing_copies(folder: Path, name: str, others: Sequence[Entry], used: Entry) -> None:
