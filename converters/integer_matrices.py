@@ -122,7 +122,7 @@ class Blocks(NamedTuple):
         return numbers * _whole(self.nested_absmax, read)[outer] + np.float32(self.state["nested_offset"])
 
 
-class Rows(NamedTuple):
+class ScaledRows(NamedTuple):
     """A matrix of bitsandbytes in 8 bits."""
 
     numbers: Entry
@@ -169,7 +169,7 @@ def with_matrices(entries: Mapping[str, Entry], form: IntegerFormat | None) -> d
             tensors.pop(f"{module}.weight_format", None)
             if numbers is None or (numbers.dtype, scales.dtype) != ("I8", "F32") or scales.shape != numbers.shape[:1]:
                 raise ConversionError(f"{scales.file}: {name} {list(scales.shape)} is not the scale of an int8 matrix")
-            tensors[f"{module}.weight"] = numbers._replace(dtype="BF16", packed=Rows(numbers, scales))
+            tensors[f"{module}.weight"] = numbers._replace(dtype="BF16", packed=ScaledRows(numbers, scales))
     return tensors
 
 

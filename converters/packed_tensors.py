@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     dtype: str  # the name in safetensors
     shape: Shape
     start: int  # bytes from the beginning of the file
-    packed: Packed | None = None
+    packed: PackedMatrix | None = None
 
     @property
     def files(self) -> set[Path]:
@@ -46,7 +46,7 @@ ReadEntry = Callable[[Entry, Any, Index], np.ndarray]
 """Reads the rectangle of an entry as numbers of a dtype."""
 
 
-class Packed(Protocol):
+class PackedMatrix(Protocol):
     """Several tensors that encode one."""
 
     @property

@@ -127,14 +127,36 @@ def differences_in_losses(run: Path, other: Path) -> list[str]:
 
 
 def lost_or_repeated(run: Path, other: Path) -> list[str]:
-    """Which steps, scalars and prompts a run has more or less often than another one."""
+    """Which steps, scalars and prompts a run has more or less often than another one with the same order of prompts."""
+    found = lost_or_repeated_steps(run, other)
+    if [each[:3] for each in tokens(run)] != [each[:3] for each in tokens(other)]:
+        found.append("prompts of the trajectories")
+    return found
+
+
+def lost_or_repeated_steps(run: Path, other: Path) -> list[str]:
+    """Which steps and scalars a run has more or less often than another one."""
     found = []
     if [line["step"] for line in logged(run)] != [line["step"] for line in logged(other)]:
         found.append("steps of metrics.jsonl")
     if sorted(scalars(run)) != sorted(scalars(other)):
         found.append("TensorBoard")
-    if [each[:3] for each in tokens(run)] != [each[:3] for each in tokens(other)]:
-        found.append("prompts of the trajectories")
+    return found
+
+
+def lost_or_repeated_prompts(run: Path) -> list[str]:
+    """What an asynchronous run has not sampled once: the prompts before its last state, and later ones that it names,
+    were trained on or dropped."""
+    state = record(run)["data_state"]["prompts"]["prompts"]
+    used = set(range(state["number"])) | set(state["used"])
+    recorded = [t for step in recorded_steps(run) for t in read_step(run, step)]
+    trained = {t.prompt.number for t in recorded if not t.left_out}
+    dropped = sum(line.get("dynamic_sampling/dropped_groups", 0) for line in logged(run))
+    found = []
+    if len({(t.prompt.number, t.sample) for t in recorded}) != len(recorded):
+        found.append("repeated samples")
+    if not trained <= used or len(trained) + dropped != len(used):
+        found.append(f"prompts: {len(trained)} trained and {dropped:g} dropped, of {len(used)}")
     return found
 
 
@@ -226,7 +248,7 @@ def write_result(work: str, run: Path, other: Path, file: Path) -> int:
         "equal": differences,
         "samples": differences_in_samples,
         "losses": differences_in_losses,
-        "prompts": lost_or_repeated,
+        "prompts": lambda run, other: lost_or_repeated_steps(run, other) + lost_or_repeated_prompts(run),
     }
     try:
         found = comparisons[work](run, other)

@@ -154,7 +154,7 @@ def test_from_a_row_to_the_dispatch_of_its_gradient(tmp_path, kind, most):
 
 def test_from_a_prompt_to_its_trajectory(tmp_path):
     found = prompt_to_trajectory(tmp_path)
-    assert len(found.functions) <= 47, "\n".join(sorted(found.functions))
+    assert len(found.functions) <= 55, "\n".join(sorted(found.functions))
     assert len(found.records) <= 12, sorted(found.records)
 
 

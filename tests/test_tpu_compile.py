@@ -77,7 +77,7 @@ def test_the_8b_step_with_16_rows_of_8k_fits_v5p_with_room(compiled):
     assert report["arguments"] + report["temporaries"] < V5P_BYTES / 2 + attention
 
 
-@pytest.mark.slow
+@pytest.mark.big
 def test_the_step_of_a_hybrid_mixture_of_35b_fits_64_v5p(compiled):
     """A row of 4096 tokens for each chip: gated delta nets, attention, 256 experts and a shared one."""
     report = compiled("step", "35b-a3b", "v5p:4x4x4", 1, 64, 4096)

@@ -19,6 +19,7 @@ from jaxtrain.cli.options import (
     with_field_options,
 )
 from jaxtrain.sample.requests import EngineLimits, SamplingParams
+from jaxtrain.serve.limits import Limits
 
 _CHUNK_TOKENS = 8  # maximum tokens of a streamed chunk
 
@@ -129,18 +130,21 @@ def evaluate(
         typer.echo(f"{name:<{width}}  {value:10.4f}" + ("" if error is None else f" ± {error:.4f}"))
 
 
-@with_field_options(ServingOptions)
+@with_field_options(ServingOptions, Limits)
 def serve(
     model: AnyModelArgument,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="JAXTRAIN_API_KEY", help="what clients must send; default: nothing")
+    ] = None,
     **given: Any,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. Needs the extra `serve`."""
-    from jaxtrain.serve.app import listen
-    from jaxtrain.serve.app import serve as serve_model
-    from jaxtrain.serve.protocol import ALTERNATIVES
+    from jaxtrain.serve.schema import ALTERNATIVES
     from jaxtrain.serve.served import load_served
+    from jaxtrain.serve.server import listen
+    from jaxtrain.serve.server import serve as serve_model
     from jaxtrain.session.model_folder import model_folder
 
     listening = listen(host, port)
@@ -148,4 +152,4 @@ def serve(
     served = load_served(model_folder(model), limits=limits, **fields_of(ServingOptions, given))
     engine = served.engine
     typer.echo(f"{served.name} at http://{host}:{port}/v1, {engine.slots} slots of {engine.max_length} tokens")
-    serve_model(served, listening)
+    serve_model(served, listening, Limits(**fields_of(Limits, given)), api_key)

@@ -26,7 +26,9 @@ NO_OPTIONS = {
     "logit_bias": "a mapping of token ids: for programs and the server",
     "allowed_ids": "token ids: for programs",
     "trie": "an object: for programs",
+    "grammar": "an object: for programs",
     "alternatives": "the file of answers has no place for them",
+    "skip_special_tokens": "an answer is text for people",
     "logprobs": "the file of answers always has them",
 }
 """Fields of SamplingParams that are no options of a command, and why."""

@@ -69,14 +69,14 @@ class PlacementSection(Section):
     workers: Annotated[PositiveInt, MAY_CHANGE] = 1
     """ray: processes that sample."""
     worker_seconds: Annotated[PositiveFloat, MAY_CHANGE] = 600.0
-    """ray: a worker that takes longer for its share is given up."""
+    """ray: a worker that takes longer to receive weights, or to finish another sample, is given up."""
     resources: Annotated[dict[str, float], MAY_CHANGE] = Field(default_factory=dict)
     """ray: what a worker asks of the cluster, e.g. {GPU: 1}."""
     memory: Annotated[Literal["kept", "phased"], MAY_CHANGE] = "kept"
     """phased, with colocated: the optimizer's state is in the host's memory during sampling, and the engine's weights
     and cache are freed during updates."""
     staleness: NonNegativeInt = 0
-    """Optimizer steps that a rollout's policy may lie behind; 0: on policy."""
+    """Optimizer steps that the weights with which a sample begins may lie behind; 0: on policy."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> PlacementSection:

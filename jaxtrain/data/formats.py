@@ -153,7 +153,7 @@ class Encoder(RowEncoder):
                 raise ValueError(
                     f"token id {example.input_ids.max()} is beyond the model's vocabulary of {self._vocab_size}"
                 )
-            if not example.loss_weights[1:].any():  # nothing predicts the first token
+            if not np.count_nonzero(example.loss_weights[1:]):  # nothing predicts the first token
                 raise ValueError(f"no token of this row carries loss ({len(example.input_ids)} tokens)")
         return made
 
@@ -264,7 +264,7 @@ class Encoder(RowEncoder):
             options |= {"weights": weights, "thoughts": thoughts}
             options["loss_on"] = "all" if self._loss_on == "all" else "assistant"
             chats = [self._chat(talk.messages, **options)]
-        if not all(chat.loss_weights.any() for chat in chats):
+        if not all(np.count_nonzero(chat.loss_weights) for chat in chats):
             raise ValueError("no token of this conversation is the assistant's")
         examples = [Example(chat.input_ids, chat.loss_weights) for chat in chats]
         for text in [text for chat in chats for text in chat.warnings]:

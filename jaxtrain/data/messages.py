@@ -33,6 +33,7 @@ _AFTER = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+_PLAIN_KEYS = {"role", "content"}
 _WEIGHT_KEYS = ("weight", "train", "loss", "loss_scale")  # of a message: OpenAI's, axolotl's, ms-swift's
 # Keys of a message that are read here, whether the chat template names them or not.
 KNOWN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *_WEIGHT_KEYS, *REASONING}
@@ -198,6 +199,8 @@ def _message(message: Any, where: str, tools: Any, *, filled: bool) -> tuple[Mes
     """A checked message, without its weight, and the weight. `filled`: the row has nulls that were added."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be a mapping with role and content, not {type(message).__name__}")
+    if _is_plain(message):
+        return message, None
     weight = _weight(message, where)
     message = {key: value for key, value in message.items() if key not in _WEIGHT_KEYS}
     message = _converted(message, where)
@@ -221,6 +224,14 @@ def _message(message: Any, where: str, tools: Any, *, filled: bool) -> tuple[Mes
     if message.get("content") is None and role not in ("user", "assistant"):
         raise ValueError(f"{where}: the content of the {role}'s turn is null: give an empty string if it has none")
     return message, weight
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a message is a role that templates know and words, as most are: nothing of it needs to be converted."""
+    if message.keys() != _PLAIN_KEYS:
+        return False
+    role, content = message["role"], message["content"]
+    return isinstance(role, str) and role in _AFTER and isinstance(content, str) and bool(content.strip())
 
 
 def _weight(message: Message, where: str) -> float | None:

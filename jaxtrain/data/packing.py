@@ -103,7 +103,7 @@ def _fit_example(example: Example, max_length: int, overlong: Literal["truncate"
     else:
         pieces, event = [_piece(example, at, max_length) for at in range(0, length, max_length)], "split"
     kept = [_first_token_unweighted(piece) for piece in pieces]
-    kept = [piece for piece in kept if piece.loss_weights.any()]
+    kept = [piece for piece in kept if np.count_nonzero(piece.loss_weights)]
     return Pieces(kept, event if kept else "dropped")
 
 
@@ -220,7 +220,7 @@ def _piece(example: Example, start: int, length: int) -> Example:
 
 def _first_token_unweighted(example: Example) -> Example:
     # Nothing stands before a segment's first token, so nothing predicts it.
-    if not example.loss_weights[:1].any():
+    if not np.count_nonzero(example.loss_weights[:1]):
         return example
     weights = example.loss_weights.copy()
     weights[0] = 0

@@ -31,6 +31,7 @@ class PromptStream(Generic[T]):
         self._mixture = Mixture(self._sources, seed=seed, shuffle=data.shuffle, shard=0, num_shards=1)
         self._reader = _RowReader(make, skip_bad=data.on_bad_row == "skip")
         self._counts, self._number = self._mixture.start, 0
+        self._used: set[int] = set()  # numbers of prompts that were drawn and used before those of the state
         for source in self._sources if not self._reader.skip_bad else []:
             self._reader.read(source, 0, 0)
 
@@ -87,13 +88,20 @@ class PromptStream(Generic[T]):
                 if bad_in_a_row > self._mixture.total_rows:
                     raise self._reader.nothing_found()
                 continue
+            if self._number in self._used:
+                self._used.discard(self._number)
+            else:
+                prompts.append(prompt)
             bad_in_a_row, self._number = 0, self._number + 1
-            prompts.append(prompt)
         return prompts
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able: what `set_state` needs to continue after the last prompt drawn."""
+        """JSON-able: what `set_state` needs to continue after the last prompt drawn.
+
+        `used`: numbers of later prompts that are not drawn again. Whoever uses prompts in another order adds to it.
+        """
         counts = {"counts": list(self._counts), "number": self._number, "bad_rows": self._reader.bad_rows}
+        counts["used"] = sorted(self._used)
         return {"prompts": {**counts, "sources": self._fingerprints}}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -107,7 +115,7 @@ class PromptStream(Generic[T]):
         if "sources" in saved:
             check_unchanged(saved["sources"], self._fingerprints)
         self._counts, self._number = tuple(saved["counts"]), saved["number"]
-        self._reader.bad_rows = saved["bad_rows"]
+        self._reader.bad_rows, self._used = saved["bad_rows"], set(saved.get("used", ()))
         for source, count in zip(self._sources, self._counts, strict=True):
             if source.stream is not None:
                 source.stream.expect({0: count}, 1, ())

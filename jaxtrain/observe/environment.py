@@ -33,6 +33,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "cpu cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory": f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free",
             "disk here": f"{shutil.disk_usage(Path.cwd()).free / _GIB:.1f} GiB free",
+            "git commit here": git_commit(Path.cwd()) or "none",
         },
         "devices": _devices(),
         "packages": {"jaxtrain": version("jaxtrain"), **_installed("")},

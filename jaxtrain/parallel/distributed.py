@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,8 +25,6 @@ from jaxtrain.parallel import peers
 log = logging.getLogger(__name__)
 
 _KEY = "jaxtrain/peers"  # in the key-value store of jax.distributed
-_PIECE_BYTES = 1 << 20  # of a value in the store, whose messages have a limit
-_POLL_MILLISECONDS = 500
 
 
 def initialize_distributed(section: DistributedSection, environ: Mapping[str, str] = os.environ) -> peers.Peers | None:
@@ -65,52 +63,6 @@ def initialize_distributed(section: DistributedSection, environ: Mapping[str, st
     _delay_abort()
     peers.current = _connect(section)
     return peers.current
-
-
-class ServiceExchange:
-    """Callable: exchanges bytes with the other processes through the coordination service, so without devices.
-
-    Objects of the same `name` belong together; they must be called equally often, each by one thread of its process.
-    """
-
-    def __init__(self, name: str):
-        self._name, self._round = name, 0
-
-    def __call__(self, data: bytes, stopped: Callable[[], bool]) -> list[bytes] | None:
-        """The data of all processes, by process; None if `stopped` returned True before all were there."""
-        state = distributed.global_state
-        client: Any = state.client
-        self._round += 1
-        pieces = [data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)]
-        for number, piece in enumerate([str(len(pieces)).encode(), *pieces]):
-            client.key_value_set_bytes(f"{self._folder(self._round, state.process_id)}/{number}", piece)
-        parts = []
-        for process in range(state.num_processes):
-            folder = self._folder(self._round, process)
-            if (count := _read(client, f"{folder}/0", stopped)) is None:
-                return None
-            read = [_read(client, f"{folder}/{number + 1}", stopped) for number in range(int(count))]
-            parts.append(b"".join(piece for piece in read if piece is not None))
-            if None in read:
-                return None
-        if self._round > 1:  # every process has read the round before, since it has written this one
-            client.key_value_delete(self._folder(self._round - 1, state.process_id))
-        return parts
-
-    def _folder(self, round: int, process: int) -> str:
-        return f"jaxtrain/{self._name}/{round}/{process}"
-
-
-def _read(client: Any, key: str, stopped: Callable[[], bool]) -> bytes | None:
-    """The value of a key, once it is there; None if `stopped` returned True before."""
-    while True:
-        try:
-            return client.blocking_key_value_get_bytes(key, _POLL_MILLISECONDS)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-        if stopped():
-            return None
 
 
 def _find_launcher(environ: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:

@@ -75,9 +75,8 @@ def run(
         sampler = make_sampler(session, policy, trained)
         environment_weight = section.environment.weight if section.environment else 1.0
         models = reward_models(session, policy)
-        reward, held_out = (
-            RewardScorer(section.rewards, pool, environment_weight, models, session.num_steps) for _ in range(2)
-        )
+        scorer = partial(RewardScorer, section.rewards, pool, environment_weight, models, session.num_steps)
+        reward, held_out = scorer(together=section.placement.staleness == 0), scorer()
         encode = session.encoder(policy)
         if section.rewarded or config.eval.rewards:
             session.evaluator("rewards", eval_rewards(session, policy, encode, held_out, held_out.metrics, sampler))
@@ -93,7 +92,7 @@ def run(
             limits=length_limits(section, config.data.max_length),
             deal=deal,
         )
-        source = Replay(replay) if replay else make_source(session, collect, sampler, prompts, trained)
+        source = Replay(replay) if replay else make_source(session, collect, prompts, trained)
 
         def experience_from(samples: Collected) -> Experience:
             experience = pack_samples(samples, config, policy.mesh, deal, reward.weights)

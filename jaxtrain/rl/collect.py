@@ -42,6 +42,13 @@ def length_limits(section: RLSection, max_length: int) -> LengthLimits:
     return LengthLimits(section.max_completion_length * environment.max_turns, environment.max_length(max_length))
 
 
+class ScoredGroup(NamedTuple):
+    """The samples of a prompt, with rewards and penalties."""
+
+    samples: list[Trajectory]
+    useful: bool  # for dynamic sampling: not all its rewards are equal
+
+
 class Collector:
     """Callable: returns the trajectories of one step. All processes call it together.
 
@@ -64,8 +71,9 @@ class Collector:
         deal: Deal = Deal(),  # noqa: B008 - immutable
     ):
         """`draw(n)` returns the next n prompts, the same on all processes, or fewer if they are exhausted."""
-        self._draw, self._sampler, self._scorer, self._algorithm = draw, sampler, scorer, algorithm
-        self._prompts, self._samples, self._limits, self._deal = prompts, samples, limits, deal
+        self._draw, self._scorer, self._limits = draw, scorer, limits
+        self.sampler, self.algorithm, self.deal = sampler, algorithm, deal
+        self.prompts, self.samples = prompts, samples  # of a step, and of a prompt
         self._guard = LostRewardGuard(samples_needed(algorithm.advantages))
         self._exhausted = False
 
@@ -73,38 +81,30 @@ class Collector:
         """Returns None if the prompts are exhausted. Raises ValueError if all rewards are lost repeatedly."""
         kept: list[list[Trajectory]] = []
         seen: list[Trajectory] = []
-        groups: list[list[Trajectory]] = []
+        groups: list[ScoredGroup] = []
         times = dict.fromkeys(("time/rollout", "time/reward"), 0.0)
-        rounds = drawn = 0
-        while len(kept) < self._prompts and rounds <= self._algorithm.max_refills:
-            prompts = self._next_prompts(self._prompts - len(kept))
+        rounds = 0
+        while len(kept) < self.prompts and rounds <= self.algorithm.max_refills:
+            prompts = self.next_prompts(self.prompts - len(kept))
             if not prompts:
                 break
-            rounds, drawn = rounds + 1, drawn + len(prompts)
+            rounds += 1
             start = time.perf_counter()
-            sampled = self._deal.sample(self._sampler, prompts, self._samples)
+            sampled = self.deal.sample(self.sampler, prompts, self.samples)
             middle = time.perf_counter()
-            scored = self._deal.share([_checked(t) for t in self._scorer(sampled)])
+            groups = self.groups(self.deal.share(self.score(sampled)))
             times["time/rollout"] += middle - start
             times["time/reward"] += time.perf_counter() - middle
-            useful = [self._algorithm.max_refills == 0 or _is_mixed(group) for group in self._grouped(scored)]
-            shaped = [self._shaped(t) for t in scored]
-            groups = self._grouped(shaped)
-            seen += shaped
-            kept += [group for group, use in zip(groups, useful, strict=True) if use]
+            seen += [t for group in groups for t in group.samples]
+            kept += [group.samples for group in groups if group.useful]
         if not seen:
             return None
-        no_signal = self._guard.check(seen)
         times = {name: max(each[name] for each in gather_values(times)) for name in times}  # of the slowest process
-        metrics = rollout_metrics(seen) | times | {"rewards/no_signal": float(no_signal)}
-        if self._algorithm.max_refills:
-            dropped = len(seen) // self._samples - len(kept)
-            metrics |= {"dynamic_sampling/rounds": rounds, "dynamic_sampling/dropped_groups": dropped}
-        if not kept:  # only dynamic sampling drops groups
-            return Collected([t._replace(left_out=True) for group in groups for t in group], metrics, drawn)
-        return Collected([t._replace(left_out=not self._trains(t)) for group in kept for t in group], metrics, drawn)
+        refilled = {"dynamic_sampling/rounds": float(rounds)} if self.algorithm.max_refills else {}
+        return self.collected(seen, kept, [group.samples for group in groups], times | refilled)
 
-    def _next_prompts(self, count: int) -> list[Prompt]:
+    def next_prompts(self, count: int) -> list[Prompt]:
+        """The next prompts, or fewer if they are exhausted, which is logged once."""
         prompts = self._draw(count)
         if len(prompts) < count and not self._exhausted:
             self._exhausted = True
@@ -114,13 +114,41 @@ class Collector:
             )
         return prompts
 
-    def _grouped(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-        starts = range(0, len(trajectories), self._samples)
-        return [list(trajectories[start : start + self._samples]) for start in starts]
+    def score(self, sampled: Sequence[Trajectory]) -> list[Trajectory]:
+        """The samples of this process with their rewards."""
+        return [_checked(t) for t in self._scorer(sampled)]
+
+    def groups(self, scored: Sequence[Trajectory]) -> list[ScoredGroup]:
+        """The groups of contiguous samples with rewards, of which some are useless for dynamic sampling."""
+        starts = range(0, len(scored), self.samples)
+        groups = [scored[start : start + self.samples] for start in starts]
+        every = self.algorithm.max_refills == 0
+        return [ScoredGroup([self._shaped(t) for t in group], every or _is_mixed(group)) for group in groups]
+
+    def collected(
+        self,
+        seen: Sequence[Trajectory],
+        kept: Sequence[Sequence[Trajectory]],
+        last: Sequence[Sequence[Trajectory]],
+        metrics: dict[str, float],
+    ) -> Collected:
+        """The samples of a step, of all processes, with metrics beside the given ones.
+
+        `seen`: all whose rewards are known since the step before; `kept`: the groups that train; `last`: those that
+        stand for them if there is none. Raises ValueError if all rewards are lost repeatedly.
+        """
+        no_signal = self._guard.check(seen)
+        metrics = rollout_metrics(seen) | metrics | {"rewards/no_signal": float(no_signal)}
+        drawn = len(seen) // self.samples
+        if self.algorithm.max_refills:
+            metrics["dynamic_sampling/dropped_groups"] = drawn - len(kept)
+        if not kept:  # only dynamic sampling drops groups
+            return Collected([t._replace(left_out=True) for group in last for t in group], metrics, drawn)
+        return Collected([t._replace(left_out=not self._trains(t)) for group in kept for t in group], metrics, drawn)
 
     def _shaped(self, t: Trajectory) -> Trajectory:
         """Add DAPO's soft overlong penalty to the reward of a sample that is close to its limits."""
-        share = self._algorithm.overlong_cache
+        share = self.algorithm.overlong_cache
         lengths = [(int(t.loss_mask.sum()), self._limits.completion)]
         if self._limits.conversation is not None:
             lengths.append((len(t.completion_ids), self._limits.conversation - len(t.prompt.ids)))
@@ -133,7 +161,7 @@ class Collector:
 
     def _trains(self, t: Trajectory) -> bool:
         """Not if it has no reward or no token of the model, or if DAPO's overlong filter is on and it was cut off."""
-        filtered = self._algorithm.overlong_filter and t.truncated
+        filtered = self.algorithm.overlong_filter and t.truncated
         return bool(np.isfinite(t.reward) and t.loss_mask.any()) and not filtered
 
 

@@ -6,6 +6,7 @@ new messages of the environment are rendered and tokenised; they carry no loss.
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import threading
@@ -69,57 +70,59 @@ class Conversations:
     def run(
         self,
         engine: TurnEngine,
-        prompts: Sequence[Prompt],
+        feed: Iterator[Sequence[Prompt]],
         samples: int,
         seed: Callable[[int, int], int],
         between: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[int, Trajectory]]:
-        """Run `samples` conversations for every prompt. Yields each with the index of its prompt, after it has ended.
+    ) -> Iterator[Trajectory]:
+        """Run `samples` conversations for every prompt of `feed`. Yields each after it has ended.
 
-        `seed(prompt number, sample)` is the model's sampling seed. `between` is called before every device call.
+        `seed(prompt number, sample)` is the model's sampling seed. `between` is called before every device call, after
+        the next prompts were taken from `feed`.
 
         If an environment raises, exceeds its time limit or returns an invalid value, its trajectory ends with the
         finish reason "error" and the error in `info`.
 
         Raises ValueError if the chat template cannot render an environment's messages or ignores its tools.
         """
-        conversations = [_Conversation(prompt, sample) for prompt in prompts for sample in range(samples)]
-        running, ended = set(range(len(conversations))), deque[int]()
+        running: dict[int, _Conversation] = {}
+        ended: deque[_Conversation] = deque()
         requests: dict[int, int] = {}  # request -> conversation
-        responses = _Responses(self)
-        for number, conversation in enumerate(conversations):
-            responses.ask(number, conversation, partial(_open_environment, self.factory, conversation))
-
-        def end(number: int) -> None:
-            running.remove(number)
-            ended.append(number)
+        responses, numbers, more = _Responses(self), itertools.count(), True
 
         def source(idle: bool) -> bool:
+            nonlocal more
+            prompts = next(feed, None)
+            more = prompts is not None
+            for prompt, sample in itertools.product(prompts or (), range(samples)):
+                number, conversation = next(numbers), _Conversation(prompt, sample)
+                running[number] = conversation
+                responses.ask(number, conversation, partial(_open_environment, self.factory, conversation))
             between()
             for number, response in responses.next(idle) if running else ():
-                conversation = conversations[number]
+                conversation = running[number]
                 self._render(conversation, response)
                 if conversation.finish_reason:
-                    end(number)
+                    ended.append(running.pop(number))
                 else:
                     requests[engine.submit(self._request(conversation, seed))] = number
-            return bool(running)
+            return bool(more or running) and not ended  # an idle engine gives no chunk with which these are yielded
 
-        with closing(engine.run(source)) as chunks:
-            for chunk in chunks:
-                if chunk.completion is not None:
-                    number = requests.pop(chunk.request)
-                    conversation = conversations[number]
-                    conversation.add_turn(chunk.completion)
-                    if conversation.finish_reason:
-                        end(number)
-                    else:
-                        responses.ask(number, conversation, partial(_step, conversation, conversation.last_text))
-                while ended:
-                    number = ended.popleft()
-                    yield number // samples, conversations[number].trajectory(self.chat)
-        for number in ended:
-            yield number // samples, conversations[number].trajectory(self.chat)
+        while more or running:
+            with closing(engine.run(source)) as chunks:
+                for chunk in chunks:
+                    if chunk.completion is not None:
+                        number = requests.pop(chunk.request)
+                        conversation = running[number]
+                        conversation.add_turn(chunk.completion)
+                        if conversation.finish_reason:
+                            ended.append(running.pop(number))
+                        else:
+                            responses.ask(number, conversation, partial(_step, conversation, conversation.last_text))
+                    while ended:
+                        yield ended.popleft().trajectory(self.chat)
+            while ended:
+                yield ended.popleft().trajectory(self.chat)
 
     def _render(self, conversation: _Conversation, response: _Response) -> None:
         """Continue or end a conversation."""

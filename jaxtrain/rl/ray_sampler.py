@@ -14,13 +14,14 @@ import math
 import os
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.rollouts import Prompt, Trajectory
@@ -33,19 +34,20 @@ from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 3  # for a share of the prompts without a finished sample, and for the start of a worker
+_MAX_ATTEMPTS = 3  # for prompts without a new sample, and for the start of a worker
 _POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
 _START_SECONDS = 300.0  # time limit for the start of a process: imports, JAX, the first weights
 
 
 class RayWorker:
-    """The actor in a worker's process. It runs two calls at a time, so that weights can arrive during sampling."""
+    """The actor in a worker's process. It runs several calls at a time: weights and prompts arrive during sampling."""
 
     def __init__(self, spec: WorkerSpec):
         self._spec = spec
         self._sampler: EngineSampler | None = None
         self._receiving = threading.Lock()
         self._version = -1
+        self._added: defaultdict[int, SimpleQueue[Sequence[Prompt] | None]] = defaultdict(SimpleQueue)  # of each stream
 
     def set_params(self, weights: Params, version: int) -> None:
         """Set `weights`, in the form of `to_host`. Calls may arrive out of order: older weights are ignored."""
@@ -58,10 +60,33 @@ class RayWorker:
                 self._sampler.set_params(weights, version)
             self._version = version
 
-    def stream(self, prompts: Sequence[Prompt], samples: int) -> Iterator[tuple[int, Trajectory]]:
-        """Yield the samples as they are finished: each is the trainer's before the next one, whatever happens here."""
+    def stream(self, number: int, samples: int) -> Iterator[Trajectory]:
+        """Yield the samples as they are finished: each is the trainer's before the next one, whatever happens here.
+
+        Of the prompts that `add` gives to the stream of this number, until that gives None.
+        """
         assert self._sampler is not None
-        yield from self._sampler.stream(prompts, samples)
+        added, unfinished = self._added[number], 0
+
+        def feed() -> Iterator[Sequence[Prompt]]:
+            nonlocal unfinished
+            while True:
+                prompts: Sequence[Prompt] | None = ()
+                with suppress(Empty):
+                    prompts = added.get(block=not unfinished, timeout=_POLL_SECONDS)
+                if prompts is None:
+                    return
+                unfinished += len(prompts) * samples
+                yield prompts
+
+        for trajectory in self._sampler.stream(feed(), samples):
+            unfinished -= 1
+            yield trajectory
+        del self._added[number]
+
+    def add(self, number: int, prompts: Sequence[Prompt] | None) -> None:
+        """Let a stream, which may not have begun yet, sample these prompts too. None: no more will come."""
+        self._added[number].put(prompts)
 
     def process_id(self) -> int:
         return os.getpid()
@@ -89,8 +114,8 @@ class RaySampler:
         seconds: float,
         resources: dict[str, float] | None = None,
     ):
-        """`workers`: of this process. `seconds`: a worker that takes longer to receive weights, or for its share of the
-        prompts, is replaced.
+        """`workers`: of this process. `seconds`: a worker that takes longer to receive weights, or until it finishes
+        another sample, is replaced.
 
         Raises ValueError if Ray is not installed or does not run on this host.
         """
@@ -99,7 +124,7 @@ class RaySampler:
         self._spec, self._trainer, self._seconds = spec, trainer, seconds
         resources = dict(resources or {})
         options = {"num_cpus": resources.pop("CPU", 1), "num_gpus": resources.pop("GPU", 0), "resources": resources}
-        self._actor = self._ray.remote(**options, max_concurrency=2)(RayWorker)
+        self._actor = self._ray.remote(**options, max_concurrency=4)(RayWorker)
         first = jax.process_index() * workers
         self._workers = [_Worker(first + number, self._actor.remote(spec)) for number in range(workers)]
         self._weights: tuple[Any, int] | None = None  # a Ray reference to the newest weights, and their version
@@ -107,38 +132,100 @@ class RaySampler:
         self._events: Counter[str] = Counter()
         self._sync: dict[str, float] = {}
         self._interrupted = threading.Event()
+        self._sampling, self._next = threading.Lock(), threading.Lock()  # of the call that samples, and that is next
+        self._streams = itertools.count()
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """Raises exceptions of workers, and RuntimeError if a share of the prompts failed with several workers."""
-        finished: list[dict[int, Trajectory]] = [{} for _ in prompts]
-        bounds = np.linspace(0, len(prompts), min(len(self._workers), len(prompts)) + 1).astype(int).tolist()
-        waiting = deque(_Share(list(range(a, b))) for a, b in itertools.pairwise(bounds))
+        """The exceptions are those of `stream`."""
+        groups: dict[int, dict[int, Trajectory]] = {prompt.number: {} for prompt in prompts}
+        for trajectory in self.stream(iter([prompts]), samples):
+            groups[trajectory.prompt.number][trajectory.sample] = trajectory
+        return [[group[sample] for sample in range(samples)] for group in groups.values()]
+
+    def stream(self, feed: Iterator[Sequence[Prompt]], samples: int) -> Iterator[Trajectory]:
+        """Raises exceptions of workers, and RuntimeError if several workers were lost with the same prompts."""
+        with self._next:
+            self._sampling.acquire()
         busy: dict[_Worker, _Share] = {}
-        while waiting or busy:
+        try:
+            yield from self._samples(feed, samples, busy)
+        finally:
+            self._end(busy)  # some are, after an exception
+            self._sampling.release()
+
+    def wanted(self) -> bool:
+        return self._next.locked()
+
+    def _samples(
+        self, feed: Iterator[Sequence[Prompt]], samples: int, busy: dict[_Worker, _Share]
+    ) -> Iterator[Trajectory]:
+        """`stream`, which adds the workers that sample to `busy`, and removes them when they are done."""
+        waiting: list[Prompt] = []
+        finished: dict[int, set[int]] = {}  # samples, of each prompt that is not complete
+        losses: Counter[int] = Counter()  # of a prompt: workers in a row that were lost with it, without a new sample
+        more = True
+        while more or finished or busy:
+            prompts = next(feed, None)
+            more = prompts is not None
+            waiting += prompts or ()
+            finished |= {prompt.number: set() for prompt in prompts or ()}
             self._check_starts()
-            for worker in self._workers:
-                if waiting and worker.start is None and worker not in busy:
-                    share = busy[worker] = waiting.popleft()
-                    stream = worker.handle.stream.options(num_returns="streaming")
-                    share.stream = stream.remote([prompts[index] for index in share.prompts], samples)
-                    share.deadline = time.monotonic() + self._seconds
-            ready = self._wait(
-                [share.stream for share in busy.values()], min((s.deadline for s in busy.values()), default=math.inf)
-            )
+            self._give(waiting, busy, samples)
+            if not more and not finished:
+                self._end(busy)
+            deadlines = [share.deadline for share in busy.values() if share.prompts or share.ended]
+            ready = self._wait([share.stream for share in busy.values()], min(deadlines, default=math.inf))
             for worker, share in list(busy.items()):
-                end = self._take(share, finished) if share.stream in ready else None
-                if end is None and time.monotonic() < share.deadline:
+                arrived, end = self._take(share) if share.stream in ready else ([], None)
+                new = [t for t in arrived if t.sample not in finished.get(t.prompt.number, (t.sample,))]
+                for number, sample in [(t.prompt.number, t.sample) for t in new]:
+                    finished[number].add(sample)
+                    if len(finished[number]) == samples:
+                        del finished[number], share.prompts[number]
+                if new:
+                    share.progressed, share.deadline = True, time.monotonic() + self._seconds
+                yield from new
+                waits = share.prompts or share.ended
+                if end is None and not (waits and time.monotonic() >= share.deadline):
                     continue
                 del busy[worker]
                 if isinstance(end, StopIteration):
                     continue
                 self._replace(worker, slow=end is None)
-                share.prompts = [index for index in share.prompts if len(finished[index]) < samples]
-                if share.attempts == _MAX_ATTEMPTS:
-                    raise RuntimeError(f"{_MAX_ATTEMPTS} workers were lost with the same prompts") from end
-                share.attempts += 1
-                waiting.extend([share] if share.prompts else [])
-        return [[group[sample] for sample in range(samples)] for group in finished]
+                for number in share.prompts:
+                    losses[number] = 1 if share.progressed else losses[number] + 1
+                    if losses[number] == _MAX_ATTEMPTS:
+                        raise RuntimeError(f"{_MAX_ATTEMPTS} workers were lost with the same prompts") from end
+                waiting += share.prompts.values()
+
+    def _give(self, waiting: list[Prompt], busy: dict[_Worker, _Share], samples: int) -> None:
+        """Give each waiting prompt to the worker in use that has the fewest."""
+        usable = [worker for worker in self._workers if worker.start is None]
+        if not usable:
+            return
+        given: defaultdict[_Worker, list[Prompt]] = defaultdict(list)
+        for prompt in waiting:
+            worker = min(usable, key=lambda each: len(busy[each].prompts) if each in busy else 0)
+            if worker not in busy:
+                number = next(self._streams)
+                busy[worker] = _Share(
+                    number, worker.handle.stream.options(num_returns="streaming").remote(number, samples)
+                )
+            share = busy[worker]
+            if not share.prompts:
+                share.deadline = time.monotonic() + self._seconds
+            share.prompts[prompt.number] = prompt
+            given[worker].append(prompt)
+        for worker, prompts in given.items():
+            worker.handle.add.remote(busy[worker].number, prompts)
+        waiting.clear()
+
+    def _end(self, busy: dict[_Worker, _Share]) -> None:
+        """Tell the workers that no more prompts will come."""
+        for worker, share in busy.items():
+            if not share.ended:
+                worker.handle.add.remote(share.number, None)
+                share.ended, share.deadline = True, time.monotonic() + self._seconds
 
     def set_params(self, params: Params, version: int) -> None:
         """Returns when every worker in use has the weights; with the first weights, when all workers have them.
@@ -196,21 +283,19 @@ class RaySampler:
             raise Interrupted
         starts = [worker.start for worker in self._workers if worker.start is not None]
         timeout = min(max(deadline - time.monotonic(), 0.0), _POLL_SECONDS)
-        self._ray.wait([*calls, *starts], timeout=timeout)
+        if calls or starts:
+            self._ray.wait([*calls, *starts], timeout=timeout)
         return self._ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
 
-    def _take(self, share: _Share, finished: list[dict[int, Trajectory]]) -> Exception | None:
-        """Keep the samples that have arrived. Returns why no more will; None: more may."""
+    def _take(self, share: _Share) -> tuple[list[Trajectory], Exception | None]:
+        """The samples that have arrived, and why no more will; None: more may."""
+        arrived: list[Trajectory] = []
         while self._ray.wait([share.stream], timeout=0)[0]:
             try:
-                index, trajectory = self._ray.get(next(share.stream))
+                arrived.append(self._ray.get(next(share.stream)))
             except (StopIteration, *self._lost) as end:
-                return end
-            group = finished[share.prompts[index]]
-            if trajectory.sample not in group:  # else another worker had finished it
-                group[trajectory.sample] = trajectory
-                share.attempts = 1
-        return None
+                return arrived, end
+        return arrived, None
 
     def _check_starts(self) -> None:
         """Take new workers that have their weights into use, and replace those that could not be started."""
@@ -259,12 +344,14 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Share:
-    """Prompts for one worker."""
+    """What a worker samples in a stream."""
 
-    prompts: list[int]  # indices
-    attempts: int = 1  # number of workers, this one included, since the last sample
-    stream: Any = None  # of the worker's samples
-    deadline: float = 0.0
+    number: int  # of the stream
+    stream: Any  # of samples
+    prompts: dict[int, Prompt] = field(default_factory=dict)  # without those that are complete
+    deadline: float = 0.0  # until the next sample, or the end
+    progressed: bool = False  # whether there was a new sample
+    ended: bool = False  # whether it gets no more prompts
 
 
 def connect_ray() -> Any:

@@ -6,7 +6,7 @@ later. Everything here is numpy, on the host. As in `Batch`, a per-token value a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -94,6 +94,17 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
         """`samples` unscored trajectories of each prompt, in order. Deterministic."""
+        ...
+
+    def stream(self, feed: Iterator[Sequence[Prompt]], samples: int) -> Iterator[Trajectory]:
+        """Yield `samples` unscored trajectories of each prompt of `feed` as they are finished, until it is exhausted.
+
+        Prompts have different numbers. The next ones are taken from `feed` whenever samples may begin, often none.
+        """
+        ...
+
+    def wanted(self) -> bool:
+        """Whether another call waits for the end of a `stream`. Thread-safe."""
         ...
 
     def set_params(self, params: Params, version: int) -> None:

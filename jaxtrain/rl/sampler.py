@@ -1,8 +1,9 @@
 """`EngineSampler`: a sampler with an engine in this process."""
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -34,33 +35,52 @@ class EngineSampler:
         """`sync` converts the parameters of `set_params` to the engine's. `conversations`: for environments."""
         self._engine, self._params, self._seed, self._sync = engine, params, seed, sync
         self._conversations = conversations
-        self._sampling = threading.Lock()
+        self._sampling, self._next = threading.Lock(), threading.Lock()  # of the call that samples, and that is next
         self._pending: deque[tuple[Params, int]] = deque(maxlen=1)
         self._metrics: dict[str, float] = {}
         self._interrupted = threading.Event() if conversations is None else conversations.interrupted
         self._check: Callable[[], None] | None = None
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        groups: list[dict[int, Trajectory]] = [{} for _ in prompts]
-        for index, trajectory in self.stream(prompts, samples):
-            groups[index][trajectory.sample] = trajectory
-        return [[group[sample] for sample in range(samples)] for group in groups]
+        groups: dict[int, dict[int, Trajectory]] = {prompt.number: {} for prompt in prompts}
+        for trajectory in self.stream(iter([prompts]), samples):
+            groups[trajectory.prompt.number][trajectory.sample] = trajectory
+        return [[group[sample] for sample in range(samples)] for group in groups.values()]
 
-    def stream(self, prompts: Sequence[Prompt], samples: int) -> Iterator[tuple[int, Trajectory]]:
-        """Yield the samples of `sample` as they are finished, each with the index of its prompt."""
-        if self._conversations is not None:
-            with self._sampling:
-                yield from self._conversations.run(self._engine, prompts, samples, self._draw_seed, self._between_calls)
-            return
-        requests = []
-        for prompt in prompts:
-            room = self._engine.max_length - len(prompt.ids)
-            seed, limit = self._draw_seed(prompt.number), min(self._params.max_tokens or room, room)
-            requests.append(Request(prompt.ids.tolist(), replace(self._params, n=samples, max_tokens=limit, seed=seed)))
-        with self._sampling:
-            for chunk in self._engine.stream(requests, self._between_calls):
-                if chunk.completion is not None:
-                    yield chunk.request, trajectory_of(prompts[chunk.request], chunk.sample, chunk.completion)
+    def stream(self, feed: Iterator[Sequence[Prompt]], samples: int) -> Iterator[Trajectory]:
+        with self._next:
+            self._sampling.acquire()
+        try:
+            if self._conversations is not None:
+                engine, between = self._engine, self._between_calls
+                yield from self._conversations.run(engine, feed, samples, self._draw_seed, between)
+                return
+            running: dict[int, Prompt] = {}  # by request
+
+            def source(idle: bool) -> bool:
+                prompts = next(feed, None)
+                for prompt in prompts or ():
+                    room = self._engine.max_length - len(prompt.ids)
+                    seed, limit = self._draw_seed(prompt.number), min(self._params.max_tokens or room, room)
+                    params = replace(self._params, n=samples, max_tokens=limit, seed=seed)
+                    running[self._engine.submit(Request(prompt.ids.tolist(), params))] = prompt
+                if self._engine.busy:
+                    self._between_calls()  # after the feed, whose prompts must not begin under older weights than its
+                return prompts is not None
+
+            finished = Counter[int]()  # samples of a request
+            with closing(self._engine.run(source)) as chunks:
+                for chunk in chunks:
+                    if chunk.completion is not None:
+                        yield trajectory_of(running[chunk.request], chunk.sample, chunk.completion)
+                        finished[chunk.request] += 1
+                        if finished[chunk.request] == samples:
+                            del running[chunk.request], finished[chunk.request]
+        finally:
+            self._sampling.release()
+
+    def wanted(self) -> bool:
+        return self._next.locked()
 
     def set_params(self, params: Params, version: int) -> None:
         synced = self._sync(params)

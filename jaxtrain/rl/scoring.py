@@ -1,9 +1,11 @@
 """The reward of a trajectory: the weighted sum of reward functions, reward models and its environment's rewards."""
 
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ class RewardScorer:
     A reward is lost (NaN, with the reason in `info[LOST_REWARD]`) if a function, a model, the environment or the
     sampler failed on the sample, if no part applies to it, or if the sum is not finite. They do not train.
 
-    All processes call it together, each with its own samples.
+    All processes call it together, each with its own samples, unless `together` is False.
     """
 
     def __init__(
@@ -33,15 +35,21 @@ class RewardScorer:
         environment_weight: float = 1.0,
         models: Sequence[RewardModel] = (),
         max_steps: int | None = None,
+        *,
+        together: bool = True,
     ):
-        """`max_steps`: optimizer steps of the run, which functions may read in `trainer_state`."""
+        """`max_steps`: optimizer steps of the run, which functions may read in `trainer_state`.
+
+        `together`: False for a thread of each process that scores when it likes to, without models of several devices.
+        """
         self.weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {
             REWARD_PART: environment_weight
         }
         self._pool, self._models = pool, models
         self._counts: Counter[str] = Counter()
         self._logged: dict[str, tuple[float, int]] = {}
-        self._max_steps = max_steps
+        self._counting = threading.Lock()  # of another thread than that which asks for metrics
+        self._max_steps, self._together = max_steps, together
         self._log = FailureLog()
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -55,7 +63,8 @@ class RewardScorer:
             "global_step": max((int(t.versions.max(initial=0)) for t in trajectories), default=0),
             "max_steps": self._max_steps,
         }
-        scores = on_all(lambda: self._pool.score(prompts, completions, ids, given, state))
+        score = partial(self._pool.score, prompts, completions, ids, given, state)
+        scores = on_all(score) if self._together else score()
         for model in self._models:
             scores.parts[model.name] = model(trajectories)
             for index in np.flatnonzero(~np.isfinite(scores.parts[model.name])).tolist():
@@ -90,20 +99,20 @@ class RewardScorer:
                 )
             )
         self._log.report(all_reasons, len(scored))
-        for metrics, failures, number in gather_values((dict(scores.metrics), dict(+scores.failures), lost)):
-            self._count(metrics, failures, number)
+        self._count(scores.metrics, scores.failures, lost)
         return scored
 
     def _count(
         self, metrics: Mapping[str, tuple[float, int]], failures: Mapping[tuple[str, Failure], int], lost: int
     ) -> None:
-        """Add what the samples of one process give to `metrics`."""
-        for name, (total, number) in metrics.items():
-            before, counted = self._logged.get(name, (0.0, 0))
-            self._logged[name] = before + total, counted + number
-        for (name, kind), count in failures.items():
-            self._counts[f"rewards/{name}/{kind}"] += count
-        self._counts["rewards/lost"] += lost
+        """Count for `metrics`."""
+        with self._counting:
+            for name, (total, number) in metrics.items():
+                before, counted = self._logged.get(name, (0.0, 0))
+                self._logged[name] = before + total, counted + number
+            for (name, kind), count in failures.items():
+                self._counts[f"rewards/{name}/{kind}"] += count
+            self._counts["rewards/lost"] += lost
 
     def _total(self, parts: Mapping[str, float]) -> tuple[float, str]:
         """The weighted sum of the parts that apply, or why there is none."""
@@ -120,11 +129,21 @@ class RewardScorer:
     def metrics(self) -> dict[str, float]:
         """Of the samples of all processes since the last call: the means of what functions gave to `log_metric`, under
         its names; `rewards/lost` samples in total, and `rewards/<function>/<kind of failure>`.
+
+        All processes call it together.
         """
-        counts, self._counts = self._counts, Counter()
-        logged, self._logged = self._logged, {}
-        means = {name: total / number for name, (total, number) in logged.items()}
-        return means | {"rewards/lost": 0.0} | {name: float(count) for name, count in counts.items()}
+        with self._counting:
+            counts, self._counts = self._counts, Counter()
+            logged, self._logged = self._logged, {}
+        totals: Counter[str] = Counter({"rewards/lost": 0})
+        sums: dict[str, tuple[float, int]] = {}
+        for their_counts, their_logged in gather_values((counts, logged)):
+            totals.update(their_counts)
+            for name, (total, number) in their_logged.items():
+                before, counted = sums.get(name, (0.0, 0))
+                sums[name] = before + total, counted + number
+        means = {name: total / number for name, (total, number) in sums.items()}
+        return means | {name: float(count) for name, count in totals.items()}
 
 
 def _error(trajectory: Trajectory) -> str:

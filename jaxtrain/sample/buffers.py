@@ -1,7 +1,7 @@
 """`Buffers`: the slots' keys, values and token marks on the device, in a small set of shapes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -70,6 +70,20 @@ class Buffers:
         places = (self._padded(each) for each in (rows, slots, lengths))
         self.cache = programs.insert(self._model, self.cache, fresh, *places, np.int32(len(slots)))
 
+    def assign(self, prompts: dict[int, PromptIds]) -> tuple[list[tuple[int, int]], dict[PromptIds, list[int]]]:
+        """Give slots to prompts without their last tokens. Returns the pairs of a slot that holds the same prompt and
+        the slot to copy it to, and the slots of each prompt that must be computed."""
+        holders = {p: slot for slot, p in enumerate(self.cached_prompts) if p is not None and slot not in prompts}
+        forks: list[tuple[int, int]] = []
+        fresh: dict[PromptIds, list[int]] = {}
+        for slot, prompt in prompts.items():
+            if prompt in holders:
+                forks.append((holders[prompt], slot))
+            elif prompt:
+                fresh.setdefault(prompt, []).append(slot)
+            self.cached_prompts[slot] = prompt or None
+        return forks, fresh
+
     def fork(self, sources: Sequence[int], slots: Sequence[int]) -> None:
         """Copy keys and values from the slots `sources` to `slots`."""
         places = self._padded(sources), self._padded(slots)
@@ -110,3 +124,33 @@ def prefill_rows(slots: int, shares: int, length: int) -> tuple[int, ...]:
     maximum = max(min(slots, _PREFILL_TOKENS // length) // shares, 1)
     smaller = [4**power for power in range(maximum.bit_length()) if 4**power < maximum]
     return tuple(size * shares for size in (*smaller, maximum))
+
+
+def prefill_groups(
+    fresh: dict[PromptIds, list[int]], lengths: tuple[int, ...], slots: int, shares: int
+) -> Iterator[tuple[list[tuple[PromptIds, list[int]]], int, int]]:
+    """Yield the prompts, with the slots of each, that are prefilled together, their padded length, and the number of
+    rows."""
+    by_length: dict[int, list[tuple[PromptIds, list[int]]]] = {}
+    for prompt, own in fresh.items():
+        by_length.setdefault(bucket_for(lengths, len(prompt)), []).append((prompt, own))
+    for length, group in by_length.items():
+        sizes = prefill_rows(slots, shares, length)
+        while group:
+            # The largest size that is more than half full.
+            rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
+            yield group[:rows], length, rows
+            group = group[rows:]
+
+
+def padded_prompts(
+    prompts: Sequence[tuple[PromptIds, list[int]]], length: int, rows: int
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]:
+    """Tokens [rows, length] and lengths [rows] of a prefill, and the row, slot and length of each copy of a prompt."""
+    tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+    places: list[tuple[int, int, int]] = []
+    for row, (prompt, slots) in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+        places += [(row, slot, len(prompt)) for slot in slots]
+    return tokens, lengths, places

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,14 +15,16 @@ import numpy as np
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.sample import decode as programs
-from jaxtrain.sample.buffers import Buffers, bucket_for, prefill_rows
+from jaxtrain.sample.buffers import Buffers, bucket_for, padded_prompts, prefill_groups, prefill_rows
 from jaxtrain.sample.capacity import MARK, place_params
 from jaxtrain.sample.constraints import Trie, join_tries
 from jaxtrain.sample.decode import ENDED, FULL, NON_FINITE, STOPPED, Generated, SlotState
 from jaxtrain.sample.filters import SlotSettings
+from jaxtrain.sample.prompt_scores import PromptScores, score_prompt
 from jaxtrain.sample.requests import Chunk, Completion, EngineLimits, FinishReason, Request, check_request
 from jaxtrain.sample.samples import Sample, default_settings
 from jaxtrain.sample.usage import EngineUsage
+from jaxtrain.sample.waiting import Waiting
 from jaxtrain.types import Params
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ class Engine:
         self._roots: dict[Trie, int] = {}
         self.add_tries(())
         self._running: list[Sample | None] = [None] * slots
-        self._waiting: deque[Sample] = deque()
+        self._waiting = Waiting()
         self._submitted = 0
         self._params: Params | None = place_params(self.model, params)
         self.version = version
@@ -190,18 +192,30 @@ class Engine:
         now = time.perf_counter()
         if params.trie is not None and params.trie not in self._roots:
             self.add_tries([params.trie])
-        self._waiting.extend(
+        self._waiting.add(
             Sample(number, index, request, seed, now, self.tokenizer, prompt) for index in range(params.n)
         )
         return number
 
     def cancel(self, numbers: Collection[int]) -> None:
         """Cancel requests, given by the numbers of `submit`: their slots become free and they yield no more chunks."""
-        self._waiting = deque(sample for sample in self._waiting if sample.number not in numbers)
+        self._waiting.cancel(numbers)
         for slot, sample in enumerate(self._running):
             if sample is not None and sample.number in numbers:
                 self._running[slot] = None
                 self._state.live[slot] = False
+
+    def score_prompt(self, prompt_ids: Sequence[int] | np.ndarray, alternatives: int = 0) -> PromptScores:
+        """The log-probabilities of a prompt's tokens. Uses no slot; raises ValueError for an invalid prompt."""
+        self.check([Request(prompt_ids)])
+        prompt = np.asarray(prompt_ids, np.int32)
+        size = self._shares, bucket_for(self._buffers.prompt_lengths, len(prompt))
+        assert self._params is not None, "the engine was released"
+        return score_prompt(self.model, self._params, prompt, size, min(alternatives, self.model.config.vocab_size))
+
+    def share_slots(self) -> None:
+        """From now on, give a free slot to the request with the fewest running samples instead of the first one."""
+        self._waiting.fair = True
 
     @property
     def rows(self) -> int:
@@ -228,6 +242,8 @@ class Engine:
         if not live.any():
             return failed
         steps = min(self.limits.steps, int(self._state.remaining[live].max()))
+        if any(sample is not None and sample.matcher is not None for sample in self._running):
+            steps = 1  # the next tokens depend on this one
         # The last running samples are usually long ones. After an admission there may be another.
         if not admitted and not self._waiting and live.sum() <= self._buffers.small_rows < self._buffers.rows:
             self._compact()
@@ -283,8 +299,9 @@ class Engine:
         free = [slot for slot, sample in enumerate(self._running) if sample is None]
         admitted: list[tuple[int, Sample, np.ndarray | None]] = []
         failed: list[Chunk] = []
+        running = Counter(sample.number for sample in self._running if sample is not None)
         while self._waiting and len(admitted) < len(free):
-            sample, slot = self._waiting.popleft(), free[len(admitted)]
+            sample, slot = self._waiting.take(running), free[len(admitted)]
             try:
                 sample.write_settings(self._settings, slot)
                 marks = sample.marks(self.model.config.vocab_size) if sample.marked else None
@@ -294,6 +311,7 @@ class Engine:
                 failed.append(self._failed(sample, error))
             else:
                 admitted.append((slot, sample, marks))
+                running[sample.number] += 1
         if not admitted:
             return False, failed
         buffers = self._buffers
@@ -301,21 +319,13 @@ class Engine:
         live = self._state.live
         buffers.fit(max(longest, int(self._state.position[live].max(initial=0)) + 1), self.slots)
 
-        taken = {slot for slot, _, _ in admitted}
-        holders = {p: slot for slot, p in enumerate(buffers.cached_prompts) if p is not None and slot not in taken}
-        forks: list[tuple[int, int]] = []
-        fresh: dict[tuple[int, ...], list[int]] = {}
+        forks, fresh = buffers.assign({slot: sample.prompt[:-1] for slot, sample, _ in admitted})
         for slot, sample, marks in admitted:
-            cached = sample.prompt[:-1]
-            if cached in holders:
-                forks.append((holders[cached], slot))
-            elif cached:
-                fresh.setdefault(cached, []).append(slot)
             self._occupy(slot, sample, marks)
-            buffers.cached_prompts[slot] = cached or None
         if forks:
             buffers.fork(*zip(*forks, strict=True))
-        self._prefill_all(fresh)
+        for group, length, rows in prefill_groups(fresh, buffers.prompt_lengths, self.slots, self._shares):
+            self._prefill(group, length, rows)
         return True, failed
 
     def _compact(self) -> None:
@@ -333,26 +343,9 @@ class Engine:
         self._device_settings = None
         self._buffers.fit(self._buffers.columns, few)
 
-    def _prefill_all(self, fresh: dict[tuple[int, ...], list[int]]) -> None:
-        by_length: dict[int, list[tuple[tuple[int, ...], list[int]]]] = {}
-        for prompt, slots in fresh.items():
-            by_length.setdefault(bucket_for(self._buffers.prompt_lengths, len(prompt)), []).append((prompt, slots))
-        for length, group in by_length.items():
-            sizes = prefill_rows(self.slots, self._shares, length)
-            while group:
-                # The largest size that is more than half full.
-                rows = max(size for size in sizes if size == sizes[0] or 2 * len(group) > size)
-                self._prefill(group[:rows], length, rows)
-                group = group[rows:]
-
     def _prefill(self, prompts: list[tuple[tuple[int, ...], list[int]]], length: int, rows: int) -> None:
         """Compute the keys and values of each prompt once and copy them to its slots."""
-        tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-        places: list[tuple[int, int, int]] = []
-        for row, (prompt, slots) in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-            places += [(row, slot, len(prompt)) for slot in slots]
+        tokens, lengths, places = padded_prompts(prompts, length, rows)
         fresh = self._programs[0](self.model, self._params, tokens, lengths)
         self._buffers.insert(fresh, *(zip(*places, strict=True) if places else ((), (), ())))
 
@@ -383,8 +376,11 @@ class Engine:
             self._state.node[slot] = generated.node[slot]
             if self._overwrites:
                 self._buffers.cached_prompts[slot] = None
+            marks = None
             try:
                 chunk = sample.advance(values, _REASONS.get(status), status == STOPPED, self.version, now)
+                if chunk.completion is None and sample.matcher is not None:
+                    marks = sample.marks(self.model.config.vocab_size)
             except MemoryError:
                 raise
             except Exception as error:  # most likely of the tokenizer: only this sample fails
@@ -393,6 +389,8 @@ class Engine:
             self._state.live[slot] = chunk.completion is None
             if chunk.completion is not None:
                 self._running[slot] = None
+            elif marks is not None:
+                self._buffers.mark(marks, slot)
         return chunks
 
     def _failed(self, sample: Sample, error: Exception) -> Chunk:

@@ -9,6 +9,7 @@ import numpy as np
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Le
 from typing_extensions import Doc
 
+from jaxtrain.sample.grammar import Grammar
 from jaxtrain.sample.trie import Trie
 
 STOP_SLOTS, BIAS_SLOTS = 8, 64  # how many of each a request may bring
@@ -94,11 +95,13 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> what is added to its logit
     allowed_ids: Sequence[int] | np.ndarray | None = None  # nothing else is generated; None: all
     trie: Trie | None = None  # the sample is one of the trie's sequences, and ends with it
+    grammar: Grammar | None = None  # what the sample must follow; see `sample.grammar`
     # None: the engine draws one. What else the engine is doing makes no difference.
-    seed: Annotated[int | None, Bounds(int, 0, 2**32 - 1), Doc("decides what is sampled")] = None
+    seed: Annotated[int | None, Bounds(int, -(2**63), 2**64 - 1), Doc("decides what is sampled")] = None
     n: Annotated[int, Bounds(int, 1, INT32_MAX), Doc("samples of each prompt")] = 1  # the prompt is prefilled once
     # of the most probable tokens at each place, ids and log-probabilities; see `Engine`
     alternatives: Annotated[int, Bounds(int, 0, INT32_MAX)] = 0
+    skip_special_tokens: Annotated[bool, Doc("leave special tokens out of the text")] = True
     logprobs: bool = True  # False spares their computation where no request in a slot wants them
 
     def __post_init__(self) -> None:
@@ -123,11 +126,14 @@ class SamplingParams:
             self._refuse("logit_bias", BIAS.problem(f"logit_bias of token {token}", bias))
         if self.trie is not None and self.min_tokens:
             self._refuse("min_tokens", "a trie says where a sample ends, so min_tokens must be 0")
+        if self.grammar is not None and self.min_tokens:
+            self._refuse("min_tokens", "a grammar says where a sample may end, so min_tokens must be 0")
         object.__setattr__(self, "stop", tuple(self.stop))  # so that equal parameters compare equal
         if not isinstance(self.trie, Trie | None):
             self._refuse("trie", f"trie must be a Trie, not {shown(self.trie)}")
-        if not isinstance(self.logprobs, bool):
-            self._refuse("logprobs", f"logprobs must be true or false, not {shown(self.logprobs)}")
+        for name in ("logprobs", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, f"{name} must be true or false, not {shown(getattr(self, name))}")
 
     def _refuse(self, name: str, problem: str | None) -> None:
         if problem is not None:
@@ -137,7 +143,8 @@ class SamplingParams:
     def filtered(self) -> bool:
         """Whether less than the whole vocabulary can be drawn."""
         drawn = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return self.temperature > 0 and (drawn or self.allowed_ids is not None or self.trie is not None)
+        constraints = (self.allowed_ids, self.trie, self.grammar)
+        return self.temperature > 0 and (drawn or any(each is not None for each in constraints))
 
 
 # Every number of a request. They are computed with in int32, uint32 and float32, so what overflows there is out.

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.sample.constraints import FORBIDDEN, IN_PROMPT
+from jaxtrain.sample.constraints import FORBIDDEN, GENERATED, IN_PROMPT, MOST_GENERATED
 from jaxtrain.sample.filters import SlotSettings, TokenValues
+from jaxtrain.sample.grammar import Matcher
 from jaxtrain.sample.requests import (
     BIAS_SLOTS,
     INT32_MAX,
@@ -49,19 +50,20 @@ class Sample:
     versions: list[int] = field(default_factory=list)  # of the parameters, one of each token
     ids: list[int] = field(default_factory=list)
     sent: int = 0  # characters of the text that previous chunks contain
+    matcher: Matcher | None = None  # of its grammar, from its admission on
 
     @property
     def marked(self) -> bool:
         params = self.request.params
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        return penalties != (1, 0, 0) or params.allowed_ids is not None
+        return penalties != (1, 0, 0) or params.allowed_ids is not None or params.grammar is not None
 
     def write_settings(self, settings: SlotSettings, slot: int) -> None:
         """Set the row of a free slot in the engine's `settings`. An exception of a conversion is raised here."""
         params = self.request.params
         biases = list(params.logit_bias.items())
         values = dict[str, Any](
-            seed=self.seed,
+            seed=_seed32(self.seed),
             sample=self.index,
             temperature=params.temperature,
             top_k=params.top_k,
@@ -83,13 +85,18 @@ class Sample:
 
     def marks(self, vocab_size: int) -> np.ndarray:
         """The slot's row of marks, [V] uint16."""
-        allowed = self.request.params.allowed_ids
+        params = self.request.params
+        if self.matcher is None and params.grammar is not None:
+            self.matcher = params.grammar.matcher()
         row = np.zeros(vocab_size, np.uint16)
-        if allowed is not None:
+        if params.allowed_ids is not None:
             row[:] = FORBIDDEN
-            row[np.asarray(allowed)] = 0
+            row[np.asarray(params.allowed_ids)] = 0
+        if self.matcher is not None:
+            row[~self.matcher.allowed(vocab_size)] = FORBIDDEN
         row[list(self.prompt)] |= IN_PROMPT
-        return row
+        counts = np.bincount(np.asarray(self.ids, np.int64), minlength=vocab_size)
+        return row | np.minimum(counts, MOST_GENERATED).astype(np.uint16) * np.uint16(GENERATED)
 
     def _alternatives(self, values: TokenValues, tokens: int) -> Alternatives | None:
         """The requested number of alternatives of each of the first `tokens` tokens."""
@@ -152,6 +159,9 @@ class Sample:
         self.versions += [version] * len(values.tokens)
         before = len(self.ids)
         self.ids += values.tokens.tolist()
+        if self.matcher is not None:
+            for token in self.ids[before:]:
+                self.matcher.accept(token)
         if not self.request.params.stop or self._stop_at(self._decode(self.ids)) is None:
             return None
         # A token may add several characters but never removes any: find the first that completes a stop string.
@@ -192,7 +202,7 @@ class Sample:
         return text[: self._stop_at(text)]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=self.request.params.skip_special_tokens)
 
     def _stop_at(self, text: str) -> int | None:
         """Where the first stop string begins in the text after the first `min_tokens` tokens."""
@@ -211,6 +221,11 @@ def _final_length(text: str, stops: Sequence[str]) -> int:
                 length -= size
                 break
     return length
+
+
+def _seed32(seed: int) -> int:
+    """The 32 bits that the device computes with; those of a seed below 2^32 are the seed."""
+    return seed if 0 <= seed < 2**32 else int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
 
 
 def _padded(values: Sequence[Any] | np.ndarray, size: int, fill: int, kind: Any) -> np.ndarray:

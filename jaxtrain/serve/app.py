@@ -1,75 +1,38 @@
-"""An HTTP server with OpenAI's API: chat completions and completions, with logprobs and streaming."""
+"""The endpoints: OpenAI's chat completions, completions and models, and health and metrics of the server."""
 
 import asyncio
-import socket
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
-from importlib.util import find_spec
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from jaxtrain.sample.async_engine import AsyncEngine, StoppedError
-from jaxtrain.sample.requests import FieldError
-from jaxtrain.serve.protocol import Limits, read_call
-from jaxtrain.serve.responses import FailedError, ResponseBuilder, error_object
+from jaxtrain.sample.async_engine import AsyncEngine, StoppedError, StreamEndedError
+from jaxtrain.sample.prompt_scores import PromptScores
+from jaxtrain.sample.requests import Chunk, FieldError
+from jaxtrain.serve.answers import ModelInfo, ModelList
+from jaxtrain.serve.guard import Guard, refusal_response
+from jaxtrain.serve.limits import PERMITS, Admission, Limits, Permits, RefusedError
+from jaxtrain.serve.metrics import ServerMetrics
+from jaxtrain.serve.openapi import openapi
+from jaxtrain.serve.protocol import Call, read_call
+from jaxtrain.serve.responses import FailedError, ResponseBuilder
 from jaxtrain.serve.served import Served
 
 _T = TypeVar("_T")
 
-_PERMITS = "jaxtrain.permits"  # key of the ASGI scope
-
-
-class _RefusedError(Exception):
-    """A call that is answered with an error status other than 400."""
-
-    def __init__(self, status: int, kind: str, message: str):
-        super().__init__(message)
-        self.status, self.kind = status, kind
-
-
-class _AdmissionControl:
-    """An ASGI application with a bounded number of running and waiting samples.
-
-    A call acquires one permit before its body is read, and one for every further sample once their number is known.
-    It releases them when its response has ended, normally or not.
-    """
-
-    def __init__(self, app: Any, limit: int):
-        self._app, self._limit, self._acquired = app, limit, 0
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        permits = scope[_PERMITS] = _Permits(self)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._acquired -= permits.acquired
-
-    def acquire(self, count: int) -> None:
-        if self._acquired + count > self._limit:
-            raise _RefusedError(
-                503,
-                "overloaded_error",
-                f"the server cannot accept {count} more samples: {self._acquired} are running or waiting, and the "
-                f"maximum is {self._limit}; try again later",
-            )
-        self._acquired += count
-
-
-class _Permits:
-    """The permits of one call."""
-
-    def __init__(self, control: _AdmissionControl):
-        self._control, self.acquired = control, 0
-
-    def acquire(self, count: int) -> None:
-        self._control.acquire(count)
-        self.acquired += count
+_READERS = 4  # threads that parse and tokenize calls
+_UNREAD_BODIES = 8  # a body of up to this many times the maximum is received, unread, before it is refused
 
 
 def make_app(
-    served: Served, on_failure: Callable[[Exception], None] | None = None, limits: Limits | None = None
+    served: Served,
+    on_failure: Callable[[Exception], None] | None = None,
+    limits: Limits | None = None,
+    api_key: str | None = None,
 ) -> Any:
     """The ASGI application. `on_failure` is called with the exception that stopped the engine, if there is one."""
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.requests import Request as Http
     from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -77,94 +40,132 @@ def make_app(
 
     limits = limits or Limits()
     engine = AsyncEngine(served.engine, on_failure)
+    admission = Admission(limits)
+    metrics = ServerMetrics(admission, served.engine.slots)
+    # Threads of their own, so that long texts do not delay the responses to other calls.
+    readers = ThreadPoolExecutor(_READERS, "jaxtrain-reader")
 
-    def refusal(status: int, kind: str, message: str, param: str | None = None) -> Response:
-        headers = {"Retry-After": "1"} if status == 503 else None
-        return JSONResponse(error_object(message, kind, param), status_code=status, headers=headers)
+    async def read(http: Http, chat: bool) -> Call:
+        """Read and validate a call, and acquire permits for its samples."""
+        permits: Permits = http.scope[PERMITS]
+        permits.acquire(1)
+        body = await _body(http, limits, permits)
+        work = asyncio.get_running_loop().run_in_executor
+        try:
+            call = await work(readers, lambda: read_call(served, body, chat=chat, limits=limits))
+        finally:
+            permits.drop_bytes()
+        permits.acquire(call.samples - 1)
+        return call
 
-    def answering(chat: bool):
+    async def prompt_scores(call: Call) -> list[PromptScores]:
+        if not (call.echo and call.logprobs):
+            return []
+        alternatives = call.requests[0].params.alternatives
+        return [await engine.score_prompt(request.prompt_ids, alternatives) for request in call.requests]
+
+    def generated(call: Call) -> AsyncGenerator[Chunk]:
+        requests = call.requests if call.generates else []
+        chunks = engine.stream(*requests, seconds=limits.call_seconds, unread=limits.max_unread * call.samples)
+        return metrics.counted(chunks, sum(len(request.prompt_ids) for request in call.requests))
+
+    def answering(chat: bool) -> Callable[[Http], Coroutine[Any, Any, Response]]:
         async def answer(http: Http) -> Response:
             try:
-                http.scope[_PERMITS].acquire(1)
-                body = await _body(http, limits.body)
-                call = await asyncio.to_thread(read_call, served, body, chat=chat, limits=limits)
-                http.scope[_PERMITS].acquire(call.request.params.n - 1)
+                call = await read(http, chat)
             except FieldError as error:
-                return refusal(400, "invalid_request_error", error.problem, error.field)
+                return refusal_response(RefusedError(400, "invalid_request_error", error.problem), error.field)
             except ValueError as error:
-                return refusal(400, "invalid_request_error", str(error))
-            except _RefusedError as error:
-                return refusal(error.status, error.kind, str(error))
+                return refusal_response(RefusedError(400, "invalid_request_error", str(error)))
+            except RefusedError as error:
+                return refusal_response(error)
             except ClientDisconnect:
                 return Response()  # the client is gone
-            response, chunks = ResponseBuilder(served, call), engine.stream(call.request)
-            if call.stream:
-                return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
             try:
-                return JSONResponse(await _unless_disconnected(http, response.build(chunks)))
+                scores = await prompt_scores(call)
+                response, chunks = ResponseBuilder(served, call, scores), generated(call)
+                if call.body.stream:
+                    return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
+                whole = await _unless_disconnected(http, response.build(chunks))
+                return Response(whole, media_type="application/json")
+            except StreamEndedError as error:
+                return refusal_response(RefusedError(504, "timeout_error", str(error)))
             except (FailedError, StoppedError) as error:
-                return refusal(500, "server_error", str(error))
+                return refusal_response(RefusedError(500, "server_error", str(error)))
 
         return answer
 
     async def models(_: Http) -> Response:
-        model = {"id": served.name, "object": "model", "created": 0, "owned_by": "jaxtrain"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse(ModelList(data=[ModelInfo(id=served.name)]).model_dump())
+
+    async def model(http: Http) -> Response:
+        name = http.path_params["model"]
+        if name != served.name:
+            problem = f"there is no model {name!r}; this server has {served.name!r}"
+            return refusal_response(RefusedError(404, "invalid_request_error", problem), "model")
+        return JSONResponse(ModelInfo(id=served.name).model_dump())
+
+    async def description(_: Http) -> Response:
+        return JSONResponse(openapi())
+
+    async def health(_: Http) -> Response:
+        if engine.stopped:
+            return refusal_response(RefusedError(503, "server_error", "the engine has stopped"))
+        return JSONResponse({"status": "ok"})
+
+    async def metrics_text(_: Http) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def unknown(http: Http, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return refusal_response(RefusedError(error.status_code, "invalid_request_error", message))
 
     async def failed(_: Http, error: Exception) -> Response:
         """The response to a call whose handler raised. Starlette logs the traceback, and the server continues."""
-        return refusal(500, "server_error", f"{type(error).__name__}: {error}")
+        return refusal_response(RefusedError(500, "server_error", f"{type(error).__name__}: {error}"))
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
 
     app = Starlette(
         routes=[
+            Route("/openapi.json", description),
             Route("/v1/models", models),
+            Route("/v1/models/{model:path}", model),
             Route("/v1/chat/completions", answering(True), methods=["POST"]),
             Route("/v1/completions", answering(False), methods=["POST"]),
+            Route("/health", health),
+            Route("/metrics", metrics_text),
         ],
-        exception_handlers={Exception: failed},
+        exception_handlers={HTTPException: unknown, Exception: failed},
+        lifespan=lifespan,
     )
-    return _AdmissionControl(app, limits.queue)
+    return Guard(app, admission, metrics, api_key)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the socket for `serve`, before time is spent on loading a model.
-
-    Raises ValueError if a package is not installed, or if it cannot listen on the address.
-    """
-    if find_spec("starlette") is None or find_spec("uvicorn") is None:
-        raise ValueError("serving needs starlette and uvicorn: pip install 'jaxtrain[serve]'")
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
-
-
-def serve(served: Served, listening: socket.socket) -> None:
-    """Answer until interrupted. What ends the engine is raised once all who wait know of it, so that whoever watches
-    over the server starts it anew."""
-    import uvicorn
-
-    failures: list[Exception] = []
-
-    def stop(failure: Exception) -> None:
-        failures.append(failure)
-        server.should_exit = True
-
-    server = uvicorn.Server(uvicorn.Config(make_app(served, stop), log_level="warning"))
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
-        server.run(sockets=[listening])
-    if failures:
-        raise failures[0]
-
-
-async def _body(http: Any, limit: int) -> bytes:
-    """Read the body of a call. Raises _RefusedError as soon as it exceeds `limit` bytes."""
+async def _body(http: Any, limits: Limits, permits: Permits) -> bytes:
+    """Read the body of a call. Raises RefusedError for one that is too long or sent too slowly."""
     pieces, size = [], 0
-    async for piece in http.stream():
-        size += len(piece)
-        if size > limit:
-            raise _RefusedError(413, "invalid_request_error", f"the body is longer than {limit} bytes")
-        pieces.append(piece)
+    try:
+        async with asyncio.timeout(limits.stalled_seconds):
+            async for piece in http.stream():
+                size += len(piece)
+                if size <= limits.max_body:
+                    permits.hold_bytes(len(piece))
+                    pieces.append(piece)
+                elif size > _UNREAD_BODIES * limits.max_body:
+                    break
+                else:  # a client reads no response before it has sent its call
+                    pieces.clear()
+                    permits.drop_bytes()
+    except TimeoutError:
+        problem = f"the body was not sent within {limits.stalled_seconds:g} seconds"
+        raise RefusedError(408, "timeout_error", problem) from None
+    if size > limits.max_body:
+        raise RefusedError(413, "invalid_request_error", f"the body is longer than {limits.max_body} bytes")
     return b"".join(pieces)
 
 

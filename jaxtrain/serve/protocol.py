@@ -1,85 +1,57 @@
-"""Converts the body of a call to a request of the engine, and validates everything that a client may send.
+"""Converts the body of a call to requests of the engine. What a body may hold is in `schema`."""
 
-`FIELDS` is the table of accepted fields. The bounds of numbers are those of `SamplingParams`; `Limits` has those
-of the server.
-"""
-
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
 
-from jaxtrain.sample.requests import Bounds, FieldError, Request, SamplingParams, shown
+from jaxtrain.sample.grammar import Grammar, guidance_tokenizer, json_schema_grammar, lark_grammar, regex_grammar
+from jaxtrain.sample.requests import FieldError, Request, SamplingParams, shown
+from jaxtrain.serve.limits import Limits
+from jaxtrain.serve.outputs import Parser, parser, thought_of
+from jaxtrain.serve.schema import (
+    ChatCall,
+    CompletionCall,
+    JsonSchemaFormat,
+    NamedTool,
+    RegexFormat,
+    Sampling,
+    TextFormat,
+    Tool,
+)
 from jaxtrain.serve.served import Served
+from jaxtrain.serve.tool_formats import forced_call, tool_format, whole_parser
 
-ALTERNATIVES = 20  # the maximum of OpenAI's `top_logprobs`
+_Body = TypeVar("_Body", ChatCall, CompletionCall)
 
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
-_MAX_DIGITS = 4300  # of an integer that Python converts
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits of a call, and of all pending calls together."""
-
-    samples: int = 256  # maximum `n` of a call
-    body: int = 8 * 2**20  # maximum bytes of a call's body
-    queue: int = 4096  # maximum number of running and waiting samples; further calls are refused
-
-
-class Field(NamedTuple):
-    """A field of a call's body."""
-
-    parameter: str | None = None  # of SamplingParams, where its value is one as it is
-    kind: type | None = None  # what it must be, where SamplingParams does not say so
-    endpoint: str | None = None  # "chat" or "completions"; None: of both
-    only: tuple[Any, ...] = ()  # the values that are accepted, of a field that is not supported otherwise
-
-
-OTHERWISE = {
-    "stop_ids": "vLLM's name is stop_token_ids",
-    "alternatives": "OpenAI's names are logprobs and top_logprobs",
-    "logprobs": "OpenAI's logprobs says whether they are answered; the engine always computes them",
-    "logit_bias": "its keys are text in JSON",
-    "allowed_ids": "no API has it",
-    "trie": "no API has it",
-}
-"""Fields of SamplingParams that are no fields of a body as they are, and why."""
-
-FIELDS: Mapping[str, Field] = {
-    **{field.name: Field(field.name) for field in fields(SamplingParams) if field.name not in OTHERWISE},
-    "messages": Field(endpoint="chat"),  # a list of messages: see `_messages`
-    "prompt": Field(endpoint="completions"),  # one text, or the token ids of one
-    "max_completion_tokens": Field("max_tokens"),  # another name of the same
-    "logit_bias": Field(kind=dict),  # token ids, as JSON's keys are text, to numbers
-    "stop_token_ids": Field("stop_ids"),
-    "logprobs": Field(),  # chat: true or false; completions: that, or the number of alternatives
-    "top_logprobs": Field("alternatives", endpoint="chat"),
-    "stream": Field(kind=bool),
-    "stream_options": Field(kind=dict),  # include_usage: true or false
-    "model": Field(kind=str),  # not read: there is one model
-    "user": Field(kind=str),  # not read
-    "metadata": Field(kind=dict),  # not read
-    "store": Field(only=(False,)),
-    "echo": Field(only=(False,)),
-    "best_of": Field(only=(1,)),
-}
-_KINDS = {dict: "an object", bool: "true or false", str: "a text"}
+_END_OF_PROMPT = 16  # tokens of a prompt that may open a thought
+_MOST_FAULTS = 100  # of one body: more are not looked at
 
 
 class Call(NamedTuple):
     """A valid call."""
 
-    chat: bool
-    request: Request
+    body: ChatCall | CompletionCall
+    requests: list[Request]  # of each prompt
     logprobs: bool
-    stream: bool
     usage: bool  # at the end of a stream
+    parse: Parser | None = None  # of the texts of a chat
+
+    @property
+    def echo(self) -> bool:
+        return isinstance(self.body, CompletionCall) and self.body.echo
+
+    @property
+    def generates(self) -> bool:
+        """Whether new tokens are wanted, besides an echo of the prompts."""
+        return self.body.max_tokens != 0
+
+    @property
+    def samples(self) -> int:
+        return sum(request.params.n for request in self.requests)
 
 
 def read_call(served: Served, raw: bytes, *, chat: bool, limits: Limits) -> Call:
@@ -88,179 +60,244 @@ def read_call(served: Served, raw: bytes, *, chat: bool, limits: Limits) -> Call
     Raises ValueError, or its subclass FieldError for an invalid field.
     """
     try:
-        return _read_call(served, raw, chat, limits)
-    except RecursionError as error:  # of the JSON parser, of a chat template, of a value's representation
+        body = read_body(raw, ChatCall if chat else CompletionCall)
+        return _read_call(served, body, limits)
+    except RecursionError as error:  # of a chat template
         raise ValueError("the body is nested too deeply") from error
 
 
-def _read_call(served: Served, raw: bytes, chat: bool, limits: Limits) -> Call:
-    body = {name: value for name, value in _read_json(raw).items() if value is not None}
-    where = "chat" if chat else "completions"
-    for name, value in body.items():
-        field = FIELDS.get(name)
-        if field is None or field.endpoint not in (None, where):
-            raise _refused(name, f"{_cut(name)} is not supported; leave it out")
-        if field.only and not any(value is each for each in field.only):
-            raise _refused(name, f"{name} is not supported; leave it out")
-        if field.kind is not None and not isinstance(value, field.kind):
-            raise _refused(name, f"{name} must be {_KINDS[field.kind]}, not {shown(value)}")
-    usage = _usage(body)
-    logprobs, alternatives = _logprobs(body, chat)
-    params, names = _params(served, body, alternatives, limits)
+def read_body(raw: bytes, kind: type[_Body]) -> _Body:
+    """The JSON object `raw` as a body of this kind. Fields that are null have their defaults.
+
+    Raises ValueError, or its subclass FieldError for an invalid field.
+    """
     try:
-        request = Request(_prompt_ids(served, body, chat), params)
-        served.engine.check([request])
-    except FieldError as error:
-        names |= {"prompt_ids": "messages" if chat else "prompt"}
-        raise _renamed(error, names) from error
-    request = Request(np.asarray(request.prompt_ids, np.int32), params)  # an array is faster to check again
-    return Call(chat, request, logprobs, body.get("stream", False), usage)
+        given = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"the body is not JSON in UTF-8: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError("the body must be a JSON object")
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        if error.error_count() > _MOST_FAULTS:
+            raise ValueError(f"the body has {error.error_count()} invalid values") from error
+        raise _field_error(error.errors(include_url=False), given) from error
+
+
+def _field_error(errors: list[ErrorDetails], given: Mapping[str, Any]) -> FieldError:
+    """The fault of one value. What the value might be instead are several errors of pydantic; the deepest is of the
+    kind that was most likely meant."""
+    field = str(errors[0]["loc"][0])
+    places = [_place(error, given) for error in errors if error["loc"][0] == field]
+    path, value = max(places, key=lambda place: place[0].count(".") + place[0].count("["))
+    found = [error for error, place in zip(errors, places, strict=False) if place[0] == path]
+    name = _cut(path)
+    if found[0]["type"] == "extra_forbidden":
+        return _refused(field, f"{name} is not supported; leave it out")
+    if found[0]["type"] == "missing":
+        return _refused(field, f"{name} is missing")
+    wanted = " or ".join(dict.fromkeys(map(_wanted, found)))
+    return _refused(
+        field, f"{name} must {wanted}" + ("" if found[0]["type"] == "value_error" else f", not {shown(value)}")
+    )
+
+
+def _place(error: ErrorDetails, given: Mapping[str, Any]) -> tuple[str, Any]:
+    """The path and the value in the body `given` that an error is about. pydantic's location also names the member of
+    a union, which is left out."""
+    path, value = "", cast(Any, given)
+    for part in error["loc"]:
+        if isinstance(value, dict) and (part in value or error["type"] in ("missing", "extra_forbidden")):
+            path, value = f"{path}.{part}" if path else str(part), value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            path, value = f"{path}[{part}]", value[part]
+    return path, value
+
+
+def _wanted(error: ErrorDetails) -> str:
+    """What a value must do, in the words of pydantic: "be a valid integer", "have at most 16 items"."""
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return "have one of the types " + (error.get("ctx") or {}).get("expected_tags", "that are supported")
+    _, _, words = error["msg"].partition("must " if error["type"] == "value_error" else " should ")
+    words, _, _ = words.partition(" after validation")
+    return words.replace("a valid dictionary or instance of GivenMessage", "an object").replace("dictionary", "object")
+
+
+def _read_call(served: Served, body: ChatCall | CompletionCall, limits: Limits) -> Call:
+    usage = _usage(body)
+    logprobs, alternatives = _logprobs(body)
+    prompts = _prompts(served, body)
+    params = _params(served, body, alternatives)
+    chat, parse = isinstance(body, ChatCall), None
+    if chat:
+        parse, skip_special_tokens = _parser(served, body, prompts[0])
+        params = replace(params, skip_special_tokens=skip_special_tokens)
+    if (grammar := _grammar(served, body, prompts[0])) is not None:
+        params = replace(params, grammar=grammar)
+    names = {"prompt_ids": "messages" if chat else "prompt", "stop_ids": "stop_token_ids"}
+    names["alternatives"] = "top_logprobs" if chat else "logprobs"
+    if body.max_tokens is None:
+        names["max_tokens"] = "max_completion_tokens"
+    requests = []
+    for ids in prompts:
+        try:
+            served.engine.check([Request(ids, params)])
+        except FieldError as error:
+            name = names.get(error.field, error.field)
+            problem = error.problem if name in error.problem else f"{name}: {error.problem}"
+            raise _refused(name, problem) from error
+        requests.append(Request(np.asarray(ids, np.int32), params))  # an array is faster to check again
+    call = Call(body, requests, logprobs, usage, parse)
+    _check_size(call, served.engine.max_length, limits)
+    return call
 
 
 def _refused(name: str, problem: str) -> FieldError:
     return FieldError("the body", name, problem)
 
 
-def _renamed(error: FieldError, names: Mapping[str, str]) -> FieldError:
-    """The error of a parameter, converted to an error of the field that it came from."""
-    name = names.get(error.field, error.field)
-    return _refused(name, error.problem if name in error.problem else f"{name}: {error.problem}")
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_json(raw: bytes) -> dict[str, Any]:
-    try:
-        text = raw.decode()
-        body = json.loads(text, parse_int=_integer)
-    except ValueError as error:
-        raise ValueError(f"the body is not JSON in UTF-8: {error}") from error
-    if not isinstance(body, dict):
-        raise ValueError("the body must be a JSON object")
-    if _ESCAPED_SURROGATE.search(text):
-        _refuse_surrogates(body)
-    return body
-
-
-def _integer(digits: str) -> int | float:
-    """Integers with too many digits for Python's int() become floats, which are out of bounds for every field."""
-    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
-
-
-def _refuse_surrogates(body: dict[str, Any]) -> None:
-    """Raise FieldError for a lone surrogate at any depth, because it cannot be encoded."""
-    for name, top in body.items():
-        left = [name, top]
-        while left:
-            value = left.pop()
-            if isinstance(value, dict):
-                left += [*value, *value.values()]
-            elif isinstance(value, list):
-                left += value
-            elif isinstance(value, str) and _SURROGATE.search(value):
-                name = name.encode(errors="backslashreplace").decode()
-                raise _refused(name, f"{_cut(name)} contains a lone surrogate, which is not a valid character")
-
-
-def _usage(body: dict[str, Any]) -> bool:
-    options = body.get("stream_options")
-    if options is None:
+def _usage(body: ChatCall | CompletionCall) -> bool:
+    if body.stream_options is None:
         return False
-    if not body.get("stream"):
+    if not body.stream:
         raise _refused("stream_options", "stream_options needs stream to be true")
-    for name, value in options.items():
-        if name != "include_usage":
-            raise _refused("stream_options", f"stream_options.{_cut(name)} is not supported; leave it out")
-        if not isinstance(value, bool):
-            raise _refused("stream_options", f"stream_options.{name} must be true or false, not {shown(value)}")
-    return options.get("include_usage", False)
+    return body.stream_options.include_usage
 
 
-def _logprobs(body: dict[str, Any], chat: bool) -> tuple[bool, int]:
-    """Whether log-probabilities are requested, and the number of alternatives. Chat has two fields for this."""
-    wanted = body.get("logprobs", False)
-    if isinstance(wanted, bool):
-        best = body.get("top_logprobs", 0)
-    elif chat:
-        raise _refused("logprobs", f"logprobs must be true or false, not {shown(wanted)}")
-    else:
-        wanted, best = True, wanted  # 0 requests those of the sampled tokens
-    name = "top_logprobs" if chat else "logprobs"
-    if problem := Bounds(int, 0, ALTERNATIVES).problem(name, best):
-        raise _refused(name, problem)
-    if best and not wanted:
-        raise _refused("top_logprobs", "top_logprobs needs logprobs")
-    return wanted, best
+def _logprobs(body: ChatCall | CompletionCall) -> tuple[bool, int]:
+    """Whether log-probabilities are answered, and of how many alternatives."""
+    if isinstance(body, CompletionCall):
+        asked = body.logprobs
+        return asked is not False, 0 if isinstance(asked, bool) else asked  # 0 asks for those of the tokens alone
+    if body.top_logprobs and not body.logprobs:
+        raise _refused("top_logprobs", "top_logprobs needs logprobs to be true")
+    return body.logprobs, body.top_logprobs or 0
 
 
-def _params(
-    served: Served, body: dict[str, Any], alternatives: int, limits: Limits
-) -> tuple[SamplingParams, dict[str, str]]:
-    """The parameters, and the name of the field for each of them."""
-    options: dict[str, Any] = {}
-    names = {"alternatives": "top_logprobs" if "top_logprobs" in body else "logprobs"}
-    for name, value in body.items():
-        parameter = FIELDS[name].parameter
-        if parameter is None:
-            continue
-        if parameter in options and options[parameter] != value:
-            raise _refused(name, f"{name} and {names[parameter]} are the same parameter; give only one of them")
-        options[parameter], names[parameter] = value, name
-    options["alternatives"] = alternatives
-    if isinstance(options.get("stop"), str):
-        options["stop"] = [options["stop"]]
-    options["logit_bias"] = {_token_id(key): bias for key, bias in body.get("logit_bias", {}).items()}
+def _params(served: Served, body: ChatCall | CompletionCall, alternatives: int) -> SamplingParams:
+    options = {name: getattr(body, name) for name in Sampling.model_fields}
+    if isinstance(body, CompletionCall) and body.max_tokens == 0:
+        if not body.echo:
+            raise _refused("max_tokens", "max_tokens must be at least 1 without echo")
+        options["max_tokens"] = 1  # which is not generated
+    if isinstance(body, ChatCall) and body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            name = "max_completion_tokens"
+            raise _refused(name, f"{name} and max_tokens are the same parameter; give only one of them")
+        options["max_tokens"] = body.max_completion_tokens
     try:
-        params = SamplingParams(**options)
-        if params.n > limits.samples:
-            raise _refused("n", f"n={params.n} must be at most {limits.samples}")
-        return served.ending(params), names
+        params = SamplingParams(
+            **options,
+            top_k=max(body.top_k, 0),
+            stop=[body.stop] if isinstance(body.stop, str) else body.stop,
+            stop_ids=body.stop_token_ids,
+            logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
+            alternatives=alternatives,
+        )
     except FieldError as error:
-        raise _renamed(error, names) from error
+        raise _refused(error.field, error.problem) from error
+    return served.ending(params)
 
 
-def _token_id(key: str) -> int:
-    if not _TOKEN_ID.fullmatch(key):
-        raise _refused("logit_bias", f"the keys of logit_bias must be token ids, not {_cut(repr(key))}")
-    return int(key)
+def _check_size(call: Call, max_length: int, limits: Limits) -> None:
+    """Raise FieldError for a call whose response would be too large."""
+    if call.samples > limits.max_samples:
+        prompts = "" if len(call.requests) == 1 else f" of {len(call.requests)} prompts"
+        raise _refused("n", f"n={call.body.n}{prompts} must be at most {limits.max_samples} samples")
+    params = call.requests[0].params
+    tokens = 0
+    for each in call.requests:
+        new = params.max_tokens or max_length - len(each.prompt_ids)
+        tokens += params.n * (new + len(each.prompt_ids) if call.echo else new)
+    values = tokens * (1 + params.alternatives)
+    if call.logprobs and values > limits.max_logprobs:
+        raise _refused(
+            "logprobs",
+            f"logprobs: up to {tokens} tokens with {params.alternatives} alternatives each are {values} values, and "
+            f"the maximum is {limits.max_logprobs}; use a smaller n, max_tokens or number of alternatives",
+        )
 
 
-def _prompt_ids(served: Served, body: dict[str, Any], chat: bool) -> Any:
-    name = "messages" if chat else "prompt"
-    if name not in body:
-        raise _refused(name, f"the body lacks {name}")
+def _parser(served: Served, body: ChatCall, prompt_ids: np.ndarray) -> tuple[Parser, bool]:
+    """The parser of the answers, and whether it needs no special tokens in their text."""
+    found = tool_format(str(served.tokenizer.chat_template))
+    if whole := whole_parser(found):
+        return whole, False
+    opened = thought_of(_end_of_prompt(served, prompt_ids))
+    if not _offered(body):
+        return parser(opened, None), body.skip_special_tokens
+    if found is None:
+        raise _refused("tools", "tools: the model's chat template is not in a known format of tool calls")
+    return parser(opened, found.read), False
+
+
+def _grammar(served: Served, body: ChatCall | CompletionCall, prompt_ids: np.ndarray) -> Grammar | None:
+    """What the answers must follow: response_format, or a call of a tool that is required."""
+    wanted, field = body.response_format, "response_format"
+    call = isinstance(body, ChatCall) and body.tool_choice not in ("auto", "none")
+    if call:
+        field = "tool_choice"
+    elif wanted is None or isinstance(wanted, TextFormat):
+        return None
+    if call and wanted is not None:
+        raise _refused(field, "tool_choice: a call of a tool and response_format exclude each other")
     try:
-        if chat:
-            return served.prompt_ids({"messages": _messages(body["messages"])})
-        if isinstance(body["prompt"], str):
-            return served.prompt_ids({"prompt": body["prompt"]}, plain=True)
+        if isinstance(body, ChatCall) and thought_of(_end_of_prompt(served, prompt_ids)):
+            raise ValueError("the prompt opens a thought; turn it off, for example by chat_template_kwargs")
+        vocab_size, ends = served.engine.model.config.vocab_size, tuple(served.stop_ids)
+        tokenizer = guidance_tokenizer(served.tokenizer, vocab_size, ends)
+        if isinstance(body, ChatCall) and call:
+            return lark_grammar(
+                tokenizer, forced_call(tool_format(str(served.tokenizer.chat_template)), _offered(body))
+            )
+        if isinstance(wanted, RegexFormat):
+            return regex_grammar(tokenizer, wanted.pattern)
+        schema = wanted.json_schema.json_schema if isinstance(wanted, JsonSchemaFormat) else {"type": "object"}
+        return json_schema_grammar(tokenizer, schema)
     except FieldError:
         raise
     except ValueError as error:
-        raise _refused(name, str(error)) from error
-    if isinstance(body["prompt"], list) and not any(isinstance(each, str | list) for each in body["prompt"]):
-        return body["prompt"]  # validated by `Engine.check`
-    raise _refused(name, "prompt must be a string or a list of token ids")
+        raise _refused(field, f"{field}: {error}") from error
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages; content in parts is joined to a string, because most chat templates support only strings."""
-    if not isinstance(messages, list) or not messages:
-        raise _refused("messages", "messages must be a list of at least one message")
-    return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+def _end_of_prompt(served: Served, prompt_ids: np.ndarray) -> str:
+    return served.tokenizer.decode(prompt_ids[-_END_OF_PROMPT:])
 
 
-def _message(message: Any, name: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise _refused("messages", f"{name} must be an object with a role, not {shown(message)}")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message
-    if not isinstance(content, list):
-        raise _refused("messages", f"{name}.content must be a string or a list of parts, not {shown(content)}")
-    texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if len(texts) < len(content):
-        raise _refused("messages", f"{name}.content has parts that are not text, which are not supported")
-    return {**message, "content": "".join(texts)}
+def _offered(body: ChatCall) -> list[Tool]:
+    """The tools that the model may call."""
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        if not (chosen := [tool for tool in body.tools if tool.function.name == name]):
+            raise _refused("tool_choice", f"tool_choice: there is no tool {name!r} in tools")
+        return chosen
+    if body.tool_choice == "required" and not body.tools:
+        raise _refused("tool_choice", "tool_choice: required needs tools")
+    return [] if body.tool_choice == "none" else body.tools
+
+
+def _prompts(served: Served, body: ChatCall | CompletionCall) -> list[np.ndarray]:
+    """The token ids of each prompt."""
+    try:
+        if isinstance(body, ChatCall):
+            effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+            row = {
+                "messages": [message.for_template() for message in body.messages],
+                "tools": [tool.model_dump(exclude_none=True) for tool in _offered(body)] or None,
+                "chat_template_kwargs": effort | body.chat_template_kwargs or None,
+            }
+            return [served.prompt_ids(row)]
+        return [
+            served.prompt_ids({"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": prompt}, plain=True)
+            for prompt in body.prompt
+        ]
+    except FieldError:
+        raise
+    except ValueError as error:
+        raise _refused("messages" if isinstance(body, ChatCall) else "prompt", str(error)) from error

@@ -55,7 +55,7 @@ class Served(NamedTuple):
             return np.asarray(self.tokenizer.encode(row["prompt"]), np.int32)
         messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
         chat = self.chat or ChatTokenizer(self.tokenizer)  # raises ValueError without a template
-        return chat.prompt(messages, tools=row.get("tools"))
+        return chat.prompt(messages, tools=row.get("tools"), template_kwargs=row.get("chat_template_kwargs"))
 
     def requests(self, rows: Sequence[Row], params: SamplingParams, what: str, plain: bool = False) -> list[Request]:
         """The requests of prompt rows, which also end at the model's own end tokens.
@@ -73,8 +73,11 @@ class Served(NamedTuple):
         return requests
 
     def ending(self, params: SamplingParams) -> SamplingParams:
-        """`params` with the model's end tokens among `stop_ids`."""
-        return replace(params, stop_ids=list(dict.fromkeys([*params.stop_ids, *self.stop_ids])))
+        """`params` with the model's end tokens among `stop_ids`, and stop strings that are special tokens, which no
+        text contains."""
+        special = set(self.tokenizer.all_special_tokens)
+        stops = [self.tokenizer.convert_tokens_to_ids(stop) for stop in params.stop if stop in special]
+        return replace(params, stop_ids=list(dict.fromkeys([*params.stop_ids, *stops, *self.stop_ids])))
 
 
 def load_served(

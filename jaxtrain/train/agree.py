@@ -1,23 +1,19 @@
 """Exchanges of small values between the processes of a run.
 
-All processes call these functions together, in the same order. The values of the main thread travel over one device of
-each process; those of a thread that works beside it, in `beside_training`, through the coordination service, since
-programs of two threads may start in a different order on each process. With a single process nothing is communicated.
+All processes call these functions together, in the same order and in their main threads: the values travel over one
+device of each process, and programs of two threads may start in a different order on each. With a single process
+nothing is communicated.
 """
 
-import itertools
 import pickle
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.parallel.distributed import ServiceExchange
 from jaxtrain.train.preemption import Interrupted
 
 T = TypeVar("T")
@@ -36,41 +32,12 @@ class _Failure(NamedTuple):
 def gather_values(value: T, processes: range | None = None) -> list[T]:
     """The values of all processes, by process index. `value` is any value that can be pickled.
 
-    `processes`: only those of these, which call this in their main threads; default: all of the run.
+    `processes`: only those of these; default: all of the run.
     """
     if len(processes or range(jax.process_count())) == 1:
         return [value]
-    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    if processes is not None:
-        return [pickle.loads(part) for part in _over_devices(data, processes)]
-    exchange = getattr(_of_thread, "exchange", None) or partial(_over_devices, processes=range(jax.process_count()))
-    return [pickle.loads(part) for part in exchange(data)]
-
-
-@contextmanager
-def beside_training(stopped: Callable[[], bool]) -> Iterator[None]:
-    """Let this thread exchange values with the same thread of the other processes, without devices.
-
-    An exchange raises Interrupted once `stopped` returns True, since the others may not take part any more. All
-    processes enter such contexts in the same order.
-    """
-    exchange = ServiceExchange(f"thread{next(_threads)}")
-
-    def gather(data: bytes) -> list[bytes]:
-        parts = exchange(data, stopped)
-        if parts is None:
-            raise Interrupted
-        return parts
-
-    _of_thread.exchange = gather
-    try:
-        yield
-    finally:
-        del _of_thread.exchange
-
-
-_of_thread = threading.local()
-_threads = itertools.count()
+    parts = _over_devices(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), processes or range(jax.process_count()))
+    return [pickle.loads(part) for part in parts]
 
 
 def _over_devices(data: bytes, processes: range) -> list[bytes]:

@@ -137,3 +137,14 @@ def test_verls_parquet_gives_prompts_with_the_ground_truth_as_answer(tmp_path):
         number = columns["extra_info"]["index"]
         assert columns == rows[number] | {"answer": str(number)}
         assert f"user\nWhat {number}<|im_end|>" in tok.decode(ids)
+
+
+def test_prompts_that_were_used_out_of_order_are_not_drawn_again(tmp_path):
+    whole = stream(tmp_path, ROWS).draw(12)
+    resumed = stream(tmp_path, ROWS)
+    state = stream(tmp_path, ROWS).get_state()
+    resumed.set_state({"prompts": {**state["prompts"], "used": [0, 2, 7]}})
+    assert resumed.draw(3) == [whole[1], whole[3], whole[4]]
+    again = stream(tmp_path, ROWS)
+    again.set_state(json.loads(json.dumps(resumed.get_state())))
+    assert again.draw(4) == resumed.draw(4) == [whole[5], whole[6], whole[8], whole[9]]

@@ -5,6 +5,7 @@ from pathlib import Path
 import commands
 import pytest
 import yaml
+from campaign_runs import lost_or_repeated_prompts
 from recipe_runs import killed_copy, logged, rl_tree
 
 from jaxtrain.config import load_config
@@ -53,11 +54,6 @@ def samples(folder: Path) -> list[tuple]:
     ]
 
 
-def prompts(folder: Path) -> list[int]:
-    """The numbers of the prompts that were trained on, in order."""
-    return [number for _, number, sample, *_ in samples(folder) if sample == 0]
-
-
 def test_sampling_on_other_devices_equals_sampling_on_those_that_train(place, runs):
     assert samples(place / "disjoint") == samples(place / "one")
     for line, expected in zip(logged(place / "disjoint"), logged(place / "one"), strict=True):
@@ -73,20 +69,15 @@ def test_a_run_that_samples_beside_training_trains_all_its_steps_on_older_weight
 
 
 def test_no_prompt_is_lost_or_repeated(place, runs):
-    drawn = prompts(place / "beside")
-    assert len(drawn) == len(set(drawn))
-    assert drawn == sorted(drawn)
+    assert lost_or_repeated_prompts(place / "beside") == []
 
 
-def test_a_killed_run_draws_the_prompts_after_its_checkpoint(place, runs):
+def test_a_killed_run_draws_the_prompts_that_were_not_used_before_its_checkpoint(place, runs):
     killed_copy(place / "beside", place / "killed", 2)
     train_on_two(place, ("killed", BESIDE))
     before = [entry for entry in samples(place / "beside") if entry[0] <= 2]
-    after = samples(place / "killed")
-    assert after[: len(before)] == before
-    assert prompts(place / "killed")[: len(before) // 4 + 1] == prompts(place / "beside")[: len(before) // 4 + 1]
-    numbers = prompts(place / "killed")
-    assert numbers == sorted(set(numbers))
+    assert samples(place / "killed")[: len(before)] == before
+    assert lost_or_repeated_prompts(place / "killed") == []
 
 
 def test_held_out_prompts_are_evaluated_between_the_rollouts(place, runs):

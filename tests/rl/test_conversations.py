@@ -60,8 +60,8 @@ def run(script, factory, columns, *, samples=1, max_turns=8, max_length=10_000, 
     chat, params = ChatTokenizer(script.tok), SamplingParams(max_tokens=64)
     conversations = Conversations(factory, chat, params, max_turns, max_length, seconds, **settings)
     prompts = [Prompt(number, np.zeros(1, np.int32), row) for number, row in enumerate(columns)]
-    ended = list(conversations.run(script, prompts, samples, lambda number, sample: 10 * number + sample))
-    groups = [[t for place, t in ended if place == index] for index in range(len(prompts))]
+    ended = list(conversations.run(script, iter([prompts]), samples, lambda number, sample: 10 * number + sample))
+    groups = [[t for t in ended if t.prompt.number == prompt.number] for prompt in prompts]
     return [sorted(group, key=lambda t: t.sample) for group in groups]
 
 
@@ -322,3 +322,21 @@ def test_template_options_may_be_json():
     script = Script(tokenizer(template), ["21"])
     ((trajectory,),) = run(script, NumberReversal, [{"number": 12, "chat_template_kwargs": '{"mood": "good"}'}])
     assert tokenizer(template).decode(trajectory.prompt.ids).startswith("good")
+
+
+def test_conversations_that_cannot_begin_end_although_the_model_is_idle():
+    def broken():
+        raise OSError("no such simulator")
+
+    script, ended = Script(tokenizer(CHATML), []), []
+    conversations = Conversations(broken, ChatTokenizer(script.tok), SamplingParams(max_tokens=64), 8, 10_000, 60.0)
+
+    def feed():
+        for number in range(3):
+            yield [Prompt(number, np.zeros(1, np.int32), {})]
+            while len(ended) <= number:  # the next prompt waits for the end of this one
+                yield []
+
+    for t in conversations.run(script, feed(), 1, lambda number, sample: 0):
+        ended.append(t)
+    assert [t.prompt.number for t in ended] == [0, 1, 2] and {t.finish_reason for t in ended} == {"error"}

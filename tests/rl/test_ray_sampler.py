@@ -51,12 +51,12 @@ def test_workers_sample_the_same_as_one_process_even_if_one_is_killed(sampler, c
 def test_finished_samples_of_a_lost_worker_are_kept(sampler, monkeypatch):
     ids, take, kept = sampler.process_ids(), sampler._take, {}
 
-    def take_and_kill(share, finished):
-        end = take(share, finished)
-        if finished[0] and not kept:
-            kept.update(finished[0])
+    def take_and_kill(share):
+        arrived, end = take(share)
+        if not kept and (first := {t.sample: t for t in arrived if t.prompt.number == 0}):
+            kept.update(first)
             os.kill(ids[0], signal.SIGKILL)
-        return end
+        return arrived, end
 
     monkeypatch.setattr(sampler, "_take", take_and_kill)
     expected = place(COLOCATED, seed=5)[0].sample(PROMPTS, 150)

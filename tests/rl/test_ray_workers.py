@@ -1,8 +1,11 @@
 """Lost, stopped and slow workers of `RaySampler`, at chosen moments: threads instead of Ray's processes."""
 
+import itertools
 import random
 import threading
 import time
+from collections import defaultdict
+from queue import SimpleQueue
 from typing import ClassVar
 
 import fake_ray
@@ -28,6 +31,7 @@ class Scripted:
 
     def __init__(self, spec):
         self.number, self.version, self.sampled, self.lock = len(self.made), -1, [], threading.Lock()
+        self.added = defaultdict(SimpleQueue)
         self.made.append(self)
 
     def set_params(self, weights, version):
@@ -36,13 +40,16 @@ class Scripted:
         with self.lock:
             self.version = max(version, self.version)
 
-    def stream(self, prompts, samples):
+    def add(self, number, prompts):
+        self.added[number].put(prompts)
+
+    def stream(self, number, samples):
         assert self.version >= 0, "it samples without weights"
-        for index, prompt in enumerate(prompts):
-            for sample in range(samples):
+        while (prompts := self.added[number].get()) is not None:
+            for prompt, sample in itertools.product(prompts, range(samples)):
                 self.script(self, (prompt.number, sample))
                 self.sampled.append((prompt.number, sample))
-                yield index, trajectory(prompt, sample, self.number, self.version)
+                yield trajectory(prompt, sample, self.number, self.version)
 
 
 def trajectory(prompt, sample, worker, version):
@@ -89,7 +96,7 @@ def test_finished_samples_of_a_worker_are_kept_and_the_rest_is_sampled_by_anothe
     starting = threading.Event()
 
     def lose(worker, what):
-        if worker.number == 0 and what == (1, 1):
+        if worker.number == 0 and what == (2, 1):
             time.sleep(0.05)  # what it has sampled has arrived
             getattr(sampler._workers[0].handle, how)()
         if what == "start":
@@ -98,7 +105,7 @@ def test_finished_samples_of_a_worker_are_kept_and_the_rest_is_sampled_by_anothe
     script(monkeypatch, lose)
     workers = complete(sampler.sample(PROMPTS, 2), 1)
     starting.set()
-    assert workers == [[0, 0], [0, 1], [1, 1], [1, 1], [1, 1], [1, 1]]
+    assert workers == [[0, 0], [1, 1], [0, 1], [1, 1], [1, 1], [1, 1]]
     assert events(sampler) == ((1, 0) if how == "kill" else (0, 1)) and events(sampler) == (0, 0)
     assert Scripted.made[1].sampled.count((0, 0)) == 0  # a complete group is not sampled again
 
@@ -118,7 +125,7 @@ def test_a_worker_that_is_lost_while_it_receives_weights_is_replaced_in_time(mad
     starting.set()
     while sampler._workers[0].start is not None:
         sampler._check_starts()
-    assert complete(sampler.sample(PROMPTS, 2), 3) == [[2, 2]] * 3 + [[1, 1]] * 3
+    assert complete(sampler.sample(PROMPTS, 2), 3) == [[2, 2], [1, 1]] * 3
 
 
 def test_all_workers_may_be_lost_at_once(made, monkeypatch):
@@ -152,6 +159,35 @@ def test_a_hundred_rollouts_survive_workers_killed_and_stopped_at_random(made, m
     assert len(sent) > 10 and total[0] == sent.count("kill") and total[1] == sent.count("stop") > 1
 
 
+def test_a_stream_goes_on_while_a_sample_is_slow_and_when_a_worker_is_lost(made, monkeypatch):
+    sampler, _ = made
+    slow, arrived = threading.Event(), []
+
+    def wait(worker, what):
+        if what == (0, 1):
+            slow.wait()
+        if what == (7, 0) and worker.number == 1:
+            time.sleep(0.05)
+            sampler._workers[1].handle.kill()
+
+    script(monkeypatch, wait)
+
+    def feed():
+        for number in range(12):
+            yield [Prompt(number, np.arange(3, dtype=np.int32), {})]
+            if number in (5, 9):  # both must be finished while the sample is slow, by the other worker or a new one
+                while (number, 1) not in arrived:
+                    yield []
+            if number == 9:
+                slow.set()
+
+    sampler._seconds = 60.0
+    for t in sampler.stream(feed(), 2):
+        arrived.append((t.prompt.number, t.sample))
+    assert sorted(arrived) == [(number, sample) for number in range(12) for sample in range(2)]
+    assert arrived.index((0, 1)) > arrived.index((9, 1)) and events(sampler) == (1, 0)
+
+
 def test_a_prompt_that_no_worker_survives_ends_the_run_after_three(made, monkeypatch):
     sampler, _ = made
 
@@ -163,7 +199,7 @@ def test_a_prompt_that_no_worker_survives_ends_the_run_after_three(made, monkeyp
     script(monkeypatch, die)
     with pytest.raises(RuntimeError, match="3 workers were lost with the same prompts"):
         sampler.sample(PROMPTS, 2)
-    assert events(sampler)[0] == 3
+    assert events(sampler)[0] >= 3
 
 
 def test_a_worker_that_cannot_be_started_ends_the_run_after_three_attempts(made, monkeypatch):

@@ -37,6 +37,39 @@ def test_a_prompts_samples_are_the_same_in_any_company(made):
     assert len({tuple(t.completion_ids) for t in expected[0]}) > 1
 
 
+def test_a_stream_begins_prompts_while_others_are_sampled(made):
+    one = sampler(made)
+    one._engine.limits = one._engine.limits._replace(steps=1)  # a device call a token
+    expected = {(t.prompt.number, t.sample): t for group in one.sample(samplers.PROMPTS, 2) for t in group}
+    seen = []
+
+    def feed():
+        yield samplers.PROMPTS[:1]
+        yield ()
+        seen.append(one._engine.busy)
+        yield samplers.PROMPTS[1:]
+
+    found = {(t.prompt.number, t.sample): t for t in one.stream(feed(), 2)}
+    assert seen == [True] and found.keys() == expected.keys()
+    samplers.same([[found[key] for key in expected]], [list(expected.values())])
+
+
+def test_a_waiting_call_is_announced_to_the_stream_and_is_next(made):
+    one, other = sampler(made), []
+    thread = threading.Thread(target=lambda: other.append(one.sample(samplers.PROMPTS[1:], 1)))
+
+    def feed():
+        yield samplers.PROMPTS[:1]
+        assert not one.wanted()
+        thread.start()
+        while not one.wanted():
+            yield ()
+
+    assert len(list(one.stream(feed(), 2))) == 2
+    assert len(list(one.stream(iter([samplers.PROMPTS[:1]]), 1))) == 1 and other
+    thread.join()
+
+
 def test_weights_set_from_another_thread_are_taken_between_device_calls(made):
     one = sampler(made)
     engine, params = one._engine, made[2]

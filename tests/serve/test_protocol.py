@@ -1,17 +1,19 @@
 """Every body is converted to a call, or refused with the name of the field."""
 
 import json
-from dataclasses import fields
 
 import pytest
 from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.sample.requests import BOUNDS, EngineLimits, FieldError, SamplingParams
-from jaxtrain.serve.protocol import FIELDS, OTHERWISE, Limits, read_call
+from jaxtrain.sample.requests import BOUNDS, EngineLimits, FieldError
+from jaxtrain.serve.limits import Limits
+from jaxtrain.serve.protocol import read_call
+from jaxtrain.serve.schema import CompletionCall
 from jaxtrain.serve.served import load_served
 
 HUGE = "9" * 400
+NUMBERS = [name for name in BOUNDS if name in CompletionCall.model_fields]
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 DEEP = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
@@ -31,8 +33,13 @@ def read(served, body, chat=False):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((name, value) for name in BOUNDS if name in FIELDS for value in (HUGE, f"-{HUGE}", "1e999", "NaN", '"3"')),
-        *((name, value) for name in BOUNDS if name in FIELDS for value in ("9" * 5000, "true", "[1]", "{}")),
+        *(
+            (name, value)
+            for name in BOUNDS
+            if name in CompletionCall.model_fields
+            for value in (HUGE, f"-{HUGE}", "1e999", '"3"')
+        ),
+        *((name, value) for name in BOUNDS if name in CompletionCall.model_fields for value in ("true", "[1]", "{}")),
         ("top_k", "1000000000000"),
         ("top_k", "2.5"),
         ("logprobs", "2.5"),
@@ -47,9 +54,6 @@ def read(served, body, chat=False):
         ("prompt", "[-1]"),
         ("prompt", "[259]"),
         ("prompt", "5"),
-        ("prompt", '"\\ud800"'),
-        ("stop", '["\\ud800"]'),
-        ("stop", '"\\udfff\\ud83d"'),
         ("stop", '[""]'),
         ("stop", "{}"),
         ("stop", json.dumps(["a"] * 17)),
@@ -119,7 +123,6 @@ def test_a_field_is_refused_by_name(served, field, value):
         ({"messages": [{"role": 5, "content": "hi"}]}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 200}]}, "messages"),
     ],
 )
@@ -133,13 +136,17 @@ def test_a_field_of_a_chat_is_refused_by_name(served, change, field):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (DEEP, "nested too deeply"),
-        (DEEP.replace("prompt", "messages"), "nested too deeply"),
-        ("[" * 900 + "]" * 900, "must be a JSON object"),
+        (DEEP, "not JSON in UTF-8: recursion limit exceeded"),
+        (DEEP.replace("prompt", "messages"), "not JSON in UTF-8: recursion limit exceeded"),
+        ("[]", "must be a JSON object"),
+        (f'{{"prompt": {"9" * 5000}}}', "not JSON in UTF-8: number out of range"),
+        (json.dumps({"prompt": "a\ud800"}), "not JSON in UTF-8"),
+        (json.dumps({"messages": [{"role": "user", "content": "\udfff\ud83d"}]}), "not JSON in UTF-8"),
+        (json.dumps({f"unknown{number}": 1 for number in range(1000)}), "has 100[01] invalid values"),
         (b'{"prompt": "\xed\xa0\x80"}', "not JSON in UTF-8"),
-        ("", "not JSON in UTF-8: Expecting value"),
+        ("", "not JSON in UTF-8: EOF"),
         ('{"prompt": "hi"', "not JSON in UTF-8"),
-        ('{"\\ud800": 1, "prompt": "hi"}', "contains a lone surrogate"),
+        ('{"\\ud800": 1, "prompt": "hi"}', "not JSON in UTF-8"),
     ],
 )
 @pytest.mark.parametrize("chat", [False, True])
@@ -149,12 +156,12 @@ def test_a_body_that_is_not_an_object_is_refused(served, body, message, chat):
     str(error.value).encode()
 
 
-@pytest.mark.parametrize("depth", [300, 600, 900, 990])
+@pytest.mark.parametrize("depth", [150, 300, 990])
 def test_deep_nesting_is_refused(served, depth):
     """Otherwise repr() in a message, or the template, may exceed the recursion limit."""
     deep = "[" * depth + "]" * depth
     for body in (f'{{"prompt": {deep}}}', f'{{"prompt": "hi", "stop": {deep}}}', f'{{"prompt": "hi", "n": {deep}}}'):
-        with pytest.raises(ValueError, match=r"prompt|stop|n=|n must|nested too deeply"):
+        with pytest.raises(ValueError, match=r"prompt|stop|n must|recursion limit"):
             read(served, body)
 
 
@@ -163,17 +170,18 @@ def test_request_fields_reach_the_sampling_params(served):
     options |= {"min_tokens": 2}
     options |= {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
     body = options | {"stop": "x", "stop_token_ids": [7], "logit_bias": {"5": -1}, "logprobs": 3, "prompt": "ab"}
-    call = read(served, body | {"user": "me", "seed": 3, "echo": False, "best_of": 1, "stream": None})
-    params = call.request.params
+    call = read(served, body | {"user": "me", "seed": 3, "best_of": 1, "stream": None})
+    (request,) = call.requests
+    params = request.params
     assert {name: getattr(params, name) for name in options} == options
     assert params.stop == ("x",) and params.logit_bias == {5: -1} and params.alternatives == 3
-    assert params.stop_ids == [7, *served.stop_ids] and call.logprobs and not call.stream
-    assert call.request.prompt_ids.tolist() == served.tokenizer.encode("ab")
+    assert params.stop_ids == [7, *served.stop_ids] and call.logprobs and not call.body.stream
+    assert request.prompt_ids.tolist() == served.tokenizer.encode("ab")
 
 
 def test_a_pair_of_surrogates_is_a_character(served):
     call = read(served, '{"prompt": "\\ud83d\\ude00", "stop": "\\u00e9"}')
-    assert call.request.prompt_ids.tolist() == served.tokenizer.encode("\U0001f600")
+    assert call.requests[0].prompt_ids.tolist() == served.tokenizer.encode("\U0001f600")
 
 
 @pytest.mark.parametrize(
@@ -182,10 +190,25 @@ def test_a_pair_of_surrogates_is_a_character(served):
 )
 def test_log_probabilities_without_alternatives(served, value, chat, expected):
     call = read(served, (CHAT if chat else {"prompt": "hi"}) | {"logprobs": value}, chat)
-    assert (call.logprobs, call.request.params.alternatives) == expected
+    assert (call.logprobs, call.requests[0].params.alternatives) == expected
 
 
-def test_every_sampling_parameter_is_a_field_or_has_a_reason_not_to_be():
-    parameters = {field.name for field in fields(SamplingParams)}
-    assert parameters - FIELDS.keys() <= OTHERWISE.keys() <= parameters
-    assert {name for name in parameters - OTHERWISE.keys() if FIELDS[name].parameter != name} == set()
+def test_every_prompt_of_a_list_is_a_request(served):
+    for prompt in (["ab", "c"], [[1, 2], [3]]):
+        call = read(served, {"prompt": prompt, "n": 2})
+        expected = [served.tokenizer.encode(each) if isinstance(each, str) else each for each in prompt]
+        assert [request.prompt_ids.tolist() for request in call.requests] == expected and call.samples == 4
+    with pytest.raises(FieldError, match="n=200 of 2 prompts must be at most 256 samples"):
+        read(served, {"prompt": ["a", "b"], "n": 200})
+
+
+def test_a_response_of_too_many_log_probabilities_is_refused(served):
+    body = {"prompt": "a", "n": 10, "max_tokens": 50, "logprobs": 3}
+    raw = json.dumps(body).encode()
+    assert read_call(served, raw, chat=False, limits=Limits(max_logprobs=2000)).samples == 10
+    with pytest.raises(FieldError, match="500 tokens with 3 alternatives each are 2000 values"):
+        read_call(served, raw, chat=False, limits=Limits(max_logprobs=1999))
+
+
+def test_all_top_k_are_asked_for_with_minus_one(served):
+    assert read(served, {"prompt": "a", "top_k": -1}).requests[0].params.top_k == 0

@@ -8,8 +8,11 @@ import pytest
 
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.sample.requests import Alternatives, Chunk, Completion, Request, SamplingParams, Timings
+from jaxtrain.serve.answers import error_answer
+from jaxtrain.serve.outputs import parser
 from jaxtrain.serve.protocol import Call
-from jaxtrain.serve.responses import FailedError, ResponseBuilder, error_object
+from jaxtrain.serve.responses import FailedError, ResponseBuilder
+from jaxtrain.serve.schema import ChatCall, CompletionCall
 from jaxtrain.serve.served import Served
 
 
@@ -57,14 +60,16 @@ async def engine(given):
         yield chunk
 
 
-def builder(tokenizer, **call):
-    call = {"chat": True, "logprobs": True, "stream": True, "usage": False} | call
+def builder(tokenizer, chat=True, logprobs=True, usage=False):
     request = Request([1, 2, 3], SamplingParams(n=2))
-    return ResponseBuilder(Served("tiny", None, tokenizer, None, []), Call(request=request, **call))
+    given = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": [1, 2, 3]}
+    body = (ChatCall if chat else CompletionCall).model_validate({**given, "n": 2})
+    served = Served("tiny", None, tokenizer, None, [])
+    return ResponseBuilder(served, Call(body, [request], logprobs, usage, parser("", None) if chat else None))
 
 
 def whole(tokenizer, given, **call):
-    return asyncio.run(builder(tokenizer, **call).build(engine(given)))
+    return json.loads(asyncio.run(builder(tokenizer, **call).build(engine(given))))
 
 
 def events(tokenizer, given, **call):
@@ -112,7 +117,7 @@ def test_a_sample_that_fails_ends_the_response_with_its_error(tokenizer):
     with pytest.raises(FailedError, match="the logits are not finite"):
         whole(tokenizer, chunks("the logits are not finite"))
     *before, last = events(tokenizer, chunks("the logits are not finite"))
-    assert json.loads(last) == error_object("the logits are not finite", "server_error")
+    assert json.loads(last) == error_answer("the logits are not finite", "server_error").model_dump()
     assert len(before) == 2 and "[DONE]" not in before
 
 

@@ -13,8 +13,7 @@ from jaxtrain.train.preemption import Interrupted
 PROGRAM = """
 import sys
 import jax
-import threading
-from jaxtrain.train.agree import PeerError, beside_training, from_process_0, gather_values, on_all
+from jaxtrain.train.agree import from_process_0, gather_values, on_all
 from jaxtrain.train.preemption import Interrupted
 
 address, process = sys.argv[1], int(sys.argv[2])
@@ -32,28 +31,6 @@ def fail(error):
         on_all(work)
     except BaseException as problem:
         return f"{type(problem).__name__}: {problem}"
-
-beside = []
-
-def exchange():
-    with beside_training(lambda: process == 0 and len(beside) == 20):
-        for number in range(20):
-            beside.append(gather_values(str(process) * (3_000_000 if number == 7 else number)))
-        if process == 0:  # the other one has ended
-            try:
-                gather_values(None)
-            except Interrupted:
-                beside.append("interrupted")
-
-thread = threading.Thread(target=exchange)
-thread.start()
-for number in range(20):  # the exchanges of two threads do not meet
-    assert gather_values((process, number)) == [(0, number), (1, number)]
-thread.join()
-sizes = [len(text) for text, _ in beside[:20]]
-assert sizes == [3_000_000 if number == 7 else number for number in range(20)]
-assert all(set(parts[n]) <= {str(n)} for parts in beside[:20] for n in range(2))
-assert beside[20:] == ["interrupted"] * (process == 0)
 
 failed, interrupted = fail(RuntimeError("no memory")), fail(Interrupted()).partition(":")[0]
 print(failed, interrupted, from_process_0(lambda: f"of {process}"), sep="|")

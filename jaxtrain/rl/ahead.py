@@ -1,0 +1,326 @@
+"""`AheadSource`: samples of the trainer that threads collect beside the training, group by group."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from jaxtrain.data.prompts import PromptStream
+from jaxtrain.rl.collect import Collected, Collector, ScoredGroup
+from jaxtrain.rl.rollouts import Prompt, Trajectory
+from jaxtrain.train.agree import gather_values, on_all
+from jaxtrain.train.preemption import Interrupted
+from jaxtrain.types import Params
+
+_POLL_SECONDS = 0.2  # interval at which an idle sampler checks whether others want it
+
+
+class AheadSource:
+    """Samples of prompts that are begun while the trainer trains on earlier ones.
+
+    A thread samples without a pause: the next prompts are begun while others are under way, as many as `GroupQueue`
+    permits. Another thread scores the groups that are finished. The trainer takes a batch as soon as enough groups are
+    finished, whichever. Every token is tagged with the version that sampled it, since weights that arrive are used from
+    the engine's next device call on.
+
+    Each process samples its own prompts and has its own threads, which do not wait for those of other processes; all
+    call the source together.
+    """
+
+    def __init__(self, collect: Collector, prompts: PromptStream[Any], *, staleness: int, updates: int):
+        """Every batch is used for `updates` optimizer steps. `collect` draws from `prompts`, and its scorer is called
+        by a thread of each process for itself.
+
+        Raises ValueError if `staleness` is too small to begin any batch before the one before it has been trained on.
+        """
+        if staleness < updates:
+            raise ValueError(
+                f"rl.placement.staleness={staleness}: samples are used for {updates} optimizer steps, so sampling "
+                f"beside the training needs a staleness of at least {updates} (0: on policy)"
+            )
+        self._collect, self._sampler = collect, collect.sampler
+        self._queue = GroupQueue(
+            lambda: next(iter(collect.next_prompts(1)), None),
+            prompts.get_state,
+            collect.deal.owns,
+            prompts=collect.prompts,
+            lead=staleness // updates,
+            refills=collect.algorithm.max_refills,
+        )
+        self._state = prompts.get_state()
+        self._changed = threading.Condition()  # protects the queue and what follows
+        self._closed = False
+        self._error: BaseException | None = None
+        self._sampled: SimpleQueue[list[Trajectory] | None] = SimpleQueue()  # groups without rewards; None: no more
+        self._threads: list[threading.Thread] = []
+
+    def __call__(self, params: Params, number: int) -> Collected | None:
+        start = time.perf_counter()
+        self._sampler.set_params(params, number)
+        synced = time.perf_counter()
+        with self._changed:  # only now, so that no prompt that is begun for it gets older weights
+            self._queue.next_batch()
+            self._changed.notify_all()
+        if not self._threads:  # not before the sampler has its first weights
+            self._threads = [
+                threading.Thread(target=self._until_error, args=(work,), name=name, daemon=True)
+                for name, work in (("rollouts", self._sample), ("rewards", self._score))
+            ]
+            for thread in self._threads:
+                thread.start()
+        taken = on_all(self._take)
+        times = {"time/sync": synced - start, "time/wait": time.perf_counter() - synced}
+        return self._collected(taken, times)
+
+    def state(self) -> Any:
+        return self._state
+
+    def close(self) -> None:
+        """Abort the sampling that is running."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._sampled.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _take(self) -> Taken:
+        """This process's part of the batch, once it is finished."""
+        with self._changed:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if (taken := self._queue.take()) is not None:
+                    self._changed.notify_all()
+                    return taken
+                self._changed.wait()
+
+    def _collected(self, taken: Taken, times: dict[str, float]) -> Collected | None:
+        """The batch of all processes. They call it together."""
+        collect, numbers = self._collect, {group.prompt.number: group.useful for group in taken.members}
+        groups = sorted([*taken.members, *taken.replaced], key=lambda group: group.prompt.number)
+        seen = collect.deal.share([t for group in groups for t in group.samples])
+        parts = gather_values((numbers, taken.state, taken.used))
+        low = min((state for _, state, _ in parts), key=_number)
+        used = sorted({number for *_, part in parts for number in part if number >= _number(low)})
+        self._queue.forget(_number(low))
+        self._state = {**low, "prompts": {**low["prompts"], "used": sorted({*low["prompts"]["used"], *used})}}
+        if not seen:
+            return None
+        useful = {number: each for part, *_ in parts for number, each in part.items()}
+        of_all = [seen[at : at + collect.samples] for at in range(0, len(seen), collect.samples)]
+        members = [group for group in of_all if group[0].prompt.number in useful]
+        kept = [group for group in members if useful[group[0].prompt.number]]
+        return collect.collected(seen, kept, members or of_all, times)
+
+    def _until_error(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # raised in the trainer's thread, by `_take`
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+
+    def _sample(self) -> None:
+        samples: dict[int, list[Trajectory]] = {}  # by prompt
+        while not self._queue.exhausted:
+            for trajectory in self._sampler.stream(self._feed(samples), self._collect.samples):
+                group = samples[trajectory.prompt.number]
+                group.append(trajectory)
+                if len(group) == self._collect.samples:
+                    del samples[trajectory.prompt.number]
+                    self._sampled.put(sorted(group, key=lambda t: t.sample))
+
+    def _feed(self, samples: dict[int, list[Trajectory]]) -> Iterator[Sequence[Prompt]]:
+        """The prompts to begin, which get an entry in `samples`, until there are no more or another call waits."""
+        while True:
+            with self._changed:
+                prompts = self._queue.begin()
+                if not prompts and not samples and not self._closed and not self._queue.exhausted:
+                    self._changed.wait(_POLL_SECONDS)
+                    prompts = self._queue.begin()
+                if self._closed:
+                    raise Interrupted
+                self._changed.notify_all()  # the last prompts may have been drawn
+            samples.update((prompt.number, []) for prompt in prompts)
+            yield prompts
+            if self._queue.exhausted or self._sampler.wanted():
+                return
+
+    def _score(self) -> None:
+        while True:
+            groups = [self._sampled.get()]
+            try:
+                while True:  # those that were finished meanwhile are scored together
+                    groups.append(self._sampled.get_nowait())
+            except Empty:
+                pass
+            if None in groups:
+                return
+            scored = self._collect.score([t for group in groups for t in group or ()])
+            with self._changed:
+                for group in self._collect.groups(scored):
+                    self._queue.finish(group)
+                self._changed.notify_all()
+
+
+@dataclass(eq=False)
+class _Group:
+    prompt: Prompt
+    before: dict[str, Any]  # the state of the prompts before this one was drawn
+    due: int = 0  # the number of the last batch that it may be in
+    scored: ScoredGroup | None = None  # None: it is under way
+
+    @property
+    def samples(self) -> list[Trajectory]:
+        assert self.scored is not None
+        return self.scored.samples
+
+    @property
+    def useful(self) -> bool:
+        return self.scored is not None and self.scored.useful
+
+
+class Taken(NamedTuple):
+    """A process's part of a batch."""
+
+    members: list[_Group]
+    replaced: list[_Group]  # useless groups in whose place other prompts were begun since the batch before
+    state: dict[str, Any]  # of the prompts, before the first one that is in no batch yet
+    used: list[int]  # numbers of prompts of this process in batches, without early ones
+
+
+class GroupQueue:
+    """The prompts of a process from their draw to their batch.
+
+    Batch number b, counted from 0, has as many of the process's groups as it owns among the prompts b * `prompts` to
+    (b + 1) * `prompts` of the stream, so that all processes have equal shares, but whichever are finished first.
+
+    When batch b is asked for, the weights are as old as those of its first update, and prompts are begun until there
+    are enough for the batches up to b + `ahead`. Those that are begun until the next batch is asked for may be in batch
+    b + `lead` at the latest, whose first update their weights are not too old for. A batch takes the oldest groups that
+    are finished, and waits for others only if one would come too late. Since `ahead` is half of `lead`, rounded up, a
+    group is overtaken by others for as long again as it takes on average. With a `lead` of 1 there is no room for that.
+
+    Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[], Prompt | None],
+        state: Callable[[], dict[str, Any]],
+        owns: Callable[[int], bool],
+        *,
+        prompts: int,
+        lead: int,
+        refills: int,
+    ):
+        """`draw` returns the next prompt of all processes, None if there is none; `state()` is what draws it again.
+
+        `refills`: times the groups of a batch, so many useless groups are replaced until the next batch.
+        """
+        self._draw, self._read_state, self._owns = draw, state, owns
+        self._prompts, self._refills = prompts, refills
+        self._lead, self._ahead = lead, -(-lead // 2)
+        self._batch = -1  # the newest that was asked for
+        self._positions = self._owned = 0  # prompts drawn, of all processes and of this one
+        self._ends: list[int] = []  # of the prompts of this process in each batch
+        self._waiting: deque[_Group] = deque()  # drawn
+        self._begun: list[_Group] = []
+        self._replaced: list[_Group] = []
+        self._admitted = 0  # groups that were begun, without replaced ones
+        self._used: set[int] = set()
+        self._drawn_all = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no prompt is left to begin."""
+        return self._drawn_all and not self._waiting
+
+    def next_batch(self) -> None:
+        """Ask for the next batch."""
+        self._batch += 1
+
+    def begin(self) -> list[Prompt]:
+        """The prompts to begin now."""
+        last = self._batch + self._ahead
+        while len(self._ends) <= last and not self._drawn_all:
+            self._draw_next()
+        begun = []
+        while self._admitted < self._end(last):
+            while not self._waiting and not self._drawn_all:
+                self._draw_next()
+            if not self._waiting:
+                break
+            group = self._waiting.popleft()
+            group.due = self._batch + self._lead
+            self._begun.append(group)
+            self._admitted += 1
+            begun.append(group.prompt)
+        return begun
+
+    def finish(self, scored: ScoredGroup) -> None:
+        """Take the samples of a prompt that was begun. A useless group is replaced, unless too many were."""
+        number = scored.samples[0].prompt.number
+        group = next(group for group in self._begun if group.prompt.number == number)
+        group.scored = scored
+        if not scored.useful and len(self._replaced) < self._refills * self._share(self._batch):
+            self._begun.remove(group)
+            self._replaced.append(group)
+            self._admitted -= 1
+
+    def take(self) -> Taken | None:
+        """The groups of the batch that was asked for; None if they are not finished."""
+        batch = self._batch
+        if len(self._ends) <= batch and not self._drawn_all:
+            return None
+        share = self._share(batch)
+        expected = min(share, len(self._begun)) if self.exhausted else share
+        members = [group for group in self._begun if group.scored is not None][:share]
+        left = [group for group in self._begun if group not in members]
+        for last in range(batch, batch + self._ahead):  # in later ones there is room for all
+            if sum(group.due <= last for group in left) > self._end(last) - self._end(batch):
+                return None
+        if len(members) < expected:
+            return None
+        replaced, self._replaced, self._begun = self._replaced, [], left
+        self._used.update(group.prompt.number for group in [*members, *replaced])
+        first = next(iter([*left, *self._waiting]), None)
+        state = self._read_state() if first is None else first.before
+        return Taken(members, replaced, state, sorted(self._used))
+
+    def forget(self, number: int) -> None:
+        """Forget that prompts before this one are used: no process has one before it left."""
+        self._used = {each for each in self._used if each >= number}
+
+    def _draw_next(self) -> None:
+        before = self._read_state()
+        prompt = self._draw()
+        if prompt is None:
+            self._drawn_all = True
+            return
+        self._positions += 1
+        if self._owns(prompt.number):
+            self._owned += 1
+            self._waiting.append(_Group(prompt, before))
+        if self._positions % self._prompts == 0:
+            self._ends.append(self._owned)
+
+    def _end(self, batch: int) -> int:
+        """How many of this process's prompts are in the batches up to this one."""
+        if batch < 0:
+            return 0
+        return self._ends[batch] if batch < len(self._ends) else self._owned
+
+    def _share(self, batch: int) -> int:
+        return self._end(batch) - self._end(batch - 1)
+
+
+def _number(state: dict[str, Any]) -> int:
+    """Of the next prompt that is drawn after a state."""
+    return state["prompts"]["number"]
