@@ -219,6 +219,7 @@ PATTERNS = {"target_modules": ["q_proj", "down_proj", "o_proj"], "rank_pattern":
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2], "use_rslora": True},
         {"target_modules": r"model\.layers\.1\..*\.(v|k)_proj"},
         {"case": "phi3", "target_modules": "all-linear"},
+        {"case": "qwen3.5", "target_modules": ["q_proj", "in_proj_qkv", "in_proj_z", "down_proj"]},
         {"case": "glm4", "target_modules": ["q_proj", "gate_up_proj"], "rank_pattern": {"gate_up_proj": 6}},
     ],
     ids=str,
