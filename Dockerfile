@@ -14,6 +14,6 @@ COPY converters converters
 COPY configs configs
 RUN pip install --no-cache-dir -c constraints.txt ".[${EXTRA},serve,remote,math]"
 
-ENV JAX_COMPILATION_CACHE_DIR=/root/.cache/jax
+ENV JAX_COMPILATION_CACHE_DIR=/var/cache/jax
 WORKDIR /work
 CMD ["jaxtrain", "--help"]

@@ -1,12 +1,13 @@
 """Common parts of mixtures of experts: rows of those that store each expert separately, and layers without one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from converters.errors import ConversionError
 from converters.families.dense import MATRIX
 from converters.families.keys import ConfigKeys
 from converters.weight_rows import Weight
-from jaxtrain.nn.config import ModelConfig
+from jaxtrain.nn.config import ModelConfig, MoE
 
 _LAYER = "model.layers.{layer}"
 DENSE_LAYERS = tuple(
@@ -21,6 +22,35 @@ SHARED_EXPERT = (
     ),
     Weight("layers.mlp.shared_gate.kernel", f"{_LAYER}.mlp.shared_expert_gate.weight", MATRIX),
 )
+
+
+def with_num_experts(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with `num_experts`, which transformers 5 saves as `num_local_experts`, and reads under both names."""
+    return {"num_experts" if key == "num_local_experts" else key: value for key, value in hf.items()}
+
+
+def read_experts(keys: ConfigKeys, *, renormalise: bool, shared: bool = False) -> MoE:
+    """The experts of Qwen's mixtures; `shared`: with a gated one for all tokens."""
+    return MoE(
+        num_experts=keys.size("num_experts"),
+        experts_per_token=keys.size("num_experts_per_tok"),
+        intermediate_size=keys.size("moe_intermediate_size"),
+        renormalise=renormalise,
+        shared_size=keys.size("shared_expert_intermediate_size") if shared else 0,
+        shared_gate=shared,
+    )
+
+
+def write_experts(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_experts`, without whether weights are renormalised."""
+    assert config.moe is not None
+    shared = {"shared_expert_intermediate_size": config.moe.shared_size} if config.moe.shared_size else {}
+    return {
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "moe_intermediate_size": config.moe.intermediate_size,
+        **shared,
+    }
 
 
 def read_dense_layers(keys: ConfigKeys) -> tuple[bool, ...]:

@@ -5,9 +5,16 @@ from typing import Any
 
 from converters.families import hybrid, qwen3_5
 from converters.families.dense import read_sizes, write_sizes
-from converters.families.experts import SHARED_EXPERT, expert_rows, router_rows
+from converters.families.experts import (
+    SHARED_EXPERT,
+    expert_rows,
+    read_experts,
+    router_rows,
+    with_num_experts,
+    write_experts,
+)
 from converters.families.keys import ConfigKeys
-from jaxtrain.nn.config import ModelConfig, MoE
+from jaxtrain.nn.config import ModelConfig
 
 ARCHITECTURE = "Qwen3_5MoeForCausalLM"
 MODEL_TYPE = "qwen3_5_moe_text"
@@ -33,34 +40,19 @@ INERT = qwen3_5.INERT
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     """config.json to ours. Raises ConversionError naming a key that is not supported."""
-    named = {"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}
-    keys = ConfigKeys(qwen3_5.with_text_rope(named), DEFAULTS, INERT)
-    size = keys.size("moe_intermediate_size")
+    named = qwen3_5.with_text_rope(with_num_experts(hf))
+    keys = ConfigKeys(named, DEFAULTS, INERT)
+    moe = read_experts(keys, renormalise=True, shared=True)
     # No layer has the width of a dense one, and transformers has no default for it.
-    sizes = read_sizes(ConfigKeys({"intermediate_size": size, **qwen3_5.with_text_rope(named)}, DEFAULTS, INERT))
+    sizes = read_sizes(ConfigKeys({"intermediate_size": moe.intermediate_size, **named}, DEFAULTS, INERT))
     return ModelConfig(
         family=MODEL_TYPE,
         **sizes,
         **hybrid.read_hybrid(keys),
-        moe=MoE(
-            num_experts=keys.size("num_experts"),
-            experts_per_token=keys.size("num_experts_per_tok"),
-            intermediate_size=size,
-            renormalise=True,
-            shared_size=keys.size("shared_expert_intermediate_size"),
-            shared_gate=True,
-        ),
+        moe=moe,
         vocab_multiple=vocab_multiple,
     )
 
 
 def hf_keys(config: ModelConfig) -> dict[str, Any]:
-    assert config.moe is not None
-    return {
-        **write_sizes(config),
-        **hybrid.write_hybrid(config),
-        "num_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token,
-        "moe_intermediate_size": config.moe.intermediate_size,
-        "shared_expert_intermediate_size": config.moe.shared_size,
-    }
+    return {**write_sizes(config), **hybrid.write_hybrid(config), **write_experts(config)}

@@ -8,12 +8,15 @@ from converters.families.experts import (
     DENSE_LAYERS,
     expert_rows,
     read_dense_layers,
+    read_experts,
     router_rows,
+    with_num_experts,
     write_dense_layers,
+    write_experts,
 )
 from converters.families.keys import ConfigKeys
 from converters.families.rope import read_rope
-from jaxtrain.nn.config import LayerKind, ModelConfig, MoE
+from jaxtrain.nn.config import LayerKind, ModelConfig
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 MODEL_TYPE = "qwen3_moe"
@@ -56,8 +59,7 @@ INERT = {
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     """config.json to ours. Raises ConversionError naming a key that is not supported."""
-    # transformers 5 saves `num_experts` of published checkpoints as `num_local_experts`, and reads both.
-    keys = ConfigKeys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
+    keys = ConfigKeys(with_num_experts(hf), DEFAULTS, INERT)
     used = keys.flag("use_sliding_window") and keys.get("sliding_window") is not None
     window, rope = keys.size("sliding_window") if used else None, read_rope(keys)
     return ModelConfig(
@@ -67,12 +69,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         o_bias=keys.flag("attention_bias"),
         qk_norm="head",
         pattern=tuple(LayerKind(window, rope, dense) for dense in read_dense_layers(keys)),
-        moe=MoE(
-            num_experts=keys.size("num_experts"),
-            experts_per_token=keys.size("num_experts_per_tok"),
-            intermediate_size=keys.size("moe_intermediate_size"),
-            renormalise=keys.flag("norm_topk_prob"),
-        ),
+        moe=read_experts(keys, renormalise=keys.flag("norm_topk_prob")),
         vocab_multiple=vocab_multiple,
     )
 
@@ -86,8 +83,6 @@ def hf_keys(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "num_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token,
-        "moe_intermediate_size": config.moe.intermediate_size,
+        **write_experts(config),
         "norm_topk_prob": config.moe.renormalise,
     }

@@ -11,12 +11,15 @@ from converters.families.experts import (
     SHARED_EXPERT,
     expert_rows,
     read_dense_layers,
+    read_experts,
     router_rows,
+    with_num_experts,
     write_dense_layers,
+    write_experts,
 )
 from converters.families.keys import ConfigKeys
 from converters.weight_rows import SideBySide, Weight
-from jaxtrain.nn.config import ModelConfig, MoE
+from jaxtrain.nn.config import ModelConfig
 
 ARCHITECTURE = "Qwen3NextForCausalLM"
 MODEL_TYPE = "qwen3_next"
@@ -85,7 +88,7 @@ INERT = {"mlp_bias": (None, False), "qk_norm": (None, True), "use_qk_norm": (Non
 
 def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
     """config.json to ours. Raises ConversionError naming a key that is not supported."""
-    keys = ConfigKeys({"num_experts" if key == "num_local_experts" else key: hf[key] for key in hf}, DEFAULTS, INERT)
+    keys = ConfigKeys(with_num_experts(hf), DEFAULTS, INERT)
     fields, dense = hybrid.read_hybrid(keys), read_dense_layers(keys)
     pattern = tuple(replace(kind, dense=each) for kind, each in zip(fields.pop("pattern"), dense, strict=True))
     return ModelConfig(
@@ -93,14 +96,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         **read_sizes(keys),
         **fields,
         pattern=pattern,
-        moe=MoE(
-            num_experts=keys.size("num_experts"),
-            experts_per_token=keys.size("num_experts_per_tok"),
-            intermediate_size=keys.size("moe_intermediate_size"),
-            renormalise=keys.flag("norm_topk_prob"),
-            shared_size=keys.size("shared_expert_intermediate_size"),
-            shared_gate=True,
-        ),
+        moe=read_experts(keys, renormalise=keys.flag("norm_topk_prob"), shared=True),
         vocab_multiple=vocab_multiple,
     )
 
@@ -111,9 +107,6 @@ def hf_keys(config: ModelConfig) -> dict[str, Any]:
         **write_sizes(config),
         **hybrid.write_hybrid(config),
         **write_dense_layers(config),
-        "num_experts": config.moe.num_experts,
-        "num_experts_per_tok": config.moe.experts_per_token,
-        "moe_intermediate_size": config.moe.intermediate_size,
-        "shared_expert_intermediate_size": config.moe.shared_size,
+        **write_experts(config),
         "norm_topk_prob": config.moe.renormalise,
     }

@@ -13,12 +13,15 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import Any
 
 from jaxtrain.data.columns import Row
 
+# A terminal and Slurm signal every process of a job. The main process stops the run, and needs rows until then.
+_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _encode: Callable[[Row], Any]  # of a worker process
 
 
@@ -39,16 +42,25 @@ class EncodePool:
         self._pool = ProcessPoolExecutor(processes, context, _start, (encode,))
         # Each starts when it first gets work; importing takes seconds, in which the files are scanned.
         for _ in range(processes):
-            self._pool.submit(os.getpid)
+            self._submit(os.getpid)
 
     def __call__(self, rows: Sequence[Row]) -> list[Any]:
         """As `encode_rows`."""
         try:
-            return self._pool.submit(_encode_rows, rows).result()
+            return self._submit(_encode_rows, rows).result()
         except BrokenProcessPool:
             raise RuntimeError(
                 "a worker process that encodes rows has died, perhaps because memory ran out: use fewer data.processes"
             ) from None
+
+    def _submit(self, function: Callable[..., Any], *given: Any) -> Future[Any]:
+        """A process that is started for it inherits the blocked signals, so that none ends it before `_start`."""
+        resource_tracker.ensure_running()  # which would unblock SIGINT
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            return self._pool.submit(function, *given)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -57,9 +69,9 @@ class EncodePool:
 def _start(encode: Callable[[Row], Any]) -> None:
     global _encode
     _encode = encode
-    # A terminal and Slurm signal every process of a job. The main process stops the run, and needs rows until then.
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

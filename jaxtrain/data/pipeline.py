@@ -81,7 +81,8 @@ class TrainStream:
             raise ValueError(f"train.batch_size={rows} is not a multiple of data.virtual_shards={num_shards}")
         with ExitStack() as on_error:
             pool = EncodePool(encode, data.processes) if data.processes else None
-            on_error.callback(lambda: pool and pool.close())
+            if pool is not None:
+                on_error.callback(pool.close)
             self._sources = opened = [Source(section) for section in sources]
             _report_order(opened, data)
             reader = Reader(opened, data, encode, bundle_size)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from jaxtrain.observe.run_files import METRICS
 
+STD_ERROR = "_std_error"  # what the name of a metric's standard error ends with, beside the metric
 _LOWER = ("loss", "perplexity", "error", "kl")
 _NEITHER, _NEITHER_AT_THE_START = ("std", "lost", "signal"), ("time", "data/", "sampling/")
 _HIGHER = ("reward", "accuracy", "exact_match", "pass@", "maj@", "margin")

@@ -6,7 +6,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Self
 
 import jax
@@ -15,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
+
+from jaxtrain.observe.status import duration_text
 
 _FORMATS = {  # metric name -> its format, in the order of display
     "reward": "reward {:.3f}",
@@ -170,7 +171,7 @@ class Progress:
                 said = said if activity == said else ""
             elif silent >= _SILENT_SECONDS or activity not in (said, "training", "sampling"):
                 at = f"step {self._step}/{self._steps}  " if self._steps else ""
-                self.print(f"{at}{activity} ({timedelta(seconds=round(self.seconds))} since the start)")
+                self.print(f"{at}{activity} ({duration_text(self.seconds)} since the start)")
                 said = activity
 
     def _eta(self, now: float) -> str:
@@ -179,7 +180,7 @@ class Progress:
         if self._step == step or self._steps is None:
             return ""
         left = (now - then) / (self._step - step) * (self._steps - self._step)
-        return str(timedelta(seconds=round(left)))
+        return duration_text(left)
 
 
 class _Activity(ProgressColumn):

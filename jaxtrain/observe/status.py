@@ -70,7 +70,7 @@ def status_facts(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     age = status["heartbeat_age"]
     state = status["state"] + (f" ({status['activity']})" if status["activity"] else "")
     if age is not None:
-        state += f", last heartbeat {_duration(age)} ago"
+        state += f", last heartbeat {duration_text(age)} ago"
     lines = [("run", status["run"]), ("recipe", status["recipe"]), ("state", state)]
     if status["error"]:
         lines.append(("error", status["error"]))
@@ -81,7 +81,7 @@ def status_facts(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     if status["tokens_per_second"] is not None:
         lines.append(("", f"{status['tokens_per_second']:,.0f} tokens/s"))
     if status["eta"] is not None:
-        lines.append(("eta", _duration(status["eta"])))
+        lines.append(("eta", duration_text(status["eta"])))
     lines.append(("checkpoint", _checkpoint_text(status["checkpoint"])))
     for title in ("metrics", "evaluations"):
         values = status[title]
@@ -91,10 +91,10 @@ def status_facts(status: Mapping[str, Any]) -> list[tuple[str, str]]:
             lines.append((title, f"step {values['step']}: {text}"))
     if status["seconds"]:
         total = sum(status["seconds"].values()) or 1.0
-        lines.append(("goodput", f"{status['goodput']:.1%} of {_duration(total)} in steps"))
+        lines.append(("goodput", f"{status['goodput']:.1%} of {duration_text(total)} in steps"))
         others = [(name, value) for name, value in status["seconds"].items() if name != "steps" and value > 0]
         for name, value in sorted(others, key=lambda pair: -pair[1]):
-            lines.append(("", f"{value / total:6.1%}  {name} ({_duration(value)})"))
+            lines.append(("", f"{value / total:6.1%}  {name} ({duration_text(value)})"))
     if len(status["processes"]) > 1:
         lines += [
             ("process" if not number else "", _process_text(each)) for number, each in enumerate(status["processes"])
@@ -173,13 +173,13 @@ def _process_text(process: Mapping[str, Any]) -> str:
     if process["own_seconds_per_step"] is not None:
         text += f", busy {process['own_seconds_per_step']:.3g} s per step"
         text += f" (waiting for data {process['data_seconds_per_step']:.3g} s)"
-    return text + f", heartbeat {_duration(process['heartbeat_age'])} ago"
+    return text + f", heartbeat {duration_text(process['heartbeat_age'])} ago"
 
 
 def _checkpoint_text(checkpoint: Mapping[str, Any] | None) -> str:
     if checkpoint is None:
         return "none yet"
-    return f"step {checkpoint['step']}, {_duration(checkpoint['age'])} ago; {checkpoint['kept']} kept"
+    return f"step {checkpoint['step']}, {duration_text(checkpoint['age'])} ago; {checkpoint['kept']} kept"
 
 
 def _number(value: Any) -> str:
@@ -188,5 +188,6 @@ def _number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))

@@ -14,6 +14,7 @@ from jaxtrain.config import ConfigError, RunConfig, parse_config
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.prompts import held_out_prompts
 from jaxtrain.data.sources import Row
+from jaxtrain.observe.history import STD_ERROR
 from jaxtrain.observe.progress import Progress
 from jaxtrain.rl.pass_rates import pass_rates
 from jaxtrain.rl.reward_pool import RewardPool
@@ -139,5 +140,6 @@ def _judged(groups: list[list[Trajectory]], scorer: RewardScorer | None) -> dict
 
 def task_rows(metrics: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     """Name, value and standard error of each metric."""
-    error = "_std_error"
-    return [(name, value, metrics.get(name + error)) for name, value in metrics.items() if not name.endswith(error)]
+    return [
+        (name, value, metrics.get(name + STD_ERROR)) for name, value in metrics.items() if not name.endswith(STD_ERROR)
+    ]

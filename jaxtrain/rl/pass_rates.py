@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.observe.history import STD_ERROR
 from jaxtrain.rl.numbers import final_number
 
 
@@ -37,7 +38,7 @@ def pass_rates(name: str, rewards: np.ndarray, texts: np.ndarray) -> dict[str, f
             found[f"{name}/pass@{k}"] = np.array([1 - comb(n - c, k) / comb(n, k) for c in right.tolist()])
         found[f"{name}/maj@{n}"] = np.array([_majority(*pair) for pair in zip(rewards, texts, strict=True)])
     errors = {
-        f"{key}_std_error": values.std(ddof=1) / len(values) ** 0.5 for key, values in found.items() if len(values) > 1
+        key + STD_ERROR: values.std(ddof=1) / len(values) ** 0.5 for key, values in found.items() if len(values) > 1
     }
     return {key: float(values.mean()) for key, values in found.items()} | {k: float(v) for k, v in errors.items()}
 

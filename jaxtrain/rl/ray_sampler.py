@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from jaxtrain.nn.model import Model
-from jaxtrain.rl.rollouts import Prompt, Trajectory
+from jaxtrain.rl.rollouts import Prompt, Sampler, Trajectory
 from jaxtrain.rl.sampler import EngineSampler
 from jaxtrain.rl.sync import Synced, from_host, to_host
 from jaxtrain.rl.worker import WorkerSpec
@@ -95,7 +95,7 @@ class RayWorker:
         return Synced(from_host(self._spec.model, weights), 0, 0.0)
 
 
-class RaySampler:
+class RaySampler(Sampler):
     """A `Sampler` with `workers` actors. Starts Ray on this machine, or joins the cluster at RAY_ADDRESS.
 
     A worker that ends, or does not respond in time while it samples or receives weights, is replaced. The new process
@@ -134,13 +134,6 @@ class RaySampler:
         self._interrupted = threading.Event()
         self._sampling, self._next = threading.Lock(), threading.Lock()  # of the call that samples, and that is next
         self._streams = itertools.count()
-
-    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """The exceptions are those of `stream`."""
-        groups: dict[int, dict[int, Trajectory]] = {prompt.number: {} for prompt in prompts}
-        for trajectory in self.stream(iter([prompts]), samples):
-            groups[trajectory.prompt.number][trajectory.sample] = trajectory
-        return [[group[sample] for sample in range(samples)] for group in groups.values()]
 
     def stream(self, feed: Iterator[Sequence[Prompt]], samples: int) -> Iterator[Trajectory]:
         """Raises exceptions of workers, and RuntimeError if several workers were lost with the same prompts."""

@@ -93,8 +93,11 @@ class Sampler(Protocol):
     """Completes prompts: an engine in this process, on other devices or in other processes."""
 
     def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        """`samples` unscored trajectories of each prompt, in order. Deterministic."""
-        ...
+        """`samples` unscored trajectories of each prompt, in order. Deterministic. Raises what `stream` does."""
+        groups: dict[int, dict[int, Trajectory]] = {prompt.number: {} for prompt in prompts}
+        for trajectory in self.stream(iter([prompts]), samples):
+            groups[trajectory.prompt.number][trajectory.sample] = trajectory
+        return [[group[sample] for sample in range(samples)] for group in groups.values()]
 
     def stream(self, feed: Iterator[Sequence[Prompt]], samples: int) -> Iterator[Trajectory]:
         """Yield `samples` unscored trajectories of each prompt of `feed` as they are finished, until it is exhausted.

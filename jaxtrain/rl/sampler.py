@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxtrain.rl.conversations import Conversations
-from jaxtrain.rl.rollouts import Prompt, Trajectory
+from jaxtrain.rl.rollouts import Prompt, Sampler, Trajectory
 from jaxtrain.rl.sync import Synced
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Completion, Request, SamplingParams
@@ -17,7 +17,7 @@ from jaxtrain.train.preemption import Interrupted
 from jaxtrain.types import Params
 
 
-class EngineSampler:
+class EngineSampler(Sampler):
     """A `Sampler`. A sample depends only on `seed`, the prompt, its number, the sample's index and the weights.
 
     `set_params` may be called from another thread during sampling: the engine uses the new weights from its next device
@@ -40,12 +40,6 @@ class EngineSampler:
         self._metrics: dict[str, float] = {}
         self._interrupted = threading.Event() if conversations is None else conversations.interrupted
         self._check: Callable[[], None] | None = None
-
-    def sample(self, prompts: Sequence[Prompt], samples: int) -> list[list[Trajectory]]:
-        groups: dict[int, dict[int, Trajectory]] = {prompt.number: {} for prompt in prompts}
-        for trajectory in self.stream(iter([prompts]), samples):
-            groups[trajectory.prompt.number][trajectory.sample] = trajectory
-        return [[group[sample] for sample in range(samples)] for group in groups.values()]
 
     def stream(self, feed: Iterator[Sequence[Prompt]], samples: int) -> Iterator[Trajectory]:
         with self._next:

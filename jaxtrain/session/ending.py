@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.shards import COUNTERS
-from jaxtrain.observe.history import better, read_series
+from jaxtrain.observe.history import STD_ERROR, better, read_series
 from jaxtrain.observe.run_files import CHECKPOINTS, REPORT
+from jaxtrain.observe.status import duration_text
 
 log = logging.getLogger(__name__)
 
 _MOST_METRICS = 8
-_STD_ERROR = "_std_error"  # of a metric, beside it (jaxtrain.rl.pass_rates)
 
 
 def warn_of_early_end(step: int, steps: int, metrics: Mapping[str, float], reason: str) -> None:
@@ -50,18 +49,23 @@ def end_facts(
     others = sorted(((value, name) for name, value in seconds.items() if name != "steps" and value >= 1), reverse=True)
     rates = series["tokens_per_second"].values if "tokens_per_second" in series else []
     speed = f"; {sorted(rates)[len(rates) // 2]:,.0f} tokens/s (median)" if rates else ""
-    spent = ", ".join(f"{name} {_duration(value)}" for value, name in others)
+    spent = ", ".join(f"{name} {duration_text(value)}" for value, name in others)
     facts = [
-        ("time", f"{_duration(total)}: steps {_duration(seconds['steps'])}" + (f", {spent}" if spent else "") + speed)
+        (
+            "time",
+            f"{duration_text(total)}: steps {duration_text(seconds['steps'])}"
+            + (f", {spent}" if spent else "")
+            + speed,
+        )
     ]
     # The loss of a policy gradient says nothing of how good the policy is.
     first = "reward" if config.recipe == "rl" else "loss"
-    shown = [name for name in series if name == first or (name.startswith("eval_") and not name.endswith(_STD_ERROR))]
+    shown = [name for name in series if name == first or (name.startswith("eval_") and not name.endswith(STD_ERROR))]
     chosen = config.eval.best
     for name in shown[:_MOST_METRICS]:
         mode = chosen.mode if chosen is not None and chosen.metric == name else better(name)
         values = series[name].values
-        error = series.get(name + _STD_ERROR)
+        error = series.get(name + STD_ERROR)
         text = f"{values[-1]:.4f}" + (f" ± {error.values[-1]:.4f}" if error else "")
         if mode and len(values) > 1:
             step, value = series[name].best(mode)
@@ -75,7 +79,3 @@ def end_facts(
         speaks = config.recipe != "reward"
         facts.append(("next", f"jaxtrain chat {config.run.dir} (or generate, serve); {export}" if speaks else export))
     return facts
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
