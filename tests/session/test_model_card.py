@@ -103,7 +103,7 @@ def test_a_folder_is_uploaded_or_the_refusal_named(hub, tmp_path, monkeypatch):
         upload(tmp_path, "me/model", private=True, message="m")
     monkeypatch.setenv("HF_TOKEN", "right")
     assert upload(tmp_path, "me/model", private=True, message="m") == f"{hub.address}/me/model"
-    assert hub.created["private"] is True
+    assert hub.created["visibility"] == "private"
     assert hub.files == {"README.md": b"# Model\n", "model.safetensors": bytes(range(256))}
 
 
