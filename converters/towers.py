@@ -57,6 +57,10 @@ TOWERS = {
         tied=False,
         defaults={"max_position_embeddings": 128000, "rope_theta": 500000.0},
     ),
+    "Qwen3_5ForConditionalGeneration": Tower("Qwen3_5ForCausalLM", "qwen3_5_text", ("qwen3_5_text",), tied=False),
+    "Qwen3_5MoeForConditionalGeneration": Tower(
+        "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", ("qwen3_5_moe_text",), tied=False
+    ),
     # Mistral3Config ties by default, but published folders hold a head of their own, which transformers then uses.
     "Mistral3ForConditionalGeneration": Tower("MistralForCausalLM", "mistral", ("mistral",), tied=False),
 }

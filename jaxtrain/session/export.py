@@ -159,7 +159,8 @@ def _beside_other_models(source: str | Path | None, out: Path, output: str = LAN
     try:
         yield alone
         if jax.process_index() == 0:
-            export_towers(alone, base, out, max_shard_bytes=MAX_SHARD_BYTES)
+            target = Model(read_config(alone)[0]).abstract()
+            export_towers(alone, base, out, target, max_shard_bytes=MAX_SHARD_BYTES)
     finally:
         shutil.rmtree(alone, ignore_errors=True)
 

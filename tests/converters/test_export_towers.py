@@ -13,12 +13,18 @@ from converters.export_towers import export_towers, has_towers
 from converters.towers import text_names
 
 
-def test_trained_parameters_and_dtype_are_written_under_the_folders_names(tmp_path):
-    hf_towers.save(tmp_path / "in", "mistral3")
+def export(folder, config):
+    target = hf_folders.target(config)
+    return export_towers(folder / "text", folder / "in", folder / "out", target, max_shard_bytes=10**9)
+
+
+@pytest.mark.parametrize("case", ["mistral3", "qwen3.5-moe"])
+def test_trained_parameters_and_dtype_are_written_under_the_folders_names(case, tmp_path):
+    hf_towers.save(tmp_path / "in", case)
     params, config, hf = hf_folders.load(tmp_path / "in")
     params["norm"]["scale"] = params["norm"]["scale"] + 1
     export_hf(params, config, hf, tmp_path / "text", dtype="bfloat16")
-    export_towers(tmp_path / "text", tmp_path / "in", tmp_path / "out", max_shard_bytes=10**9)
+    export(tmp_path, config)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     norm = text_names(before).stored("model.norm.weight")
     for name, tensor in before.items():
@@ -29,4 +35,4 @@ def test_trained_parameters_and_dtype_are_written_under_the_folders_names(tmp_pa
     assert after[norm].dtype == torch.bfloat16
     assert has_towers(tmp_path / "in") and has_towers(tmp_path / "out") and not has_towers(tmp_path / "text")
     with pytest.raises(ConversionError, match="already exists and is not an empty folder"):
-        export_towers(tmp_path / "text", tmp_path / "in", tmp_path / "out", max_shard_bytes=10**9)
+        export(tmp_path, config)
