@@ -29,6 +29,14 @@ SHARED = {
     "moe_intermediate_size": 40,
     "shared_expert_intermediate_size": 24,
 }
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -104,6 +112,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3.5": ("Qwen3_5Text", {**HYBRID, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3.5-moe": ("Qwen3_5MoeText", {**HYBRID, **SHARED}),
+    "glm4-moe": ("Glm4Moe", {**SIGMOID, "use_qk_norm": True, "attention_bias": True}),
+    "glm4-moe-groups": (
+        "Glm4Moe",
+        {
+            **SIGMOID,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
+        },
+    ),
     "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 37}),
     "phi3-longrope-tied": (
         "Phi3",

@@ -11,6 +11,7 @@ FLOAT32 = np.dtype("float32")
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 QKNorm = Literal["head", "all"]
 Mixer = Literal["attention", "delta"]
+Scores = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,27 @@ class MoE:
     swiglu: ClampedSwiGLU | None = None  # None: a gated MLP with the model's activation
     shared_size: int = 0  # F of an expert that every token passes through; 0: there is none
     shared_gate: bool = False  # its output is multiplied by the sigmoid of a projection of the token
+    scores: Scores = "softmax"  # "sigmoid": each expert's own, chosen with a bias that is not trained: see `nn.router`
+    weight_scale: float = 1.0  # of the weights, with sigmoid scores
+    groups: int = 1  # experts are in so many groups of equal size, with sigmoid scores
+    groups_per_token: int = 1  # and those of a token in so many of them
 
     def __post_init__(self) -> None:
         if not 0 < self.experts_per_token <= self.num_experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}")
+        if self.scores == "softmax":
+            assert (self.weight_scale, self.groups, self.groups_per_token) == (1, 1, 1), "for sigmoid scores only"
+        if not 0 < self.groups_per_token <= self.groups or self.num_experts % self.groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} of groups={self.groups} of num_experts={self.num_experts}: "
+                "groups must be of equal size, and the first must not be larger than the second"
+            )
+        of_group = self.num_experts // self.groups
+        if self.groups > 1 and (of_group < 2 or self.experts_per_token > of_group * self.groups_per_token):
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} from {self.groups_per_token} groups of {of_group}: a group "
+                "must have two experts or more, and those of a token must have as many as it takes"
+            )
 
 
 @dataclass(frozen=True)
