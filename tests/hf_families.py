@@ -37,6 +37,17 @@ SIGMOID = {
     "routed_scaling_factor": 1.7,
     "first_k_dense_replace": 1,
 }
+LATENT = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_group": 1,
+    "topk_group": 1,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,6 +134,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 0,
             "tie_word_embeddings": True,
             "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **SIGMOID,
+            **LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+        },
+    ),
+    "moonlight": (
+        "DeepseekV3",
+        {
+            **SIGMOID,
+            **LATENT,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
         },
     ),
     "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 37}),

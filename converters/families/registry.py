@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from converters.errors import ConversionError
 from converters.families import (
     arcee,
+    deepseek_v3,
     exaone4,
     gemma2,
     gemma3,
@@ -77,7 +78,8 @@ _ALL: tuple[Family, ...] = (
     *(llama, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
     *(mixtral, gpt_oss, gemma2, gemma3),
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
-    *(arcee, exaone4, glm4, glm4_moe, olmoe, seed_oss),
+    *(arcee, exaone4, glm4, olmoe, seed_oss),
+    *(deepseek_v3, glm4_moe),
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 DERIVED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)

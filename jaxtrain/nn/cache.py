@@ -76,7 +76,10 @@ class LayerState(ABC):
 @dataclass(frozen=True)
 class LayerCache(LayerState):
     """Keys and values in a ring buffer: position p is stored in column p mod S (in column p, if S is at least the
-    length of the row)."""
+    length of the row).
+
+    A token of latent attention has one vector, which is both: `k` holds it as that of one head, and `v` has width 0.
+    """
 
     # Arrays [B, S, K, H], axes permuted by `order`; or other leaves, such as shardings, in trees of this structure.
     k: Any
@@ -226,7 +229,11 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, o
         if kind.mixer == "delta":
             assert config.delta is not None
             return RecurrentState.empty(config.delta, rows, dtype)
-        zeros = jnp.zeros((rows, columns_of(kind, length), config.num_kv_heads, config.head_dim), dtype)
+        columns = columns_of(kind, length)
+        if config.latent is not None:
+            held = jnp.zeros((rows, columns, 1, config.latent.rank + config.latent.rope_width), dtype)
+            return LayerCache.of(held, held[..., :0], order)
+        zeros = jnp.zeros((rows, columns, config.num_kv_heads, config.head_dim), dtype)
         return LayerCache.of(zeros, zeros, order)
 
     return ModelCache(tuple(map(empty, config.pattern)), jnp.zeros(rows, jnp.int32))

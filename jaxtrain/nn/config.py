@@ -40,6 +40,7 @@ class YarnScaling:
     beta_slow: float
     attention_factor: float  # multiplies cosines and sines
     truncate: bool  # the ends of the ramp are rounded to channel indices
+    score_mscale: float = 0.0  # scores of latent attention are multiplied by (0.1 score_mscale ln(factor) + 1)^2
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Rope:
     theta: float
     scaling: Scaling | None = None
     partial: float = 1.0  # the share of a head's channels that are rotated
+
+    @property
+    def score_factor(self) -> float:
+        """What the scores of latent attention are multiplied by."""
+        if not isinstance(self.scaling, YarnScaling) or self.scaling.factor <= 1:
+            return 1.0
+        return (0.1 * self.scaling.score_mscale * math.log(self.scaling.factor) + 1) ** 2
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,19 @@ class DeltaNet:
     def groups(self) -> int:
         """Heads of values for each head of queries and keys."""
         return self.value_heads // self.key_heads
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention: see `nn.latent_attention`. `ModelConfig.head_dim` is that of queries: both parts."""
+
+    query_rank: int | None  # of the vector that queries are projected from; None: from the token itself
+    rank: int  # R of the vector that keys and values are projected from
+    plain_width: int  # P of queries and keys without rope
+    rope_width: int  # Q of queries and of the shared key, with rope
+    value_width: int  # V
+    norm_eps: float  # of the norms of the vectors
+    neighbours: bool  # rope turns neighbouring channels in the checkpoint, whose channels the weight rows reorder
 
 
 @dataclass(frozen=True)
@@ -204,6 +225,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # factor of the logits, before their softcap
     moe: MoE | None = None  # in every layer that is not `dense`
     delta: DeltaNet | None = None  # of the layers whose mixer it is
+    latent: Latent | None = None  # attention is latent attention
     vocab_multiple: int = 64  # the stored vocabulary is padded to a multiple of this
     modules: Modules = Modules()  # user-defined classes
 
@@ -214,8 +236,17 @@ class ModelConfig:
         assert self.delta or all(kind.mixer == "attention" for kind in self.pattern), (
             "sizes of the delta net are missing"
         )
+        if self.latent:
+            assert self.head_dim == self.latent.plain_width + self.latent.rope_width, self
+            plain = (self.qk_norm, self.attention_softcap, self.attention_gate, self.sinks)
+            assert plain == (None, None, False, False), "latent attention has none of these"
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that a rope of share 1 turns."""
+        return self.head_dim if self.latent is None else self.latent.rope_width
 
     @property
     def padded_vocab(self) -> int:

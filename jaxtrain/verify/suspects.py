@@ -88,7 +88,7 @@ def _in_tables(subject: Subject, layer: int, ids: np.ndarray, theirs: Mapping[st
 def _table(subject: Subject, layer: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rope = subject.config.pattern[layer].rope
     assert rope is not None
-    table = rope_table(rope, subject.config.head_dim, as_batch(ids).positions, jnp.asarray(ids.shape[1]))
+    table = rope_table(rope, subject.config.rope_dim, as_batch(ids).positions, jnp.asarray(ids.shape[1]))
     return np.asarray(table.cos)[0, :, 0], np.asarray(table.sin)[0, :, 0]
 
 

@@ -23,6 +23,7 @@ LENGTH = 600  # short prompts hide mistakes in rope
 CASES = [
     *("qwen3-moe", "qwen3-moe-renormalised-window", "qwen3-moe-some-dense", "mixtral", "mixtral-window", "gpt-oss"),
     *("qwen3-next", "qwen3.5-moe", "olmoe", "glm4-moe", "glm4-moe-groups"),
+    *("deepseek-v3", "moonlight"),
 ]
 
 
@@ -89,7 +90,7 @@ def gradients(reference, case):
     return found
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe", "deepseek-v3"])
 @pytest.mark.parametrize("preset", [None, "fsdp_expert"])
 def test_an_export_is_bit_identical_and_transformers_loads_it(case, preset, tmp_path):
     hf_folders.save(tmp_path / "in", case)

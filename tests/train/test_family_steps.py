@@ -21,7 +21,7 @@ SFT_METRICS = {"loss", "mean_token_accuracy", "entropy"}
 ROUTERS = {"aux_loss", "router_z_loss", "expert_load_max"}
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss", "gemma3", "glm4-moe"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss", "gemma3", "glm4-moe", "deepseek-v3"])
 def test_a_packed_step_is_finite_and_has_the_right_metrics(case, tmp_path):
     hf_folders.hf_model(case).save_pretrained(tmp_path)
     params, config, _ = hf_folders.load(tmp_path)
