@@ -30,8 +30,9 @@ def export_towers(text: Path, source: Path, out: Path, target: Params, *, max_sh
     """Write the folder `source` with its language model replaced by that of the folder `text`, which `export_hf` wrote
     of it. `target` is the parameter tree of the latter, of which only shapes are used. Returns `out`.
 
-    Tensors have the names of `source`, also where it stores experts in another way than `text`; those of other models are copied bit for bit. Of config.json only what changed
-    in the language model is changed. Raises ConversionError if `out` is not empty.
+    Tensors have the names of `source`, also where it stores experts in another way than `text`; those of other models
+    are copied bit for bit. Of config.json only what changed in the language model is changed.
+    Raises ConversionError if `out` is not empty.
     """
     empty_folder(out)
     with open_checkpoint(source) as base, open_checkpoint(text) as trained, temporary_folder(out) as partial:
@@ -69,16 +70,14 @@ def _in_layout(trained: Checkpoint, base: Checkpoint, target: Params) -> dict[st
     second = {t.name: [t] for t in wanted if t.alias and t.name in trained.entries}
 
     def sources(part: Tensor) -> list[Tensor]:
-        return [
-            t for t in held if t.ours == part.ours and not t.alias and t.stack[: len(part.stack)] == part.stack
-        ]
+        return [t for t in held if t.ours == part.ours and not t.alias and t.stack[: len(part.stack)] == part.stack]
 
     return {name: [(part, sources(part)) for part in parts] for name, parts in (by_name(wanted) | second).items()}
 
 
 def _joined(trained: Checkpoint, parts: _Parts) -> np.ndarray:
     """A tensor from the tensors that hold its values."""
-    held = {part: tensors for part, tensors in parts}
+    held = dict(parts)
 
     def fetch(part: Tensor) -> np.ndarray:
         arrays = [each.to_ours_in_full(trained.read(each.name)) for each in held[part]]

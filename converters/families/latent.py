@@ -25,9 +25,7 @@ def _turned(axis: int, after_plain: bool) -> Callable[[ModelConfig], PairsToHalv
 
     def op(config: ModelConfig) -> PairsToHalves:
         sizes = latent_sizes(config)
-        return PairsToHalves(
-            axis, sizes.rope_width if sizes.neighbours else 0, sizes.plain_width if after_plain else 0
-        )
+        return PairsToHalves(axis, sizes.rope_width if sizes.neighbours else 0, sizes.plain_width if after_plain else 0)
 
     return op
 
@@ -110,7 +108,9 @@ def read_latent_rope(keys: ConfigKeys) -> Rope:
     mscale = ConfigKeys({"mscale_all_dim": section.get("mscale_all_dim") or 0.0}, {})
     return replace(
         rope,
-        scaling=replace(rope.scaling, score_mscale=mscale.number("mscale_all_dim") if mscale.get("mscale_all_dim") else 0.0),
+        scaling=replace(
+            rope.scaling, score_mscale=mscale.number("mscale_all_dim") if mscale.get("mscale_all_dim") else 0.0
+        ),
     )
 
 

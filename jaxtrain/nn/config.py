@@ -175,8 +175,8 @@ class MoE:
         of_group = self.num_experts // self.groups
         if self.groups > 1 and (of_group < 2 or self.experts_per_token > of_group * self.groups_per_token):
             raise ValueError(
-                f"experts_per_token={self.experts_per_token} from {self.groups_per_token} groups of {of_group}: a group "
-                "must have two experts or more, and those of a token must have as many as it takes"
+                f"experts_per_token={self.experts_per_token} from {self.groups_per_token} groups of {of_group}: a "
+                "group must have two experts or more, and those of a token must have as many as it takes"
             )
 
 

@@ -32,7 +32,9 @@ def attend(
 ) -> Float[Array, "B T N V"]:
     """Grouped-query attention, causal by position and within a segment, softmax in float32.
 
-    N is a multiple of K. V may differ from H: the fused kernels pad the narrower of the two with zeros. A query attends to the keys of its segment at its position and at most `options.window - 1`
+    N is a multiple of K. V may differ from H: for the fused kernels the narrower of the two is padded with zeros.
+
+    A query attends to the keys of its segment at its position and at most `options.window - 1`
     positions before it. Segment 0 is padding: its tokens attend to each other, so that their outputs are finite.
 
     Packed rows: `tokens` has nothing of the keys, which are those of the same tokens as the queries. The tokens of a
@@ -62,8 +64,8 @@ def attend(
         raise ValueError(f"impl={impl!r} supports packed rows only: leave kv_pos and kv_seg out, or use 'xla'")
     if impl in ("splash", "cudnn") and v.shape[3] != q.shape[3]:
         width = max(v.shape[3], q.shape[3])
-        wide = [jnp.pad(x, [*[(0, 0)] * 3, (0, width - x.shape[3])]) for x in (q, k, v)]
-        return attend(*wide, tokens, options, sinks=sinks, impl=impl, mesh=mesh)[..., : v.shape[3]]
+        wide_q, wide_k, wide_v = (jnp.pad(x, [*[(0, 0)] * 3, (0, width - x.shape[3])]) for x in (q, k, v))
+        return attend(wide_q, wide_k, wide_v, tokens, options, sinks=sinks, impl=impl, mesh=mesh)[..., : v.shape[3]]
     if impl == "splash":
         interpret = platform != "tpu"
         return splash_attention(q, k, v, tokens.q_seg, options, sinks=sinks, mesh=mesh, interpret=interpret)

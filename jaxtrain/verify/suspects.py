@@ -138,8 +138,9 @@ def _in_gate(subject: Subject, layer: int, seen: Observed, pairs: Mapping[str, P
 
 def _in_experts(subject: Subject, layer: int, seen: Observed, mismatch: Mismatch) -> str:
     call, ours = seen.theirs[mismatch.hf], seen.ours.get((mismatch.where, "out"))
-    if call.input is None or call.output is None or ours is None:
-        return ""
+    shared = subject.config.moe is not None and subject.config.moe.shared_size > 0
+    if call.input is None or call.output is None or ours is None or shared:
+        return ""  # a shared expert's output is in the sum that the experts' weights are solved from
     width = subject.config.hidden_size
     first = max(min(mismatch.position, ours.shape[1] - _TOKENS), 0)
     x, ours, theirs = (

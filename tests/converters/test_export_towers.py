@@ -30,7 +30,7 @@ def test_trained_parameters_and_dtype_are_written_under_the_folders_names(case, 
     for name, tensor in before.items():
         expected = (tensor + 1 if name == norm else tensor).to(after[name].dtype)
         torch.testing.assert_close(after[name], expected, rtol=0, atol=0)
-    assert {after[name].dtype for name in after if "vision" in name} == {torch.float32}
+    assert {after[name].dtype for name in after if "vision" in name or "visual" in name} == {torch.float32}
     assert jnp.dtype(hf_folders.read_json(tmp_path / "out/config.json")["dtype"]) == jnp.bfloat16
     assert after[norm].dtype == torch.bfloat16
     assert has_towers(tmp_path / "in") and has_towers(tmp_path / "out") and not has_towers(tmp_path / "text")

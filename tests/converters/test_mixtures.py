@@ -90,7 +90,9 @@ def gradients(reference, case):
     return found
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe", "deepseek-v3"]
+)
 @pytest.mark.parametrize("preset", [None, "fsdp_expert"])
 def test_an_export_is_bit_identical_and_transformers_loads_it(case, preset, tmp_path):
     hf_folders.save(tmp_path / "in", case)
