@@ -13,7 +13,7 @@ from converters.import_hf import bind_checkpoint, read_config, with_aliases_reso
 from converters.json_files import read_json_object
 from converters.quantization import QUANTIZATION
 from converters.safetensors_io import STORED, Checkpoint, TensorSpec, open_checkpoint, plan_files, write_checkpoint
-from converters.towers import has_section, text_config, tower_of
+from converters.towers import has_section, prediction_prefixes, text_config, tower_of
 from converters.weight_rows import Tensor, bind, by_name, flatten, fuse
 from jaxtrain.types import Params
 
@@ -24,6 +24,12 @@ _NAMES = ("architectures", "model_type")
 def has_towers(folder: Path) -> bool:
     """Whether a folder holds other models beside a language model."""
     return tower_of(read_json_object(folder / "config.json")) is not None
+
+
+def has_others(folder: Path) -> bool:
+    """Whether a folder holds other models, or layers of multi-token prediction, beside a language model."""
+    declared = prediction_prefixes(read_json_object(folder / "config.json"))
+    return has_towers(folder) or (bool(declared) and bool(open_checkpoint(folder).others))
 
 
 def export_towers(text: Path, source: Path, out: Path, target: Params, *, max_shard_bytes: int) -> Path:
