@@ -62,7 +62,7 @@ def test_weights_arrive_with_every_bit_and_chunk_by_chunk(dtype, tensor):
     assert weights.bytes == expected.bytes
     placed = place_chunks(rollout, weights._replace(chunks=map(alive.watch, weights.chunks)))
     jax.tree.map(np.testing.assert_array_equal, placed, expected.params)
-    assert alive.most <= OF_READER < weights.bytes / 20 and alive.total >= weights.bytes
+    assert alive.most <= OF_READER < weights.bytes / 15 and alive.total >= weights.bytes
     if tensor:
         assert jax.tree.map(lambda leaf: leaf.sharding, placed) == serving_shardings(rollout)
 
