@@ -87,7 +87,7 @@ class LayerCache(LayerState):
     order: Order
 
     @classmethod
-    def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], order: Order) -> LayerCache:
+    def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K V"], order: Order) -> LayerCache:
         """Keys and values as a layer computes them."""
         return cls(k.transpose(order.k), v.transpose(order.v), order)
 
@@ -95,14 +95,14 @@ class LayerCache(LayerState):
     def columns(self) -> int:
         return self.v.shape[self.order.v.index(_COLUMN)]
 
-    def all(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def all(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
         """Keys and values with the axes that layers compute with."""
         return self.k.transpose(np.argsort(self.order.k)), self.v.transpose(np.argsort(self.order.v))
 
     def write(
         self,
         k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
         positions: Integer[Array, "B T"],
         segment_ids: Integer[Array, "B T"],
         length: Integer[Array, " B"],
