@@ -111,6 +111,19 @@ LLAMA32 = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
+LLAMA31 = (  # and 3.3: the date does not change, and a call of a built-in tool ends a step and not the turn
+    LLAMA32.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    .replace(
+        "'<|start_header_id|>system<|end_header_id|>\\n\\nToday",
+        "system_header + 'Cutting Knowledge Date: 2023\\nToday",
+    )
+    .replace(
+        "{{- bos_token }}",
+        "{%- set system_header = '<|start_header_id|>system<|end_header_id|>\\n\\n' %}{{- bos_token }}",
+    )
+    .replace("+ '}<|eot_id|>' }}", "+ '}' + ('<|eom_id|>' if builtin_tools is defined else '<|eot_id|>') }}")
+)
+
 GEMMA3 = (
     GEMMA.replace("{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}")
     .replace(
@@ -191,6 +204,31 @@ MISTRAL3 = """
         {{- m.content + eos_token }}
     {%- elif m.role == 'tool' %}
         {{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}"""
+
+MISTRAL_TEKKEN = """{{- bos_token }}
+{%- if messages[0].role == 'system' %}
+    {{- '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}{%- set messages = messages[1:] %}
+{%- endif %}
+{%- if tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {{- '[INST]' + m.content + '[/INST]' }}
+    {%- elif m.role == 'assistant' %}
+        {{- m.content if m.content }}
+        {%- for call in m.tool_calls or [] %}
+            {%- set given = call.function.arguments %}
+            {%- if given is not string %}{%- set given = given | tojson %}{%- endif %}
+            {{- '[TOOL_CALLS]' + call.function.name }}
+            {{- '[CALL_ID]' + call.id if version == 11 }}
+            {{- '[ARGS]' + given }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS]' + (m.tool_call_id + '[TOOL_CONTENT]' if version == 11 else '') + m.content }}
+        {{- '[/TOOL_RESULTS]' }}
+    {%- else %}{{- raise_exception('Only system, user, assistant and tool roles') }}
     {%- endif %}
 {%- endfor %}"""
 
@@ -361,6 +399,7 @@ GRANITE4 = (
 
 _IM = {"eos_token": "<|im_end|>"}
 _LLAMA = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+_TEKKEN = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CONTENT]")
 _DEEPSEEK = {"bos_token": "<|begin_of_sentence|>", "eos_token": "<|end_of_sentence|>"}
 _DEEPSEEK_TOKENS = (
     *("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_call_begin|>", "<|tool_sep|>"),
@@ -371,6 +410,7 @@ STOCK = {
     "qwen2.5": Stock(QWEN25, _IM),
     "qwen3": Stock(QWEN3, _IM),
     "qwen3.5": Stock(QWEN35, _IM),
+    "llama3.1": Stock(LLAMA31, _LLAMA, ("<|eom_id|>",)),
     "llama3.2": Stock(LLAMA32, _LLAMA),
     "gemma3": Stock(GEMMA3, {"bos_token": "<bos>", "eos_token": "<eos>"}),
     "gemma4": Stock(
@@ -380,6 +420,8 @@ STOCK = {
          "<channel|>", "<|tool>", "<tool|>"),
     ),
     "mistral3": Stock(MISTRAL3, {"eos_token": "</s>"}, ("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")),
+    "mistral-v11": Stock("{%- set version = 11 %}" + MISTRAL_TEKKEN, {"eos_token": "</s>"}, _TEKKEN),
+    "mistral-v13": Stock("{%- set version = 13 %}" + MISTRAL_TEKKEN, {"eos_token": "</s>"}, _TEKKEN),
     "phi4": Stock(PHI4, _IM, ("<|im_sep|>",)),
     "gpt-oss": Stock(
         GPT_OSS,

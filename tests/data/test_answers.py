@@ -67,6 +67,7 @@ TABLE = {
     },
     "qwen3.5": row("<|im_end|>", XML, before="</think>\n\n", reasoning=["I wonder\n</think>\n\nParis<|im_end|>"])
     | {"multi-turn": OPENED},
+    "llama3.1": row("<|eot_id|>", '{"name": "add", "parameters": {"a": 1}}'),
     "llama3.2": row("<|eot_id|>", '{"name": "add", "parameters": {"a": 1}}'),
     "gemma3": row("<end_of_turn>", "!refuses the conversation|never writes"),
     "gemma4": row("<turn|>", "", reasoning=["<|channel>thought\nI wonder\n<channel|>Paris<turn|>"])
@@ -75,6 +76,8 @@ TABLE = {
         "tool result": ["<|tool_call>call:add{a:1}<tool_call|><|tool_response>", "Rome<turn|>"],
     },
     "mistral3": row("</s>", '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}, "id": "abcdefghi"}]'),
+    "mistral-v11": row("</s>", '[TOOL_CALLS]add[CALL_ID]abcdefghi[ARGS]{"a": 1}'),
+    "mistral-v13": row("</s>", '[TOOL_CALLS]add[ARGS]{"a": 1}'),
     "phi4": row("<|im_end|>", NO_TOOLS) | {"tool result": "!writes nothing for a message|never writes the schemas"},
     "gpt-oss": {
         "plain": ["<|channel|>final<|message|>Paris<|return|>"],
@@ -175,6 +178,12 @@ def test_turns_after_a_tool_result_are_trained(name):
     tok = made(name)
     chat = ChatTokenizer(tok)([*CHATS["tool result"], USER, answer("Paris")], weights=[0, 0, 0, 1, 0, 0])
     assert trained(tok, chat) == ["Rome" + ("<turn|>" if name == "gemma4" else "<|end_of_sentence|>")]
+
+
+def test_a_call_of_a_built_in_tool_ends_a_step():
+    call = '{"name": "add", "parameters": {"a": 1}}<|eom_id|>'
+    expected = [call, "Rome<|eot_id|>"]
+    check(made("llama3.1"), CHATS["tool result"], expected, kwargs={"builtin_tools": ["add"]})
 
 
 def test_several_calls_end_as_one_does():
