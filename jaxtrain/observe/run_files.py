@@ -1,4 +1,10 @@
-"""The names of what a run writes into its folder."""
+"""The names of what a run writes into its folder, and its config as it was written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 CONFIG = "config.yaml"  # the initial config; written once
 INPUTS = "inputs.json"  # fingerprints of the initial input files
@@ -21,3 +27,11 @@ RUN_FILES = (
     *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, TRACKERS),
     *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )
+
+
+def recorded_config(run: Path) -> dict[str, Any]:
+    """The config of the run in a folder, with the permitted changes; not checked, so the files it names may be gone."""
+    changes = run / CHANGES
+    if changes.is_file() and (lines := changes.read_text(encoding="utf-8").splitlines()):
+        return json.loads(lines[-1])["config"]
+    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
