@@ -1,4 +1,4 @@
-"""The shapes of the chat templates of Llama 3 and Mistral, reduced and written for the tests (see stock_templates.py)."""
+"""The shapes of the chat templates of Llama 3 and Mistral, reduced for the tests as those of stock_templates.py are."""
 
 LLAMA32 = """{{- bos_token }}
 {%- if messages[0].role == 'system' %}
