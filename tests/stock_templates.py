@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from chat_templates import GEMMA, QWEN3, QWEN25
+import numpy as np
+from chat_templates import GEMMA, QWEN3, QWEN25, tokenizer
 from instruct_templates import LLAMA31, LLAMA32, MISTRAL3, MISTRAL_TEKKEN
 
 
@@ -351,3 +352,15 @@ STOCK = {
     "nemotron3": Stock(NEMOTRON3, _IM),
     "granite4": Stock(GRANITE4, {"eos_token": "<|end_of_text|>"}, ("<|start_of_role|>", "<|end_of_role|>")),
 }  # fmt: skip
+
+
+def made(name):
+    """The tokenizer with a stock template."""
+    stock = STOCK[name]
+    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
+
+
+def trained(tok, chat):
+    """The runs of tokens with weight, as text."""
+    edges = np.flatnonzero(np.diff((chat.loss_weights > 0).astype(int), prepend=0, append=0))
+    return [tok.decode(chat.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -299,8 +299,8 @@ class _Examples:
             if read is _PAST_END:
                 past_end[draw.source] += 1
                 continue
-            after = self.state | {"counts": [drawn - none for drawn, none in zip(draw.counts, past_end, strict=True)]}
-            after["piece"] = 0
+            counts = [drawn - none for drawn, none in zip(draw.counts, past_end, strict=True)]
+            after = self.state | {"counts": counts, "piece": 0}
             after |= {event: after[event] + 1 for event in read.events}
             for piece in range(first_piece, len(read.items)):
                 self.state = self.state | {"piece": piece + 1} if piece + 1 < len(read.items) else after

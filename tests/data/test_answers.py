@@ -5,10 +5,9 @@ Each cell of the table is the list of runs of tokens that are trained, in order,
 
 import warnings
 
-import numpy as np
 import pytest
 from chat_templates import ALPACA, CHATML, GENERATION, VICUNA, tokenizer
-from stock_templates import STOCK
+from stock_templates import STOCK, made, trained
 
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.formats import Encoder
@@ -106,17 +105,6 @@ TABLE = {
     "granite4": row("<|end_of_text|>", "\n" + HERMES),
 }
 CELLS = [(name, kind) for name, cells in TABLE.items() for kind in cells]
-
-
-def made(name):
-    stock = STOCK[name]
-    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
-
-
-def trained(tok, chat):
-    """The runs of tokens with weight, as text."""
-    edges = np.flatnonzero(np.diff((chat.loss_weights > 0).astype(int), prepend=0, append=0))
-    return [tok.decode(chat.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def check(tok, messages, expected, tools=None, kwargs=None, **options):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from chat_templates import QWEN25, tokenizer
-from stock_templates import STOCK
+from stock_templates import STOCK, made
 
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.formats import Encoder
@@ -11,11 +11,6 @@ from jaxtrain.types import Example
 
 USER = {"role": "user", "content": "What?"}
 WRITTEN = '{"a":  [1, "é"]}'  # with spaces that `json.dumps` would not write
-
-
-def made(name):
-    stock = STOCK[name]
-    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
 
 
 def rendered(tok, *messages, kwargs=None, date=None, **run_kwargs):

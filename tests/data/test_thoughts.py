@@ -2,26 +2,31 @@
 
 import pytest
 from chat_templates import tokenizer
-from stock_templates import STOCK, Stock
-from test_answers import USER, answer, made, trained
+from stock_templates import STOCK, made, trained
 
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.packing import RowExamples
 from jaxtrain.data.thoughts import split_thought, without_thought
 
-OPENED = Stock(  # writes the key between marks that its prompt opens, and the content as it is: Qwen 3.8, Kimi K2
+USER = {"role": "user", "content": "What?"}
+OPENED = (  # writes the key between marks that its prompt opens, and the content as it is: Qwen 3.8, Kimi K2
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
     "{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}{{ m.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}",
-    {"eos_token": "<|im_end|>"},
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 INLINE = "<think>\nI wonder\n</think>\n\nParis"
+
+
+def answer(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
 KEYED = [USER, answer("Paris", reasoning_content="I wonder")]
 
 
 def opened():
-    return tokenizer(OPENED.template, **OPENED.special)
+    return tokenizer(OPENED, eos_token="<|im_end|>")
 
 
 @pytest.mark.parametrize(
