@@ -156,7 +156,7 @@ def test_of_a_stream_the_steps_must_be_given(tree, recipe):
         tree |= {"recipe": recipe, "rl": rl}
     for section, train in (({}, {"epochs": 1}), ({"epochs": 1}, {})):
         tree["data"]["train"] |= section
-        tree["train"] = {"batch_size": 8} | train
+        tree["train"] = train if recipe == "rl" else {"batch_size": 8} | train
         with pytest.raises(ValueError, match=r"the length of source:.* is not known, .*: give train\.steps"):
             shown(tree)
     tree["train"]["steps"] = 7
