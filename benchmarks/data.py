@@ -1,11 +1,12 @@
 """How fast batches are made: the packer alone, and the whole pipeline beside grain's and that of datasets and TRL.
 
-Usage: python benchmarks/data.py TOKENIZER WORK_FOLDER [DATASETS_PYTHON] [--gib 2] [--rows 1000000] [--seconds 30]
+Usage: python benchmarks/data.py TOKENIZER WORK_FOLDER [DATASETS_PYTHON]
+       [--gib 2] [--rows 1000000] [--seconds 8] [--rounds 3]
 
 The pipeline reads, writes chats by the template, tokenises, masks and packs, on 1 and on 2 cores: many short rows, a
 large JSON-lines file, and a Parquet file whose row groups are huge. TOKENIZER is a folder. The files are written to
 WORK_FOLDER once. DATASETS_PYTHON is an interpreter with `datasets` and `trl`; without it that side is left out. With
-the sizes as they are, RESULTS.md gets the table.
+the sizes as they are, RESULTS.md gets the table. In each round the sides run in turn; the table has the medians.
 """
 
 from __future__ import annotations
@@ -95,18 +96,24 @@ def write_parquet(file: Path, lines: Path) -> None:
             writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=GROUP_ROWS)
 
 
-def measure(side: str, python: str, file: Path, tokenizer: str, cores: int, seconds: float) -> str:
+def measure(side: str, python: str, file: Path, tokenizer: str, cores: int, seconds: float) -> dict[str, float]:
     root = Path(__file__).resolve().parent
     environment = os.environ | {"PYTHONPATH": str(root.parent)} if side != "datasets" else dict(os.environ)
     command = [python, str(root / "data_sides.py"), side, str(file), tokenizer, str(cores), str(seconds)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        return f"| {file.name} | {cores} | {side} | failed: {done.stderr.strip().splitlines()[-1]} | | | | |"
-    found = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{side} of {file.name} failed: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line_of(side: str, file: Path, cores: int, rounds: list[dict[str, float]], others: dict[str, float]) -> str:
+    """A line of the table: medians over the rounds. `others` are the tokens/s by side, to which ours is compared."""
+    found = {key: float(np.median([one[key] for one in rounds])) for key in rounds[0]}
+    speed = found["tokens_per_second"]
+    ratios = ", ".join(f"{speed / other:.2f}x {name}" for name, other in others.items()) if side == "ours" else ""
     return (
-        f"| {file.name} | {cores} | {side} | {found['tokens_per_second']:,.0f} "
-        f"| {found['tokens_per_cpu_second']:,.0f} | {found['density']:.4f} "
-        f"| {found['first']:.1f} | {found['peak_mib']:,.0f} |"
+        f"| {file.name} | {cores} | {side} | {speed:,.0f} | {found['tokens_per_cpu_second']:,.0f} "
+        f"| {found['density']:.4f} | {found['first']:.1f} | {found['peak_mib']:,.0f} | {ratios} |"
     )
 
 
@@ -117,7 +124,8 @@ def main() -> None:
     parser.add_argument("datasets_python", nargs="?")
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     measure_packers()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -134,14 +142,19 @@ def main() -> None:
     sides = {"ours": sys.executable, "grain": sys.executable}
     sides |= {"datasets": given.datasets_python} if given.datasets_python else {}
     lines = [
-        "| file | cores | side | tokens/s | tokens per CPU second | density | first batch, s | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| file | cores | side | tokens/s | tokens per CPU second | density | first batch, s | peak MiB | ours |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for file in (short, large, parquet):
         for cores in (1, 2):
-            for side, python in sides.items():
-                lines.append(measure(side, python, file, given.tokenizer, cores, given.seconds))
-                print(lines[-1], flush=True)
+            found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+            for _ in range(given.rounds):
+                for side, python in sides.items():
+                    found[side].append(measure(side, python, file, given.tokenizer, cores, given.seconds))
+            speeds = {s: float(np.median([one["tokens_per_second"] for one in of])) for s, of in found.items()}
+            others = {side: speed for side, speed in speeds.items() if side != "ours"}
+            lines += [line_of(side, file, cores, rounds, others) for side, rounds in found.items()]
+            print("\n".join(lines[-len(sides) :]), flush=True)
     notes = (
         "Goals: first batch within 10 s, under 1 GiB resident, 1.5x the tokens/s of the other sides. ours and grain "
         "shuffle the JSON lines of the whole file; of Parquet, ours shuffles blocks (`data.shuffle: blocks`) and grain "
@@ -153,7 +166,8 @@ def main() -> None:
     table = "\n".join(lines)
     if (given.gib, given.rows) == (2.0, 1_000_000):
         text = (
-            f"{table}\n\n{notes}\n{machine('grain', 'pyarrow', 'tokenizers')}. Load average {os.getloadavg()[0]:.1f}."
+            f"{table}\n\n{notes}\n{given.rounds} rounds of {given.seconds:.0f} s for each side, in turn; medians. "
+            f"{machine('grain', 'pyarrow', 'tokenizers')}. Load average {os.getloadavg()[0]:.1f}."
         )
         write_section("data", "The data pipeline: read, tokenise, pack", text)
 

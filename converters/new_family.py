@@ -90,7 +90,8 @@ def _names(hf: Mapping[str, Any]) -> tuple[str, str]:
     architecture, model_type = str(hf["architectures"][0]), str(hf["model_type"])
     for family in FAMILIES.values():
         if architecture == family.ARCHITECTURE or model_type == family.MODEL_TYPE:
-            raise ConversionError(f"{architecture} is already read by family {family.MODEL_TYPE}")
+            name = f"{architecture} (model_type {model_type})"
+            raise ConversionError(f"{name} is already read by family {family.MODEL_TYPE}")
     return architecture, model_type
 
 

@@ -52,6 +52,34 @@ def _model_snapshot(name: str, weights: bool) -> Path:
     return snapshot(name, "model", (*_TEXTS, *_WEIGHTS) if weights else _TEXTS)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is `owner/name` or `owner/name@revision`, and no local folder."""
+    return bool(_NAME.fullmatch(name)) and not Path(name).exists()
+
+
+def upload(folder: Path, name: str, *, private: bool, message: str) -> str:
+    """Upload a model's folder as `owner/name`, which is created where it is missing; the URL of the model's page.
+
+    Raises HubError for a name that is none, and where the hub refuses the upload or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    repository, revision = split_revision(name)
+    if revision is not None:
+        raise HubError(f"{name}: a model is uploaded without a revision, to {repository}")
+    api = HfApi()
+    try:
+        page = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except _client_errors() as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise HubError(
+            f"{name} could not be uploaded ({reason}). Log in with `hf auth login`, or set HF_TOKEN to a token that "
+            "can write"
+        ) from error
+    return str(page)
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """`owner/name@revision` -> the two parts. Raises HubError for what is not a name of the hub."""
     if not _NAME.fullmatch(name):

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from recipe_runs import CLOCKS, logged, prepare
+from recipe_runs import CLOCKS, logged, prepare, prepare_stages
 
+from jaxtrain.config.stages import EXPORT
 from jaxtrain.rl.trajectories import TRAJECTORIES, read_step, recorded_steps
 from jaxtrain.session.folder import checkpoint_steps
 from jaxtrain.session.record import CHECKPOINTS
 
-FILE = "run.yaml"
+STAGES = "stages"  # instead of a recipe: several in turn
 SECTIONS = {"experience": "*", TRAJECTORIES: "*"}  # folders of a run whose files must be the same
 SAMPLES = ("sampler_logps", "raw_logps", "versions", "token_rewards", "advantages")  # arrays of a trajectory
 EQUAL = ("step", "num_tokens", "epoch", "learning_rate", "data/examples", "reward", "completions/mean_length")
@@ -36,8 +37,10 @@ _AHEAD = ("rl.placement.staleness=1", "objective.beta=0.1", "train.steps=6")
 CASES = {
     "sft": Case("sft", ("train.steps=8", "eval.every=4")),
     "dpo": Case("preference", ("train.steps=8",)),
+    "kto": Case("preference", ("train.steps=8", "objective=KTO")),
     "reward": Case("reward", ("train.steps=8",)),
     "distill": Case("distill", ("train.steps=8", "eval.every=4")),
+    "sft then dpo": Case(STAGES, ()),
     "grpo": Case("rl", ("train.steps=8", "model.lora={rank: 4}", *_UPDATES)),
     "ppo": Case("rl", ("train.steps=8", "rl.algorithm=ppo", "rl.iterations=2", *_UPDATES)),
     "dapo": Case(
@@ -58,13 +61,17 @@ CASES = {
 def prepare_cases(folder: Path, names: list[str]) -> None:
     """Write the config and the data of each case's recipe."""
     for recipe in {CASES[name].recipe for name in names}:
-        if not (folder / recipe / FILE).exists():
+        if not config_file(folder, recipe).exists():
             (folder / recipe).mkdir(parents=True)
-            prepare(folder / recipe, recipe)
+            prepare_stages(folder / recipe) if recipe == STAGES else prepare(folder / recipe, recipe)
 
 
-def command(folder: Path, name: str, run: Path, *more: str) -> list[str]:
-    """The arguments of `jaxtrain` for a run of a case in the folder `run`."""
+def config_file(folder: Path, recipe: str) -> Path:
+    return folder / recipe / ("stages.yaml" if recipe == STAGES else "run.yaml")
+
+
+def arguments(folder: Path, name: str, run: Path, *more: str) -> list[str]:
+    """The config of a case's run in the folder `run`, and its overrides."""
     case = CASES[name]
     caches = {"dpo": "reference.cache", "distill": "teacher.cache"}
     evaluated = [
@@ -72,7 +79,7 @@ def command(folder: Path, name: str, run: Path, *more: str) -> list[str]:
         "eval={every: 4, generate: 3, max_new_tokens: 8}",
     ]
     return [
-        *("train", str(folder / case.recipe / FILE), f"run.dir={run}", "log.to=[tensorboard]", *case.overrides),
+        *(str(config_file(folder, case.recipe)), f"run.dir={run}", "log.to=[tensorboard]", *case.overrides),
         *([f"{caches[name]}={run}.cache"] if name in caches else []),
         *(evaluated if name in ("grpo", "ppo") else []),
         *more,
@@ -250,8 +257,12 @@ def write_result(work: str, run: Path, other: Path, file: Path) -> int:
         "losses": differences_in_losses,
         "prompts": lambda run, other: lost_or_repeated_steps(run, other) + lost_or_repeated_prompts(run),
     }
+    parts = [path.parent.name for path in sorted(other.glob("*/config.yaml"))] or ["."]  # of several stages
     try:
-        found = comparisons[work](run, other)
+        found = [each for part in parts for each in comparisons[work](run / part, other / part)]
+        for export in sorted(other.glob(f"*/{EXPORT}/*.safetensors")) if work == "equal" else ():
+            if (run / export.relative_to(other)).read_bytes() != export.read_bytes():
+                found.append(str(export.relative_to(other)))
     except Exception as error:
         found = [f"{type(error).__name__}: {error}"]
     file.write_text(json.dumps(found))

@@ -34,10 +34,11 @@ PHASES = {  # functions, and what a process does while they run
     "jaxtrain.rl.sampler:EngineSampler.sample": "sampling",
     "jaxtrain.rl.ray_sampler:RaySampler.sample": "sampling",
     "jaxtrain.rl.reward_pool:RewardPool.score": "reward",
+    "jaxtrain.recipes.stages:_export": "export",
     "jaxtrain.rl.rollout_loop:write_step": "writing samples",
     "jaxtrain.rl.rollout_loop:save_pending": "writing samples",
 }
-RECIPES = ("sft", "preference", "reward", "distill", "rl")
+RECIPES = ("sft", "preference", "reward", "distill", "rl", "stages")
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as conftest.py
 START_UP, STEPS = "start-up", "between"
 HUNG = 900.0  # seconds after which a run of a few seconds will not end by itself, on a very busy machine
@@ -91,12 +92,20 @@ class ForkedJob:
             own = kill if each == rank else None
             self._ids[fork(lambda: _run(command, devices // processes), self._log(each), environ, own)] = each
 
+    @property
+    def ids(self) -> list[int]:
+        """Of the processes."""
+        return list(self._ids)
+
+    def running(self) -> bool:
+        for process in self._ids:
+            self._poll(process)
+        return len(self.codes) < len(self._ids)
+
     def wait(self, *, kill_all: bool = False) -> None:
         """Until all have ended. `kill_all`: as soon as one has. What does not end by itself is killed."""
         deadline = self.started + HUNG
-        while len(self.codes) < len(self._ids):
-            for process in self._ids:
-                self._poll(process)
+        while self.running():
             if (self.codes and kill_all) or time.monotonic() > deadline:
                 self.kill()
             if self.codes:
@@ -198,6 +207,7 @@ def import_recipes() -> None:
         importlib.import_module(module)
     del sys.modules["torch"]
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["XLA_FLAGS"] = os.environ.get("JAXTRAIN_TEST_XLA_FLAGS", COMPILE_FAST)
 
 

@@ -4,8 +4,9 @@
 
 A run is killed a few times: one of its processes, or all, in a random phase of its work (`forked_job.PHASES`) or at a
 random time since its start. It is started again until it is complete. With the number of processes `mixed` every start
-has another one. Prints what every kill has hit, and a Markdown table, which is also written to table.md in the folder.
-The exit code is 1 if a resumed run differs, or a process did not end as it should.
+has another one. With `--launched`, `jaxtrain launch --backend local` starts it again by itself. Prints what every kill
+has hit, and a Markdown table, which is also written to table.md in the folder. The exit code is 1 if a resumed run
+differs, or a process did not end as it should.
 """
 
 import argparse
@@ -21,12 +22,14 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from campaign_runs import CASES, command, prepare_cases, write_result
+from campaign_runs import CASES, arguments, prepare_cases, write_result
 from forked_job import START_UP, ForkedJob, Kill, fork, import_recipes, phase_durations
+from launched_job import kill_launched
 from process_comparison import compare, compared_table
 
 MARK = "JAXTRAIN_KILL_CAMPAIGN"  # a variable of the environment of all processes
 KILLS_OF_A_RUN = 4
+RESTARTS = 3  # by `jaxtrain launch`, its default
 MIXED = "mixed"
 COUNTS = (1, 2, 4)  # of processes, with `mixed`
 
@@ -57,6 +60,26 @@ class Campaign:
         while sum(row.kills.values()) < kills:
             row = self._killed_run(row, min(KILLS_OF_A_RUN, kills - sum(row.kills.values())))
         return row
+
+    def launched(self, recipe: str, nodes: int) -> Row:
+        """`jaxtrain launch --backend local` of a recipe, of which it restarts one of its processes after every kill."""
+        name, place = f"{recipe}-{nodes}", self._folder / "launched"
+        shutil.rmtree(place, ignore_errors=True)
+        given = [arguments(self._folder, recipe, place / each, "checkpoint.every=1") for each in ("whole", name)]
+        whole = ForkedJob(place / "whole.log", nodes, ["train", *given[0]], devices=nodes)
+        whole.wait()
+        launch = ["launch", *given[1], "--backend", "local", "--nodes", str(nodes)]
+        job = ForkedJob(place / f"{name}.log", 1, launch, devices=1)
+        kills = kill_launched(job, place / name, nodes=nodes, kills=RESTARTS, chosen=self._random)
+        failures = [f"exit codes {each.codes}" for each in (whole, job) if set(each.codes.values()) != {0}]
+        failures = failures or self.compare("equal", place / name, place / "whole")
+        if (restarts := job.printed(0).count("starting again from the last checkpoint")) != kills:
+            failures.append(f"{restarts} restarts after {kills} kills")
+        if kills < RESTARTS:
+            failures.append(f"only {kills} of {RESTARTS} kills")
+        failures += self._left_behind()
+        say(f"{recipe} launched on {nodes}: {kills} kills, {job.seconds[0]:.1f} s, {failures}")
+        return Row(recipe, f"{nodes}, launched", 1, Counter({"launched": kills}), not failures, failures)
 
     def reference(self, recipe: str, processes: str) -> Path:
         return self._folder / "whole" / f"{recipe}-{COUNTS[0] if processes == MIXED else processes}"
@@ -93,7 +116,7 @@ class Campaign:
                 failures.append(f"exit codes {job.codes}: {job.printed(min(job.codes))[-2000:]}")
                 break
             phase = job.phase(rank)
-            phase = "save" if job.wrote(run, "checkpoints/*tmp*") else phase
+            phase = "save" if job.wrote(run, "**/checkpoints/*tmp*") else phase
             hit[phase] += 1
             fault = "" if kill_all else self._fault(job.codes, rank, phase)
             note = {"recipe": recipe, "count": count, "rank": rank, "kill": kill, "all": kill_all, "phase": phase}
@@ -133,7 +156,7 @@ class Campaign:
         return ForkedJob(
             run.parent / f"{run.name}.log{number}",
             count,
-            command(self._folder, recipe, run),
+            ["train", *arguments(self._folder, recipe, run)],
             devices=count * CASES[recipe].devices,
             rank=rank,
             kill=kill,
@@ -193,6 +216,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--compare", action="store_true", help="kill nothing, and compare numbers of processes")
+    parser.add_argument("--launched", action="store_true", help="kill processes that `jaxtrain launch` restarts")
     given = parser.parse_args()
     names = given.recipes.split(",")
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +234,10 @@ def main() -> int:
         return int(any(any(runs.values()) for runs in found.values()))
     for name in names:
         for processes in ["1"] if CASES[name].alone else given.processes.split(","):
-            rows.append(campaign.row(name, processes, given.kills))
+            if given.launched:
+                rows.append(campaign.launched(name, int(processes)))
+            else:
+                rows.append(campaign.row(name, processes, given.kills))
             (given.folder / "table.md").write_text(table(rows))
     say(table(rows))
     return int(any(row.failures for row in rows))

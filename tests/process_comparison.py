@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from campaign_runs import CASES, command
+from campaign_runs import CASES, arguments
 from forked_job import ForkedJob
 from recipe_runs import killed_copy
 
@@ -53,10 +53,10 @@ def compare(
         to = place / run.name
         if run.resumed_from:
             killed_copy(place / run.resumed_from, to, RESUMED_AFTER)
-        arguments = command(folder, recipe, to, *_MANY, *run.overrides)
+        command = ["train", *arguments(folder, recipe, to, *_MANY, *run.overrides)]
         if run.replayed:
-            arguments = ["replay", str(place / "on 1"), str(to)]
-        job = ForkedJob(place / f"{run.name}.log", run.processes, arguments, devices=DEVICES)
+            command = ["replay", str(place / "on 1"), str(to)]
+        job = ForkedJob(place / f"{run.name}.log", run.processes, command, devices=DEVICES)
         job.wait()
         if set(job.codes.values()) != {0}:
             found[run.name] = [f"exit codes {job.codes}"]

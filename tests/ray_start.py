@@ -22,6 +22,8 @@ def start(home: Path) -> None:
         patch.setenv("RAY_gcs_server_port_wait_time_s", "120")  # a busy machine takes longer than the default
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        flags = f"--xla_force_host_platform_device_count=2 {os.environ['JAXTRAIN_TEST_XLA_FLAGS']}"
+        patch.setenv("XLA_FLAGS", flags)  # a worker splits its model over two devices
         # Sockets lie in the folder, and their paths must be short.
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=f"/tmp/ray_{os.getpid()}")
 

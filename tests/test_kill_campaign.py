@@ -9,7 +9,8 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("kill_campaign.py")
 
 
-DOSES = [("sft", 2), ("reward", 2), ("distill", 1), ("grpo", 1), ("ppo", 1), ("dapo", 1)]  # recipes and processes
+# Recipes and numbers of processes.
+DOSES = [("sft", 2), ("kto", 1), ("reward", 2), ("distill", 1), ("grpo", 1), ("ppo", 1), ("dapo", 1)]
 
 
 def test_killed_runs_go_on_exactly(tmp_path):

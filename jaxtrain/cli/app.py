@@ -25,6 +25,7 @@ for command in (
         runs.preview,
         runs.plan,
         runs.export,
+        runs.push,
         models.convert,
         models.verify,
     ),

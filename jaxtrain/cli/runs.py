@@ -152,25 +152,55 @@ def plan(
     print_plan(load_config(config, overrides), profile=10 if profile else 0, as_json=as_json, **options)
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export` and `push`."""
+
+    step: Annotated[int | None, Ge(0), Doc("step of the checkpoint; default: the newest")] = None
+    dtype: Annotated[str | None, Doc("float32, bfloat16 or float16; default: the model's dtype")] = None
+
+
+RunArgument = Annotated[str, typer.Argument(help="folder of a run, local or a URL")]
+AdapterOption = Annotated[bool, typer.Option("--adapter", help="write only the adapters, as a PEFT folder")]
+BestOption = Annotated[bool, typer.Option("--best", help="the checkpoint with the best eval.best.metric")]
+
+
+@with_field_options(ExportOptions)
 def export(
-    run: Annotated[str, typer.Argument(help="folder of a run, local or a URL")],
-    out: OutArgument,
-    step: Annotated[int | None, typer.Option(help="step of the checkpoint; default: the newest", min=0)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the model's dtype")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="write only the adapters, as a PEFT folder")] = False,
-    best: Annotated[bool, typer.Option("--best", help="the checkpoint with the best eval.best.metric")] = False,
+    run: RunArgument, out: OutArgument, adapter: AdapterOption = False, best: BestOption = False, **given: Any
 ) -> None:
-    """Write a run's model as a Hugging Face folder, with merged adapters."""
+    """Write a run's model as a Hugging Face folder, with merged adapters and a model card."""
     from jaxtrain.session.export import export_run
+
+    export_run(**_exported(run, best, ExportOptions(**fields_of(ExportOptions, given))), out=out, adapter=adapter)
+    typer.echo(f"wrote {out}")
+
+
+@with_field_options(ExportOptions)
+def push(
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub")],
+    adapter: AdapterOption = False,
+    best: BestOption = False,
+    private: Annotated[bool, typer.Option("--private", help="a private model, where it does not exist yet")] = False,
+    **given: Any,
+) -> None:
+    """Export a run's model and upload it to the Hugging Face hub, with its model card; needs `hf auth login`."""
+    from jaxtrain.session.export import push_run
+
+    exported = _exported(run, best, ExportOptions(**fields_of(ExportOptions, given)))
+    typer.echo(f"uploaded {push_run(**exported, name=name, adapter=adapter, private=private)}")
+
+
+def _exported(run: str, best: bool, options: ExportOptions) -> dict[str, Any]:
+    """The run, the step and the dtype to export."""
     from jaxtrain.session.mirror import local_run
     from jaxtrain.session.record import best_step
 
-    if best and step is not None:
+    if best and options.step is not None:
         raise ValueError("give either --best or --step")
     folder = local_run(run)
-    step = best_step(folder) if best else step
-    export_run(folder, out, step=step, dtype=dtype, adapter=adapter)
-    typer.echo(f"wrote {out}")
+    return {"run": folder, "step": best_step(folder) if best else options.step, "dtype": options.dtype}
 
 
 def replay(

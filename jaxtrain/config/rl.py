@@ -63,6 +63,12 @@ class RLSection(Section):
         return self.iterations * self.minibatches
 
     @property
+    def scorers(self) -> int:
+        """Groups that are scored at the same time beside the training: one by each process that runs the rewards, or
+        all together by reward models, which are faster so."""
+        return self.reward_workers if self.placement.staleness and self.rewards and not self.reward_models else 1
+
+    @property
     def rewarded(self) -> bool:
         """Whether anything but a teacher says what a sample is worth."""
         return bool(self.rewards or self.reward_models or self.environment)

@@ -1,6 +1,7 @@
 """Metrics of a run on disk: `metrics.jsonl`, one JSON object per line, and TensorBoard."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ class MetricLog:
         if tensorboard:
             from tensorboardX import SummaryWriter  # imports torch, if that is installed: seconds
 
+            # A value that is not finite is written as it is, without a line on the terminal for each.
+            logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
             # TensorBoard drops whole steps, so what is kept of the last one is shown again. Its files are named by the
             # second: a number keeps two of the same second apart, and in their order.
             folder = path.parent / "tensorboard"

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from jaxtrain.observe.history import Series, better, read_series
-from jaxtrain.observe.run_files import CHANGES, CONFIG, REPORT, TRAJECTORIES
+from jaxtrain.observe.run_files import FIRST_ROWS, REPORT, TRAJECTORIES, recorded_config
 from jaxtrain.observe.status import read_status, status_facts
 
 _MOST_POINTS = 600  # of a curve
@@ -84,7 +84,7 @@ def write_page(runs: Sequence[Path], out: Path | None = None) -> Path:
 def _run(run: Path, name: str) -> dict[str, Any]:
     """JSON-able."""
     status, series = read_status(run), read_series(run)
-    config = _config(run)
+    config = recorded_config(run)
     best = {each: values.best(mode) for each, values in series.items() if (mode := better(each))}
     return {
         "name": name,
@@ -93,6 +93,7 @@ def _run(run: Path, name: str) -> dict[str, Any]:
         "facts": [*_text_facts(status), *_data_facts(config, series)],
         "series": {each: _thinned(values) for each, values in series.items()},
         "best": best,
+        "rows": json.loads((run / FIRST_ROWS).read_text()) if (run / FIRST_ROWS).is_file() else [],
         "samples": _samples(run),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "keys": _flat(config),
@@ -107,14 +108,6 @@ def _names(runs: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"{runs[0]} is given twice")
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """With the permitted changes."""
-    changes = run / CHANGES
-    if changes.is_file() and (lines := changes.read_text(encoding="utf-8").splitlines()):
-        return json.loads(lines[-1])["config"]
-    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,4 +1,10 @@
-"""The names of what a run writes into its folder."""
+"""The names of what a run writes into its folder, and its config as it was written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 CONFIG = "config.yaml"  # the initial config; written once
 INPUTS = "inputs.json"  # fingerprints of the initial input files
@@ -11,6 +17,7 @@ PROFILE = "profile"  # traces of steps
 TRACKERS = "trackers.json"  # the ids of the run in each
 LOGS = "logs"  # the messages of every process
 REPORT = "report.html"
+FIRST_ROWS = "first_rows.json"  # what the first batch trains on, for the report
 TRAJECTORIES = "trajectories"  # samples of recipe rl
 LOCK = ".lock"  # names the process that uses the folder
 ORIGIN = ".url"  # in a local copy: the URL of the run's folder
@@ -18,6 +25,14 @@ QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart m
 
 # Everything that a run writes into its folder, except for the lock.
 RUN_FILES = (
-    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, TRACKERS),
+    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, FIRST_ROWS, TRACKERS),
     *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )
+
+
+def recorded_config(run: Path) -> dict[str, Any]:
+    """The config of the run in a folder, with the permitted changes; not checked, so the files it names may be gone."""
+    changes = run / CHANGES
+    if changes.is_file() and (lines := changes.read_text(encoding="utf-8").splitlines()):
+        return json.loads(lines[-1])["config"]
+    return yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))

@@ -28,6 +28,16 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
+    """A sampler's mesh: split over "tensor" and "expert" as `section` says, as far as the number of devices permits."""
+    sizes, remaining = {}, len(devices)
+    for axis in ("tensor", "expert"):
+        wanted = getattr(section, axis)
+        sizes[axis] = wanted if remaining % wanted == 0 else 1
+        remaining //= sizes[axis]
+    return make_mesh(section.model_copy(update={"data": 1, "fsdp": -1, **sizes}), devices)
+
+
 def platform_of(mesh: Mesh | None) -> str:
     """The platform of the mesh's devices; without a mesh, of JAX's default device."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

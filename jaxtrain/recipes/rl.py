@@ -76,7 +76,8 @@ def run(
         environment_weight = section.environment.weight if section.environment else 1.0
         models = reward_models(session, policy)
         scorer = partial(RewardScorer, section.rewards, pool, environment_weight, models, session.num_steps)
-        reward, held_out = scorer(together=section.placement.staleness == 0), scorer()
+        each = 1 if section.scorers > 1 else None  # process of the pool for a group
+        reward, held_out = scorer(together=section.placement.staleness == 0, workers=each), scorer()
         encode = session.encoder(policy)
         if section.rewarded or config.eval.rewards:
             session.evaluator("rewards", eval_rewards(session, policy, encode, held_out, held_out.metrics, sampler))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class AheadSource:
     """Samples of prompts that are begun while the trainer trains on earlier ones.
 
     A thread samples without a pause: the next prompts are begun while others are under way, as many as `GroupQueue`
-    permits. Another thread scores the groups that are finished. The trainer takes a batch as soon as enough groups are
+    permits. Other threads score the groups that are finished. The trainer takes a batch as soon as enough groups are
     finished, whichever. Every token is tagged with the version that sampled it, since weights that arrive are used from
     the engine's next device call on.
 
@@ -32,9 +33,12 @@ class AheadSource:
     call the source together.
     """
 
-    def __init__(self, collect: Collector, prompts: PromptStream[Any], *, staleness: int, updates: int):
+    def __init__(
+        self, collect: Collector, prompts: PromptStream[Any], *, staleness: int, updates: int, scorers: int = 1
+    ):
         """Every batch is used for `updates` optimizer steps. `collect` draws from `prompts`, and its scorer is called
-        by a thread of each process for itself.
+        by `scorers` threads of each process for itself: several score one group each, so that a slow one delays no
+        other; a single one scores together what was finished meanwhile.
 
         Raises ValueError if `staleness` is too small to begin any batch before the one before it has been trained on.
         """
@@ -43,7 +47,7 @@ class AheadSource:
                 f"rl.placement.staleness={staleness}: samples are used for {updates} optimizer steps, so sampling "
                 f"beside the training needs a staleness of at least {updates} (0: on policy)"
             )
-        self._collect, self._sampler = collect, collect.sampler
+        self._collect, self._sampler, self._scorers = collect, collect.sampler, scorers
         self._queue = GroupQueue(
             lambda: next(iter(collect.next_prompts(1)), None),
             prompts.get_state,
@@ -69,7 +73,7 @@ class AheadSource:
         if not self._threads:  # not before the sampler has its first weights
             self._threads = [
                 threading.Thread(target=self._until_error, args=(work,), name=name, daemon=True)
-                for name, work in (("rollouts", self._sample), ("rewards", self._score))
+                for name, work in (("rollouts", self._sample), *[("rewards", self._score)] * self._scorers)
             ]
             for thread in self._threads:
                 thread.start()
@@ -155,12 +159,11 @@ class AheadSource:
     def _score(self) -> None:
         while True:
             groups = [self._sampled.get()]
-            try:
-                while True:  # those that were finished meanwhile are scored together
+            with suppress(Empty):
+                while self._scorers == 1:
                     groups.append(self._sampled.get_nowait())
-            except Empty:
-                pass
             if None in groups:
+                self._sampled.put(None)  # for the other threads
                 return
             scored = self._collect.score([t for group in groups for t in group or ()])
             with self._changed:

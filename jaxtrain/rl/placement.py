@@ -13,7 +13,7 @@ from jaxtrain.config import MeshSection
 from jaxtrain.config.rl import RLSection
 from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.nn.model import Model
-from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.parallel.mesh import engine_mesh
 from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.ray_sampler import RaySampler
 from jaxtrain.rl.sampler import EngineSampler
@@ -71,7 +71,7 @@ def sampling_meshes(
     if placement.kind == "disjoint":
         count = placement.rollout_devices
         assert count is not None
-        return tuple(_engine_mesh(section, own[-count:]) for own in _by_process(devices))
+        return tuple(engine_mesh(section, own[-count:]) for own in _by_process(devices))
     return (trainer,) if processes == each else _trainer_parts(section, trainer, processes // each)
 
 
@@ -79,23 +79,13 @@ def _trainer_parts(section: MeshSection, trainer: Mesh, parts: int) -> tuple[Mes
     """The trainer's devices as meshes of adjacent processes."""
     devices = [device for own in _by_process(trainer.devices.flat) for device in own]
     size = len(devices) // parts
-    return tuple(_engine_mesh(section, devices[at : at + size]) for at in range(0, len(devices), size))
+    return tuple(engine_mesh(section, devices[at : at + size]) for at in range(0, len(devices), size))
 
 
 def _by_process(devices: Iterable[Any]) -> list[list[Any]]:
     """Of each process, in the order of their ids."""
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return [list(own) for _, own in groupby(ordered, key=lambda device: device.process_index)]
-
-
-def _engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
-    """Split over "tensor" and "expert" as the trainer is, as far as the number of devices permits."""
-    sizes, remaining = {}, len(devices)
-    for axis in ("tensor", "expert"):
-        wanted = getattr(section, axis)
-        sizes[axis] = wanted if remaining % wanted == 0 else 1
-        remaining //= sizes[axis]
-    return make_mesh(section.model_copy(update={"data": 1, "fsdp": -1, **sizes}), devices)
 
 
 def make_sampler(session: Session, policy: TrainedRole, trained: Sequence[TrainedRole]) -> EngineSampler | RaySampler:
@@ -125,6 +115,7 @@ def make_sampler(session: Session, policy: TrainedRole, trained: Sequence[Traine
         deal=Deal.of_run(placement.processes_per_engine),
         template_kwargs=session.config.data.chat_template_kwargs,
         date=session.config.data.date,
+        mesh=config.mesh,
     )
     copies: tuple[Mesh, ...] = ()
     if len(meshes) > 1:

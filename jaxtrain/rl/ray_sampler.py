@@ -26,7 +26,8 @@ import jax
 from jaxtrain.nn.model import Model
 from jaxtrain.rl.rollouts import Prompt, Sampler, Trajectory
 from jaxtrain.rl.sampler import EngineSampler
-from jaxtrain.rl.sync import Synced, from_host, to_host
+from jaxtrain.rl.sync import Synced
+from jaxtrain.rl.weight_chunks import ChunkedWeights, chunk_weights, place_chunks
 from jaxtrain.rl.worker import WorkerSpec
 from jaxtrain.train.agree import from_process_0, gather_values, on_all
 from jaxtrain.train.preemption import Interrupted
@@ -49,13 +50,14 @@ class RayWorker:
         self._version = -1
         self._added: defaultdict[int, SimpleQueue[Sequence[Prompt] | None]] = defaultdict(SimpleQueue)  # of each stream
 
-    def set_params(self, weights: Params, version: int) -> None:
-        """Set `weights`, in the form of `to_host`. Calls may arrive out of order: older weights are ignored."""
+    def set_params(self, weights: ChunkedWeights, version: int) -> None:
+        """Set weights, whose chunks are Ray's. Calls may arrive out of order: older weights are ignored."""
         with self._receiving:
             if version <= self._version:
                 return
             if self._sampler is None:
-                self._sampler = self._spec.build(from_host(self._spec.model, weights), version, self._receive)
+                self._spec = self._spec.on_devices(jax.devices())
+                self._sampler = self._spec.build(self._receive(weights).params, version, self._receive)
             else:
                 self._sampler.set_params(weights, version)
             self._version = version
@@ -91,8 +93,11 @@ class RayWorker:
     def process_id(self) -> int:
         return os.getpid()
 
-    def _receive(self, weights: Params) -> Synced:
-        return Synced(from_host(self._spec.model, weights), 0, 0.0)
+    def _receive(self, weights: ChunkedWeights) -> Synced:
+        """Fetch the weights one chunk at a time."""
+        begin, ray = time.perf_counter(), importlib.import_module("ray")
+        params = place_chunks(self._spec.model, weights._replace(chunks=map(ray.get, weights.chunks)))
+        return Synced(params, weights.bytes, time.perf_counter() - begin)
 
 
 class RaySampler(Sampler):
@@ -127,7 +132,7 @@ class RaySampler(Sampler):
         self._actor = self._ray.remote(**options, max_concurrency=4)(RayWorker)
         first = jax.process_index() * workers
         self._workers = [_Worker(first + number, self._actor.remote(spec)) for number in range(workers)]
-        self._weights: tuple[Any, int] | None = None  # a Ray reference to the newest weights, and their version
+        self._weights: tuple[ChunkedWeights, int] | None = None  # the newest, in Ray's memory, and their version
         self._changing = threading.RLock()  # weights may be set by another thread during sampling
         self._events: Counter[str] = Counter()
         self._sync: dict[str, float] = {}
@@ -226,8 +231,8 @@ class RaySampler(Sampler):
         Raises exceptions of workers, and RuntimeError if a worker cannot be started.
         """
         begin = time.perf_counter()
-        synced = to_host(self._trainer, params)
-        weights = self._ray.put(synced.params), version
+        chunked = chunk_weights(self._trainer, params)
+        weights = chunked._replace(chunks=list(map(self._ray.put, chunked.chunks))), version
         receiving: dict[Any, _Worker] = {}
         with self._changing:
             first, self._weights = self._weights is None, weights
@@ -247,7 +252,7 @@ class RaySampler(Sampler):
         while first and any(worker.start is not None for worker in self._workers):
             self._wait([], math.inf)
             self._check_starts()
-        bytes_sent = float(synced.bytes * len(self._workers))
+        bytes_sent = float(chunked.bytes * len(self._workers))
         self._sync = {"sync/bytes": bytes_sent, "sync/seconds": time.perf_counter() - begin}
 
     def metrics(self) -> dict[str, float]:

@@ -50,16 +50,15 @@ class RewardPool:
     """`workers` processes, each of which can call all functions. They are not forked, so JAX may be running.
 
     A process whose call exceeds its limit is killed and replaced. The samples of a failed call are retried one by one,
-    so that only those that fail alone are lost.
+    so that only those that fail alone are lost. Several threads may score at the same time: they share the processes.
     """
 
     def __init__(self, rewards: Sequence[RewardSection], workers: int = 2):
         """Raises ValueError for a reward function that cannot be imported."""
         self._rewards = {reward.name: reward for reward in rewards}
         paths = [reward.function for reward in rewards if isinstance(reward.function, str)]
-        self._scoring = threading.Lock()
+        self._in_process = threading.Lock()  # the user's functions here need not be thread-safe
         self._interrupted = threading.Event()
-        self._state: Mapping[str, Any] | None = None  # of the current `score`
         self._workers = [_Worker(paths, self._interrupted) for _ in range(workers if paths else 0)]
         try:
             for worker in self._workers:
@@ -67,6 +66,8 @@ class RewardPool:
         except (ValueError, Interrupted):
             self.close()
             raise
+        self._idle = deque(self._workers)
+        self._returned = threading.Condition()  # of a worker to `_idle`, which it protects
 
     def __enter__(self) -> Self:
         return self
@@ -89,10 +90,12 @@ class RewardPool:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, Sequence[Any]],
         state: Mapping[str, Any] | None = None,
+        workers: int | None = None,
     ) -> RewardResults:
         """Compute every reward of every sample; the first four arguments have length n.
 
-        `state` has the attributes of `trainer_state`, which functions may take.
+        `state` has the attributes of `trainer_state`, which functions may take. The call uses at most `workers`
+        processes at a time (default: all), so that those of other threads find one.
 
         Takes as long as the slowest function, at most about ten times its limit however many of its calls hang.
         Raises Interrupted shortly after `interrupt`.
@@ -105,11 +108,10 @@ class RewardPool:
         metrics: dict[str, tuple[float, int]] = {}
         extra: dict[str, list[Any]] = {}
         named = [name for name, reward in self._rewards.items() if isinstance(reward.function, str)]
-        tasks = [task for name in named for task in _split(name, count, len(self._workers))]
+        workers = len(self._workers) if workers is None else workers
+        tasks = [task for name in named for task in _split(name, count, workers)]
         in_process = [_Task(name, range(count)) for name in self._rewards if name not in named and count]
-        with self._scoring:  # an evaluation may run while a prefetched rollout is scored
-            self._state = state
-            answers = [*self._run(tasks, samples), *self._run_in_process(in_process, samples)]
+        answers = [*self._run(tasks, samples, state, workers), *self._run_in_process(in_process, samples, state)]
         for task, values, failure, message, logged, columns_logged in answers:
             for name, value in logged:
                 total, number = metrics.get(name, (0.0, 0))
@@ -128,23 +130,30 @@ class RewardPool:
                     parts[task.name][sample] = np.nan
         return RewardResults(parts, failures, reasons, metrics, extra)
 
-    def _run(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]):
+    def _run(
+        self,
+        tasks: list[_Task],
+        samples: dict[str, Sequence[Any]],
+        state: Mapping[str, Any] | None,
+        workers: int,
+    ) -> Iterator[_Answer]:
         """Yield the answers to all tasks; failed tasks of several samples are split and retried."""
-        waiting, idle = deque(tasks), deque(self._workers)
+        waiting = deque(tasks)
         busy: dict[Connection, tuple[_Worker, _Task, float]] = {}
         hung: Counter[str] = Counter()
         while waiting or busy:
-            while waiting and idle:
-                task, worker = waiting.popleft(), idle.popleft()
+            while waiting and len(busy) < workers:
                 # A function that always hangs must not delay the step by its limit for every sample.
-                if hung[task.name] > 8 * len(self._workers):
-                    idle.appendleft(worker)
+                if hung[waiting[0].name] > 8 * len(self._workers):
                     yield from (
                         _Answer(one, None, "timeout", "timeout: not started: too many other calls hung")
-                        for one in task.singles()
+                        for one in waiting.popleft().singles()
                     )
                     continue
-                worker.send(self._rewards[task.name], task, samples, self._state)
+                if (worker := self._take_idle(wait=not busy)) is None:
+                    break
+                task = waiting.popleft()
+                worker.send(self._rewards[task.name], task, samples, state)
                 busy[worker.connection] = worker, task, time.monotonic() + self._rewards[task.name].seconds
             if self._interrupted.is_set():
                 raise Interrupted
@@ -163,25 +172,38 @@ class RewardPool:
                 if answer.failure in ("timeout", "died"):
                     hung[task.name] += answer.failure == "timeout"
                     worker.restart()
-                idle.append(worker)
+                with self._returned:
+                    self._idle.append(worker)
+                    self._returned.notify()
                 if answer.failure is not None and len(task.samples) > 1:
                     waiting.extend(task.singles())
                 else:
                     yield answer
 
-    def _run_in_process(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> Iterator[_Answer]:
+    def _take_idle(self, *, wait: bool) -> _Worker | None:
+        """A worker that no thread uses; None if there is none, also after a short wait for one."""
+        with self._returned:
+            if wait and not self._idle:
+                self._returned.wait(_POLL_SECONDS)
+            return self._idle.popleft() if self._idle else None
+
+    def _run_in_process(
+        self, tasks: list[_Task], samples: dict[str, Sequence[Any]], state: Mapping[str, Any] | None
+    ) -> Iterator[_Answer]:
         """`_run` for functions in this process. A call that exceeds its limit is abandoned."""
         for task in tasks:
-            (answer,) = self._call_in_process([task], samples)
-            if answer.failure is not None and len(task.samples) > 1:
-                yield from self._call_in_process(task.singles(), samples)
-            else:
-                yield answer
+            with self._in_process:
+                answers = self._call_in_process([task], samples, state)
+                if answers[0].failure is not None and len(task.samples) > 1:
+                    answers = self._call_in_process(task.singles(), samples, state)
+            yield from answers
 
-    def _call_in_process(self, tasks: list[_Task], samples: dict[str, Sequence[Any]]) -> list[_Answer]:
+    def _call_in_process(
+        self, tasks: list[_Task], samples: dict[str, Sequence[Any]], state: Mapping[str, Any] | None
+    ) -> list[_Answer]:
         reward = self._rewards[tasks[0].name]
         assert callable(reward.function)
-        calls = [partial(call_reward, reward.function, task.arguments(reward, samples), self._state) for task in tasks]
+        calls = [partial(call_reward, reward.function, task.arguments(reward, samples), state) for task in tasks]
         results = call_all(calls, reward.seconds, self._interrupted)
         return [
             _Answer(task, None, "timeout", f"timeout: {result}")

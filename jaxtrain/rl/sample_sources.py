@@ -97,6 +97,8 @@ def make_source(
             f"rl.reward_models on the trainer's {session.mesh.size} devices cannot run during training: use "
             "rl.placement.staleness=0 or train on a single device"
         )
-    source = AheadSource(collect, prompts, staleness=section.placement.staleness, updates=section.updates)
+    source = AheadSource(
+        collect, prompts, staleness=section.placement.staleness, updates=section.updates, scorers=section.scorers
+    )
     session.enter(closing(source))
     return source

@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class EngineSampler(Sampler):
         engine: Engine,
         params: SamplingParams,
         seed: int,
-        sync: Callable[[Params], Synced],
+        sync: Callable[[Any], Synced],
         conversations: Conversations | None = None,
     ):
         """`sync` converts the parameters of `set_params` to the engine's. `conversations`: for environments."""
@@ -76,7 +77,8 @@ class EngineSampler(Sampler):
     def wanted(self) -> bool:
         return self._next.locked()
 
-    def set_params(self, params: Params, version: int) -> None:
+    def set_params(self, params: Any, version: int) -> None:
+        """`params`: what `sync` takes."""
         synced = self._sync(params)
         self._metrics = {"sync/bytes": float(synced.bytes), "sync/seconds": synced.seconds}
         self._pending.append((synced.params, version))

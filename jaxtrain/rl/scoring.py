@@ -37,10 +37,12 @@ class RewardScorer:
         max_steps: int | None = None,
         *,
         together: bool = True,
+        workers: int | None = None,
     ):
         """`max_steps`: optimizer steps of the run, which functions may read in `trainer_state`.
 
         `together`: False for a thread of each process that scores when it likes to, without models of several devices.
+        `workers`: processes of the pool that a call uses at a time at most.
         """
         self.weights = {reward.name: reward.weight for reward in [*rewards, *models]} | {
             REWARD_PART: environment_weight
@@ -49,7 +51,7 @@ class RewardScorer:
         self._counts: Counter[str] = Counter()
         self._logged: dict[str, tuple[float, int]] = {}
         self._counting = threading.Lock()  # of another thread than that which asks for metrics
-        self._max_steps, self._together = max_steps, together
+        self._max_steps, self._together, self._workers = max_steps, together, workers
         self._log = FailureLog()
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
@@ -63,7 +65,7 @@ class RewardScorer:
             "global_step": max((int(t.versions.max(initial=0)) for t in trajectories), default=0),
             "max_steps": self._max_steps,
         }
-        score = partial(self._pool.score, prompts, completions, ids, given, state)
+        score = partial(self._pool.score, prompts, completions, ids, given, state, self._workers)
         scores = on_all(score) if self._together else score()
         for model in self._models:
             scores.parts[model.name] = model(trajectories)

@@ -7,15 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxtrain.nn.model import Model
 from jaxtrain.sample.capacity import cast_matrices, serving_shardings
 from jaxtrain.types import Params
-
-_PIECE_BYTES = 1 << 28  # of a parameter, gathered from all processes at a time
 
 
 def rollout_model(model: Model, mesh: Mesh | None) -> Model:
@@ -52,47 +49,6 @@ class WeightSync:
         if self.rollout.run.mesh != mesh:
             merged = jax.device_put(merged, serving_shardings(self.rollout))
         return _synced(merged, start)
-
-
-def to_host(trainer: Model, params: Params) -> Synced:
-    """`WeightSync` for a sampler in another process: numpy arrays; those in bfloat16 are viewed as uint16.
-
-    Ray's shared memory supports only numpy's dtypes; others would be pickled, and copied by every reader. Several
-    processes, which hold only shards, call it together, and each gets all.
-    """
-    start = time.perf_counter()
-    host = jax.tree.map(_whole, merge(trainer, params))
-    return _synced(jax.tree.map(lambda leaf: leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf, host), start)
-
-
-def _whole(leaf: jax.Array) -> np.ndarray:
-    """`leaf` on the host. What other processes hold is gathered by pieces, so that a device holds one at a time."""
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    whole = np.empty(leaf.shape, leaf.dtype)
-    rows = max(_PIECE_BYTES * len(leaf) // leaf.nbytes, 1)
-    for start in range(0, len(leaf), rows):
-        start = min(start, max(len(leaf) - rows, 0))  # pieces of one size need one program
-        piece = _replicated(leaf, start, min(rows, len(leaf)), leaf.sharding)
-        whole[start : start + rows] = piece.addressable_data(0)
-    return whole
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _replicated(leaf: jax.Array, start: int, rows: int, sharding: NamedSharding) -> jax.Array:
-    """Rows of `leaf`, whose sharding is `sharding`, on every device."""
-    piece = jax.lax.dynamic_slice_in_dim(leaf, start, rows)
-    return jax.lax.with_sharding_constraint(piece, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def from_host(rollout: Model, tree: Params) -> Params:
-    """The inverse of `to_host`, on this process's devices."""
-
-    def place(leaf: np.ndarray) -> jax.Array:
-        return jnp.asarray(leaf.view(ml_dtypes.bfloat16) if leaf.dtype == np.uint16 else leaf)
-
-    params = jax.tree.map(place, tree)
-    return params if rollout.run.mesh is None else jax.device_put(params, serving_shardings(rollout))
 
 
 def _copied(params: Params, rollout: Model, copies: tuple[Mesh, ...]) -> Params:

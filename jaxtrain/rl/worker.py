@@ -1,18 +1,22 @@
 """`WorkerSpec`: a picklable description from which a sampler is built, also in another process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from jaxtrain.config import MeshSection
 from jaxtrain.config.rl_parts import EnvironmentSection
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.named import load_named
 from jaxtrain.nn.model import Model
+from jaxtrain.parallel.mesh import engine_mesh
 from jaxtrain.rl.conversations import Conversations
 from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.sampler import EngineSampler
-from jaxtrain.rl.sync import Synced
+from jaxtrain.rl.sync import Synced, rollout_model
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import EngineLimits, SamplingParams
 from jaxtrain.types import Params
@@ -34,8 +38,14 @@ class WorkerSpec:
     deal: Deal = Deal()  # noqa: RUF009 - immutable
     template_kwargs: dict[str, Any] | None = None  # of every conversation with an environment
     date: str | None = None  # today for chat templates that write it
+    mesh: MeshSection = MeshSection()  # noqa: RUF009 - immutable. Of the trainer; see `on_devices`
 
-    def build(self, weights: Params, version: int, sync: Callable[[Params], Synced]) -> EngineSampler:
+    def on_devices(self, devices: Sequence[Any]) -> WorkerSpec:
+        """With the model on these devices, over several of which it is split as `mesh` says, where that fits."""
+        mesh = None if len(devices) == 1 else engine_mesh(self.mesh, devices)
+        return replace(self, model=rollout_model(self.model, mesh))
+
+    def build(self, weights: Params, version: int, sync: Callable[[Any], Synced]) -> EngineSampler:
         """Build the sampler. `weights` are the engine's initial ones; `sync` converts later ones to the same form.
 
         Raises ValueError for an environment that cannot be imported.

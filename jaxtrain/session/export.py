@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from converters.import_hf import read_config
 from converters.weight_rows import flatten
 from jaxtrain.config import MeshSection, ModelSection
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
-from jaxtrain.hub import local_folder
+from jaxtrain.hub import HubError, is_hub_name, local_folder, upload
 from jaxtrain.lora import join
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
@@ -31,6 +32,7 @@ from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids, tokenizer_folder
 from jaxtrain.roles.torch_model import TorchModel, export_torch_model
 from jaxtrain.session.inputs import changed_file, fingerprint_path
 from jaxtrain.session.mirror import local_run
+from jaxtrain.session.model_card import model_card
 from jaxtrain.session.record import SavedRun, checkpoint_folder, parse_model, read_saved_run
 from jaxtrain.train.checkpoint import Checkpoints
 from jaxtrain.types import Params
@@ -49,7 +51,7 @@ def export_run(
     `step` selects the checkpoint; default: the newest.
     `dtype` casts the weights; default: the dtype of the base checkpoint, or that of the parameters.
     `adapter` writes only the adapters, as a PEFT folder.
-    The folder has the run's chat template and its end tokens in generation_config.json.
+    The folder has the run's chat template, its end tokens in generation_config.json, and a model card, README.md.
     Raises ValueError if `run` is not a run or has no such checkpoint, if the base has changed since the run started, or
     if `out` is not empty.
     """
@@ -64,8 +66,32 @@ def export_run(
             f"{tokenizer_folder(section)}{f' and {template}' if template else ''}"
         )
     role = Role(str(run), section, declared, saved.config.run.seed, params)
+    assert saved.step is not None
     with written_folder(out) as folder:
         _write(role, params, tokenizer, folder, dtype, adapter)
+        if jax.process_index() == 0:
+            (folder / "README.md").write_text(model_card(run, saved.step, adapter=adapter), encoding="utf-8")
+
+
+def push_run(
+    run: str | Path,
+    name: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter: bool = False,
+    private: bool = False,
+) -> str:
+    """Export a run as `export_run` does and upload it to the Hugging Face hub as `owner/name`; the URL of its page.
+
+    `private`: whether the model is private if it is created. Raises ValueError as `export_run` does, and HubError.
+    """
+    if not is_hub_name(name):
+        raise HubError(f"{name!r} is not a name on the hub: it must be owner/name, and no folder here")
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "export"
+        export_run(run, folder, step=step, dtype=dtype, adapter=adapter)
+        return upload(folder, name, private=private, message=f"Trained by jaxtrain: {Path(run).name}")
 
 
 def save(role: Role, out: str | Path, *, dtype: str | None = None, adapter: bool = False) -> None:

@@ -39,7 +39,7 @@ def test_a_tensor_without_a_row_is_a_problem():
 
 
 def test_a_known_architecture_and_one_without_a_name_are_refused():
-    with pytest.raises(ConversionError, match="LlamaForCausalLM is already read by family llama"):
+    with pytest.raises(ConversionError, match=r"LlamaForCausalLM \(model_type foo\) is already read by family llama"):
         draft_family("foo", HF | {"architectures": ["LlamaForCausalLM"]}, {}, shapes_of)
     with pytest.raises(ConversionError, match="lacks architectures or model_type"):
         draft_family("foo", {}, {}, shapes_of)

@@ -14,6 +14,7 @@ import commands
 import pytest
 import yaml
 from launch_stubs import path_with, write_config, write_stub
+from launched_job import worker_of
 
 from converters.tokenizer import write_byte_tokenizer
 from jaxtrain.launch import local
@@ -158,19 +159,12 @@ def test_a_killed_process_does_not_end_a_run(tmp_path):
     while not list((run / "checkpoints").glob("[0-9]*")):
         assert time.monotonic() < deadline and launched.poll() is None
         time.sleep(0.02)
-    os.kill(worker_of(launched.pid, rank=1), signal.SIGKILL)
+    worker = worker_of(launched.pid, rank=1)
+    assert worker is not None
+    os.kill(worker, signal.SIGKILL)
     output, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, output
     assert "process 1 of 2: exit code 137 (SIGKILL)" in output
     assert "starting again from the last checkpoint: restart 1 of 3" in output
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, steps + 1))
-
-
-def worker_of(launcher: int, rank: int) -> int:
-    """The process id of the launcher's process of that number."""
-    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
-            if f"JAX_PROCESS_ID={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                return child
-    raise AssertionError(f"no process {rank}")

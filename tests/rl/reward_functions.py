@@ -38,6 +38,12 @@ def hangs(completions, **_):
     return [1.0] * len(completions)
 
 
+def waits(completions, file, **_):
+    while "bad" in completions and not os.path.exists(file):
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+
+
 def hangs_always(completions, **_):
     time.sleep(3600)
 

@@ -180,7 +180,7 @@ class Sampler:
         self.may_finish.update(dict.fromkeys(which, False))
 
 
-def source_of(sampler, prompts, scorer=list, *, staleness=2, updates=1, **algorithm):
+def source_of(sampler, prompts, scorer=list, *, staleness=2, updates=1, scorers=1, **algorithm):
     collect = Collector(
         prompts.draw,
         sampler,
@@ -190,7 +190,7 @@ def source_of(sampler, prompts, scorer=list, *, staleness=2, updates=1, **algori
         samples=SAMPLES,
         limits=LengthLimits(10),
     )
-    return AheadSource(collect, prompts, staleness=staleness, updates=updates)
+    return AheadSource(collect, prompts, staleness=staleness, updates=updates, scorers=scorers)
 
 
 def wait_until(condition):
@@ -262,6 +262,30 @@ def test_groups_without_a_signal_are_replaced_and_their_prompts_are_not_repeated
     source.close()
     left = numbers_of(Prompts(40, {"prompts": state}).draw(99))
     assert left[0] > 15 and all(batch.metrics["dynamic_sampling/dropped_groups"] > 0 for batch in batches)
+
+
+@pytest.mark.parametrize("scorers", [1, 2])
+def test_a_slow_reward_delays_no_group_that_another_thread_can_score(scorers):
+    begun, judged = threading.Event(), threading.Event()
+
+    def judge(trajectories):
+        if any(t.prompt.number == 0 for t in trajectories):
+            begun.set()
+            judged.wait()
+        return list(trajectories)
+
+    sampler = Sampler()
+    source = source_of(sampler, Prompts(), judge, scorers=scorers)
+    batch, results = threading.Thread(target=lambda: results.append(source({}, 0))), []
+    batch.start()
+    sampler.finish(0)
+    assert begun.wait(20)
+    sampler.finish(1, 2)
+    batch.join(0.3 if scorers == 1 else 20)
+    assert [trained(each) for each in results] == ([] if scorers == 1 else [[1, 2]])
+    judged.set()
+    batch.join()
+    source.close()
 
 
 def test_errors_and_interruptions_of_the_threads_reach_the_trainer():

@@ -12,7 +12,8 @@ from samplers import COLOCATED, DISJOINT, PROMPTS, meshes, place, same, trained
 from jaxtrain.config.rl_parts import PlacementSection
 from jaxtrain.lora import merge_adapters
 from jaxtrain.rl.placement import trainer_devices
-from jaxtrain.rl.sync import WeightSync, from_host, rollout_model, to_host
+from jaxtrain.rl.sync import WeightSync, rollout_model
+from jaxtrain.rl.weight_chunks import chunk_weights, place_chunks
 from jaxtrain.sample.capacity import cast_matrices
 
 
@@ -52,7 +53,7 @@ def test_weights_are_merged_cast_and_placed_on_the_sampling_devices():
     assert synced.params["layers"]["attn"]["q_proj"]["kernel"].dtype == jnp.bfloat16
     assert synced.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
     # Through another process's memory: the same bits.
-    there = from_host(rollout_model(model, None), to_host(model, params).params)
+    there = place_chunks(rollout_model(model, None), chunk_weights(model, params))
     for leaf, wanted in zip(jax.tree.leaves(there), jax.tree.leaves(synced.params), strict=True):
         assert leaf.dtype == wanted.dtype
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted))

@@ -72,6 +72,22 @@ def test_a_function_that_always_hangs_delays_a_step_by_a_few_limits_only():
     assert time.monotonic() - start < 100 * 0.1
 
 
+def test_a_slow_call_leaves_the_other_processes_to_those_of_other_threads(tmp_path):
+    file = tmp_path / "go on"
+    with RewardPool([section("waits", seconds=60.0, args={"file": str(file)})], workers=2) as pool:
+        given = [["?"] * 2, ["bad", "bad"], [[0]] * 2, {}]
+        slow, scores = threading.Thread(target=lambda: scores.append(pool.score(*given, workers=1))), []
+        slow.start()
+        while len(pool._idle) == 2:
+            time.sleep(0.01)
+        for _ in range(3):
+            assert (score(pool, ["a", "b", "c"]).parts["waits"] == 1).all()
+        assert not scores
+        file.touch()
+        slow.join()
+        assert (scores[0].parts["waits"] == 1).all() and len(pool._idle) == 2
+
+
 def test_an_interruption_ends_the_scoring_and_the_processes():
     with RewardPool([section("hangs_always", seconds=60)]) as pool:
         threading.Timer(0.3, pool.interrupt).start()

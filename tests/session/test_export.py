@@ -66,6 +66,7 @@ def test_the_end_of_a_turn_joins_the_end_of_a_text(place, tmp_path):
     export_run(trained(place, tmp_path / "run"), tmp_path / "out")
     assert said(tmp_path / "out") == (["</s>", "<|im_end|>"], chat_templates.CHATML)
     assert hf_folders.read_json(tmp_path / "out/generation_config.json")["temperature"] == 0.5
+    assert "recipe `sft`, 2 steps" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_template_that_was_trained_with(place, tmp_path):

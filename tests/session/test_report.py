@@ -36,6 +36,15 @@ def test_means_weigh_every_token_alike_and_tokens_add_up_over_windows():
     assert closed(window, report(4, 1, 10))["num_tokens"] == 1052
 
 
+def test_means_over_nothing_are_left_out():
+    """A window in which all samples were left out has no loss or entropy; zeros would be taken for numbers."""
+    window = MetricWindow(tiny.model())
+    entropy = {"entropy": Mean(jnp.float32(0), jnp.float32(0))}
+    metrics = closed(window, report(0, 0, 0, **entropy))
+    assert not {"loss", "entropy"} & metrics.keys() and metrics["grad_norm"] == 0
+    assert closed(window, report(0, 0, 0), report(3, 2, 10))["loss"] == 1.5
+
+
 def test_other_roles_have_their_name_before_their_metrics():
     metrics = closed(MetricWindow(tiny.model()), report(1, 1, 10), critic=[report(2, 1, 10)])
     assert (metrics["loss"], metrics["critic/loss"], metrics["critic/skipped_steps"]) == (1, 2, 0)
