@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from chat_templates import GEMMA, QWEN3, QWEN25
+import numpy as np
+from chat_templates import GEMMA, QWEN3, QWEN25, tokenizer
+from instruct_templates import LLAMA31, LLAMA32, MISTRAL3, MISTRAL_TEKKEN
 
 
 class Stock(NamedTuple):
@@ -86,31 +88,6 @@ NEMOTRON3 = (  # an empty thought of another form than the prompt's
     )
 )
 
-LLAMA32 = """{{- bos_token }}
-{%- if messages[0].role == 'system' %}
-    {%- set system = messages[0].content | trim %}{%- set messages = messages[1:] %}
-{%- else %}{%- set system = '' %}{%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' }}
-{{- (date_string if date_string is defined else strftime_now('%d %b %Y')) + '\\n\\n' + system + '<|eot_id|>' }}
-{%- if tools %}
-    {{- '<|start_header_id|>user<|end_header_id|>\\n\\nFunctions:\\n' + tools | tojson + '\\n\\n' }}
-    {{- messages[0].content | trim + '<|eot_id|>' }}
-    {%- set messages = messages[1:] %}
-{%- endif %}
-{%- for m in messages %}
-    {%- if m.role == 'tool' %}
-        {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + m.content | tojson + '<|eot_id|>' }}
-    {%- elif 'tool_calls' in m %}
-        {%- if m.tool_calls | length != 1 %}{{- raise_exception('only single tool-calls') }}{%- endif %}
-        {%- set call = m.tool_calls[0].function %}
-        {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
-        {{- call.arguments | tojson + '}<|eot_id|>' }}
-    {%- else %}
-        {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
-
 GEMMA3 = (
     GEMMA.replace("{{ raise_exception('System role not supported') }}", "{% set messages = messages[1:] %}")
     .replace(
@@ -166,33 +143,6 @@ GEMMA4 = """{{- bos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt and not ns.result %}{{- '<|turn>model\\n' }}{%- endif %}"""
-
-MISTRAL3 = """
-{%- if messages[0].role == 'system' %}
-    {%- set system = messages[0].content + '\\n\\n' %}{%- set messages = messages[1:] %}
-{%- else %}{%- set system = '' %}{%- endif %}
-{{- bos_token }}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}
-        {%- if tools and messages[loop.index0:] | selectattr('role', 'equalto', 'user') | list | length == 1 %}
-            {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
-        {%- endif %}
-        {{- '[INST]' + (system if loop.first else '') + m.content + '[/INST]' }}
-    {%- elif m.tool_calls is defined %}
-        {{- '[TOOL_CALLS][' }}
-        {%- for call in m.tool_calls %}
-            {%- if call.id is not defined or call.id | length != 9 %}
-                {{- raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}
-            {%- endif %}
-            {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (']' if loop.last else ', ') }}
-        {%- endfor %}
-        {{- eos_token }}
-    {%- elif m.role == 'assistant' %}
-        {{- m.content + eos_token }}
-    {%- elif m.role == 'tool' %}
-        {{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
-    {%- endif %}
-{%- endfor %}"""
 
 PHI4 = (  # the user's turn ends with the prompt
     "{% for m in messages %}{% if m.role == 'system' %}{{ '<|im_start|>system<|im_sep|>' + m.content + '<|im_end|>' }}"
@@ -361,6 +311,7 @@ GRANITE4 = (
 
 _IM = {"eos_token": "<|im_end|>"}
 _LLAMA = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+_TEKKEN = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CONTENT]")
 _DEEPSEEK = {"bos_token": "<|begin_of_sentence|>", "eos_token": "<|end_of_sentence|>"}
 _DEEPSEEK_TOKENS = (
     *("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_call_begin|>", "<|tool_sep|>"),
@@ -371,6 +322,7 @@ STOCK = {
     "qwen2.5": Stock(QWEN25, _IM),
     "qwen3": Stock(QWEN3, _IM),
     "qwen3.5": Stock(QWEN35, _IM),
+    "llama3.1": Stock(LLAMA31, _LLAMA, ("<|eom_id|>",)),
     "llama3.2": Stock(LLAMA32, _LLAMA),
     "gemma3": Stock(GEMMA3, {"bos_token": "<bos>", "eos_token": "<eos>"}),
     "gemma4": Stock(
@@ -380,6 +332,8 @@ STOCK = {
          "<channel|>", "<|tool>", "<tool|>"),
     ),
     "mistral3": Stock(MISTRAL3, {"eos_token": "</s>"}, ("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")),
+    "mistral-v11": Stock("{%- set version = 11 %}" + MISTRAL_TEKKEN, {"eos_token": "</s>"}, _TEKKEN),
+    "mistral-v13": Stock("{%- set version = 13 %}" + MISTRAL_TEKKEN, {"eos_token": "</s>"}, _TEKKEN),
     "phi4": Stock(PHI4, _IM, ("<|im_sep|>",)),
     "gpt-oss": Stock(
         GPT_OSS,
@@ -398,3 +352,15 @@ STOCK = {
     "nemotron3": Stock(NEMOTRON3, _IM),
     "granite4": Stock(GRANITE4, {"eos_token": "<|end_of_text|>"}, ("<|start_of_role|>", "<|end_of_role|>")),
 }  # fmt: skip
+
+
+def made(name):
+    """The tokenizer with a stock template."""
+    stock = STOCK[name]
+    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
+
+
+def trained(tok, chat):
+    """The runs of tokens with weight, as text."""
+    edges = np.flatnonzero(np.diff((chat.loss_weights > 0).astype(int), prepend=0, append=0))
+    return [tok.decode(chat.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]

@@ -3,6 +3,7 @@ import yaml
 
 from jaxtrain.config import ALIASES, ConfigError, dump_config, load_config, parse_config
 from jaxtrain.config.data import source_name
+from jaxtrain.data.files.find import KINDS
 
 GOOD = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "train.jsonl"}}}
 
@@ -132,6 +133,8 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
         ("gs://bucket/held_out.json", "held_out"),
         ("*.jsonl", "data"),
         ("rows:0123", "rows"),
+        *((f"a/test{kind}", "test") for kind in KINDS),
+        ("a/test.array_record-00000-of-00010", "test"),
     ],
 )
 def test_a_source_is_called_by_its_file_or_folder(path, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -84,13 +85,17 @@ class SourceSection(Section):
         return {**values, "rows": rows, "path": rows_path(rows)}
 
 
+_PACKED = (".gz", ".zst")
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather", ".array_record")
+
+
 def source_name(path: str) -> str:
     """What a source is called by default: its file or folder without suffixes, or the folder above a glob."""
     if path.startswith(ROWS_PREFIX):
         return "rows"
     parts = [part for part in path.split("/") if part and not set(part) & set("*?[")]
-    name = parts[-1] if parts else "data"
-    for suffix in (".gz", ".zst", ".jsonl", ".json", ".parquet"):
+    name = re.sub(r"-\d+-of-\d+$", "", parts[-1]) if parts else "data"  # a shard's number, as of ArrayRecord files
+    for suffix in (*_PACKED, *_FILES):
         name = name.removesuffix(suffix)
     return name
 

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.config import DataSection
 from jaxtrain.data.alignment import Aligner, Groups
+from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.columns import Row, row_format
 from jaxtrain.data.encoder import EvalPrompt, RowEncoder
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.packing import Overlong, RowExamples, fit
 from jaxtrain.data.sources import Source
 from jaxtrain.types import GROUP_PLACE, TEACHER_PLACE, TEACHER_SHIFT, TEACHER_TOKENS, Array, Example
+
+log = logging.getLogger(__name__)
+
+
+def teacher_encoder(tokenizer: PreTrainedTokenizerFast, data: DataSection, *, vocab_size: int) -> Encoder:
+    """The encoder of a teacher with a tokenizer of its own. Its chat template may have other arguments than the
+    student's, for which `data.chat_template_kwargs` are: those that it does not read are left out, with a warning.
+    """
+    unread = data.chat_template_kwargs.keys() - ChatTokenizer(tokenizer).reads if data.chat_template_kwargs else set()
+    if unread:
+        log.warning(
+            "the teacher's chat template does not read %s of data.chat_template_kwargs: the student's alone gets them",
+            ", ".join(sorted(unread)),
+        )
+        kept = {name: value for name, value in data.chat_template_kwargs.items() if name not in unread}
+        data = data.model_copy(update={"chat_template_kwargs": kept})
+    return Encoder.configured(tokenizer, data, vocab_size=vocab_size)
 
 
 class AlignedEncoder(RowEncoder):

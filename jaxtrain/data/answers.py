@@ -20,10 +20,8 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template, probe_call
+from jaxtrain.data.thoughts import THOUGHTS, opened_thought
 from jaxtrain.data.tracing import Message, TextSpan, Trace, trace
-
-THOUGHTS = (("<think>", "</think>"), ("<|channel>thought", "<channel|>"))  # how templates begin and end a thought
-
 
 _MOST_KINDS = 256  # of conversations of which the beginnings of turns are held
 _Asked = tuple[str, bool, frozenset[str]]  # the role of the message before, whether it may switch thoughts, all roles
@@ -203,11 +201,6 @@ class Answers:
 def _may_switch_thoughts(message: Message) -> bool:
     """Whether the words of a message may change the prompt after it, as `/no_think` does under some templates."""
     return "think" in str(message.get("content"))
-
-
-def opened_thought(prompt: str) -> str:
-    """The beginning of a thought that a prompt leaves open, if it does."""
-    return next((begin for begin, end in THOUGHTS if prompt.rfind(begin) > prompt.rfind(end)), "")
 
 
 def _added_by_prompt(prompt: Trace, plain: str) -> str:

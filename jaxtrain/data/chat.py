@@ -13,9 +13,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxtrain.data.answers import THOUGHTS, Answer, Answers, opened_thought
-from jaxtrain.data.left_out import CHOICES, LeftOut, split_thought, without_thought, words_before_thought
+from jaxtrain.data.answers import Answer, Answers
+from jaxtrain.data.left_out import CHOICES, LeftOut
 from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template
+from jaxtrain.data.thoughts import (
+    MARKS,
+    THOUGHTS,
+    check_thought,
+    opened_thought,
+    split_thought,
+    without_thought,
+    words_before_thought,
+)
 from jaxtrain.data.tokens import TokenLocator, encode, token_weights, without_limits
 from jaxtrain.data.tracing import Message, Trace
 
@@ -26,6 +35,7 @@ class EncodedChat(NamedTuple):
     input_ids: np.ndarray  # [n] int32
     loss_weights: np.ndarray  # [n] float32
     thoughts_left_out: bool = False  # an earlier turn is trained without the thought that it should begin with
+    thoughts_moved: bool = False  # from the content of a turn to its reasoning_content
     warnings: tuple[str, ...] = ()  # what may be wrong with how its turns end
 
 
@@ -60,6 +70,7 @@ class ChatTokenizer:
         Raises ValueError for a tokenizer without a chat template.
         """
         self._template = Template(tokenizer, template_kwargs or {}, date)
+        self.reads = self._template.reads  # the arguments that the template knows
         self._answers = Answers(self._template, tokenizer)
         self._left_out = LeftOut(self._template)
         self._tokenizer = tokenizer
@@ -92,6 +103,9 @@ class ChatTokenizer:
         weights = [1.0] * len(messages) if weights is None else weights
         assert len(weights) == len(messages)
         chat = self._template.chat(messages, tools, template_kwargs)
+        for number, message in enumerate(chat.messages):
+            if weights[number] and message["role"] == "assistant" and MARKS.search(message.get("content") or ""):
+                check_thought(message, f"messages[{number}]", self._template.thought_form(chat).keyed)
         traced = self._template.trace(chat)
         self._left_out.check(traced.text, chat, lambda changed: self._template.trace(changed).text)
         rewritten = self._behind_opened_thought(traced, chat) if thoughts == "prompted" else None
@@ -110,7 +124,7 @@ class ChatTokenizer:
         if closing is not None:
             ids = np.append(ids, np.int32(self._backend.token_to_id(closing)))
             values = np.append(values, np.float32(weights[-1]))
-        return EncodedChat(ids, values, left_out, found if loss_on == "assistant" else ())
+        return EncodedChat(ids, values, left_out, bool(chat.moved), found if loss_on == "assistant" else ())
 
     def prompt(
         self, messages: list[Message], *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None

@@ -56,6 +56,15 @@ log = logging.getLogger(__name__)
 
 LossOn = Literal["assistant", "last", "all"]
 
+_NOTHING = (None, "", [], {})  # values of arguments that a data set has for other rows
+
+_WARNINGS = {  # by the counter of such rows
+    "thoughts_left_out": "turns are trained without the thoughts that the chat template leaves out, as "
+    "data.split_turns=false accepts",
+    "thoughts_moved": "thoughts in the content are given to the chat template as reasoning_content, where it reads "
+    "them: it would write their marks as words",
+}
+
 
 class Encoder(RowEncoder):
     """Rows of supervised fine-tuning -> examples."""
@@ -98,6 +107,8 @@ class Encoder(RowEncoder):
             "template_kwargs": template_kwargs,
             "date": date,
         }
+        if template_kwargs and tokenizer is not None:
+            _ = self._chat  # raises where the chat template does not read them, before a row is
         self._lock = threading.Lock()
         self._noted: dict[str, set[str]] = {}  # by source: the columns that were reported as ignored
 
@@ -166,7 +177,7 @@ class Encoder(RowEncoder):
             if row_format(row) in ("input_ids", "text"):
                 raise ValueError("only conversations and prompts with a completion can be asked for their answer")
             talk = conversation(row, self._merge)
-            ids = self._chat.prompt(talk.messages[:-1], tools=talk.tools, template_kwargs=talk.template_kwargs)
+            ids = self._chat.prompt(talk.messages[:-1], **self._options(talk))
             return EvalPrompt(ids, talk.messages[-1].get("content") or "")
 
     def question(self, row: Row) -> tuple[np.ndarray, Row]:
@@ -196,7 +207,7 @@ class Encoder(RowEncoder):
                 return self._plain_ids(row["prompt"]), row
             row = row | {"prompt": messages_in(row["prompt"]) or row["prompt"]}
             asked = question(row, self._merge)
-            return self._chat.prompt(asked.messages, tools=asked.tools, template_kwargs=asked.template_kwargs), row
+            return self._chat.prompt(asked.messages, **self._options(asked)), row
 
     def note_ignored(self, row: Row, source: Source) -> None:
         """Report what is not read of a source, of which `row` is one, each once: columns, and keys of messages that
@@ -247,7 +258,7 @@ class Encoder(RowEncoder):
         weights = talk.trained(self._loss_on)
         if not any(weights):
             raise ValueError("no message of this conversation is trained: all weights are 0")
-        options: dict[str, Any] = {"tools": talk.tools, "template_kwargs": talk.template_kwargs}
+        options = self._options(talk)
         if self._split_turns:
             turns = [number for number, weight in enumerate(weights) if weight]
             chats = [
@@ -269,13 +280,25 @@ class Encoder(RowEncoder):
         examples = [Example(chat.input_ids, chat.loss_weights) for chat in chats]
         for text in [text for chat in chats for text in chat.warnings]:
             self._warn(text)
-        if not any(chat.thoughts_left_out for chat in chats):
-            return examples[0] if len(examples) == 1 else RowExamples(examples)
-        self._warn(
-            "turns are trained without the thoughts that the chat template leaves out, as data.split_turns=false "
-            "accepts; such rows are counted as thoughts_left_out"
-        )
-        return RowExamples(examples, ("thoughts_left_out",))
+        events = tuple(name for name in _WARNINGS if any(getattr(chat, name) for chat in chats))
+        for name in events:
+            self._warn(f"{_WARNINGS[name]}; such rows are counted as {name}")
+        if self._unread(talk):
+            events = (*events, "arguments_unread")
+        return examples[0] if len(examples) == 1 and not events else RowExamples(examples, events)
+
+    def _options(self, talk: Conversation) -> dict[str, Any]:
+        """How its messages are rendered. Warns of arguments that the template does not read."""
+        for name in self._unread(talk):
+            self._warn(
+                f"the column chat_template_kwargs has {name}, which the chat template does not read, so it changes "
+                "nothing; such rows are counted as arguments_unread"
+            )
+        return {"tools": talk.tools, "template_kwargs": talk.template_kwargs}
+
+    def _unread(self, talk: Conversation) -> list[str]:
+        given = talk.template_kwargs or {}
+        return [name for name, value in given.items() if name not in self._chat.reads and value not in _NOTHING]
 
     def _warn(self, text: str) -> None:
         """Once."""

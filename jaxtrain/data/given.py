@@ -172,6 +172,14 @@ def _plain(row: Any, place: str) -> Row:
         raise DataError(f"{error}{gap}") from None
 
 
+def _fault_or_plain(row: Any) -> Row | str:
+    """A row that cannot be read, which names its place when it is, is part of the data as well."""
+    try:
+        return _plain(row, "row")
+    except DataError as error:
+        return str(error)
+
+
 def _digest(rows: list[Any]) -> str:
-    text = json.dumps([_plain(row, "row") for row in rows])
+    text = json.dumps([_fault_or_plain(row) for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

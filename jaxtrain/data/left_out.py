@@ -5,17 +5,16 @@ A part whose words occur in the rendered text is assumed to be written, so that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxtrain.data.answers import THOUGHTS, opened_thought
-from jaxtrain.data.rendering import PROBE, REASONING, Chat, Template
+from jaxtrain.data.rendering import PROBE, Chat, Template
+from jaxtrain.data.thoughts import MARKS, REASONING, THOUGHTS, opened_thought
 from jaxtrain.data.tracing import Message, Trace
 
 Render = Callable[[Chat], str]
 
-_MARKS_OF_THOUGHTS = re.compile(f"({'|'.join(map(re.escape, THOUGHTS[0]))})")
+_ENDS = [[end] for _, end in THOUGHTS]
 
 CHOICES = (
     "data.split_turns=true makes every turn a separate example, prompted as it is when the model is used; "
@@ -83,7 +82,8 @@ class LeftOut:
                     behind = ", or write it behind the thought that the prompt opens, with data.split_turns=true"
                     raise ValueError(
                         f"{where}: the chat template does not write its reasoning: give a template that does as "
-                        "model.chat_template, or put the reasoning into the content"
+                        "model.chat_template"
+                        + ("" if number in chat.moved else ", or put the reasoning into the content")
                         + (behind if opened_thought(prompt) else "")
                     )
                 if not accept:
@@ -142,27 +142,6 @@ def _kind(chat: Chat, number: int) -> tuple[Any, ...]:
     return *has, *following[:1], "user" in following
 
 
-def split_thought(message: Message) -> tuple[str, str]:
-    """The thought and the answer of a turn, whether the thought has a separate key or stands in the content."""
-    content = message.get("content") or ""
-    if message.get("reasoning_content"):
-        return message["reasoning_content"], content
-    begin, end = THOUGHTS[0]
-    thought, found, answer = content.rpartition(end)
-    return (thought.rpartition(begin)[2], answer) if found else ("", content)
-
-
-def words_before_thought(message: Message) -> str:
-    """What stands in the content before its last thought."""
-    thoughts, _, _ = ("" if message.get("reasoning_content") else message["content"]).rpartition(THOUGHTS[0][1])
-    return thoughts.rpartition(THOUGHTS[0][0])[0].strip()
-
-
-def without_thought(message: Message) -> Message:
-    kept = {key: value for key, value in message.items() if key not in REASONING}
-    return kept | {"content": split_thought(message)[1].lstrip()} if message.get("content") else kept
-
-
 def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:
     """The thoughts and the content of a turn: their words, and the message with others in their place."""
     content = message.get("content") or ""
@@ -173,9 +152,9 @@ def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:
             yield "content", content.strip(), message | {"content": PROBE}
         return
     # Some templates read one thought in the content, and leave out what stands before it and other thoughts.
-    pieces = _MARKS_OF_THOUGHTS.split(content)
+    pieces = MARKS.split(content)
     for at in range(0, len(pieces), 2):
         if words := pieces[at].strip():
-            part = "thought" if pieces[at + 1 : at + 2] == [THOUGHTS[0][1]] else "content"
+            part = "thought" if pieces[at + 1 : at + 2] in _ENDS else "content"
             changed = [*pieces[:at], pieces[at].replace(words, PROBE), *pieces[at + 1 :]]
             yield part, words, message | {"content": "".join(changed)}

@@ -56,7 +56,7 @@ class Lengths(NamedTuple):
 
     ends: np.ndarray  # [rows] int64
     sizes: np.ndarray  # [pieces] int32: tokens
-    events: np.ndarray  # [rows] uint8: bit i is set where the row adds to the counter `COUNTERS[i]`
+    events: np.ndarray  # [rows] uint16: bit i is set where the row adds to the counter `COUNTERS[i]`
 
     def pieces(self, row: int) -> list[int]:
         return self.sizes[self.ends[row - 1] if row else 0 : self.ends[row]].tolist()
@@ -137,7 +137,7 @@ def row_counts(lengths: Sequence[Lengths]) -> dict[str, int]:
 
 def _read(reader: Reader, number: int, executor: Executor) -> Lengths:
     rows = len(reader.sources[number])
-    counts, events, sizes = np.zeros(rows, np.int64), np.zeros(rows, np.uint8), []
+    counts, events, sizes = np.zeros(rows, np.int64), np.zeros(rows, np.uint16), []
     ahead: deque[Future[list[Any]]] = deque()
     chunks = iter(range(0, rows, _CHUNK))
     row = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from jaxtrain.data.rendering import REASONING
+from jaxtrain.data.thoughts import REASONING
 from jaxtrain.data.tracing import Message
 
 _SYSTEM = ("system", "developer")

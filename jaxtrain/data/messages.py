@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from jaxtrain.data.columns import LARGEST_WEIGHT, Row, from_alpaca, row_format
 from jaxtrain.data.merging import Turn, merge_turns
 from jaxtrain.data.nulls import tool_call_without_fillings, tool_without_fillings, without_nulls, written_by_datasets
-from jaxtrain.data.rendering import REASONING
+from jaxtrain.data.thoughts import REASONING
 from jaxtrain.data.tracing import Message
 
 _ROLES = {  # of ShareGPT, ms-swift and OpenAI's function calls, beside those that templates know

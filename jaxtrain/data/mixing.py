@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from grain.experimental import index_shuffle
 
-from jaxtrain.data.sources import Source
+from jaxtrain.data.sources import ENDLESS, Source
 
 _WINDOW = 12  # blocks of all sources that are open together, 8 MiB each: less than half of what the cache holds
 _STREAM_SHARE = 1 << 16  # rows without an example after which a source is searched for one, at most
@@ -75,18 +75,30 @@ class Mixture:
     @property
     def epoch_rows(self) -> float:
         """Rows of an epoch of the mixture: it lasts until every source, drawn by its weight, was passed over once, so
-        that smaller or heavier sources are drawn more than once in it."""
+        that smaller or heavier sources are drawn more than once in it; infinite while the end of a stream was not seen.
+        """
         total = sum(self._weights)
+        if any(len(source) == ENDLESS for source in self._sources):
+            return math.inf
         return max(len(source) * total / weight for source, weight in zip(self._sources, self._weights, strict=True))
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether a source is a stream, whose rows cannot be counted in advance."""
+        return any(source.stream is not None for source in self._sources)
+
+    def check_length(self, steps: int | None) -> None:
+        """Raises ValueError where a source is a stream and `train.steps` does not say how long the run is."""
+        for source in self._sources if steps is None else ():
+            if source.stream is not None:
+                raise ValueError(
+                    f"the length of {source.section.path} is not known, since it is a stream: give train.steps, and no "
+                    "train.epochs"
+                )
 
     def end_after(self, epochs: float) -> None:
         """End every source where `epochs` epochs of the mixture do. Raises ValueError for a stream."""
-        for source in self._sources:
-            if source.stream is not None:
-                raise ValueError(
-                    f"train.epochs: the length of {source.section.path} is not known, since it is a stream: give "
-                    "train.steps instead"
-                )
+        self.check_length(None)
         rows, total = epochs * self.epoch_rows, sum(self._weights)
         # Rounded first: 30 rows times a share of 1/3 may be 10 and a bit.
         self._ends = [math.ceil(round(rows * weight / total, 6)) for weight in self._weights]

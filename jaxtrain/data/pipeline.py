@@ -146,7 +146,11 @@ class TrainStream:
     @property
     def has_streams(self) -> bool:
         """Whether a source is a stream, whose rows cannot be counted in advance."""
-        return any(source.stream is not None for source in self._sources)
+        return self._mixtures[0].has_streams
+
+    def check_length(self, steps: int | None) -> None:
+        """Raises ValueError where a source is a stream and `train.steps` does not say how long the run is."""
+        self._mixtures[0].check_length(steps)
 
     @property
     def epoch_rows(self) -> float:
@@ -233,7 +237,7 @@ class TrainStream:
 
         `examples tokens slots` are of the batches handed out, `packing_density` = tokens / slots; `rows` of the files
         were read and all of their examples handed out;
-        `truncated dropped split prompt_truncated bad_rows thoughts_left_out` count rows of the files up to the last
+        the names in `COUNTERS` count rows of the files up to the last
         batch, those in open rows included.
         """
         shards = self._state if self._counts else {}

@@ -41,6 +41,15 @@ class PromptStream(Generic[T]):
         return self._mixture.finite
 
     @property
+    def has_streams(self) -> bool:
+        """Whether a source is a stream, whose rows cannot be counted in advance."""
+        return self._mixture.has_streams
+
+    def check_length(self, steps: int | None) -> None:
+        """Raises ValueError where a source is a stream and `train.steps` does not say how long the run is."""
+        self._mixture.check_length(steps)
+
+    @property
     def epoch_rows(self) -> float:
         """Rows of an epoch of the mixture (see `Mixture`)."""
         return self._mixture.epoch_rows
@@ -78,11 +87,11 @@ class PromptStream(Generic[T]):
                 if not self._number:
                     raise self._reader.nothing_found()
                 break
-            self._counts = draw.counts
             try:
                 prompt = self._reader.read(self._sources[draw.source], draw.row, self._number)
             except StreamEndError:
                 continue
+            self._counts = draw.counts
             if prompt is None:
                 bad_in_a_row += 1
                 if bad_in_a_row > self._mixture.total_rows:

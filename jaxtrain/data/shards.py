@@ -33,7 +33,10 @@ Encode = Callable[[Row], Example | Bundle | RowExamples]
 State = dict[str, Any]
 
 # Rows of the files, counted when they are read.
-COUNTERS = ("truncated", "dropped", "split", "prompt_truncated", "bad_rows", "thoughts_left_out", "equal_pairs")
+COUNTERS = (
+    *("truncated", "dropped", "split", "prompt_truncated", "bad_rows", "thoughts_left_out", "equal_pairs"),
+    *("thoughts_moved", "arguments_unread"),
+)
 
 _CHUNK = 16  # rows that a worker thread takes at a time
 _CHUNKS_AHEAD = 2  # that a shard asks for
@@ -291,8 +294,13 @@ class _Examples:
     def __iter__(self) -> Iterator[tuple[_Key, Bundle]]:
         first_piece = self.state["piece"]
         without_example = [0] * len(self._reader.sources)  # rows of each source since the last that gave an example
+        past_end = [0] * len(self._reader.sources)  # draws of each stream after its end, which are no rows
         for draw, read in self._reads():
-            after = self.state | {"counts": list(draw.counts), "piece": 0}
+            if read is _PAST_END:
+                past_end[draw.source] += 1
+                continue
+            counts = [drawn - none for drawn, none in zip(draw.counts, past_end, strict=True)]
+            after = self.state | {"counts": counts, "piece": 0}
             after |= {event: after[event] + 1 for event in read.events}
             for piece in range(first_piece, len(read.items)):
                 self.state = self.state | {"piece": piece + 1} if piece + 1 < len(read.items) else after
@@ -302,7 +310,7 @@ class _Examples:
                 without_example = [
                     0 if source == draw.source else count for source, count in enumerate(without_example)
                 ]
-            elif read is not _PAST_END:
+            else:
                 without_example[draw.source] += 1
                 if without_example[draw.source] == self._mixture.share(draw.source):
                     self._reader.check_usable(draw.source, self._executor)

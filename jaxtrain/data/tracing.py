@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -96,6 +97,15 @@ def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> 
 def refusal(error: Exception) -> ValueError:
     """A failure inside a template as a fault of the row that it renders."""
     return ValueError(f"the chat template refuses the conversation: {str(error) or type(error).__name__}")
+
+
+def variables_read(source: str) -> frozenset[str]:
+    """The names that a template reads and does not set itself. Raises ValueError for one with a fault in its syntax."""
+    try:
+        environment = _compile_jinja_template(source).environment
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is faulty: {error}") from error
 
 
 @lru_cache(maxsize=16)

@@ -196,6 +196,11 @@ page.append(table(columns, shown.map((name) => [name, ...runs.flatMap((run) => {
 })])));
 
 runs.forEach((run, index) => {
+  if (run.rows.length)
+    page.append(make("details", { open: "" }, make("summary", {}, "First rows", runs.length > 1 ? ` of ${run.name}` : ""),
+      make("p", { class: "soft" }, "what the first batch trains on; tokens with a loss weight are coloured"),
+      ...run.rows.map((row) => make("p", { class: "row" }, ...row.map(([text, weight]) =>
+        weight ? make("mark", { title: `loss weight ${format(weight)}` }, text) : text)))));
   for (const group of run.samples) {
     page.append(make("h2", {}, `Samples of step ${group.step}`, runs.length > 1 ? ` of ${run.name}` : ""));
     page.append(table(["prompt", "completion", "reward", "advantage", "parts", "tokens"], group.rows.map((row) => [

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from jaxtrain.observe.history import Series, better, read_series
-from jaxtrain.observe.run_files import REPORT, TRAJECTORIES, recorded_config
+from jaxtrain.observe.run_files import FIRST_ROWS, REPORT, TRAJECTORIES, recorded_config
 from jaxtrain.observe.status import read_status, status_facts
 
 _MOST_POINTS = 600  # of a curve
@@ -93,6 +93,7 @@ def _run(run: Path, name: str) -> dict[str, Any]:
         "facts": [*_text_facts(status), *_data_facts(config, series)],
         "series": {each: _thinned(values) for each, values in series.items()},
         "best": best,
+        "rows": json.loads((run / FIRST_ROWS).read_text()) if (run / FIRST_ROWS).is_file() else [],
         "samples": _samples(run),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "keys": _flat(config),

@@ -17,6 +17,7 @@ PROFILE = "profile"  # traces of steps
 TRACKERS = "trackers.json"  # the ids of the run in each
 LOGS = "logs"  # the messages of every process
 REPORT = "report.html"
+FIRST_ROWS = "first_rows.json"  # what the first batch trains on, for the report
 TRAJECTORIES = "trajectories"  # samples of recipe rl
 LOCK = ".lock"  # names the process that uses the folder
 ORIGIN = ".url"  # in a local copy: the URL of the run's folder
@@ -24,7 +25,7 @@ QUICKSTART_MARK = ".made-by-quickstart"  # lists the files that the quickstart m
 
 # Everything that a run writes into its folder, except for the lock.
 RUN_FILES = (
-    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, TRACKERS),
+    *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, FIRST_ROWS, TRACKERS),
     *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )
 

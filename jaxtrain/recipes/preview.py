@@ -22,7 +22,7 @@ from jaxtrain.data.packing import RowExamples, as_bundle, fit
 from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.data.prompts import PromptStream, question_within
-from jaxtrain.data.sources import DataError, Row, Source
+from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
 from jaxtrain.hub import local_folder
 from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.session.data import checked_length, warn_of_positions
@@ -117,14 +117,13 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
     )
     with stream:
         if stream.has_streams:
-            assert config.train.steps is not None
-            printer.line("lengths, density and epochs are not known in advance: a source is a stream")
-            printer.line(_schedule(config.optimizer, config.train.steps))
+            printer.stream(config, stream)
             return
         lengths = stream.lengths(encode.fingerprint)
         counts = row_counts(lengths)
         printer.lengths(np.concatenate([each.sizes for each in lengths]), "examples")
-        printer.line("rows: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+        counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+        printer.line(f"of all rows: {', '.join(counted) or 'none cut or refused'}")
         printer.warn_of_bad_rows(counts["bad_rows"], data.on_bad_row)
         finite, steps = stream.finite, config.train.steps
         if config.train.epochs is not None:
@@ -155,6 +154,9 @@ def _preview_rl(config: RunConfig, encode: Encoder, printer: _Printer, rows: int
     printer.rows(data.train_sources, rows, prompt, keep_columns=True)
     lenient = data.model_copy(update={"on_bad_row": "skip"})
     stream = PromptStream(data.train_sources, lenient, make, seed=config.run.seed)
+    if stream.has_streams:
+        printer.stream(config, stream)
+        return
     finite, steps = stream.finite, config.train.steps
     if not finite:
         stream.end_after(config.train.epochs or 1)
@@ -164,10 +166,9 @@ def _preview_rl(config: RunConfig, encode: Encoder, printer: _Printer, rows: int
     printer.warn_of_bad_rows(bad, data.on_bad_row)
     counted = -(-prompts // config.rl.prompts) * config.rl.updates
     what = "the run" if finite or config.train.epochs is not None else "an epoch"
-    printer.line(
-        f"{what}: {prompts:,} prompts, {counted:,} steps; {config.rl.prompts} prompts x {config.rl.generations} "
-        f"samples make {config.rl.updates} steps"
-    )
+    printer.line(f"{what}: {prompts:,} prompts, {counted:,} steps")
+    samples = f"{config.rl.prompts} prompts x {config.rl.generations} samples"
+    printer.line(f"  {samples} make {config.rl.updates} steps")
     if config.algorithm.max_refills:
         printer.line("dynamic sampling: further prompts are drawn in place of groups that give no signal")
     elif what == "the run":
@@ -182,6 +183,13 @@ class _Printer:
 
     def line(self, text: str) -> None:
         self._console.print(Text(text))
+
+    def stream(self, config: RunConfig, stream: TrainStream | PromptStream[Any]) -> None:
+        """What is known of a run on a stream. Raises ValueError where nothing says how long it is."""
+        stream.check_length(config.train.steps)
+        assert config.train.steps is not None
+        self.line("lengths, density and epochs are not known in advance: a source is a stream")
+        self.line(_schedule(config.optimizer, config.train.steps))
 
     def rows(
         self,
@@ -202,7 +210,10 @@ class _Printer:
                 for line in [f"{len(source.files):,} files:", *shown] if source.files else []:
                     self.line(f"  {line}")
             for row in itertools.islice(source.indices(), count):
-                self._row(source, row, examples)
+                try:
+                    self._row(source, row, examples)
+                except StreamEndError:
+                    break
 
     def _row(self, source: Source, row: int, examples: Callable[[Row], list[tuple[str, Example]]]) -> None:
         with warnings.catch_warnings(record=True) as said:
@@ -249,10 +260,8 @@ class _Printer:
         if not len(sizes):
             return
         low, median, high, most = (int(np.quantile(sizes, q, method="nearest")) for q in (0, 0.5, 0.99, 1))
-        self.line(
-            f"\n{len(sizes):,} {what} of {low} to {most} tokens: mean {sizes.mean():.0f}, median {median}, "
-            f"99% up to {high}"
-        )
+        self.line(f"\n{len(sizes):,} {what} of {low} to {most} tokens")
+        self.line(f"  mean {sizes.mean():.0f}, median {median}, 99% up to {high}")
         width = -(-(most + 1 - low) // _BARS)
         counts = np.bincount((sizes - low) // width)
         for start, count in zip(range(low, most + 1, width), counts.tolist(), strict=True):
@@ -269,9 +278,9 @@ class _Printer:
 
     def count(self, what: str, count: Count, rows: int, length: int) -> None:
         tokens = count.totals["tokens"]
+        self.line(f"{what}: {count.totals['rows']:,} rows, {count.totals['examples']:,} examples, {tokens:,} tokens")
         self.line(
-            f"{what}: {count.totals['rows']:,} rows, {count.totals['examples']:,} examples, {tokens:,} tokens, packed "
-            f"to {count.density:.0%}; {count.steps:,} steps of {rows} x {length} tokens, "
+            f"  packed to {count.density:.0%}: {count.steps:,} steps of {rows} x {length} tokens, "
             f"{tokens // max(count.steps, 1):,} of them not padding"
         )
 

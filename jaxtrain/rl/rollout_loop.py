@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class RolloutLoop:
                 self._experience = make(samples)
                 trajectories = self._experience.trajectories
                 session.record({**samples.metrics, **self._experience.metrics, **_metrics(trajectories, session.step)})
-                if (state := source.state()) is not None:  # a replay draws no prompts
+                state = source.state()
+                if state is not None and math.isfinite(self.epoch_rows):  # a replay draws no prompts
                     session.record({"epoch": self._prompts.epoch(state)})
                 for metrics in counters:
                     session.record(metrics())

@@ -13,7 +13,8 @@ def prompt_stream(session: Session, policy: Role) -> PromptStream[Prompt]:
     """The prompts of `data.train`. One that leaves no room for a completion is a bad row.
 
     Where they end, the steps that they make are counted: `session.num_steps`. Raises ValueError where they end before
-    `train.steps`, and where dynamic sampling draws as many as it needs, so that nothing tells their number.
+    `train.steps`, where these are not given and a source is a stream, and where dynamic sampling draws as many as it
+    needs, so that nothing tells their number.
     """
     config = session.config
     assert config.rl is not None
@@ -30,6 +31,7 @@ def prompt_stream(session: Session, policy: Role) -> PromptStream[Prompt]:
     stream = PromptStream(config.data.train_sources, config.data, make, seed=config.run.seed)
     if config.train.epochs is not None:
         stream.end_after(config.train.epochs)
+    stream.check_length(config.train.steps)
     if not config.algorithm.max_refills:
         if stream.finite:
             session.num_steps = checked_length(config, -(-stream.count() // config.rl.prompts) * config.rl.updates)

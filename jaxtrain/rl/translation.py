@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxtrain.data.aligned import teacher_encoder
 from jaxtrain.data.alignment import Aligner, Groups
 from jaxtrain.data.encoder import RowEncoder
-from jaxtrain.data.formats import Encoder
 from jaxtrain.data.tokens import encode, without_limits
 from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.rl.privileged import PrivilegedPrompts
@@ -70,7 +70,7 @@ def translation(session: Session, role: Role) -> tuple[Translation, Callable[[Pr
                 f"sampling.{name}={value} filters the student's tokens, and with teacher.aligned the teacher has "
                 f"others: leave {name} out"
             )
-    encoder = Encoder.configured(role.tokenizer, config.data, vocab_size=role.model.config.vocab_size)
+    encoder = teacher_encoder(role.tokenizer, config.data, vocab_size=role.model.config.vocab_size)
     read: Callable[[Prompt], Prompt] = TeacherPrompts(encoder)
     if section.privileged_prompt is not None:
         read = PrivilegedPrompts(section.privileged_prompt, encoder)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtrain.data.answers import THOUGHTS
+from jaxtrain.data.thoughts import THOUGHTS
 
 
 class CalledTool(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -63,9 +64,11 @@ def open_stream(
 def run_length(config: RunConfig, stream: TrainStream, encode: Callable[[Any], Any]) -> int:
     """The steps of the run: `train.steps`, or as many as the data makes, counted.
 
-    Every host counts the batches of all hosts. Raises ValueError where the data ends before `train.steps`.
+    Every host counts the batches of all hosts. Raises ValueError where the data ends before `train.steps`, and where
+    neither says how long the run is.
     """
     if not stream.finite:
+        stream.check_length(config.train.steps)
         assert config.train.steps is not None
         return config.train.steps
     started = time.perf_counter()
@@ -113,8 +116,9 @@ def warn_of_positions(hf: Mapping[str, Any], max_length: int) -> None:
 
 
 def data_metrics(stream: TrainStream, *, is_last: bool) -> dict[str, float]:
-    """Of all hosts, since the start of training: `epoch` (of the mixture), `data/examples` and the rows that were
-    truncated, dropped, split or bad. After the last step also those rows count that the last batch left.
+    """Of all hosts, since the start of training: `epoch` (of the mixture, once its length is known), `data/examples`
+    and the rows that were truncated, dropped, split or bad. After the last step also those rows count that the last
+    batch left.
 
     Every host calls it after the same step.
     """
@@ -123,6 +127,5 @@ def data_metrics(stream: TrainStream, *, is_last: bool) -> dict[str, float]:
     stats = stream.stats
     counts = gather_values([stats[name] for name in _GATHERED])
     rows, *others = (sum(each) for each in zip(*counts, strict=True))
-    return {"epoch": rows / stream.epoch_rows} | {
-        f"data/{name}": count for name, count in zip(_GATHERED[1:], others, strict=True)
-    }
+    epoch = {"epoch": rows / stream.epoch_rows} if math.isfinite(stream.epoch_rows) else {}
+    return epoch | {f"data/{name}": count for name, count in zip(_GATHERED[1:], others, strict=True)}

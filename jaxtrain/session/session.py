@@ -39,6 +39,7 @@ from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_on
 from jaxtrain.session.best import BestEvaluation
 from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, warn_of_positions
 from jaxtrain.session.ending import end_facts, trained_text, warn_of_early_end
+from jaxtrain.session.first_rows import write_first_rows
 from jaxtrain.session.folder import RunFolder, open_run
 from jaxtrain.session.monitor import RunMonitor
 from jaxtrain.session.report import MetricWindow
@@ -271,6 +272,8 @@ class Session(RunRoles):
                 return
             self._finite.recent.append(batch)
             self._profile.before(self.step + 1)
+            if self.step == 0:
+                write_first_rows(self.folder.path, batch, self._roles[0].tokenizer)
             started = time.perf_counter()
             yield self._roles[0].place(batch)
             self._after_step(batch, time.perf_counter() - started)

@@ -8,9 +8,8 @@ from typing import Any
 import jax
 
 from jaxtrain.config import ModelSection
-from jaxtrain.data.aligned import AlignedEncoder
+from jaxtrain.data.aligned import AlignedEncoder, teacher_encoder
 from jaxtrain.data.alignment import Aligner
-from jaxtrain.data.formats import Encoder
 from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
 from jaxtrain.ops.head_chunks import Head
 from jaxtrain.parallel.batches import move_batch
@@ -64,7 +63,7 @@ class AlignedTeacher:
         (self._k,) = ranks
         if self._k > min(sizes):
             raise ValueError(f"objective.top_k={self._k} is more than the {min(sizes)} tokens of a vocabulary")
-        teacher = Encoder.configured(other, data, vocab_size=sizes[1])
+        teacher = teacher_encoder(other, data, vocab_size=sizes[1])
         self.encode = AlignedEncoder(session.encoder(student), teacher, Aligner(mine, other), data)
 
     def load(self) -> None:

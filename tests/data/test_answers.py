@@ -5,10 +5,9 @@ Each cell of the table is the list of runs of tokens that are trained, in order,
 
 import warnings
 
-import numpy as np
 import pytest
 from chat_templates import ALPACA, CHATML, GENERATION, VICUNA, tokenizer
-from stock_templates import STOCK
+from stock_templates import STOCK, made, trained
 
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.formats import Encoder
@@ -67,6 +66,7 @@ TABLE = {
     },
     "qwen3.5": row("<|im_end|>", XML, before="</think>\n\n", reasoning=["I wonder\n</think>\n\nParis<|im_end|>"])
     | {"multi-turn": OPENED},
+    "llama3.1": row("<|eot_id|>", '{"name": "add", "parameters": {"a": 1}}'),
     "llama3.2": row("<|eot_id|>", '{"name": "add", "parameters": {"a": 1}}'),
     "gemma3": row("<end_of_turn>", "!refuses the conversation|never writes"),
     "gemma4": row("<turn|>", "", reasoning=["<|channel>thought\nI wonder\n<channel|>Paris<turn|>"])
@@ -75,6 +75,8 @@ TABLE = {
         "tool result": ["<|tool_call>call:add{a:1}<tool_call|><|tool_response>", "Rome<turn|>"],
     },
     "mistral3": row("</s>", '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}, "id": "abcdefghi"}]'),
+    "mistral-v11": row("</s>", '[TOOL_CALLS]add[CALL_ID]abcdefghi[ARGS]{"a": 1}'),
+    "mistral-v13": row("</s>", '[TOOL_CALLS]add[ARGS]{"a": 1}'),
     "phi4": row("<|im_end|>", NO_TOOLS) | {"tool result": "!writes nothing for a message|never writes the schemas"},
     "gpt-oss": {
         "plain": ["<|channel|>final<|message|>Paris<|return|>"],
@@ -103,17 +105,6 @@ TABLE = {
     "granite4": row("<|end_of_text|>", "\n" + HERMES),
 }
 CELLS = [(name, kind) for name, cells in TABLE.items() for kind in cells]
-
-
-def made(name):
-    stock = STOCK[name]
-    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
-
-
-def trained(tok, chat):
-    """The runs of tokens with weight, as text."""
-    edges = np.flatnonzero(np.diff((chat.loss_weights > 0).astype(int), prepend=0, append=0))
-    return [tok.decode(chat.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def check(tok, messages, expected, tools=None, kwargs=None, **options):
@@ -175,6 +166,12 @@ def test_turns_after_a_tool_result_are_trained(name):
     tok = made(name)
     chat = ChatTokenizer(tok)([*CHATS["tool result"], USER, answer("Paris")], weights=[0, 0, 0, 1, 0, 0])
     assert trained(tok, chat) == ["Rome" + ("<turn|>" if name == "gemma4" else "<|end_of_sentence|>")]
+
+
+def test_a_call_of_a_built_in_tool_ends_a_step():
+    call = '{"name": "add", "parameters": {"a": 1}}<|eom_id|>'
+    expected = [call, "Rome<|eot_id|>"]
+    check(made("llama3.1"), CHATS["tool result"], expected, kwargs={"builtin_tools": ["add"]})
 
 
 def test_several_calls_end_as_one_does():

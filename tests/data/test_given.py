@@ -1,14 +1,17 @@
 """Rows that a function gives: sequences, grain data sets and iterables, in the order of a stream and after a resume."""
 
+import itertools
 import sys
 
 import grain
 import numpy as np
 import pytest
 
-from jaxtrain.config import ConfigError, SourceSection, config_tree, parse_config
+from jaxtrain.config import ConfigError, DataSection, SourceSection, config_tree, parse_config
 from jaxtrain.config.changes import differences
+from jaxtrain.data.pipeline import TrainStream
 from jaxtrain.data.sources import DataError, Source, StreamEndError, read_rows
+from jaxtrain.types import Example
 
 COUNT = 200
 iterations = []
@@ -41,6 +44,10 @@ def gaps():
 
 def number():
     return 5
+
+
+def odd_rows():
+    return [*rows(2), "no mapping"]
 
 
 def mapping():
@@ -99,6 +106,7 @@ def test_a_stream_holds_what_shards_will_read_and_nothing_else():
         (generator, {"args": {"count": 0}}, "holds no rows"),
         (generator, {"epochs": 2}, "a stream is read once; for epochs=2"),
         (objects, {}, "row 1 cannot be written as JSON: a value of type object"),
+        (odd_rows, {}, "^source:.*:row 3 must be a dict, not str"),
         (gaps, {}, "row 2 must be a dict, not NoneType; a grain data set with `filter` has gaps"),
     ],
 )
@@ -134,3 +142,42 @@ def test_sources_exclude_each_other():
             parse_config(tree(**section))
     with pytest.raises(ConfigError, match="`args` are for a function"):
         parse_config(tree(path="a.jsonl", args={"count": 3}))
+
+
+def three_tokens(row):
+    return Example(np.ones(3, np.int32), np.ones(3, np.float32))
+
+
+def odd_stream():
+    yield from [{"text": "a"}, "no mapping", {"text": "b"}]
+
+
+@pytest.mark.parametrize("function", [odd_rows, odd_stream])
+def test_rows_that_are_no_mappings_are_named_or_skipped(function):
+    section = SourceSection.model_validate({"source": function})
+    shared = {"rows": 1, "seed": 0, "shards": [0], "num_shards": 1}
+    for on_bad_row in ("error", "skip"):
+        data = DataSection(train=section, max_length=16, on_bad_row=on_bad_row, packing=False, shuffle=False)
+        with TrainStream([section.model_copy(update={"epochs": 1})], data, three_tokens, **shared) as stream:
+            if on_bad_row == "error":
+                with pytest.raises(DataError, match=r":row \d must be a dict, not str"):
+                    list(itertools.islice(stream, 4))
+                continue
+            with pytest.warns(UserWarning, match=r"skipped a bad row.*:row \d must be a dict"):
+                made = list(stream)
+            assert len(made) == 2 and stream.stats["bad_rows"] == 1 and stream.stats["rows"] == 3
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_epoch_of_a_stream_counts_its_rows(shards):
+    section = SourceSection.model_validate({"source": generator, "args": {"count": 10}})
+    data = DataSection(train=section, max_length=16, packing=False)
+    shared = {"rows": shards, "seed": 0, "shards": range(shards), "num_shards": shards}
+    with TrainStream([section], data, three_tokens, **shared) as stream:
+        assert stream.epoch_rows == np.inf
+        for _ in stream:
+            state = stream.get_state()
+        assert stream.epoch_rows == stream.stats["rows"] == 10
+    with TrainStream([section], data, three_tokens, **shared) as resumed:
+        resumed.set_state(state)
+        assert not list(resumed) and resumed.stats["rows"] == resumed.epoch_rows == 10

@@ -5,7 +5,6 @@ from chat_templates import CHATML, LLAMA3, tokenizer
 from stock_templates import STOCK
 
 from jaxtrain.data.chat import ChatTokenizer
-from jaxtrain.data.left_out import split_thought, without_thought
 
 USER = {"role": "user", "content": "What?"}
 PARIS = {"role": "assistant", "content": "Paris"}
@@ -106,13 +105,6 @@ def test_words_and_thoughts_before_the_last_one(content):
     with pytest.raises(ValueError, match=r"messages\[1\]: .* has words or another thought before its last thought"):
         made("r1-distill")([USER, turn], thoughts="prompted")
     assert made("qwen2.5")([USER, turn]).loss_weights.any()
-
-
-def test_a_turn_is_a_thought_and_an_answer():
-    assert split_thought(THOUGHTFUL) == ("I wonder", "Paris")
-    assert split_thought(INLINE) == ("\nI wonder\n", "\n\nParis")
-    assert split_thought(PARIS) == ("", "Paris")
-    assert without_thought(INLINE) == without_thought(THOUGHTFUL) == PARIS
 
 
 NAMES_ALONE = (

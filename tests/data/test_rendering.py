@@ -2,18 +2,15 @@ import json
 
 import pytest
 from chat_templates import QWEN25, tokenizer
-from stock_templates import STOCK
+from stock_templates import STOCK, made
 
 from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.data.formats import Encoder
 from jaxtrain.data.rendering import Template
+from jaxtrain.types import Example
 
 USER = {"role": "user", "content": "What?"}
 WRITTEN = '{"a":  [1, "é"]}'  # with spaces that `json.dumps` would not write
-
-
-def made(name):
-    stock = STOCK[name]
-    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
 
 
 def rendered(tok, *messages, kwargs=None, date=None, **run_kwargs):
@@ -84,3 +81,33 @@ def test_options_of_rendering_are_no_arguments_of_a_template():
         ChatTokenizer(made("qwen3"), template_kwargs={"add_generation_prompt": True})
     with pytest.raises(ValueError, match="chat_template_kwargs: tokenize is an option of rendering"):
         ChatTokenizer(made("qwen3")).prompt([USER], template_kwargs={"tokenize": False})
+
+
+READS = (
+    "{% macro shown(text, style) %}{{ text if style else shout(text) }}{% endmacro %}{% set greeting = 'Hi' %}"
+    "{% for m in messages %}{{ m.role + shown(m.content, loud) + greeting }}{% if enable_thinking is defined %}"
+    "{{ bos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_the_variables_of_a_template_are_those_that_it_does_not_set():
+    assert Template(tokenizer(READS), {}, None).reads == {"messages", "bos_token", "enable_thinking", "loud", "shout"}
+
+
+def test_arguments_of_a_run_that_the_template_does_not_read_are_refused():
+    Template(tokenizer(READS), {"loud": True}, None)
+    message = "does not read greeting, style; its variables are: enable_thinking, loud, shout$"
+    with pytest.raises(ValueError, match=message):
+        Template(tokenizer(READS), {"loud": True, "style": 1, "greeting": "x"}, None)
+    with pytest.raises(ValueError, match=message):  # before any row is read
+        Encoder(tokenizer(READS), template_kwargs={"style": 1, "greeting": "x"})
+
+
+def test_arguments_of_a_row_that_the_template_does_not_read_are_named_and_counted():
+    encode, chat = Encoder(tokenizer(QWEN25)), [USER, {"role": "assistant", "content": "Paris"}]
+    with pytest.warns(UserWarning, match="has enable_thinking, which the chat template does not read"):
+        made = encode({"messages": chat, "chat_template_kwargs": {"enable_thinking": False, "xml_tools": []}})
+    assert made.events == ("arguments_unread",)
+    with pytest.warns(UserWarning, match="has style, which"):
+        encode.question({"prompt": "What?", "chat_template_kwargs": '{"style": 1}'})
+    assert isinstance(encode({"messages": chat, "chat_template_kwargs": {"xml_tools": []}}), Example)

@@ -79,6 +79,8 @@ def test_events_are_counted(opened, threads):
         "split": 0,
         "bad_rows": 1,
         "thoughts_left_out": 0,
+        "thoughts_moved": 0,
+        "arguments_unread": 0,
     }
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from chat_templates import QWEN3, tokenizer
-from stock_templates import STOCK
+from stock_templates import made
 
 from jaxtrain.config import DataSection, ModelSection, SourceSection
 from jaxtrain.data.chat import ChatTokenizer
@@ -23,11 +23,6 @@ def thoughtful(thought, answer):
 
 TALK = [USER, thoughtful("I wonder", "Paris"), USER, thoughtful("Now what", "Rome")]
 INLINE = [USER, {"role": "assistant", "content": "<think>\nI wonder\n</think>\n\nParis"}, *TALK[2:]]
-
-
-def made(name):
-    stock = STOCK[name]
-    return tokenizer(stock.template, tokens=stock.tokens, **stock.special)
 
 
 def split(tok, messages, **options):

@@ -31,6 +31,7 @@ def make_run(folder, *, rate=0.1, lines=40):
         "loss_mask": [True, True, False],
         "finish_reason": "stop",
     }
+    (folder / "first_rows.json").write_text(json.dumps([[[TEXT, 0.0], ["an answer", 1.0]]]))
     (folder / "trajectories").mkdir()
     kinds = {"rewards": pa.map_(pa.string(), pa.float64())}
     schema = pa.schema([(name, kinds.get(name) or pa.array([value]).type) for name, value in sample.items()])
@@ -49,6 +50,7 @@ def test_the_page_has_the_curves_the_samples_and_the_config_and_needs_nothing_el
     (run,) = data_of(page)
     assert run["name"] == "one" and run["series"]["loss"][1][-1] == 10.0 / 40
     assert run["best"]["loss"] == [40, 10.0 / 40]
+    assert run["rows"] == [[[TEXT, 0.0], ["an answer", 1.0]]]
     (group,) = run["samples"]
     (row,) = group["rows"]
     assert row["prompt"] == TEXT and row["text"] == "an answer"  # as they are, whatever they hold

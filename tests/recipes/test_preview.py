@@ -48,7 +48,7 @@ def test_piped_output_is_plain_and_brackets_what_is_trained(tree):
     assert "sums.jsonl:1: " in text and "0 + 0?<|im_end|>\n<|im_start|>assistant\n⟦0<|im_end|>⟧\n" in text
     assert "refused: " in text and "sums.jsonl:2: " in text
     assert "64 tokens, " in text and "truncated from 1" in text
-    assert "39 examples of " in text and "rows: 1 truncated, 0 dropped, 0 split, 0 prompt truncated, 1 bad rows" in text
+    assert "39 examples of " in text and "of all rows: 1 truncated, 1 bad rows\n" in text
     assert "\x1b" not in text
 
 
@@ -105,8 +105,8 @@ def test_steps_and_schedule_are_those_of_the_run(tree, recwarn):
     tree["model"] = {"config": commands.MODEL, "tokenizer": tree["model"]["path"], "compute_dtype": "float32"}
     metrics = sft.run(parse_config(tree, "test")).metrics
     steps = len(read_metrics(Path(tree["run"]["dir"])))
-    assert f"the run: 80 rows, 78 examples, {metrics['num_tokens']:,} tokens, packed to" in text
-    assert f"; {steps} steps of 8 x 64 tokens" in text
+    assert f"the run: 80 rows, 78 examples, {metrics['num_tokens']:,} tokens\n  packed to" in text
+    assert f": {steps} steps of 8 x 64 tokens" in text
     assert f"learning rate: cosine, 2e-05 after {-(-steps // 5)} steps of warm-up, 0 at the end, step {steps}" in text
 
 
@@ -127,7 +127,7 @@ def test_prompts_of_reinforcement_learning(tree):
     rl = {"rewards": [{"function": "exact_answer"}], "prompts": 4, "generations": 2, "max_completion_length": 8}
     text = shown(tree | {"recipe": "rl", "rl": rl | {"iterations": 3}, "train": {"epochs": 2}})
     assert "0 + 0?<|im_end|>\n<|im_start|>assistant\n" in text and "⟦" not in text
-    assert "the run: 80 prompts, 60 steps; 4 prompts x 2 samples make 3 steps" in text
+    assert "the run: 80 prompts, 60 steps\n  4 prompts x 2 samples make 3 steps" in text
     assert "step 60" in text
 
 
@@ -142,6 +142,31 @@ def test_weights_of_a_remote_model_are_not_copied(tree, tmp_path, monkeypatch, b
     assert "⟦0<|im_end|>⟧" in shown(tree)
     copied = {path.name for path in (tmp_path / "cache").rglob("*")}
     assert "config.json" in copied and "model.safetensors" not in copied
+
+
+def some_rows(count=2):
+    yield from ({"prompt": f"{n}?", "completion": "x"} for n in range(count))
+
+
+@pytest.mark.parametrize("recipe", ["sft", "rl"])
+def test_of_a_stream_the_steps_must_be_given(tree, recipe):
+    tree["data"]["train"] = {"source": some_rows}
+    if recipe == "rl":
+        rl = {"rewards": [{"function": "exact_answer"}], "prompts": 4, "generations": 2, "max_completion_length": 8}
+        tree |= {"recipe": recipe, "rl": rl}
+    for section, train in (({}, {"epochs": 1}), ({"epochs": 1}, {})):
+        tree["data"]["train"] |= section
+        tree["train"] = train if recipe == "rl" else {"batch_size": 8} | train
+        with pytest.raises(ValueError, match=r"the length of source:.* is not known, .*: give train\.steps"):
+            shown(tree)
+    tree["train"]["steps"] = 7
+    text = shown(tree)  # asks for a row more than there are
+    assert "1?<|im_end|>" in text and "a source is a stream\nlearning rate: " in text
+
+
+def test_totals_fit_into_80_columns(tree):
+    *_, totals = shown(tree).split("\n\n")
+    assert "packed to" in totals and max(map(len, totals.splitlines())) <= 80
 
 
 def test_ids_without_a_tokenizer(tree, tmp_path):
