@@ -157,7 +157,7 @@ class MoE:
     swiglu: ClampedSwiGLU | None = None  # None: a gated MLP with the model's activation
     shared_size: int = 0  # F of an expert that every token passes through; 0: there is none
     shared_gate: bool = False  # its output is multiplied by the sigmoid of a projection of the token
-    scores: RouterScores = "softmax"  # "sigmoid": each expert's own, chosen with a bias that is not trained: see `nn.router`
+    scores: RouterScores = "softmax"  # "sigmoid": each expert's own, and a bias that is not trained: see `nn.router`
     weight_scale: float = 1.0  # of the weights, with sigmoid scores
     groups: int = 1  # experts are in so many groups of equal size, with sigmoid scores
     groups_per_token: int = 1  # and those of a token in so many of them
