@@ -123,7 +123,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3.5": ("Qwen3_5Text", {**HYBRID, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3.5-moe": ("Qwen3_5MoeText", {**HYBRID, **SHARED}),
-    "glm4-moe": ("Glm4Moe", {**SIGMOID, "use_qk_norm": True, "attention_bias": True}),
+    # With 3 experts of a token, two scores of one are within rounding of each other.
+    "glm4-moe": ("Glm4Moe", {**SIGMOID, "num_experts_per_tok": 2, "use_qk_norm": True, "attention_bias": True}),
     "glm4-moe-groups": (
         "Glm4Moe",
         {
