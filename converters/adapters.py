@@ -226,7 +226,7 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
     """PEFT's tensors of the factors and full parameters of `shapes`, by dotted path."""
     factors = [ours for ours in shapes if ours.rpartition(".")[2] in _FACTORS]
     full = {ours: shape for ours, shape in shapes.items() if ours not in factors}
-    named = [row for row in weight_rows(config) if row.ours in full and (config.tied or not row.alias)]
+    named = [row for row in _rows(config) if row.ours in full]
     for tensor in bind(named, full, config):
         if tensor.slot or not tensor.name.endswith(_MODULE_PARTS):
             raise ConversionError(
@@ -254,6 +254,11 @@ def _bind(config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Tensor]:
                         f"PEFT cannot represent the adapter of {path}: it is not a matrix of transformers ({row.hf})"
                     )
                 yield tensor
+
+
+def _rows(config: ModelConfig) -> list[Weight]:
+    """The rows of what transformers has as modules of its own; the second name of a tied embedding is one."""
+    return [row for row in weight_rows(config) if not row.alias or (config.tied and row.ours == "embed.weight")]
 
 
 def _joined_shape(parts: list[Tensor]) -> Shape:
@@ -295,7 +300,7 @@ def _full_path(name: str, saved: Collection[str], config: ModelConfig) -> tuple[
     modules = [".".join(parts[: end + 1]) for end in range(len(parts))]
     holders = {each for each in saved if any(module.endswith(each) for module in modules)}
     absent = ("value_head.", "lm_head.") if config.tied else ("value_head.",)
-    rows = (row for row in weight_rows(config) if not row.ours.startswith(absent) and (config.tied or not row.alias))
+    rows = (row for row in _rows(config) if not row.ours.startswith(absent))
     found = next(
         (row.ours for row in rows if re.fullmatch(re.sub(r"\\{\w+\\}", r"\\d+", re.escape(row.hf)), name)), None
     )

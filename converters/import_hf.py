@@ -93,7 +93,7 @@ def bind_checkpoint(
     Raises ConversionError, listing every tensor with the most similar name, for those that are missing, unexpected or
     of another shape; and for an alias whose values differ from those of the tensor.
     """
-    tensors = _with_aliases_resolved(bind(weight_rows(config), shapes, config), checkpoint.entries.keys(), partial)
+    tensors = with_aliases_resolved(bind(weight_rows(config), shapes, config), checkpoint.entries.keys(), partial)
     expected = {t.name for t in tensors}
     skipped = {name.format(layer=layer) for name in DERIVED for layer in range(config.num_layers)}
     stored = checkpoint.entries.keys() - skipped
@@ -119,8 +119,9 @@ def bind_checkpoint(
     return tensors
 
 
-def _with_aliases_resolved(tensors: list[Tensor], stored: Collection[str], partial: bool) -> list[Tensor]:
-    """Drop aliases that are not stored; an alias replaces its parameter if only the alias is stored."""
+def with_aliases_resolved(tensors: list[Tensor], stored: Collection[str], partial: bool) -> list[Tensor]:
+    """The tensors with aliases as a folder that holds `stored` has them: those that are not stored are dropped, and one
+    replaces the tensors of its parameter if only the alias is stored. `partial`: a second copy is dropped too."""
     under_own_name = {t.ours for t in tensors if not t.alias and t.name in stored}
     under_alias_only = {t.ours for t in tensors if t.alias and t.name in stored} - under_own_name
     resolved = []
@@ -133,7 +134,12 @@ def _with_aliases_resolved(tensors: list[Tensor], stored: Collection[str], parti
 
 
 def check_alias(checkpoint: Checkpoint, alias: Tensor, tensor: Tensor) -> None:
-    """Raise ConversionError if the values of `alias` differ from those of `tensor`."""
+    """Raise ConversionError if the values of `alias` differ from those of `tensor`, or one is a part of the other."""
+    if alias.shape != tensor.shape:
+        raise ConversionError(
+            f"{checkpoint.folder} holds {tensor.name} and {alias.name}, which are two ways to store one parameter; "
+            "remove those of one"
+        )
     rows = max(1, (16 << 20) // (math.prod(tensor.shape[1:]) * 4))
     for first in range(0, tensor.shape[0], rows):
         part = (slice(first, min(first + rows, tensor.shape[0])), *(slice(0, size) for size in tensor.shape[1:]))

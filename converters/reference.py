@@ -153,14 +153,14 @@ class Reference:
             logits = self._forward(tokens)[:, :-1]
             targets = self._torch.from_numpy(tokens[:, 1:]).long()
             self._torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))  # tied ones under both names
+        parameters = self._model.state_dict(keep_vars=True)  # tied ones under both names; with the biases of routers
         grads = {name: p.grad if p.grad is not None else self._torch.zeros_like(p) for name, p in parameters.items()}
         self._model.zero_grad(set_to_none=True)
         return {name: _array(grad) for name, grad in self._as_stored(grads).items()}
 
     def owners(self) -> dict[str, str]:
         """The parameter of the loaded model that holds each tensor of the checkpoint (transformers joins some)."""
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = self._model.state_dict(keep_vars=True)
         first_names = {
             id(parameter): name for name, parameter in reversed(parameters.items())
         }  # tied ones have several

@@ -27,7 +27,7 @@ from converters.integer_matrices import with_matrices
 from converters.json_files import read_json_object
 from converters.packed_tensors import Entry, unpacked
 from converters.quantization import config_of_folder, integer_format, section_of, weight_block_size
-from converters.towers import TextNames, text_names, tower_of
+from converters.towers import PLAIN_NAMES, TextNames, prediction_prefixes, text_names, tower_of
 from converters.weight_rows import Index, Shape
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
@@ -64,8 +64,9 @@ class Checkpoint:
 
     folder: Path
     entries: dict[str, Entry]  # of a language model beside other models, under the names of its family
-    others: dict[str, Entry] = field(default_factory=dict)  # tensors of the other models, as they are stored
-    names: TextNames | None = None  # of the language model, if there are other models
+    # Tensors of the other models and of multi-token prediction, as they are stored.
+    others: dict[str, Entry] = field(default_factory=dict)
+    names: TextNames | None = None  # of the language model, if there are others
     _files: dict[Path, int] = field(default_factory=dict)
 
     def __enter__(self) -> Checkpoint:
@@ -100,9 +101,12 @@ class Checkpoint:
         return self._read(entry, dtype, index)
 
     def read_other(self, name: str) -> np.ndarray:
-        """A tensor of another model, as it is stored, of a type in `STORED`."""
+        """A tensor of another model, as it is stored or dequantised, of a type in `STORED`."""
         entry = self.others[name]
-        return self._read(entry, STORED[entry.dtype], tuple(slice(0, size) for size in entry.shape))
+        index = tuple(slice(0, size) for size in entry.shape)
+        if entry.packed is not None:
+            return entry.packed.read(index, self._read)
+        return self._read(entry, STORED[entry.dtype], index)
 
     def _read(self, entry: Entry, dtype: Any, index: Index) -> np.ndarray:
         out = np.empty([s.stop - s.start for s in index], dtype)
@@ -173,7 +177,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     section = section_of(hf)
     entries = unpacked(with_matrices(entries, integer_format(section)), weight_block_size(section))
     if tower_of(hf) is None:
-        return Checkpoint(folder, entries)
+        others = {name: entry for name, entry in entries.items() if name.startswith(prediction_prefixes(hf))}
+        own = {name: entry for name, entry in entries.items() if name not in others}
+        return Checkpoint(folder, own, others, PLAIN_NAMES if others else None)
     try:
         names = text_names(entries)
     except ConversionError as error:

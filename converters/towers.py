@@ -13,6 +13,7 @@ from converters.errors import ConversionError
 
 _EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _PARTS = ("embed_tokens.", "layers.", "norm.")  # of a language model, after its prefix
+_PREDICTION, _MAX_PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers"), 64
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,6 +57,10 @@ TOWERS = {
         ("qwen3_vl_text",),
         tied=False,
         defaults={"max_position_embeddings": 128000, "rope_theta": 500000.0},
+    ),
+    "Qwen3_5ForConditionalGeneration": Tower("Qwen3_5ForCausalLM", "qwen3_5_text", ("qwen3_5_text",), tied=False),
+    "Qwen3_5MoeForConditionalGeneration": Tower(
+        "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", ("qwen3_5_moe_text",), tied=False
     ),
     # Mistral3Config ties by default, but published folders hold a head of their own, which transformers then uses.
     "Mistral3ForConditionalGeneration": Tower("MistralForCausalLM", "mistral", ("mistral",), tied=False),
@@ -108,6 +113,15 @@ def _one_position(rope: Any) -> Any:
     return {key: "default" if value == "mrope" else value for key, value in kept.items()}
 
 
+def prediction_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the layers of multi-token prediction that config.json declares, which come after the last one."""
+    layers = hf.get("num_hidden_layers")
+    count = next((hf[key] for key in _PREDICTION if hf.get(key) is not None), 0)
+    if type(layers) is not int or type(count) is not int:
+        return ()
+    return tuple(f"model.layers.{layers + number}." for number in range(min(count, _MAX_PREDICTION)))
+
+
 @dataclass(frozen=True)
 class TextNames:
     """How a folder names the tensors of its language model."""
@@ -125,6 +139,10 @@ class TextNames:
             return _HEAD
         rest = name.removeprefix(self.prefix)
         return f"model.{rest}" if name.startswith(self.prefix) and rest.startswith(_PARTS) else None
+
+
+PLAIN_NAMES = TextNames("model.", _HEAD)
+"""Of a folder whose language model is stored under the names of its family."""
 
 
 def text_names(stored: Iterable[str]) -> TextNames:

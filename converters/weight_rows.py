@@ -99,12 +99,13 @@ class Split:
 class PairsToHalves:
     """Reorder the channels of a head, on `axis`, from rope on neighbours (2i, 2i + 1) to rope on halves (i, i + R/2).
 
-    `rotated` is R: the channels after it stay where they are. Of an axis of size 1, which an adapter's first factor
-    has in place of the heads, nothing changes. The axis is never sharded.
+    `rotated` is R, `first` the first of these channels: the others stay where they are. Of an axis of size 1, which an
+    adapter's first factor has in place of the heads, nothing changes. The axis is never sharded.
     """
 
     axis: int
     rotated: int
+    first: int = 0
 
     def hf_shape(self, shape: Shape, config: ModelConfig) -> Shape:
         return shape
@@ -121,8 +122,10 @@ class PairsToHalves:
 
     def _theirs(self, size: int) -> np.ndarray:
         """Their channel for each of ours."""
-        rotated = min(self.rotated, size)
-        return np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, size)])
+        first = min(self.first, size)
+        stop = min(first + self.rotated, size)
+        pairs = np.arange(first, stop, 2), np.arange(first + 1, stop, 2)
+        return np.concatenate([np.arange(first), *pairs, np.arange(stop, size)])
 
 
 @dataclass(frozen=True)

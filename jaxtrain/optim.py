@@ -146,8 +146,8 @@ def _dimension_numbers(path: tuple, axes: tuple[str, ...]) -> contrib.MuonDimens
     """Which axes of a stacked kernel form the rows and columns of its matrices; None: Adam updates the parameter."""
     if not _is_matrix(path) or axes[0] != "layers":
         return None
-    # One side of every matrix is a single axis: the residual stream's, or the adapter's rank.
-    single = "rank" if "rank" in axes else "embed"
+    # One side of every matrix is a single axis: the adapter's rank, the residual stream's, or a latent vector's.
+    single = next(name for name in ("rank", "embed", "latent") if name in axes)
     inner = [index for index, axis in enumerate(axes) if axis not in ("layers", "expert")]
     rest = tuple(index for index in inner if axes[index] != single)
     if axes[inner[0]] == single:

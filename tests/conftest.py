@@ -47,17 +47,21 @@ install_import_hook(CHECKED, "type_checks.check")
 
 MAPPINGS = Path("/proc/self/maps")
 
-# Files that take a minute and more run first, so that the test processes of `make test` end at about the same time.
-LONG = {
-    *("test_tpu_compile.py", "test_hosts.py", "test_sft.py", "test_docs.py", "test_signals.py", "test_vocabulary.py"),
-    *("test_rl.py", "test_rl_worlds.py", "test_folder.py", "test_export.py", "test_ray_sampler.py", "test_adapters.py"),
-    *("test_step.py", "test_checkpoint.py", "test_preemption.py", "test_compare.py", "test_engine.py", "test_app.py"),
-    *("test_processes.py", "test_rl_processes.py", "test_job.py"),
-}
+# Files that take a minute and more run first, the longest before the others, so that the test processes of `make test`
+# end at about the same time.
+LONG = [
+    *("test_planner.py", "test_tpu_compile.py", "test_rl_processes.py", "test_rl.py", "test_rl_worlds.py"),
+    *("test_processes.py", "test_compare.py", "test_hosts.py", "test_step.py", "test_rl_beside.py", "test_stages.py"),
+    *("test_ray_sampler.py", "test_sft.py", "test_signals.py", "test_docs.py", "test_engine_families.py"),
+    *("test_kill_campaign.py", "test_engine_shapes.py", "test_on_policy.py", "test_vocabulary.py", "test_local.py"),
+    *("test_folder.py", "test_export.py", "test_adapters.py", "test_checkpoint.py", "test_preemption.py"),
+    *("test_engine.py", "test_app.py", "test_job.py"),
+]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+    place = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")

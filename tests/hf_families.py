@@ -29,6 +29,25 @@ SHARED = {
     "moe_intermediate_size": 40,
     "shared_expert_intermediate_size": 24,
 }
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_group": 1,
+    "topk_group": 1,
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -104,6 +123,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3.5": ("Qwen3_5Text", {**HYBRID, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3.5-moe": ("Qwen3_5MoeText", {**HYBRID, **SHARED}),
+    "glm4-moe": ("Glm4Moe", {**SIGMOID, "use_qk_norm": True, "attention_bias": True}),
+    "glm4-moe-groups": (
+        "Glm4Moe",
+        {
+            **SIGMOID,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **SIGMOID,
+            **LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+        },
+    ),
+    "moonlight": (
+        "DeepseekV3",
+        {
+            **SIGMOID,
+            **LATENT,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+        },
+    ),
     "phi3": ("Phi3", {"pad_token_id": 0, "sliding_window": 37}),
     "phi3-longrope-tied": (
         "Phi3",

@@ -1,5 +1,6 @@
 """Tiny random folders of language models beside other models, written by transformers."""
 
+import hf_families
 import hf_folders
 import torch
 import transformers
@@ -24,6 +25,22 @@ CASES = {
         {"rope_parameters": MROPE | {"mrope_interleaved": True}},
         QWEN_VISION,
         {"tie_word_embeddings": True},
+    ),
+    "qwen3.5": (
+        "Qwen3_5",
+        {**hf_families.HYBRID, "rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
+        QWEN_VISION,
+        {"tie_word_embeddings": False},
+    ),
+    "qwen3.5-moe": (
+        "Qwen3_5Moe",
+        {
+            **hf_families.HYBRID,
+            **hf_families.SHARED,
+            "rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+        QWEN_VISION,
+        {"tie_word_embeddings": False},
     ),
     "mistral3": (
         "Mistral3",

@@ -36,31 +36,32 @@ def compiled(tmp_path_factory):
     process.communicate()
 
 
-@pytest.fixture(scope="module")
-def every_product_kept(compiled):
-    report = compiled("step", "8b-wide", "v5p:2x2x1", 1, 4, 1024, "dots")
-    assert report["splash_calls"] == SPLASH_CALLS
-    return report
-
-
 @pytest.mark.parametrize(("topology", "tensor"), [("v5e:2x2", 2), ("v5p:2x2x2", 1)])
 def test_a_tiny_step_compiles_with_splash_attention(compiled, topology, tensor):
-    report = compiled("step", "tiny", topology, tensor, 8, 256)
+    report = compiled("step", "tiny", topology, tensor, 8, 256, "full")
     assert report["splash_calls"] == SPLASH_CALLS
+
+
+# Of a step: a small one that another test compiles too, and one whose layers have real widths, which takes minutes.
+SMALL = ("tiny", "v5p:2x2x2", 1, 8, 256)
+WIDE = ("8b-wide", "v5p:2x2x1", 1, 4, 1024)
 
 
 # Products: queries, keys, values, the projection of the attention, gate and up; nothing needs the output of the layer.
 @pytest.mark.parametrize(
-    ("remat", "calls", "products"),
+    ("shape", "remat", "calls", "products"),
     [
-        pytest.param("full", SPLASH_CALLS, 6, id="full"),
-        pytest.param({}, SPLASH_CALLS + 1, 6, id="least", marks=pytest.mark.big),
-        pytest.param({"gate": "keep", "up": "keep"}, SPLASH_CALLS + 1, 4, id="mlp", marks=pytest.mark.big),
+        pytest.param(SMALL, "full", SPLASH_CALLS, 6, id="small-full"),
+        pytest.param(WIDE, "full", SPLASH_CALLS, 6, id="full", marks=pytest.mark.big),
+        pytest.param(WIDE, {}, SPLASH_CALLS + 1, 6, id="least", marks=pytest.mark.big),
+        pytest.param(WIDE, {"gate": "keep", "up": "keep"}, SPLASH_CALLS + 1, 4, id="mlp", marks=pytest.mark.big),
     ],
 )
-def test_kept_activations_are_not_computed_again(compiled, every_product_kept, remat, calls, products):
-    """Counted in compiled layers of real widths: a policy that does not see the products would compute them again."""
-    report = compiled("step", "8b-wide", "v5p:2x2x1", 1, 4, 1024, remat)
+def test_kept_activations_are_not_computed_again(compiled, shape, remat, calls, products):
+    """Counted in compiled layers: a policy that does not see the products would compute them again."""
+    every_product_kept = compiled("step", *shape, "dots")
+    assert every_product_kept["splash_calls"] == SPLASH_CALLS
+    report = compiled("step", *shape, remat)
     assert report["splash_calls"] == calls
     assert report["products"] - every_product_kept["products"] == products
 

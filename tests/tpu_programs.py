@@ -25,6 +25,9 @@ from tpu_step import step
 PROGRAMS = {program.__name__: program for program in (step, decode, head, experts)}
 
 if __name__ == "__main__":
+    reports: dict[str, str] = {}
     for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        print(json.dumps(PROGRAMS[name](*arguments)), flush=True)
+        if line not in reports:  # several tests read the report of one program
+            name, *arguments = json.loads(line)
+            reports[line] = json.dumps(PROGRAMS[name](*arguments))
+        print(reports[line], flush=True)

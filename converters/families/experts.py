@@ -6,7 +6,7 @@ from typing import Any
 from converters.errors import ConversionError
 from converters.families.dense import MATRIX
 from converters.families.keys import ConfigKeys
-from converters.weight_rows import Weight
+from converters.weight_rows import SideBySide, Transpose, Weight
 from jaxtrain.nn.config import ModelConfig, MoE
 
 _LAYER = "model.layers.{layer}"
@@ -22,6 +22,28 @@ SHARED_EXPERT = (
     ),
     Weight("layers.mlp.shared_gate.kernel", f"{_LAYER}.mlp.shared_expert_gate.weight", MATRIX),
 )
+
+
+def _gate_and_up(config: ModelConfig) -> tuple[int, int]:
+    assert config.moe is not None
+    return config.moe.intermediate_size, config.moe.intermediate_size
+
+
+_OUT_IN = (Transpose((0, 2, 1)),)  # [E, out, in] -> [E, in, out]
+FUSED_EXPERTS = (
+    *(
+        Weight(
+            f"layers.mlp.experts.{name}.kernel",
+            f"{_LAYER}.mlp.experts.gate_up_proj",  # [E, 2F, D]
+            _OUT_IN,
+            alias=True,
+            part=SideBySide(1, place, _gate_and_up),
+        )
+        for place, name in enumerate(("gate_proj", "up_proj"))
+    ),
+    Weight("layers.mlp.experts.down_proj.kernel", f"{_LAYER}.mlp.experts.down_proj", _OUT_IN, alias=True),
+)
+"""Another way to store experts: one tensor for all of a layer, gate and up together."""
 
 
 def with_num_experts(hf: Mapping[str, Any]) -> dict[str, Any]:

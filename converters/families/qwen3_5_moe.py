@@ -6,6 +6,7 @@ from typing import Any
 from converters.families import hybrid, qwen3_5
 from converters.families.dense import read_sizes, write_sizes
 from converters.families.experts import (
+    FUSED_EXPERTS,
     SHARED_EXPERT,
     expert_rows,
     read_experts,
@@ -20,7 +21,7 @@ ARCHITECTURE = "Qwen3_5MoeForCausalLM"
 MODEL_TYPE = "qwen3_5_moe_text"
 WEIGHTS = (
     *(*qwen3_5.WEIGHTS, *router_rows("mlp.gate"), *SHARED_EXPERT),
-    *expert_rows("mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
+    *(*expert_rows("mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"), *FUSED_EXPERTS),
 )
 
 # transformers.Qwen3_5MoeTextConfig (5.24)

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 from converters.errors import ConversionError
 from converters.families import (
     arcee,
+    deepseek_v3,
     exaone4,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     gpt_oss,
     granite,
     llama,
@@ -77,6 +79,7 @@ _ALL: tuple[Family, ...] = (
     *(mixtral, gpt_oss, gemma2, gemma3),
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
     *(arcee, exaone4, glm4, olmoe, seed_oss),
+    *(deepseek_v3, glm4_moe),
 )
 FAMILIES: dict[str, Family] = {family.MODEL_TYPE: family for family in _ALL}
 DERIVED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)

@@ -166,8 +166,9 @@ def _scaling_parameters(scaling: Scaling | None) -> dict[str, Any]:
             return {"rope_type": "dynamic", "factor": factor}
         case ProportionalScaling(factor):
             return {"rope_type": "proportional", "factor": factor}
-        case YarnScaling(factor, original, fast, slow, attention, truncate):
+        case YarnScaling(factor, original, fast, slow, attention, truncate, mscale):
             return {
+                **({"mscale_all_dim": mscale} if mscale else {}),
                 "rope_type": "yarn",
                 "factor": factor,
                 "original_max_position_embeddings": original,

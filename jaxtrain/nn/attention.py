@@ -104,7 +104,7 @@ class Attention(nnx.Module):
                 if cache is None:
                     out = attend(q, k, v, tokens, options, sinks=sinks, impl=impl, mesh=mesh)
                     return out, LayerCache.of(k, v, order_on(mesh))
-                written, k, v, kv_pos, kv_seg = _with_cached(cache, k, v, inputs)
+                written, k, v, kv_pos, kv_seg = with_cached(cache, k, v, inputs)
                 tokens = tokens._replace(kv_pos=kv_pos, kv_seg=kv_seg)
                 # The fused kernels take packed rows only.
                 return attend(q, k, v, tokens, options, sinks=sinks, impl="xla", mesh=mesh), written
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
         return checkpoint_name(self.o_proj(out, keys[3]), ATTENTION_OUT), written
 
 
-def _with_cached(
+def with_cached(
     cache: LayerCache, k: Array, v: Array, inputs: AttentionInputs
 ) -> tuple[LayerCache, Array, Array, Array, Array]:
     """The cache with k, v [B, T, K, H] written to it, and the keys, values [B, S, K, H], positions and segments [B, S]

@@ -76,7 +76,10 @@ class LayerState(ABC):
 @dataclass(frozen=True)
 class LayerCache(LayerState):
     """Keys and values in a ring buffer: position p is stored in column p mod S (in column p, if S is at least the
-    length of the row)."""
+    length of the row).
+
+    A token of latent attention has one vector, which is both: `k` holds it as that of one head, and `v` has width 0.
+    """
 
     # Arrays [B, S, K, H], axes permuted by `order`; or other leaves, such as shardings, in trees of this structure.
     k: Any
@@ -84,7 +87,7 @@ class LayerCache(LayerState):
     order: Order
 
     @classmethod
-    def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], order: Order) -> LayerCache:
+    def of(cls, k: Float[Array, "B S K H"], v: Float[Array, "B S K V"], order: Order) -> LayerCache:
         """Keys and values as a layer computes them."""
         return cls(k.transpose(order.k), v.transpose(order.v), order)
 
@@ -92,14 +95,14 @@ class LayerCache(LayerState):
     def columns(self) -> int:
         return self.v.shape[self.order.v.index(_COLUMN)]
 
-    def all(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def all(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K V"]]:
         """Keys and values with the axes that layers compute with."""
         return self.k.transpose(np.argsort(self.order.k)), self.v.transpose(np.argsort(self.order.v))
 
     def write(
         self,
         k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
+        v: Float[Array, "B T K V"],
         positions: Integer[Array, "B T"],
         segment_ids: Integer[Array, "B T"],
         length: Integer[Array, " B"],
@@ -226,7 +229,11 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, o
         if kind.mixer == "delta":
             assert config.delta is not None
             return RecurrentState.empty(config.delta, rows, dtype)
-        zeros = jnp.zeros((rows, columns_of(kind, length), config.num_kv_heads, config.head_dim), dtype)
+        columns = columns_of(kind, length)
+        if config.latent is not None:
+            held = jnp.zeros((rows, columns, 1, config.latent.rank + config.latent.rope_width), dtype)
+            return LayerCache.of(held, held[..., :0], order)
+        zeros = jnp.zeros((rows, columns, config.num_kv_heads, config.head_dim), dtype)
         return LayerCache.of(zeros, zeros, order)
 
     return ModelCache(tuple(map(empty, config.pattern)), jnp.zeros(rows, jnp.int32))

@@ -11,6 +11,7 @@ FLOAT32 = np.dtype("float32")
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 QKNorm = Literal["head", "all"]
 Mixer = Literal["attention", "delta"]
+RouterScores = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class YarnScaling:
     beta_slow: float
     attention_factor: float  # multiplies cosines and sines
     truncate: bool  # the ends of the ramp are rounded to channel indices
+    score_mscale: float = 0.0  # scores of latent attention are multiplied by (0.1 score_mscale ln(factor) + 1)^2
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Rope:
     theta: float
     scaling: Scaling | None = None
     partial: float = 1.0  # the share of a head's channels that are rotated
+
+    @property
+    def score_factor(self) -> float:
+        """What the scores of latent attention are multiplied by."""
+        if not isinstance(self.scaling, YarnScaling) or self.scaling.factor <= 1:
+            return 1.0
+        return (0.1 * self.scaling.score_mscale * math.log(self.scaling.factor) + 1) ** 2
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,19 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention: see `nn.latent_attention`. `ModelConfig.head_dim` is that of queries: both parts."""
+
+    query_rank: int | None  # of the vector that queries are projected from; None: from the token itself
+    rank: int  # R of the vector that keys and values are projected from
+    plain_width: int  # P of queries and keys without rope
+    rope_width: int  # Q of queries and of the shared key, with rope
+    value_width: int  # V
+    norm_eps: float  # of the norms of the vectors
+    neighbours: bool  # rope turns neighbouring channels in the checkpoint, whose channels the weight rows reorder
+
+
+@dataclass(frozen=True)
 class MoE:
     """A mixture of experts in place of the feed-forward layer: a router selects a few experts for each token."""
 
@@ -135,10 +157,27 @@ class MoE:
     swiglu: ClampedSwiGLU | None = None  # None: a gated MLP with the model's activation
     shared_size: int = 0  # F of an expert that every token passes through; 0: there is none
     shared_gate: bool = False  # its output is multiplied by the sigmoid of a projection of the token
+    scores: RouterScores = "softmax"  # "sigmoid": each expert's own, and a bias that is not trained: see `nn.router`
+    weight_scale: float = 1.0  # of the weights, with sigmoid scores
+    groups: int = 1  # experts are in so many groups of equal size, with sigmoid scores
+    groups_per_token: int = 1  # and those of a token in so many of them
 
     def __post_init__(self) -> None:
         if not 0 < self.experts_per_token <= self.num_experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}")
+        if self.scores == "softmax":
+            assert (self.weight_scale, self.groups, self.groups_per_token) == (1, 1, 1), "for sigmoid scores only"
+        if not 0 < self.groups_per_token <= self.groups or self.num_experts % self.groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} of groups={self.groups} of num_experts={self.num_experts}: "
+                "groups must be of equal size, and the first must not be larger than the second"
+            )
+        of_group = self.num_experts // self.groups
+        if self.groups > 1 and (of_group < 2 or self.experts_per_token > of_group * self.groups_per_token):
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} from {self.groups_per_token} groups of {of_group}: a "
+                "group must have two experts or more, and those of a token must have as many as it takes"
+            )
 
 
 @dataclass(frozen=True)
@@ -186,6 +225,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # factor of the logits, before their softcap
     moe: MoE | None = None  # in every layer that is not `dense`
     delta: DeltaNet | None = None  # of the layers whose mixer it is
+    latent: Latent | None = None  # attention is latent attention
     vocab_multiple: int = 64  # the stored vocabulary is padded to a multiple of this
     modules: Modules = Modules()  # user-defined classes
 
@@ -196,8 +236,17 @@ class ModelConfig:
         assert self.delta or all(kind.mixer == "attention" for kind in self.pattern), (
             "sizes of the delta net are missing"
         )
+        if self.latent:
+            assert self.head_dim == self.latent.plain_width + self.latent.rope_width, self
+            plain = (self.qk_norm, self.attention_softcap, self.attention_gate, self.sinks)
+            assert plain == (None, None, False, False), "latent attention has none of these"
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that a rope of share 1 turns."""
+        return self.head_dim if self.latent is None else self.latent.rope_width
 
     @property
     def padded_vocab(self) -> int:

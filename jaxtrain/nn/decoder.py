@@ -20,6 +20,7 @@ from jaxtrain.nn.cache import LayerCache, LayerState, ModelCache, RecurrentState
 from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig, NewTokens
 from jaxtrain.nn.delta_net import GatedDeltaNet
 from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, with_new_tokens
+from jaxtrain.nn.latent_attention import LatentAttention
 from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.moe import SparseMLP
@@ -73,8 +74,9 @@ class Block(nnx.Module):
         def module(name: str, make: Any, **options: Any) -> Any:
             return make(config, rngs=rngs, dtype=dtype, lora=lora, **options) if name in parts else nnx.data(None)
 
+        attention = LatentAttention if config.latent else Attention
         self.input_norm = norm("input_norm", config.pre_norms)
-        self.attn: Attention | None = module("attn", module_class(config, "attention", Attention))
+        self.attn: Attention | LatentAttention | None = module("attn", module_class(config, "attention", attention))
         self.delta: GatedDeltaNet | None = module("delta", GatedDeltaNet)
         self.attn_post_norm = norm("attn_post_norm", config.post_norms)
         self.mlp_norm = norm("mlp_norm", config.pre_norms)
@@ -345,7 +347,7 @@ class Decoder(nnx.Module):
     def _inputs(self, positions: Array, segment_ids: Array, lengths: Array, run: Execution) -> AttentionInputs:
         lengths = lengths if run.rope_length is None else jnp.asarray(run.rope_length)
         return AttentionInputs(
-            positions, segment_ids, rope_tables(self.kinds, self.config.head_dim, positions, lengths)
+            positions, segment_ids, rope_tables(self.kinds, self.config.rope_dim, positions, lengths)
         )
 
     def _apply_layers(

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Integer
 
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.mlp import ACTIVATIONS, GatedMLP
+from jaxtrain.nn.router import by_sigmoid, by_softmax, routing_of
 from jaxtrain.ops.exchange import Slots, at_owners, block_rows, plan_route, sort_into_slots
 from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
 from jaxtrain.ops.varying import varying_over
@@ -51,6 +52,10 @@ class SparseMLP(nnx.Module):
             bias=self.moe.bias,
             lora=lora if lora and lora.covers("mlp.router") else None,
         )
+        self.balance = nnx.data(None)
+        if self.moe.scores == "sigmoid":
+            # In float32 whatever the dtype of parameters: rounding it would change which experts are chosen.
+            self.balance = nnx.Param(jnp.zeros(self.moe.num_experts, jnp.float32), out_sharding=("router",))
         self.experts = Experts(config, rngs=rngs, dtype=dtype, lora=lora)
         self.shared = self.shared_gate = nnx.data(None)
         if self.moe.shared_size:
@@ -77,14 +82,17 @@ class SparseMLP(nnx.Module):
 
         `key` turns on the dropout of the adapters of the router and the shared expert; those of experts have none.
         """
-        logits = self.router(x, key).astype(jnp.float32)
-        scores, chosen = lax.top_k(logits, self.moe.experts_per_token)
-        weights = jnp.exp(scores - jax.nn.logsumexp(scores if self.moe.renormalise else logits, -1, keepdims=True))
+        if self.balance is None:
+            logits = self.router(x, key).astype(jnp.float32)
+            choice = by_softmax(logits, self.moe)
+        else:
+            logits = self.router(x.astype(jnp.float32), key)
+            choice = by_sigmoid(logits, self.balance[...], self.moe)
         mix = partial(_mix_locally, self.experts) if mesh is None else partial(_mix_on_mesh, self.experts, mesh)
-        out = mix(x, chosen, weights)
+        out = mix(x, choice.experts, choice.weights)
         if self.shared is not None:
             out += self._of_shared(self.shared, x, key)
-        return out, routing_of(logits, logits >= scores[..., -1:], segment_ids > 0)
+        return out, routing_of(logits, choice, segment_ids > 0)
 
     def _of_shared(self, shared: GatedMLP, x: Array, key: Array | None) -> Array:
         keys: list[Array | None] = [None] * 4
@@ -92,16 +100,6 @@ class SparseMLP(nnx.Module):
             keys = list(jax.random.split(jax.random.fold_in(key, 1), 4))
         out = shared(x, keys[:3])
         return out if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x, keys[3])) * out
-
-
-def routing_of(logits: Float[Array, "B T E"], chosen: Bool[Array, "B T E"], real: Bool[Array, "B T"]) -> Routing:
-    """The statistics of one layer: of router logits and the experts chosen, over the tokens that are `real`."""
-
-    def total(x: Array) -> Array:
-        return jnp.sum(jnp.where(real[..., None], x, 0), (0, 1), dtype=jnp.float32)
-
-    z = jax.nn.logsumexp(logits, -1, keepdims=True) ** 2
-    return Routing(total(chosen), total(jax.nn.softmax(logits)), total(z)[0], total(real[..., None])[0])
 
 
 class ExpertRows(NamedTuple):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Integer
 
-from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
+from jaxtrain.nn.config import Latent, LayerKind, Lora, ModelConfig
 from jaxtrain.types import Array
 
 # Dense bf16 FLOP/s of one chip: the usual reference of MFU, for any compute dtype.
@@ -74,7 +74,8 @@ def train_flops(
     head = _matrix_flops(head_path, config.hidden_size, config.vocab_size, lora)
     windows = [config.pattern[layer].window for layer in config.layers_of("attn")]
     pairs = {window: visible_pairs(lengths, window) for window in set(windows)}
-    attention = 12 * config.num_heads * config.head_dim * sum(pairs[window] for window in windows)
+    value_width = config.head_dim if config.latent is None else config.latent.value_width
+    attention = 6 * config.num_heads * (config.head_dim + value_width) * sum(pairs[window] for window in windows)
     return float(int(lengths.sum()) * per_token + scored * head + attention)
 
 
@@ -140,6 +141,8 @@ def _layer_matrices(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int
 
 
 def _attention_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+    if config.latent is not None:
+        return _latent_matrices(config, config.latent)
     d, heads, kv_heads = (
         config.hidden_size,
         config.num_heads * config.head_dim,
@@ -151,6 +154,24 @@ def _attention_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
         "attn.v_proj": (1, d, kv_heads),
         "attn.o_proj": (1, heads, d),
         **({"attn.gate_proj": (1, d, heads)} if config.attention_gate else {}),
+    }
+
+
+def _latent_matrices(config: ModelConfig, sizes: Latent) -> dict[str, tuple[int, int, int]]:
+    d, heads = config.hidden_size, config.num_heads
+    queries = {"attn.q_proj": (1, d, heads * config.head_dim)}
+    if sizes.query_rank is not None:
+        queries = {
+            "attn.q_down": (1, d, sizes.query_rank),
+            "attn.q_up": (1, sizes.query_rank, heads * config.head_dim),
+        }
+    return {
+        **queries,
+        "attn.kv_down": (1, d, sizes.rank),
+        "attn.k_rope": (1, d, sizes.rope_width),
+        "attn.k_up": (1, sizes.rank, heads * sizes.plain_width),
+        "attn.v_up": (1, sizes.rank, heads * sizes.value_width),
+        "attn.o_proj": (1, heads * sizes.value_width, d),
     }
 
 

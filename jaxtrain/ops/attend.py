@@ -22,17 +22,19 @@ Impl = Literal["auto", "xla", "splash", "cudnn"] | SplashBlocks
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     tokens: MaskInputs,
     options: AttentionOptions,
     *,
     sinks: Float[Array, " N"] | None = None,
     impl: Impl = "auto",
     mesh: Mesh | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Grouped-query attention, causal by position and within a segment, softmax in float32.
 
-    N is a multiple of K. A query attends to the keys of its segment at its position and at most `options.window - 1`
+    N is a multiple of K. V may differ from H: for the fused kernels the narrower of the two is padded with zeros.
+
+    A query attends to the keys of its segment at its position and at most `options.window - 1`
     positions before it. Segment 0 is padding: its tokens attend to each other, so that their outputs are finite.
 
     Packed rows: `tokens` has nothing of the keys, which are those of the same tokens as the queries. The tokens of a
@@ -60,6 +62,10 @@ def attend(
         impl, options = "splash", options._replace(splash=impl)
     if impl in ("splash", "cudnn") and not packed:
         raise ValueError(f"impl={impl!r} supports packed rows only: leave kv_pos and kv_seg out, or use 'xla'")
+    if impl in ("splash", "cudnn") and v.shape[3] != q.shape[3]:
+        width = max(v.shape[3], q.shape[3])
+        wide_q, wide_k, wide_v = (jnp.pad(x, [*[(0, 0)] * 3, (0, width - x.shape[3])]) for x in (q, k, v))
+        return attend(wide_q, wide_k, wide_v, tokens, options, sinks=sinks, impl=impl, mesh=mesh)[..., : v.shape[3]]
     if impl == "splash":
         interpret = platform != "tpu"
         return splash_attention(q, k, v, tokens.q_seg, options, sinks=sinks, mesh=mesh, interpret=interpret)
@@ -96,9 +102,9 @@ def _in_parts(
 
 
 def _check(q: Array, k: Array, v: Array, tokens: MaskInputs, window: int | None) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.shape[::3] != q.shape[::3] or q.shape[2] % k.shape[2]:
+    if q.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[::3] != q.shape[::3] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"attend: q {q.shape}, k {k.shape}, v {v.shape} are not [B, T, N, H], [B, S, K, H] and [B, S, K, H] with "
+            f"attend: q {q.shape}, k {k.shape}, v {v.shape} are not [B, T, N, H], [B, S, K, H] and [B, S, K, V] with "
             "N % K == 0"
         )
     if (tokens.kv_pos is None) != (tokens.kv_seg is None):

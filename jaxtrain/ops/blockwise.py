@@ -77,11 +77,11 @@ class _Band(NamedTuple):
 def blockwise_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     sinks: Float[Array, " N"] | None,
     tokens: MaskInputs,
     options: AttentionOptions,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Attention over packed rows or a cache; see `attend` for the mask."""
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -95,7 +95,7 @@ def blockwise_attention(
     # Heads before tokens: the products of a block are then plain batched matmuls, which need no copies.
     grouped = q.reshape(batch, length + padding, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
     out: Array = _attention(grouped, k.swapaxes(1, 2), v.swapaxes(1, 2), _group(sinks, kv_heads), tokens, options)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length + padding, heads, width)[:, :length]
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length + padding, heads, v.shape[3])[:, :length]
 
 
 def _pad_rows(x: Array, padding: int, fill: int = 0) -> Array:
@@ -108,7 +108,7 @@ def _group(sinks: Array | None, kv_heads: int) -> Array | None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(q, k, v, sinks, tokens: MaskInputs, options: AttentionOptions) -> Array:
-    """q [B, K, G, T, H], k and v [B, K, S, H], sinks [1, K, G, 1] -> the shape of q."""
+    """q [B, K, G, T, H], k [B, K, S, H], v [B, K, S, V], sinks [1, K, G, 1] -> [B, K, G, T, V]."""
     return _forward(q, k, v, sinks, tokens, options)[0]
 
 
@@ -156,8 +156,8 @@ def _backward(options: AttentionOptions, saved, d_out: Array):
         keys = _keys(k, v, tokens, band)
         split = partial(_split_blocks, band=band, block=options.block, axis=3)
         inputs = (_queries(q, tokens, band, options.block), split(d_out), split(lse), split(delta))
-        zeros = jnp.zeros(keys.k.shape, jnp.float32)
-        (band_k, band_v), d_q = jax.lax.scan(partial(block, keys), (zeros, zeros), inputs)
+        zeros = jnp.zeros(keys.k.shape, jnp.float32), jnp.zeros(keys.v.shape, jnp.float32)
+        (band_k, band_v), d_q = jax.lax.scan(partial(block, keys), zeros, inputs)
         d_qs.append(_merge_blocks(d_q))
         d_k = d_k.at[:, :, band.first : band.last].add(band_k)
         d_v = d_v.at[:, :, band.first : band.last].add(band_v)

@@ -29,6 +29,7 @@ _REPLICATED = {
     "rank": None,
     "vocab": None,
     "embed": None,
+    "latent": None,
     "heads": None,
     "kv_heads": None,
     "mlp": None,
@@ -36,16 +37,17 @@ _REPLICATED = {
     "router": None,
 }
 RULES: dict[str, Rules] = {
-    "fsdp": {**_REPLICATED, "embed": FSDP},
+    "fsdp": {**_REPLICATED, "embed": FSDP, "latent": FSDP},
     "fsdp_tensor": {
         **_REPLICATED,
         "embed": FSDP,
+        "latent": FSDP,
         "vocab": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
     },
-    "fsdp_expert": {**_REPLICATED, "embed": FSDP, "expert": "expert"},
+    "fsdp_expert": {**_REPLICATED, "embed": FSDP, "latent": FSDP, "expert": "expert"},
 }
 """Preset -> logical axis -> the mesh axis (or axes) that it is sharded over; None: replicated."""
 

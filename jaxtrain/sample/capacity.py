@@ -100,7 +100,7 @@ def serving_shardings(model: Model) -> Params:
     """The shardings of a sampling model's stacked parameters on its mesh."""
     mesh = model.run.mesh
     assert mesh is not None
-    rules = {**RULES["fsdp_tensor"], "embed": None, "expert": "expert"}
+    rules = {**RULES["fsdp_tensor"], "embed": None, "latent": None, "expert": "expert"}
     if model.config.num_kv_heads % mesh.shape["tensor"]:
         rules["kv_heads"] = None
     return param_specs(model.axes(), model.abstract(), rules, mesh)

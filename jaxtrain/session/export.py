@@ -12,7 +12,7 @@ import jax
 
 from converters.adapters import export_adapter
 from converters.export_hf import MAX_SHARD_BYTES, TrainedText, convert, declared_dtype, empty_folder, export_hf
-from converters.export_towers import export_towers, has_towers
+from converters.export_towers import export_towers, has_others, has_towers
 from converters.families.registry import has_scalar_head
 from converters.import_hf import read_config
 from converters.weight_rows import flatten
@@ -151,7 +151,7 @@ def _beside_other_models(source: str | Path | None, out: Path, output: str = LAN
     """The folder to write a model to: `out`, or if the model is the language model of a folder that holds others, one
     beside it, from which `out` is then written with the others. A model with another head is written alone."""
     base = None if source is None else local_folder(source)
-    if base is None or output != LANGUAGE or not has_towers(base):
+    if base is None or output != LANGUAGE or not has_others(base):
         yield out
         return
     empty_folder(out)
@@ -159,7 +159,8 @@ def _beside_other_models(source: str | Path | None, out: Path, output: str = LAN
     try:
         yield alone
         if jax.process_index() == 0:
-            export_towers(alone, base, out, max_shard_bytes=MAX_SHARD_BYTES)
+            target = Model(read_config(alone)[0]).abstract()
+            export_towers(alone, base, out, target, max_shard_bytes=MAX_SHARD_BYTES)
     finally:
         shutil.rmtree(alone, ignore_errors=True)
 

@@ -109,7 +109,7 @@ def rope_check(subject: Subject, reference: Reference, tokens: int) -> Check | N
             if kind.rope is None:
                 continue
             if kind.rope not in ours:
-                ours[kind.rope] = _our_table(kind.rope, subject.config.head_dim, length)
+                ours[kind.rope] = _our_table(kind.rope, subject.config.rope_dim, length)
             for own, half in zip(ours[kind.rope], theirs[layer], strict=True):
                 half = half[:_POSITIONS, : own.shape[-1]]
                 difference = np.abs(own - half).max() if own.shape == half.shape else np.inf

@@ -88,7 +88,7 @@ def _in_tables(subject: Subject, layer: int, ids: np.ndarray, theirs: Mapping[st
 def _table(subject: Subject, layer: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rope = subject.config.pattern[layer].rope
     assert rope is not None
-    table = rope_table(rope, subject.config.head_dim, as_batch(ids).positions, jnp.asarray(ids.shape[1]))
+    table = rope_table(rope, subject.config.rope_dim, as_batch(ids).positions, jnp.asarray(ids.shape[1]))
     return np.asarray(table.cos)[0, :, 0], np.asarray(table.sin)[0, :, 0]
 
 
@@ -138,8 +138,9 @@ def _in_gate(subject: Subject, layer: int, seen: Observed, pairs: Mapping[str, P
 
 def _in_experts(subject: Subject, layer: int, seen: Observed, mismatch: Mismatch) -> str:
     call, ours = seen.theirs[mismatch.hf], seen.ours.get((mismatch.where, "out"))
-    if call.input is None or call.output is None or ours is None:
-        return ""
+    shared = subject.config.moe is not None and subject.config.moe.shared_size > 0
+    if call.input is None or call.output is None or ours is None or shared:
+        return ""  # a shared expert's output is in the sum that the experts' weights are solved from
     width = subject.config.hidden_size
     first = max(min(mismatch.position, ours.shape[1] - _TOKENS), 0)
     x, ours, theirs = (

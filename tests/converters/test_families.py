@@ -10,10 +10,12 @@ import transformers
 from converters.errors import ConversionError
 from converters.families import (
     arcee,
+    deepseek_v3,
     exaone4,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     granite,
     llama,
     ministral,
@@ -42,7 +44,15 @@ CLASSES = {
         *((llama, "Llama"), (qwen2, "Qwen2"), (qwen3, "Qwen3"), (mistral, "Mistral"), (ministral, "Ministral")),
         *((smollm3, "SmolLM3"), (granite, "Granite"), (olmo2, "Olmo2"), (olmo3, "Olmo3"), (phi3, "Phi3")),
         *((gemma2, "Gemma2"), (gemma3, "Gemma3Text"), (qwen3_next, "Qwen3Next")),
-        *((olmoe, "Olmoe"), (exaone4, "Exaone4"), (seed_oss, "SeedOss"), (arcee, "Arcee"), (glm4, "Glm4")),
+        *(
+            (olmoe, "Olmoe"),
+            (exaone4, "Exaone4"),
+            (seed_oss, "SeedOss"),
+            (arcee, "Arcee"),
+            (glm4, "Glm4"),
+            (glm4_moe, "Glm4Moe"),
+        ),
+        (deepseek_v3, "DeepseekV3"),
         *((qwen3_5, "Qwen3_5Text"), (qwen3_5_moe, "Qwen3_5MoeText")),
     ]
 }

@@ -22,7 +22,8 @@ from jaxtrain.types import Batch
 LENGTH = 600  # short prompts hide mistakes in rope
 CASES = [
     *("qwen3-moe", "qwen3-moe-renormalised-window", "qwen3-moe-some-dense", "mixtral", "mixtral-window", "gpt-oss"),
-    *("qwen3-next", "qwen3.5-moe", "olmoe"),
+    *("qwen3-next", "qwen3.5-moe", "olmoe", "glm4-moe", "glm4-moe-groups"),
+    *("deepseek-v3", "moonlight"),
 ]
 
 
@@ -70,7 +71,7 @@ def test_logits_gradients_and_decoding_equal_those_of_transformers(case, tmp_pat
 
 def gradients(reference, case):
     """Gradients by the checkpoint's tensor names: transformers fuses experts when it loads them."""
-    found = {}
+    found = {name: np.zeros(buffer.shape) for name, buffer in reference.named_buffers()}  # routers' biases have none
     for name, parameter in reference.named_parameters():
         grad = parameter.grad.numpy()
         if case == "gpt-oss" or ".experts." not in name:
@@ -89,7 +90,9 @@ def gradients(reference, case):
     return found
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe"])
+@pytest.mark.parametrize(
+    "case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe", "deepseek-v3"]
+)
 @pytest.mark.parametrize("preset", [None, "fsdp_expert"])
 def test_an_export_is_bit_identical_and_transformers_loads_it(case, preset, tmp_path):
     hf_folders.save(tmp_path / "in", case)

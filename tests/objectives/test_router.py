@@ -7,7 +7,7 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from jaxtrain.nn.config import RouterLoss
-from jaxtrain.nn.moe import routing_of
+from jaxtrain.nn.router import by_softmax, routing_of
 from jaxtrain.objectives.router import router_loss
 from jaxtrain.types import Routing
 
@@ -16,8 +16,7 @@ EXPERTS, CHOICES = tiny.MOE.num_experts, tiny.MOE.experts_per_token
 
 
 def layers_of(logits, real):
-    best = jax.lax.top_k(logits, CHOICES)[0]
-    each = [routing_of(layer, layer >= top[..., -1:], real) for layer, top in zip(logits, best, strict=True)]
+    each = [routing_of(layer, by_softmax(layer, tiny.MOE), real) for layer in logits]
     return Routing(*(jnp.stack(leaves) for leaves in zip(*each, strict=True)))
 
 

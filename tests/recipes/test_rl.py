@@ -42,27 +42,14 @@ def train(tree: dict, run: Path, **train_section) -> list[dict]:
     return logged(run)
 
 
-CASES = {
-    "grpo": {},
-    "ppo in the middle of its updates": {
-        "algorithm": "ppo",
-        "iterations": 2,
-        "minibatches": 2,
-        "objective": {"beta": 0.1},
-    },
-    "dapo with refills and filters": {
-        "algorithm": "dapo",
-        "minibatches": 2,
-        "support": 8,
-        "sampling": {"top_k": 5, "temperature": 0.9},
-    },
-}
+PPO = {"algorithm": "ppo", "iterations": 2, "minibatches": 2, "objective": {"beta": 0.1}}
+DAPO = {"algorithm": "dapo", "minibatches": 2, "support": 8, "sampling": {"top_k": 5, "temperature": 0.9}}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_killed_at_any_step_and_resumed_equals_uninterrupted(place, name, tmp_path):
+@pytest.mark.parametrize("case", [{}, DAPO], ids=["grpo", "dapo with refills and filters"])
+def test_killed_at_any_step_and_resumed_equals_uninterrupted(place, case, tmp_path):
     """The state after a kill: checkpoints up to some step, and a longer log."""
-    config = tree(place, **CASES[name])
+    config = tree(place, **case)
     whole = train(config, tmp_path / "whole")
     assert [line["step"] for line in whole if "loss" in line] == list(range(1, 7))
     assert len({line["reward"] for line in whole if "reward" in line}) > 1
@@ -74,7 +61,7 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(place, name, tmp_pa
 
 def test_a_killed_process_is_resumed_bit_for_bit(place, tmp_path):
     """PPO takes four updates on the same samples, so most checkpoints are between two of them."""
-    config = tree(place, **CASES["ppo in the middle of its updates"])
+    config = tree(place, **PPO)
     config |= {"train": {"steps": 12}, "checkpoint": {"every": 3}, "eval": {"every": 100}}
     del config["data"]["eval"]
     file, killed = tmp_path / "rl.yaml", tmp_path / "killed"
@@ -84,6 +71,7 @@ def test_a_killed_process_is_resumed_bit_for_bit(place, tmp_path):
     assert "12" not in os.listdir(killed / "checkpoints")
     assert train(config, killed) == whole
     assert [line["step"] for line in whole] == list(range(1, 13))
+    assert len({line["reward"] for line in whole if "reward" in line}) > 1
     assert checksums(killed) == checksums(tmp_path / "whole")
 
 
