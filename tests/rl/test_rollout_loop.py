@@ -40,11 +40,13 @@ def experience_from(samples):
 
 
 class Prompts:
+    epoch_rows = 4
+
     def set_state(self, state):
         self.state = state
 
     def epoch(self, state):
-        return state["drawn"] / 4
+        return state["drawn"] / self.epoch_rows
 
 
 def session_in(folder, saved=()):
