@@ -158,7 +158,7 @@ class Answers:
     def _behind_header(self, text: str, block: TextSpan, prompt: Trace, chat: Chat, number: int) -> tuple[int, str]:
         """Where a turn begins within its block, and the prompt where the turn cannot follow it."""
         start, end = block
-        asked = _added_by_prompt(prompt, self._template.trace(chat.until(number)).text)
+        asked = added_by_prompt(prompt, self._template.trace(chat.until(number)).text)
         if text.startswith(asked, start, end):
             return start + len(asked), ""
         header = self._header(self._template.source(chat.tools), _json(chat.kwargs))
@@ -203,7 +203,7 @@ def _may_switch_thoughts(message: Message) -> bool:
     return "think" in str(message.get("content"))
 
 
-def _added_by_prompt(prompt: Trace, plain: str) -> str:
+def added_by_prompt(prompt: Trace, plain: str) -> str:
     """What a prompt has beyond the conversation so far, without which some templates write an end of the text."""
     added = prompt.text[len(plain) :] if prompt.text.startswith(plain) else ""
     return added or prompt.after_messages()

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxtrain.data.answers import Answer, Answers
+from jaxtrain.data.answers import Answer, Answers, added_by_prompt
 from jaxtrain.data.left_out import CHOICES, LeftOut
 from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template
 from jaxtrain.data.thoughts import (
@@ -114,6 +114,8 @@ class ChatTokenizer:
         if rewritten is None:
             left_out = self._left_out.check_turns(traced, chat, weights, accept=thoughts == "accept")
             left_out |= _check_prompts(answers, accept=thoughts == "accept")
+            if thoughts == "prompted":
+                text, answers = self._behind_prompt(text, answers, chat)
         closing = self._answers.closing(traced, chat) if weights[-1] else None
         found = self._check_ends(text, answers, chat, closing, has_marks=rewritten is None and bool(traced.generated))
         spans = [(answer.start, answer.end, weights[answer.message]) for answer in answers]
@@ -186,6 +188,29 @@ class ChatTokenizer:
         turn = f"{thought.strip()}\n{dict(THOUGHTS)[begin]}{blank}{written.text[found.start : found.end]}"
         text = prompt + turn + written.text[found.end :]
         return text, [Answer(last, len(prompt), len(prompt) + len(turn))]
+
+    def _behind_prompt(self, text: str, answers: list[Answer], chat: Chat) -> tuple[str, list[Answer]]:
+        """The text and the last turn behind the prompt for it, where the template writes what comes before otherwise
+        once the turn follows, as that of GPT-OSS leaves out the thought of a call before an answer.
+
+        Raises ValueError where the two do not fit.
+        """
+        asking = chat.until(len(chat.messages) - 1)
+        prompt = self._template.trace(asking, prompt=True)
+        if not answers or text.startswith(prompt.text):
+            return text, answers
+        start, asked = answers[0].start, added_by_prompt(prompt, self._template.trace(asking).text)
+        if text.startswith(prompt.text.removesuffix(asked)):
+            return text, answers
+        if not asked or not text.endswith(asked, 0, start):
+            raise ValueError(
+                f"messages[{len(asking.messages)}]: the chat template writes the messages before this turn otherwise "
+                "once it follows, so it cannot be trained as the model is prompted for it: give the turn a weight of "
+                "0, or another template as model.chat_template"
+            )
+        moved = len(prompt.text) - start
+        shifted = [answer._replace(start=answer.start + moved, end=answer.end + moved) for answer in answers]
+        return prompt.text + text[start:], shifted
 
     def _check_ends(
         self, text: str, answers: list[Answer], chat: Chat, closing: str | None, *, has_marks: bool

@@ -52,6 +52,23 @@ _OTHER_WEIGHTS = {
         "last one alone",
     ),
 }
+_NOT_TRAINED = dict.fromkeys(("train", "loss"), f"{_ROW_WEIGHT}, 0 for one that is not trained")
+_OF_CHATS = {
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "the thought of an answer stands in its message, as `reasoning_content`, or at the beginning of its text",
+    ),
+    "train_on_inputs": "set data.loss_on=all to train prompts too",
+    "documents": "documents for a chat template stand in chat_template_kwargs",
+}
+_OF_ALPACA = {
+    "input": "it goes with the columns instruction and output; write it into the prompt",
+    "history": "it goes with the columns instruction and output; write the conversation as messages",
+}
+_PROMPT_LENGTHS = dict.fromkeys(
+    ("prompt_length", "prompt_len", "source_length", "source_len", "completion_start"),
+    "write which tokens are trained as `completion_mask`",
+)
 UNSUPPORTED_COLUMNS = {  # columns with a known meaning that is not implemented, by kind of example: refused by name
     "input_ids": {
         "position_ids": f"positions start at 0 in every row; {_UNPACKED}",
@@ -61,9 +78,21 @@ UNSUPPORTED_COLUMNS = {  # columns with a known meaning that is not implemented,
         "where t is for input_ids[t]",
         **dict.fromkeys(("loss_weight", "sample_weight", "example_weight", "loss_scale"), _ROW_WEIGHT),
         "token_type_ids": "models here have no token types",
+        **_PROMPT_LENGTHS,
+        **_NOT_TRAINED,
         **_TEXT_ONLY,
     },
-    **{kind: {**_TEXT_ONLY, **_OTHER_WEIGHTS} for kind in FORMATS if kind != "input_ids"},
+    **{
+        kind: {
+            **(_OF_ALPACA if kind in ("messages", "prompt+completion") else {}),
+            **(_OF_CHATS if kind != "text" else {}),
+            **_TEXT_ONLY,
+            **_OTHER_WEIGHTS,
+            **_NOT_TRAINED,
+        }
+        for kind in FORMATS
+        if kind != "input_ids"
+    },
 }
 _KNOWN_COLUMNS = {kind: {*FORMATS[kind], *OPTIONAL_COLUMNS[kind], *UNSUPPORTED_COLUMNS[kind]} for kind in FORMATS}
 COLUMNS = tuple(
@@ -218,4 +247,8 @@ def _changes_nothing(column: str, value: Any) -> bool:
         return value == list(range(len(value)))
     if column == "token_type_ids" and isinstance(value, list):
         return not any(value)
+    if column in _NOT_TRAINED:  # other numbers have another meaning
+        return value is None or value != 0
+    if column == "train_on_inputs" and value is False:
+        return True
     return value is None or value == "" or value == [] or value == {}

@@ -1,6 +1,7 @@
 """What the files and the tokenizer of a run were, so that a resumed run and a cache notice that they changed."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ def check_unchanged(saved: list[list[dict[str, Any]]], now: list[list[dict[str, 
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Changes with the ids or the chat template, not with padding and truncation, which encoding turns off."""
+    """Changes with the ids, the special tokens or the chat template, not with padding and truncation, which encoding
+    turns off."""
     if tokenizer is None:
         return ""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    content = backend.to_str() + str(tokenizer.chat_template)
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    content = backend.to_str() + str(tokenizer.chat_template) + special
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -177,7 +177,8 @@ class Encoder(RowEncoder):
             if row_format(row) in ("input_ids", "text"):
                 raise ValueError("only conversations and prompts with a completion can be asked for their answer")
             talk = conversation(row, self._merge)
-            ids = self._chat.prompt(talk.messages[:-1], **self._options(talk))
+            self._has_unread(talk)
+            ids = self._chat.prompt(talk.messages[:-1], tools=talk.tools, template_kwargs=talk.template_kwargs)
             return EvalPrompt(ids, talk.messages[-1].get("content") or "")
 
     def question(self, row: Row) -> tuple[np.ndarray, Row]:
@@ -207,7 +208,8 @@ class Encoder(RowEncoder):
                 return self._plain_ids(row["prompt"]), row
             row = row | {"prompt": messages_in(row["prompt"]) or row["prompt"]}
             asked = question(row, self._merge)
-            return self._chat.prompt(asked.messages, **self._options(asked)), row
+            self._has_unread(asked)
+            return self._chat.prompt(asked.messages, tools=asked.tools, template_kwargs=asked.template_kwargs), row
 
     def note_ignored(self, row: Row, source: Source) -> None:
         """Report what is not read of a source, of which `row` is one, each once: columns, and keys of messages that
@@ -258,7 +260,7 @@ class Encoder(RowEncoder):
         weights = talk.trained(self._loss_on)
         if not any(weights):
             raise ValueError("no message of this conversation is trained: all weights are 0")
-        options = self._options(talk)
+        options: dict[str, Any] = {"tools": talk.tools, "template_kwargs": talk.template_kwargs}
         if self._split_turns:
             turns = [number for number, weight in enumerate(weights) if weight]
             chats = [
@@ -283,22 +285,20 @@ class Encoder(RowEncoder):
         events = tuple(name for name in _WARNINGS if any(getattr(chat, name) for chat in chats))
         for name in events:
             self._warn(f"{_WARNINGS[name]}; such rows are counted as {name}")
-        if self._unread(talk):
+        if talk.template_kwargs and self._has_unread(talk):
             events = (*events, "arguments_unread")
         return examples[0] if len(examples) == 1 and not events else RowExamples(examples, events)
 
-    def _options(self, talk: Conversation) -> dict[str, Any]:
-        """How its messages are rendered. Warns of arguments that the template does not read."""
-        for name in self._unread(talk):
+    def _has_unread(self, talk: Conversation) -> bool:
+        """Whether it has arguments that the template does not read, of which it warns."""
+        given = talk.template_kwargs or {}
+        unread = [name for name, value in given.items() if name not in self._chat.reads and value not in _NOTHING]
+        for name in unread:
             self._warn(
                 f"the column chat_template_kwargs has {name}, which the chat template does not read, so it changes "
                 "nothing; such rows are counted as arguments_unread"
             )
-        return {"tools": talk.tools, "template_kwargs": talk.template_kwargs}
-
-    def _unread(self, talk: Conversation) -> list[str]:
-        given = talk.template_kwargs or {}
-        return [name for name, value in given.items() if name not in self._chat.reads and value not in _NOTHING]
+        return bool(unread)
 
     def _warn(self, text: str) -> None:
         """Once."""

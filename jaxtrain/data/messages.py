@@ -94,7 +94,7 @@ def conversation(row: Row, merge: Collection[str] = ()) -> Conversation:
         lists = messages_in(prompt), messages_in(completion)
         if None not in lists:
             prompt, completion = lists
-        elif isinstance(prompt, str) and isinstance(completion, str):
+        elif lists == (None, None) and isinstance(prompt, str) and isinstance(completion, str):
             prompt, completion = [_turn("user", prompt)], [_turn("assistant", completion)]
         elif isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError("prompt and completion must both be strings or both be lists of messages")

@@ -83,6 +83,31 @@ def test_columns_that_change_nothing_are_not(row, kind):
     check_columns(row, kind)
 
 
+CHAT_ROW = {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        *((CHAT_ROW | {name: "x"}, "prompt+completion") for name in ("input", "reasoning_content", "thinking")),
+        (CHAT_ROW | {"history": [["q", "a"]]}, "prompt+completion"),
+        (CHAT_ROW | {"documents": [{"text": "x"}]}, "prompt+completion"),
+        ({"messages": CHAT, "train": False}, "messages"),
+        ({"text": "x", "loss": 0}, "text"),
+        ({"messages": CHAT, "train_on_inputs": True}, "messages"),
+        ({"input_ids": [1, 2], "prompt_length": 1}, "input_ids"),
+    ],
+)
+def test_columns_of_other_tools_that_would_change_what_is_trained_are_refused(row, kind):
+    with pytest.raises(ValueError, match=f"the column '{list(row)[-1]}' is not supported"):
+        check_columns(row, kind)
+
+
+def test_columns_of_other_tools_that_say_what_is_done_anyway():
+    check_columns({"messages": CHAT, "train": True, "loss": 2.5, "train_on_inputs": False}, "messages")
+    check_columns({"instruction": "q", "input": "i", "history": [["q", "a"]], "output": "a"}, "instruction+output")
+
+
 def test_a_map_of_columns_chooses_the_kind_and_what_goes_beside_it():
     row = {"ids": [1], "labels": [1], "loss_mask": [1], "messages": CHAT, "tools": [], "chat": CHAT, "system": "x"}
     assert rename_columns({"a": "x", "b": 1}, {"system": "a"}) == {"system": "x", "b": 1}

@@ -138,3 +138,15 @@ def test_arguments_that_are_not_written_after_a_call_without_any():
     chat([USER, {"role": "assistant", "content": "", "tool_calls": [without]}])
     with pytest.raises(ValueError, match=r"messages\[1\]: the chat template does not write its tool_calls"):
         chat([USER, calling("add")])
+
+
+def test_the_second_of_two_results_that_say_the_same():
+    template = (
+        "{% for m in messages %}{% if m.role != 'tool' or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>"
+        "{{ m.role }}\n{{ m.content }}{{ m.tool_calls }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = ChatTokenizer(tokenizer(template))
+    assert chat([USER, calling("add"), RESULT, PARIS], weights=[0, 0, 0, 1]).loss_weights.any()
+    with pytest.raises(ValueError, match=r"messages\[3\]: .* writes nothing for a message of the role 'tool'"):
+        chat([USER, calling("add", "add"), RESULT, RESULT, PARIS], weights=[0, 0, 0, 0, 1])

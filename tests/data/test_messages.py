@@ -207,16 +207,15 @@ def test_columns_as_json_are_those_that_were_parsed(row):
 
 
 def test_text_that_begins_like_json_stays_text():
-    for prompt, completion in [
-        ("[1, 2]", '[{"a": 1}]'),
-        ("[" * 10_000, "[]"),
-        ('[{"role": "user", "content": "q"}]', "x"),
-    ]:
+    for prompt, completion in [("[1, 2]", '[{"a": 1}]'), ("[" * 10_000, "[]")]:
         found = conversation({"prompt": prompt, "completion": completion})
         assert [message["content"] for message in found.messages] == [prompt, completion]
     assert question({"prompt": json.dumps(CHAT[:1])}).messages == [{"role": "user", "content": json.dumps(CHAT[:1])}]
     with pytest.raises(ValueError, match="messages: broken JSON"):
         conversation({"messages": "[{"})
+    for one_side in ({"prompt": json.dumps(CHAT[:1])}, {"completion": json.dumps(CHAT[1:])}):
+        with pytest.raises(ValueError, match="both be strings or both be lists of messages"):
+            conversation({"prompt": "q", "completion": "a"} | one_side)
 
 
 def test_joined_turns_keep_the_bounds_of_prompt_and_completion():
