@@ -73,14 +73,14 @@ def preference_run(tmp_path_factory):
     return place, recipe_runs.train(place, "whole")
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def forget_compiled_programs():
-    """Each compiled program has memory mappings of its own, four modules of tests about 20,000, and Linux lets a
-    process have 65,530. Those that kept all tests' now and then died of a segmentation fault in the compiler.
-    Forgetting takes a second, so it is done where there are many."""
+    """Each compiled program has memory mappings of its own, four modules of tests about 20,000, one of all families
+    alone as many as Linux lets a process have, 65,530. Processes that kept all programs died of a segmentation fault
+    in the compiler. Forgetting takes a second, so it is done where there are many."""
     import jax  # reads what is set above
 
     yield
-    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") > 20_000:
+    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
         gc.collect()

@@ -113,7 +113,7 @@ class ChatTokenizer:
         left_out = False
         if rewritten is None:
             left_out = self._left_out.check_turns(traced, chat, weights, accept=thoughts == "accept")
-            left_out |= _check_prompts(answers, accept=thoughts == "accept")
+            left_out |= _check_prompts(answers, accept=thoughts == "accept", split=thoughts == "prompted")
             if thoughts == "prompted":
                 text, answers = self._behind_prompt(text, answers, chat)
         closing = self._answers.closing(traced, chat) if weights[-1] else None
@@ -238,15 +238,19 @@ class ChatTokenizer:
         return tuple(found)
 
 
-def _check_prompts(answers: list[Answer], *, accept: bool) -> bool:
-    """Whether a turn cannot follow the prompt for it. Raises ValueError unless that is accepted."""
+def _check_prompts(answers: list[Answer], *, accept: bool, split: bool) -> bool:
+    """Whether a turn cannot follow the prompt for it. Raises ValueError unless that is accepted.
+
+    `split`: the turn is an example of its own already.
+    """
     for answer in answers:
         if answer.unlike and not accept:
             raise ValueError(
                 f"messages[{answer.message}]: the chat template prompts for this turn with {answer.unlike!r} and "
                 "writes it otherwise, so what is trained would not be what the model must write: give the turn a "
                 "thought where the prompt opens one, or let the prompt hold an empty one where it has none, as with "
-                f"data.chat_template_kwargs={{enable_thinking: false}} where the template knows it; {CHOICES}"
+                "data.chat_template_kwargs={enable_thinking: false} where the template knows it"
+                + ("" if split else f"; {CHOICES}")
             )
     return any(answer.unlike for answer in answers)
 

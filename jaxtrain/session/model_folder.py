@@ -13,11 +13,12 @@ from jaxtrain.config import ConfigError, MeshSection, ModelSection, parse_config
 from jaxtrain.hub import local_folder
 from jaxtrain.observe.run_files import CONFIG
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.remote import is_url
+from jaxtrain.remote import filesystem_of, is_url, remote_errors
 from jaxtrain.roles.declare import declare
 from jaxtrain.roles.role import Role
 from jaxtrain.session.export import export_run, save
 from jaxtrain.session.folder import checkpoint_steps
+from jaxtrain.session.mirror import local_run
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +26,17 @@ _ADAPTER = "adapter_config.json"
 
 
 def model_folder(name: str) -> str:
-    """A Hugging Face folder for `name`: itself, if it is one, a name on the hub or a URL.
+    """A Hugging Face folder for `name`: itself, if it is one, or the name or URL of one.
 
     A run is exported, at its newest checkpoint, and an adapter is merged with its base, into a folder that is removed
-    when the process ends. Of a folder of the hub's cache it is the snapshot of the branch `main`, or the only one.
+    when the process ends; both may be at a URL, and an adapter on the hub. Of a folder of the hub's cache it is the
+    snapshot of the branch `main`, or the only one.
 
-    Raises ValueError for a folder that is none of these, with what it holds, and what `export_run` and `Role.load`
-    raise.
+    Raises ValueError for a folder that is none of these, with what it holds, and what `local_run`, `local_folder`,
+    `export_run` and `Role.load` raise.
     """
-    folder = Path(name)
-    if is_url(name) or not folder.is_dir() or (folder / "config.json").is_file():
+    folder = _local(name)
+    if not folder.is_dir() or (folder / "config.json").is_file():
         return name
     if (folder / CONFIG).is_file():
         steps = checkpoint_steps(folder)
@@ -49,6 +51,18 @@ def model_folder(name: str) -> str:
     if (folder / "snapshots").is_dir():
         return str(_snapshot(folder))
     raise ValueError(f"{name} is no model: it has no config.json. {_what_is_there(folder)}")
+
+
+def _local(name: str) -> Path:
+    """The folder `name`, or a local copy of a run or an adapter; of a model elsewhere at most its small files."""
+    if is_url(name):
+        files, path = filesystem_of(name)
+        with remote_errors(name):
+            is_run = files.exists(f"{path.rstrip('/')}/{CONFIG}")
+        if is_run:
+            return local_run(name)
+    folder = local_folder(name, weights=False)
+    return local_folder(name) if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file() else folder
 
 
 def _merged(adapter: Path) -> Path:

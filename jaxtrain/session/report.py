@@ -13,7 +13,7 @@ from jaxtrain.nn.model import Model
 from jaxtrain.observe.flops import mfu, peak_memory_bytes, train_flops
 from jaxtrain.parallel.batches import row_processes
 from jaxtrain.train.step import StepReport, add_metrics
-from jaxtrain.types import Batch, Mean
+from jaxtrain.types import Batch, Mean, Metric
 
 _LOST_TO_ROUNDING = 0.1  # share of a window's updates above which a run warns
 
@@ -127,11 +127,15 @@ class MetricWindow:
 
 
 def _means(reports: list[StepReport]) -> dict[str, float]:
-    """Without means over nothing, which are no number: those of a step whose samples were all left out."""
+    """Without means over nothing, which are no number: those of a step whose samples were all left out, with loss 0."""
     means = reports[0].means
     for report in reports[1:]:
         means = add_metrics(means, report.means)
-    some = {name: metric for name, metric in means.items() if not isinstance(metric, Mean) or metric.weight > 0}
+
+    def says(name: str, metric: Metric) -> bool:
+        return name == "loss" or not isinstance(metric, Mean) or bool(metric.weight > 0)
+
+    some = {name: metric for name, metric in means.items() if says(name, metric)}
     metrics = {name: float(metric.value) for name, metric in some.items()}
     metrics["grad_norm"] = float(sum(report.grad_norm for report in reports) / len(reports))
     return metrics

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import recipe_runs
@@ -10,6 +11,7 @@ import recipe_runs
 from converters.import_hf import import_params, read_config
 from converters.weight_rows import flatten
 from jaxtrain.config import load_config
+from jaxtrain.hub import HubError
 from jaxtrain.nn.model import Model
 from jaxtrain.recipes.run import run
 from jaxtrain.session.export import export_run
@@ -47,6 +49,13 @@ def test_a_run_is_its_newest_checkpoint_and_an_adapter_is_merged_with_its_base(p
         for name, leaf in weights(found).items():
             np.testing.assert_array_equal(leaf, expected[name], err_msg=f"{given}: {name}")
     assert model_folder(str(place / "base")) == str(place / "base")
+    files = fsspec.filesystem("memory")
+    for given in ("lora", "adapter", "base"):
+        files.put(str(place / given), f"/models/{given}", recursive=True)
+    for given in ("lora", "adapter"):
+        found = weights(model_folder(f"memory://models/{given}"))
+        assert all((found[name] == leaf).all() for name, leaf in expected.items()), given
+    assert model_folder("memory://models/base") == "memory://models/base"
 
 
 def test_a_folder_of_the_hubs_cache_is_its_main_snapshot(place, tmp_path):
@@ -68,4 +77,5 @@ def test_anything_else_is_an_error_that_names_what_is_there(place, tmp_path):
     shutil.copy(place / "lora" / "config.yaml", tmp_path)
     with pytest.raises(ValueError, match="a run without a checkpoint yet"):
         model_folder(str(tmp_path))
-    assert model_folder("owner/name") == "owner/name"
+    with pytest.raises(HubError, match="the model of that name is not in the cache"):
+        model_folder("owner/name")
