@@ -79,7 +79,8 @@ def test_new_tokens_start_at_the_mean_and_frozen_rows_do_not_change(mode, tmp_pa
     folder = hf_folders.save(tmp_path / "base", case, vocab_size=262, num_hidden_layers=1)
     write_byte_tokenizer(folder)
     rows = [
-        {"prompt": f"item {i}?", "completion": f"<think>it is <sid_{i % 20}><sid_{(7 * i) % 20}>"} for i in range(40)
+        {"prompt": f"item {i}?", "completion": f"<think>it is</think><sid_{i % 20}><sid_{(7 * i) % 20}>"}
+        for i in range(40)
     ]
     tree = tree_of(tmp_path, "run", {"path": str(folder), **keys}, rows)
 
