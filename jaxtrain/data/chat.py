@@ -108,14 +108,15 @@ class ChatTokenizer:
                 check_thought(message, f"messages[{number}]", self._template.thought_form(chat).keyed)
         traced = self._template.trace(chat)
         self._left_out.check(traced.text, chat, lambda changed: self._template.trace(changed).text)
-        rewritten = self._behind_opened_thought(traced, chat) if thoughts == "prompted" else None
+        asked = self._template.trace(chat.until(len(messages) - 1), prompt=True) if thoughts == "prompted" else None
+        rewritten = asked and self._behind_opened_thought(traced, asked.text, chat)
         text, answers = rewritten or (traced.text, self._answers.find(traced, chat, weights))
         left_out = False
         if rewritten is None:
             left_out = self._left_out.check_turns(traced, chat, weights, accept=thoughts == "accept")
             left_out |= _check_prompts(answers, accept=thoughts == "accept", split=thoughts == "prompted")
-            if thoughts == "prompted":
-                text, answers = self._behind_prompt(text, answers, chat)
+            if asked is not None:
+                text, answers = self._behind_prompt(text, answers, asked, chat)
         closing = self._answers.closing(traced, chat) if weights[-1] else None
         found = self._check_ends(text, answers, chat, closing, has_marks=rewritten is None and bool(traced.generated))
         spans = [(answer.start, answer.end, weights[answer.message]) for answer in answers]
@@ -166,12 +167,11 @@ class ChatTokenizer:
     def _prompt_text(self, chat: Chat) -> str:
         return self._template.trace(chat, prompt=True).text
 
-    def _behind_opened_thought(self, traced: Trace, chat: Chat) -> tuple[str, list[Answer]] | None:
+    def _behind_opened_thought(self, traced: Trace, prompt: str, chat: Chat) -> tuple[str, list[Answer]] | None:
         """The text and the last turn where the prompt opens a thought that the template does not write, as the
         templates of DeepSeek-R1's distillations do; None where it is written, or there is no thought.
         """
         last = len(chat.messages) - 1
-        prompt = self._prompt_text(chat.until(last))
         begin = opened_thought(prompt)
         thought, answer = split_thought(chat.messages[last])
         if traced.text.startswith(prompt) or not begin or not thought.strip():
@@ -189,16 +189,15 @@ class ChatTokenizer:
         text = prompt + turn + written.text[found.end :]
         return text, [Answer(last, len(prompt), len(prompt) + len(turn))]
 
-    def _behind_prompt(self, text: str, answers: list[Answer], chat: Chat) -> tuple[str, list[Answer]]:
+    def _behind_prompt(self, text: str, answers: list[Answer], prompt: Trace, chat: Chat) -> tuple[str, list[Answer]]:
         """The text and the last turn behind the prompt for it, where the template writes what comes before otherwise
         once the turn follows, as that of GPT-OSS leaves out the thought of a call before an answer.
 
         Raises ValueError where the two do not fit.
         """
-        asking = chat.until(len(chat.messages) - 1)
-        prompt = self._template.trace(asking, prompt=True)
         if not answers or text.startswith(prompt.text):
             return text, answers
+        asking = chat.until(len(chat.messages) - 1)
         start, asked = answers[0].start, added_by_prompt(prompt, self._template.trace(asking).text)
         if text.startswith(prompt.text.removesuffix(asked)):
             return text, answers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 from unicodedata import is_normalized
 
@@ -127,6 +128,13 @@ def _byte_lengths(backend: Any) -> np.ndarray | None:
     if model.unk_token is not None and not alphabet <= vocabulary.keys():
         lengths[backend.token_to_id(model.unk_token)] = _NO_BYTES
     return lengths
+
+
+def runs_of_weight(weights: np.ndarray) -> Iterator[tuple[slice, float]]:
+    """The runs of tokens of equal weight, in their order: their places in `weights` [n], and the weight of each."""
+    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+    for start, end in pairwise(bounds):
+        yield slice(start, end), float(weights[start])
 
 
 def token_weights(located: LocatedTokens, spans: Sequence[tuple[int, int, float]], outside: float) -> np.ndarray:

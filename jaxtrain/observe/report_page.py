@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from jaxtrain.observe.history import Series, better, read_series
-from jaxtrain.observe.run_files import FIRST_ROWS, REPORT, TRAJECTORIES, recorded_config
+from jaxtrain.observe.run_files import FIRST_ROWS, REPORT, TRAJECTORIES, recorded_config, recorded_sources
 from jaxtrain.observe.status import read_status, status_facts
 
 _MOST_POINTS = 600  # of a curve
@@ -126,12 +126,10 @@ def _text_facts(status: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _data_facts(config: Mapping[str, Any], series: Mapping[str, Series]) -> list[tuple[str, str]]:
     counts = {name: values.values[-1] for name, values in series.items() if name.startswith("data/")}
     texts = [f"{count:,.0f} {name.removeprefix('data/').replace('_', ' ')}" for name, count in counts.items() if count]
-    facts = []
-    for part in ("train", "eval"):
-        section = config.get("data", {}).get(part)
-        sources = section if isinstance(section, list) else [section] if section else []
-        if sources:
-            facts.append((f"{part} data", ", ".join(str(source["path"]) for source in sources)))
+    paths: dict[str, list[str]] = {}
+    for use, path in recorded_sources(config):
+        paths.setdefault(use, []).append(path)
+    facts = [(f"{use} data", ", ".join(each)) for use, each in paths.items()]
     return [*facts, ("rows", ", ".join(texts))] if texts else facts
 
 

@@ -1,6 +1,7 @@
 """The names of what a run writes into its folder, and its config as it was written."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ RUN_FILES = (
     *(CONFIG, INPUTS, CHANGES, FINISHED, CHECKPOINTS, METRICS, HEARTBEATS, LOGS, REPORT, FIRST_ROWS, TRACKERS),
     *(PROFILE, "tensorboard", "inspection", "experience", TRAJECTORIES),
 )
+
+
+def recorded_sources(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The paths of the data of a `recorded_config`, each behind its use, train or eval."""
+    for use in ("train", "eval"):
+        section = config.get("data", {}).get(use)
+        for source in section if isinstance(section, list) else [section] if section else []:
+            yield use, str(source["path"])
 
 
 def recorded_config(run: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.data.pipeline import TrainStream, count_shards
 from jaxtrain.data.prompts import PromptStream, question_within
 from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
+from jaxtrain.data.tokens import runs_of_weight
 from jaxtrain.hub import local_folder
 from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.session.data import checked_length, warn_of_positions
@@ -232,12 +233,10 @@ class _Printer:
 
     def _tokens(self, example: Example) -> Text:
         """The tokens, runs of equal weight in turn."""
-        text, weights = Text(), example.loss_weights
-        bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
-        for start, end in itertools.pairwise(bounds):
-            weight = float(weights[start])
+        text = Text()
+        for run, weight in runs_of_weight(np.asarray(example.loss_weights)):
             mark = "" if weight in (0, 1) else f"{weight:g}: "
-            pieces = self._pieces(example.input_ids[start:end].tolist())
+            pieces = self._pieces(example.input_ids[run].tolist())
             if not self._console.is_terminal:
                 text.append(f"{_OPEN}{mark}{''.join(pieces)}{_CLOSE}" if weight else "".join(pieces))
                 continue

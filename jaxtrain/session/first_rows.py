@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain.data.tokens import runs_of_weight
 from jaxtrain.observe.run_files import FIRST_ROWS
 from jaxtrain.session.record import write_atomically
 from jaxtrain.types import Batch
@@ -38,8 +39,7 @@ def _segments(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _runs(tokens: np.ndarray, weights: np.ndarray, tokenizer: Any) -> Iterator[tuple[str, float]]:
-    bounds = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
-    for start, end in itertools.pairwise(bounds):
-        ids = tokens[start:end].tolist()
+    for run, weight in runs_of_weight(weights):
+        ids = tokens[run].tolist()
         text = "".join(f"{token} " for token in ids) if tokenizer is None else tokenizer.decode(ids)
-        yield text, float(weights[start])
+        yield text, weight

@@ -12,7 +12,7 @@ import yaml
 
 from jaxtrain.hub import is_hub_name
 from jaxtrain.observe.history import STD_ERROR, read_series
-from jaxtrain.observe.run_files import recorded_config
+from jaxtrain.observe.run_files import recorded_config, recorded_sources
 
 _TASKS = {"reward": "text-classification"}
 _ABSOLUTE = re.compile(r"(/|[A-Za-z]:\\)\S*[/\\]")
@@ -29,7 +29,9 @@ def model_card(run: Path, step: int, *, adapter: bool) -> str:
     metadata: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     if base and is_hub_name(base):
         metadata["base_model"] = base.partition("@")[0]
-    if data := list(dict.fromkeys(path.removeprefix("hf:") for _, path in _sources(config) if path.startswith("hf:"))):
+    if data := list(
+        dict.fromkeys(path.removeprefix("hf:") for _, path in recorded_sources(config) if path.startswith("hf:"))
+    ):
         metadata["datasets"] = [name.partition("@")[0] for name in data]
     metadata |= {"pipeline_tag": _TASKS.get(recipe, "text-generation"), "tags": ["jaxtrain", recipe]}
     begin = f"Trained from {base}" if base else "Trained from random weights"
@@ -38,7 +40,7 @@ def model_card(run: Path, step: int, *, adapter: bool) -> str:
         f"# {Path(config.get('run', {}).get('dir', run)).name}",
         f"{begin} by jaxtrain {version('jaxtrain')}, recipe `{recipe}`, {step} steps.",
     ]
-    if sources := [f"- {use}: {path}" for use, path in _sources(config)]:
+    if sources := [f"- {use}: {path}" for use, path in recorded_sources(config)]:
         parts += ["## Data", "\n".join(sources)]
     if metrics := list(_metrics(run, step)):
         parts += ["## Metrics", "\n".join(["| metric | value | step |", "|---|---|---|", *metrics])]
@@ -57,13 +59,6 @@ def _metrics(run: Path, step: int) -> Iterator[str]:
             spread = dict(zip(error.steps, error.values, strict=True)).get(values.steps[until[-1]]) if error else None
             text = f"{values.values[until[-1]]:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
             yield f"| {name} | {text} | {values.steps[until[-1]]} |"
-
-
-def _sources(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for use in ("train", "eval"):
-        section = config.get("data", {}).get(use)
-        for source in section if isinstance(section, list) else [section] if section else []:
-            yield use, str(source["path"])
 
 
 def _without_folders(tree: Any) -> Any:
