@@ -13,7 +13,7 @@ from converters.import_hf import bind_checkpoint, read_config, with_aliases_reso
 from converters.json_files import read_json_object
 from converters.quantization import QUANTIZATION
 from converters.safetensors_io import STORED, Checkpoint, TensorSpec, open_checkpoint, plan_files, write_checkpoint
-from converters.towers import has_section, prediction_prefixes, text_config, tower_of
+from converters.towers import has_section, text_config, tower_of, unused_prefixes
 from converters.weight_rows import Tensor, bind, by_name, flatten, fuse
 from jaxtrain.types import Params
 
@@ -28,7 +28,7 @@ def has_towers(folder: Path) -> bool:
 
 def has_others(folder: Path) -> bool:
     """Whether a folder holds other models, or layers of multi-token prediction, beside a language model."""
-    declared = prediction_prefixes(read_json_object(folder / "config.json"))
+    declared = unused_prefixes(read_json_object(folder / "config.json"))
     return has_towers(folder) or (bool(declared) and bool(open_checkpoint(folder).others))
 
 

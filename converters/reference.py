@@ -65,7 +65,9 @@ class Reference:
         token_by_token(self._model)
         self._model.eval()
         # torch drops the gradient of the padding token's row; rows are packed here, so no token is padding.
-        self._model.get_input_embeddings().padding_idx = None
+        for module in self._model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.padding_idx = None
         if self._scalar and self._model.config.pad_token_id is None:
             self._model.config.pad_token_id = 0  # without one, a classifier takes single rows only
         self.version: str = transformers.__version__

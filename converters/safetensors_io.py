@@ -27,7 +27,7 @@ from converters.integer_matrices import with_matrices
 from converters.json_files import read_json_object
 from converters.packed_tensors import Entry, unpacked
 from converters.quantization import config_of_folder, integer_format, section_of, weight_block_size
-from converters.towers import PLAIN_NAMES, TextNames, prediction_prefixes, text_names, tower_of
+from converters.towers import PLAIN_NAMES, TextNames, text_config, text_names, tower_of, unused_prefixes
 from converters.weight_rows import Index, Shape
 from jaxtrain.hub import local_folder
 from jaxtrain.named import did_you_mean
@@ -177,14 +177,17 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     section = section_of(hf)
     entries = unpacked(with_matrices(entries, integer_format(section)), weight_block_size(section))
     if tower_of(hf) is None:
-        others = {name: entry for name, entry in entries.items() if name.startswith(prediction_prefixes(hf))}
+        unused = unused_prefixes(hf)
+        others = {name: entry for name, entry in entries.items() if name.startswith(unused)}
         own = {name: entry for name, entry in entries.items() if name not in others}
         return Checkpoint(folder, own, others, PLAIN_NAMES if others else None)
     try:
         names = text_names(entries)
     except ConversionError as error:
         raise ConversionError(f"{folder}: {error}") from None
+    unused = unused_prefixes(text_config(hf))
     plain = {name: names.plain(name) for name in entries}
+    plain = {name: None if each and each.startswith(unused) else each for name, each in plain.items()}
     own = {each: entries[name] for name, each in plain.items() if each is not None}
     return Checkpoint(folder, own, {name: entries[name] for name, each in plain.items() if each is None}, names)
 

@@ -12,7 +12,10 @@ from typing import Any
 from converters.errors import ConversionError
 
 _EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
-_PARTS = ("embed_tokens.", "layers.", "norm.")  # of a language model, after its prefix
+_PARTS = (  # of a language model, after its prefix
+    *("embed_tokens.", "layers.", "norm."),
+    *("embed_tokens_per_layer.", "per_layer_model_projection.", "per_layer_projection_norm."),
+)
 _PREDICTION, _MAX_PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers"), 64
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,6 +52,7 @@ _QWEN2_VL = Tower(
 )
 TOWERS = {
     "Gemma3ForConditionalGeneration": Tower("Gemma3ForCausalLM", "gemma3_text", ("gemma3_text",), tied=True),
+    "Gemma4ForConditionalGeneration": Tower("Gemma4ForCausalLM", "gemma4_text", ("gemma4_text",), tied=True),
     "Qwen2VLForConditionalGeneration": _QWEN2_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN2_VL,
     "Qwen3VLForConditionalGeneration": Tower(
@@ -113,13 +117,23 @@ def _one_position(rope: Any) -> Any:
     return {key: "default" if value == "mrope" else value for key, value in kept.items()}
 
 
-def prediction_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the layers of multi-token prediction that config.json declares, which come after the last one."""
+def unused_prefixes(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the tensors that plain decoding does not use, as config.json of a language model declares them: the
+    layers of multi-token prediction, which come after the last one, and the projections of keys and values of layers
+    that use those of others."""
     layers = hf.get("num_hidden_layers")
     count = next((hf[key] for key in _PREDICTION if hf.get(key) is not None), 0)
-    if type(layers) is not int or type(count) is not int:
+    shared = hf.get("num_kv_shared_layers", 0)
+    if type(layers) is not int or type(count) is not int or type(shared) is not int:
         return ()
-    return tuple(f"model.layers.{layers + number}." for number in range(min(count, _MAX_PREDICTION)))
+    return (
+        *(f"model.layers.{layers + number}." for number in range(min(count, _MAX_PREDICTION))),
+        *(
+            f"model.layers.{layer}.self_attn.{name}."
+            for layer in range(max(layers - max(shared, 0), 0), layers)
+            for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,19 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
+GEMMA4 = {
+    "sliding_window": 37,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "global_head_dim": 24,
+    "hidden_size_per_layer_input": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 9e3, "partial_rotary_factor": 0.25},
+        "sliding_attention": LOCAL,
+    },
+}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -200,6 +213,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 9e3},
                 "sliding_attention": LOCAL,
             },
+        },
+    ),
+    "qwen2-moe": ("Qwen2Moe", SHARED),
+    "qwen2-moe-some-dense": (
+        "Qwen2Moe",
+        {**SHARED, "norm_topk_prob": True, "mlp_only_layers": [1], "qkv_bias": False, "tie_word_embeddings": True},
+    ),
+    # As E2B and E4B.
+    "gemma4": (
+        "Gemma4Text",
+        {
+            **GEMMA4,
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": 101,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    # As 31B.
+    "gemma4-keys-as-values": (
+        "Gemma4Text",
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "attention_bias": True},
+    ),
+    # As 26B-A4B.
+    "gemma4-moe": (
+        "Gemma4Text",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 40,
+            "tie_word_embeddings": False,
         },
     ),
 }

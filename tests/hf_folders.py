@@ -102,7 +102,8 @@ def hf_model(case: str, seed: int = 0, **changes: Any) -> transformers.PreTraine
     model = AutoModelForCausalLM.from_config(hf_config(case, **changes), dtype=torch.float32).eval()
     token_by_token(model)
     with torch.no_grad():
-        balances = [each for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        endings = ("e_score_correction_bias", "layer_scalar")
+        balances = [each for name, each in model.named_buffers() if name.endswith(endings)]
         for parameter in (*model.parameters(), *balances):
             parameter += 0.1 * torch.randn_like(parameter)
     return model

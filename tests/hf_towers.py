@@ -19,6 +19,7 @@ CASES = {
         VISION | {"image_size": 28, "patch_size": 14},
         {"tie_word_embeddings": True, "mm_tokens_per_image": 4},
     ),
+    "gemma4": ("Gemma4", hf_families.GEMMA4, None, {"tie_word_embeddings": True}),
     "qwen2.5-vl": ("Qwen2_5_VL", {"rope_parameters": MROPE}, QWEN_VISION, {"tie_word_embeddings": False}),
     "qwen3-vl": (
         "Qwen3VL",

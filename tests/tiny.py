@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.config import DeltaNet, LayerKind, Lora, ModelConfig, MoE, Rope
-from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Batch
 

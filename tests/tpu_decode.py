@@ -11,7 +11,7 @@ import tpu_step
 from jax.experimental import topologies
 
 from jaxtrain.config import MeshSection
-from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import replicated

@@ -6,8 +6,8 @@ from jax.experimental import topologies
 
 from converters.families import qwen3_5_moe
 from jaxtrain.config import MeshSection, OptimizerSection
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.config import LayerKind, ModelConfig, Rope
-from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.nn.remat import Remat
 from jaxtrain.objectives.sft import SFT

@@ -30,20 +30,27 @@ def _gate_and_up(config: ModelConfig) -> tuple[int, int]:
 
 
 _OUT_IN = (Transpose((0, 2, 1)),)  # [E, out, in] -> [E, in, out]
-FUSED_EXPERTS = (
-    *(
-        Weight(
-            f"layers.mlp.experts.{name}.kernel",
-            f"{_LAYER}.mlp.experts.gate_up_proj",  # [E, 2F, D]
-            _OUT_IN,
-            alias=True,
-            part=SideBySide(1, place, _gate_and_up),
-        )
-        for place, name in enumerate(("gate_proj", "up_proj"))
-    ),
-    Weight("layers.mlp.experts.down_proj.kernel", f"{_LAYER}.mlp.experts.down_proj", _OUT_IN, alias=True),
-)
-"""Another way to store experts: one tensor for all of a layer, gate and up together."""
+
+
+def fused_experts(name: str, alias: bool = False) -> tuple[Weight, ...]:
+    """One tensor for all experts of a layer, gate and up together. `name` within a layer."""
+    return (
+        *(
+            Weight(
+                f"layers.mlp.experts.{ours}.kernel",
+                f"{_LAYER}.{name}.gate_up_proj",  # [E, 2F, D]
+                _OUT_IN,
+                alias=alias,
+                part=SideBySide(1, place, _gate_and_up),
+            )
+            for place, ours in enumerate(("gate_proj", "up_proj"))
+        ),
+        Weight("layers.mlp.experts.down_proj.kernel", f"{_LAYER}.{name}.down_proj", _OUT_IN, alias=alias),
+    )
+
+
+FUSED_EXPERTS = fused_experts("mlp.experts", alias=True)
+"""Another way to store the experts of `expert_rows`."""
 
 
 def with_num_experts(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from converters.families import (
     exaone4,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4_moe,
     gpt_oss,
@@ -24,6 +25,7 @@ from converters.families import (
     olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_5,
     qwen3_5_moe,
@@ -75,8 +77,8 @@ class Family(Protocol):
 
 
 _ALL: tuple[Family, ...] = (
-    *(llama, qwen2, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
-    *(mixtral, gpt_oss, gemma2, gemma3),
+    *(llama, qwen2, qwen2_moe, qwen3, qwen3_moe, qwen3_next, qwen3_5, qwen3_5_moe),
+    *(mixtral, gpt_oss, gemma2, gemma3, gemma4),
     *(granite, ministral, mistral, olmo2, olmo3, phi3, smollm3),
     *(arcee, exaone4, glm4, olmoe, seed_oss),
     *(deepseek_v3, glm4_moe),

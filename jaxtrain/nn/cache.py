@@ -208,6 +208,28 @@ class RecurrentState(LayerState):
         return RecurrentState(PartitionSpec(ROWS, heads), tail, tail, tail)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
+@dataclass(frozen=True)
+class NoState(LayerState):
+    """That of a layer which reuses the keys and values of another one: nothing."""
+
+    @property
+    def columns(self) -> int:
+        return 0
+
+    def kept(self, columns: int, length: Integer[Array, ""]) -> NoState:
+        """See `LayerState`."""
+        return self
+
+    def resized(self, rows: int, columns: int) -> NoState:
+        """See `LayerState`."""
+        return self
+
+    def specs(self, mesh: Mesh) -> NoState:
+        """See `LayerState`."""
+        return self
+
+
 class ModelCache(NamedTuple):
     """One state per layer: an unrolled decode step updates each in place; it would copy a stacked buffer entirely."""
 
@@ -216,8 +238,9 @@ class ModelCache(NamedTuple):
 
 
 def columns_of(kind: LayerKind, length: int) -> int:
-    """Columns of a layer's buffer for rows of up to `length` tokens: at most its window, and 0 of a recurrent layer."""
-    if kind.mixer == "delta":
+    """Columns of a layer's buffer for rows of up to `length` tokens: at most its window, and 0 of a recurrent layer and
+    of one that reuses those of another."""
+    if kind.mixer == "delta" or kind.reuses:
         return 0
     return length if kind.window is None else min(length, kind.window)
 
@@ -229,11 +252,13 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jnp.dtype, o
         if kind.mixer == "delta":
             assert config.delta is not None
             return RecurrentState.empty(config.delta, rows, dtype)
+        if kind.reuses:
+            return NoState()
         columns = columns_of(kind, length)
         if config.latent is not None:
             held = jnp.zeros((rows, columns, 1, config.latent.rank + config.latent.rope_width), dtype)
             return LayerCache.of(held, held[..., :0], order)
-        zeros = jnp.zeros((rows, columns, config.num_kv_heads, config.head_dim), dtype)
+        zeros = jnp.zeros((rows, columns, *config.heads_of(kind)), dtype)
         return LayerCache.of(zeros, zeros, order)
 
     return ModelCache(tuple(map(empty, config.pattern)), jnp.zeros(rows, jnp.int32))

@@ -10,7 +10,7 @@ import numpy as np
 FLOAT32 = np.dtype("float32")
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 QKNorm = Literal["head", "all"]
-Mixer = Literal["attention", "delta"]
+Mixer = Literal["attention", "global", "delta"]
 RouterScores = Literal["softmax", "sigmoid"]
 
 
@@ -95,12 +95,45 @@ class LayerKind:
     window: int | None  # a token attends to itself and the `window - 1` tokens before it; None: to all tokens before it
     rope: Rope | None  # None: no position embedding
     dense: bool = False  # a dense feed-forward layer in a model whose other layers are mixtures of experts
-    mixer: Mixer = "attention"  # "delta": `ModelConfig.delta` in the place of attention; window and rope are None
+    # "delta": `ModelConfig.delta` in the place of attention; window and rope are None. "global": attention with the
+    # sizes of `ModelConfig.global_attention`.
+    mixer: Mixer = "attention"
+    reuses: bool = False  # attends to the keys and values of the last layer of its mixer that has its own
+    beside: bool = False  # a dense feed-forward layer beside the mixture of experts
+    wide: bool = False  # a dense feed-forward layer of twice the width
+
+    @property
+    def mixer_part(self) -> str:
+        """The part of `nn.block.Block` that mixes tokens."""
+        return f"{'reusing_' if self.reuses else ''}{_MIXERS[self.mixer]}"
 
     @property
     def absent(self) -> frozenset[str]:
-        """The parts of `nn.decoder.Block` that a layer of this kind does not have, though others may."""
-        return frozenset({"mlp" if self.dense else "dense_mlp", "delta" if self.mixer == "attention" else "attn"})
+        """The parts of `nn.block.Block` that a layer of this kind does not have, though others may."""
+        if self.beside:
+            own = {"mlp", "dense_mlp"}
+        else:
+            own = {"dense_mlp" if self.dense else "wide_mlp" if self.wide else "mlp"}
+        return _OPTIONAL - own - {self.mixer_part}
+
+    def mixing(self) -> "LayerKind":
+        """What of the kind the mixer depends on."""
+        return replace(self, dense=False, beside=False, wide=False)
+
+
+_MIXERS: dict[Mixer, str] = {"attention": "attn", "global": "global_attn", "delta": "delta"}
+_OPTIONAL = frozenset(
+    {"attn", "global_attn", "reusing_attn", "reusing_global_attn", "delta", "mlp", "dense_mlp", "wide_mlp"}
+)
+
+
+@dataclass(frozen=True)
+class GlobalAttention:
+    """Sizes of the attention of some layers, where they differ from those of the others."""
+
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    values_are_keys: bool  # values are the projection of keys, before the norm of these
 
 
 @dataclass(frozen=True)
@@ -161,6 +194,9 @@ class MoE:
     weight_scale: float = 1.0  # of the weights, with sigmoid scores
     groups: int = 1  # experts are in so many groups of equal size, with sigmoid scores
     groups_per_token: int = 1  # and those of a token in so many of them
+    # The input is that of the layer: experts read it through a norm and their output has another, and the router reads
+    # it through a norm without a scale. Inputs of the router and weights of experts are multiplied by parameters.
+    normed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.experts_per_token <= self.num_experts:
@@ -215,6 +251,7 @@ class ModelConfig:
     norm_offset: bool = False  # norms multiply by 1 + scale
     norm_in_float32: bool = False  # norms multiply by the scale before rounding to the compute dtype; else after
     qk_norm: QKNorm | None = None  # RMS norm of q and k before rope: over each "head", or over "all" heads together
+    v_norm: bool = False  # RMS norm of the values of each head, without a scale
     attention_scale: float | None = None  # of q . k; None: 1 / sqrt(H)
     attention_softcap: float | None = None  # attention scores are cap * tanh(score / cap)
     logit_softcap: float | None = None  # logits are cap * tanh(logit / cap)
@@ -226,6 +263,9 @@ class ModelConfig:
     moe: MoE | None = None  # in every layer that is not `dense`
     delta: DeltaNet | None = None  # of the layers whose mixer it is
     latent: Latent | None = None  # attention is latent attention
+    global_attention: GlobalAttention | None = None  # of the layers whose mixer it is
+    per_layer_width: int | None = None  # every layer has an input of this width made of the tokens: see `nn.per_layer`
+    layer_scale: bool = False  # the output of a layer is multiplied by a scalar that is not trained
     vocab_multiple: int = 64  # the stored vocabulary is padded to a multiple of this
     modules: Modules = Modules()  # user-defined classes
 
@@ -233,20 +273,39 @@ class ModelConfig:
         assert len(self.pattern) == self.num_layers, (len(self.pattern), self.num_layers)
         assert self.pre_norms or self.post_norms, "pre_norms and post_norms are both off"
         assert self.moe or not any(kind.dense for kind in self.pattern), "all layers are dense without a mixture"
-        assert self.delta or all(kind.mixer == "attention" for kind in self.pattern), (
-            "sizes of the delta net are missing"
-        )
+        sizes = {"attention": True, "global": self.global_attention, "delta": self.delta}
+        assert all(sizes[kind.mixer] for kind in self.pattern), "sizes of a mixer are missing"
+        self._check_reuse()
+        if self.global_attention and self.modules.attention:
+            raise ValueError(
+                f"model.modules.attention={self.modules.attention}: layers of family {self.family} have attention of "
+                "several sizes, which one class does not replace; remove it"
+            )
         if self.latent:
             assert self.head_dim == self.latent.plain_width + self.latent.rope_width, self
-            plain = (self.qk_norm, self.attention_softcap, self.attention_gate, self.sinks)
-            assert plain == (None, None, False, False), "latent attention has none of these"
+            plain = (self.qk_norm, self.attention_softcap, self.attention_gate, self.sinks, self.global_attention)
+            assert plain == (None, None, False, False, None) and not self.v_norm, "latent attention has none of these"
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
-    @property
-    def rope_dim(self) -> int:
-        """Channels of a head that a rope of share 1 turns."""
-        return self.head_dim if self.latent is None else self.latent.rope_width
+    def _check_reuse(self) -> None:
+        """Raise ValueError if a layer reuses keys and values that no layer before it has."""
+        own = set[Mixer]()
+        for layer, kind in enumerate(self.pattern):
+            if kind.reuses and kind.mixer not in own:
+                raise ValueError(f"layer {layer} reuses keys and values, and no layer of its kind before it has any")
+            own |= set() if kind.reuses else {kind.mixer}
+
+    def rope_dim(self, kind: LayerKind) -> int:
+        """Channels of a head that a rope of share 1 turns in a layer of this kind."""
+        return self.heads_of(kind)[1] if self.latent is None else self.latent.rope_width
+
+    def heads_of(self, kind: LayerKind) -> tuple[int, int]:
+        """The number of heads of keys and values, and the width of a head, in a layer of this kind."""
+        if kind.mixer == "global":
+            assert self.global_attention is not None
+            return self.global_attention.num_kv_heads, self.global_attention.head_dim
+        return self.num_kv_heads, self.head_dim
 
     @property
     def padded_vocab(self) -> int:
@@ -254,13 +313,13 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layers_of(self, part: str) -> tuple[int, ...]:
-        """The layers that have a part of `nn.decoder.Block`: its parameters are stacked over these, in order."""
+        """The layers that have a part of `nn.block.Block`: its parameters are stacked over these, in order."""
         return tuple(layer for layer, kind in enumerate(self.pattern) if part not in kind.absent)
 
     @property
     def attention_kinds(self) -> tuple[LayerKind, ...]:
         """The kinds of layers with attention, each once, in order of their first layers."""
-        kinds = (replace(kind, dense=False) for kind in self.pattern if kind.mixer == "attention")
+        kinds = (kind.mixing() for kind in self.pattern if kind.mixer != "delta")
         return tuple(dict.fromkeys(kinds))
 
     def with_plain_norms(self) -> "ModelConfig":

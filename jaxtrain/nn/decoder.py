@@ -5,131 +5,29 @@ each layer.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Integer
 
-from jaxtrain.nn.attention import Attention, AttentionInputs
-from jaxtrain.nn.cache import LayerCache, LayerState, ModelCache, RecurrentState
-from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig, NewTokens
-from jaxtrain.nn.delta_net import GatedDeltaNet
+from jaxtrain.nn.attention import AttentionInputs, KeysValues
+from jaxtrain.nn.block import PARTS, Block, Execution, LayerOutput, scaled
+from jaxtrain.nn.cache import LayerState, ModelCache
+from jaxtrain.nn.config import Lora, Mixer, ModelConfig, NewTokens
 from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, with_new_tokens
-from jaxtrain.nn.latent_attention import LatentAttention
-from jaxtrain.nn.mlp import GatedMLP
 from jaxtrain.nn.modules import module_class
-from jaxtrain.nn.moe import SparseMLP
 from jaxtrain.nn.norm import RMSNorm
-from jaxtrain.nn.remat import Remat, remat_policy
+from jaxtrain.nn.per_layer import PerLayerInputs
+from jaxtrain.nn.remat import remat_policy
 from jaxtrain.nn.rope import rope_tables, token_segment_lengths
 from jaxtrain.nn.stack import LayerSpan, in_periods, joined_routing, longest_loop
-from jaxtrain.ops.attend import Impl
 from jaxtrain.ops.project import project_on_table
-from jaxtrain.parallel.mesh import CompilerOptions
 from jaxtrain.parallel.sharding import CONTEXT, ROWS, constrain_rows, context_shards
 from jaxtrain.types import Array, Params, Routing
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Settings of a forward pass that do not change its result, except for rounding and `rope_length`."""
-
-    dtype: np.dtype = FLOAT32
-    remat: Remat = "none"
-    attention: Impl = "auto"
-    mesh: jax.sharding.Mesh | None = None
-    _: KW_ONLY
-    rope_length: int | None = None  # the length that length-dependent ropes use; None: that of each sequence
-    # Unroll the loop over layers. On a CPU a tenth of the step is spent on copying saved values into stacked arrays and
-    # out of them. Only without remat: see `hidden`.
-    unroll: bool = False
-    head_chunk: int = 512  # tokens of a chunk of the head: see `ops.token_scores.Scoring`
-    compiler_options: CompilerOptions = ()  # of the training step, and of prefill and decode
-
-
-PARTS = ("input_norm", "attn", "delta", "attn_post_norm", "mlp_norm", "mlp", "dense_mlp", "mlp_post_norm")
-"""The parts of a `Block`. A layer has those that are not in `LayerKind.absent`, as far as the config uses them."""
-
-
-class Block(nnx.Module):
-    """A layer: attention or a gated delta net, and a feed-forward layer, dense or a mixture of experts.
-
-    Only `parts` are made: those that a layer does not have, or that have a stack of their own, are None.
-    """
-
-    def __init__(
-        self, config: ModelConfig, *, parts: Collection[str], rngs: nnx.Rngs, dtype: jnp.dtype, lora: Lora | None
-    ):
-        norm_class = module_class(config, "norm", RMSNorm)
-
-        def norm(name: str, used: bool) -> Any:
-            made = used and name in parts
-            return norm_class(config, (config.hidden_size,), ("norm",), dtype=dtype) if made else nnx.data(None)
-
-        def module(name: str, make: Any, **options: Any) -> Any:
-            return make(config, rngs=rngs, dtype=dtype, lora=lora, **options) if name in parts else nnx.data(None)
-
-        attention = LatentAttention if config.latent else Attention
-        self.input_norm = norm("input_norm", config.pre_norms)
-        self.attn: Attention | LatentAttention | None = module("attn", module_class(config, "attention", attention))
-        self.delta: GatedDeltaNet | None = module("delta", GatedDeltaNet)
-        self.attn_post_norm = norm("attn_post_norm", config.post_norms)
-        self.mlp_norm = norm("mlp_norm", config.pre_norms)
-        mlp_class = module_class(config, "mlp", SparseMLP if config.moe else GatedMLP)
-        self.mlp: SparseMLP | GatedMLP | None = module("mlp", mlp_class)
-        self.dense_mlp: GatedMLP | None = module("dense_mlp", GatedMLP, at="dense_mlp")
-        self.mlp_post_norm = norm("mlp_post_norm", config.post_norms)
-        self.residual_scale = config.residual_scale
-
-    @jax.named_scope("layer")
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        inputs: AttentionInputs,
-        kinds: tuple[LayerKind, ...],
-        kind: Array | int,
-        run: Execution,
-        cache: LayerState | None = None,
-        dropout_key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerState, Routing | None]:
-        """The output; the layer's state with these tokens in it; and the statistics of its router, if it has one."""
-        keys: list[Array | None] = [None] * 7
-        if dropout_key is not None:
-            keys = list(jax.random.split(dropout_key, 7))
-        out = _normed(self.input_norm, x)
-        if self.delta is None:
-            assert self.attn is not None and (cache is None or isinstance(cache, LayerCache))
-            with jax.named_scope("attention"):
-                out, cache = self.attn(out, inputs, kinds, kind, cache, keys[:4], run.attention, run.mesh)
-        else:
-            assert cache is None or isinstance(cache, RecurrentState)
-            with jax.named_scope("delta"):
-                out, cache = self.delta(out, inputs, cache, keys[0])
-        x += _scaled(_normed(self.attn_post_norm, out), self.residual_scale)
-        out, routing = _normed(self.mlp_norm, x), None
-        with jax.named_scope("mlp"):
-            if isinstance(self.mlp, SparseMLP):
-                out, routing = self.mlp(out, inputs.segment_ids, run.mesh, keys[4])
-            else:
-                mlp = self.mlp if self.dense_mlp is None else self.dense_mlp
-                assert mlp is not None
-                out = mlp(out, keys[4:])
-        x += _scaled(_normed(self.mlp_post_norm, out), self.residual_scale)
-        return constrain_rows(x, run.mesh, CONTEXT), cache, routing
-
-
-def _normed(norm: Callable[[Array], Array] | None, x: Array) -> Array:
-    return x if norm is None else norm(x)
-
-
-def _scaled(x: Array, scale: float) -> Array:
-    """x * scale in x's dtype, without rounding the factor first."""
-    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -183,6 +81,21 @@ def _stacked_layers(config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora:
     return whole[0]
 
 
+class Stream(NamedTuple):
+    """What passes from layer to layer."""
+
+    x: Array  # [B, T, D]
+    reused: dict[Mixer, KeysValues]  # see `AttentionInputs`; empty unless layers reuse those of others
+
+
+class Place(NamedTuple):
+    """Which layer it is, in a loop that traces one for several."""
+
+    number: Array | int
+    kind: Array | int  # its number in `Decoder.kinds`
+    of_layer: Array | None  # see `AttentionInputs`
+
+
 class Decoder(nnx.Module):
     """Embedding, layers, final norm and head."""
 
@@ -199,6 +112,9 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = Embedding(config, rngs=rngs, dtype=dtype, new=new)
 
+        self.per_layer: PerLayerInputs | None = nnx.data(None)
+        if config.per_layer_width is not None:
+            self.per_layer = PerLayerInputs(config, rngs=rngs, dtype=dtype)
         self.layers = _stacked_layers(config, rngs, dtype, lora)
         norm_class = module_class(config, "norm", RMSNorm)
         self.norm: RMSNorm = norm_class(config, (config.hidden_size,), ("norm",), dtype=dtype)
@@ -211,8 +127,9 @@ class Decoder(nnx.Module):
             self.lm_head = LanguageHead(config, rngs=rngs, dtype=dtype, new=new)
         # Layers with other windows and ropes have the same stack: `kind_of` [L] is scanned with their parameters.
         self.kinds = config.attention_kinds
-        kinds = [replace(kind, dense=False) for kind in config.pattern]
+        kinds = [kind.mixing() for kind in config.pattern]
         self.kind_of = tuple(self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds)
+        self.shares = any(kind.reuses for kind in config.pattern)
         self.parts = tuple(tuple(part for part in PARTS if part not in kind.absent) for kind in config.pattern)
 
     def hidden(
@@ -227,25 +144,38 @@ class Decoder(nnx.Module):
         lengths = token_segment_lengths(positions, segment_ids)
         positions, lengths = (constrain_rows(each, run.mesh, CONTEXT) for each in (positions, lengths))
         inputs = self._inputs(positions, segment_ids, lengths, run)
-        x, routing = self._apply_stacked(self._embedded(tokens, run), inputs, run, dropout_key)
+        x = self._embedded(tokens, run)
+        x, routing = self._apply_stacked(x, self._of_layers(x, tokens, run), inputs, run, dropout_key)
         return self._features(x), routing
 
+    def _of_layers(self, x: Array, tokens: Array, run: Execution) -> Array | None:
+        """The inputs of all layers beside the residual stream, [L, B, T, P], if they have any."""
+        if self.per_layer is None:
+            return None
+        made = self.per_layer(x, tokens)
+        if run.mesh is None:
+            return made
+        spec = PartitionSpec(None, ROWS, CONTEXT)
+        return jax.lax.with_sharding_constraint(made, NamedSharding(run.mesh, spec))
+
     def _apply_stacked(
-        self, x: Array, inputs: AttentionInputs, run: Execution, dropout_key: Array | None
+        self, x: Array, of_layers: Array | None, inputs: AttentionInputs, run: Execution, dropout_key: Array | None
     ) -> tuple[Array, Routing | None]:
         """Apply all layers, in a loop as far as their kinds repeat."""
         loop = longest_loop(self.parts)
         stacked = nnx.to_pure_dict(nnx.state(self.layers))
         rows = {part: self.config.layers_of(part) for part in PARTS}
 
-        def layer(number: int) -> Callable[..., tuple[Array, Routing | None]]:
+        def layer(number: int) -> Callable[..., LayerOutput]:
             """A layer with the parts of layer `number`."""
             graphdef = self.graphdef(number)
 
-            def apply(x: Array, params: Params, kind: Array | int, index: Array | int) -> tuple[Array, Routing | None]:
-                key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-                x, _, routing = nnx.merge(graphdef, params)(x, inputs, self.kinds, kind, run, dropout_key=key)
-                return x, routing
+            def apply(stream: Stream, params: Params, place: Place) -> LayerOutput:
+                key = None if dropout_key is None else jax.random.fold_in(dropout_key, place.number)
+                own = inputs._replace(of_layer=place.of_layer, reused=stream.reused)
+                block = nnx.merge(graphdef, params)
+                # The state is for a cache; it would be a residual of the checkpoint.
+                return block(stream.x, own, self.kinds, place.kind, run, dropout_key=key)._replace(state=None)
 
             if run.remat == "none":
                 return apply
@@ -255,36 +185,62 @@ class Decoder(nnx.Module):
             alone = loop.period == 1 and loop.first <= number < loop.stop
             return jax.checkpoint(apply, policy=remat_policy(run.remat), prevent_cse=not alone)
 
-        def one_by_one(x: Array, first: int, stop: int) -> tuple[Array, list[Routing | None]]:
+        def one_by_one(stream: Stream, first: int, stop: int) -> tuple[Stream, list[Routing | None]]:
             span, found = LayerSpan(first, self.parts[first:stop]), []
             for number, params in enumerate(span.unstacked(span.select(stacked, rows)), first):
-                x, routing = layer(number)(x, params, self.kind_of[number], number)
-                found.append(routing)
-            return x, found
+                place = Place(number, self.kind_of[number], None if of_layers is None else of_layers[number])
+                out = layer(number)(stream, params, place)
+                stream = Stream(out.x, out.reused if self.shares else {})
+                found.append(out.routing)
+            return stream, found
 
         period = LayerSpan(loop.first, self.parts[loop.first : loop.first + loop.period])
         applied = [layer(loop.first + place) for place in range(loop.period)]
+        # What layers reuse passes along the loop while it changes. If no layer of the loop changes it, it is a constant
+        # of the loop, which the backward pass need not keep for every iteration.
+        changes = not all(self.config.pattern[number].reuses for number in range(loop.first, loop.stop))
 
-        def body(x: Array, step: tuple) -> tuple[Array, list[Routing | None]]:
-            params, kinds, indices = step
+        def body(stream: Stream, step: tuple, constant: dict[Mixer, KeysValues]) -> tuple[Stream, list[Routing | None]]:
+            params, places = step
             if loop.period == 1:
-                params, kinds, indices = [params], [kinds], [indices]
+                params, places = [params], [places]
             else:
                 params = period.unstacked(params)
-            found = []
-            for place, apply in enumerate(applied):
-                x, routing = apply(x, params[place], kinds[place], indices[place])
-                found.append(routing)
-            return x, found
+                places = [jax.tree.map(lambda leaf, each=each: leaf[each], places) for each in range(loop.period)]
+            found, passed = [], stream.reused
+            for each, apply in enumerate(applied):
+                out = apply(Stream(stream.x, {**constant, **passed}), params[each], places[each])
+                passed = {mixer: out.reused[mixer] for mixer in passed}
+                stream = Stream(out.x, passed)
+                found.append(out.routing)
+            return stream, found
 
-        x, before = one_by_one(x, 0, loop.first)
+        stream, before = one_by_one(Stream(x, self._nothing_to_reuse(x)), 0, loop.first)
+        constant, passed = ({}, stream.reused) if changes else (stream.reused, {})
         looped = LayerSpan(loop.first, self.parts[loop.first : loop.stop]).select(stacked, rows)
-        steps = (looped, jnp.asarray(self.kind_of[loop.first : loop.stop]), jnp.arange(loop.first, loop.stop))
-        x, within = jax.lax.scan(
-            body, x, steps if loop.period == 1 else in_periods(steps, loop.repeats), unroll=run.unroll
+        within_loop = slice(loop.first, loop.stop)
+        places = Place(
+            jnp.arange(loop.first, loop.stop),
+            jnp.asarray(self.kind_of[within_loop]),
+            None if of_layers is None else of_layers[within_loop],
         )
-        x, after = one_by_one(x, loop.stop, self.config.num_layers)
-        return x, joined_routing(before, within, after)
+        steps = (looped, places)
+        stream, within = jax.lax.scan(
+            partial(body, constant=constant),
+            Stream(stream.x, passed),
+            steps if loop.period == 1 else in_periods(steps, loop.repeats),
+            unroll=run.unroll,
+        )
+        stream, after = one_by_one(Stream(stream.x, stream.reused | constant), loop.stop, self.config.num_layers)
+        return stream.x, joined_routing(before, within, after)
+
+    def _nothing_to_reuse(self, x: Array) -> dict[Mixer, KeysValues]:
+        """Zeros in the place of the keys and values of earlier layers, in a model in which layers reuse them."""
+        found: dict[Mixer, KeysValues] = {}
+        for kind in self.kinds if self.shares else ():
+            zeros = jnp.zeros((*x.shape[:2], *self.config.heads_of(kind)), x.dtype)
+            found[kind.mixer] = KeysValues(zeros, zeros, None, None)
+        return found
 
     def graphdef(self, number: int) -> Any:
         """The graph of a layer: that of the stacks, without the parts that the layer does not have."""
@@ -322,7 +278,7 @@ class Decoder(nnx.Module):
         """The state of every layer after packed rows; `layers` as `unstack` returns them."""
         x = constrain_rows(self.embed(tokens, run.dtype), run.mesh)
         inputs = self._inputs(positions, segment_ids, token_segment_lengths(positions, segment_ids), run)
-        return self._apply_layers(layers, x, inputs, run, (None,) * len(layers))[1]
+        return self._apply_layers(layers, x, tokens, inputs, run, (None,) * len(layers))[1]
 
     def extend(
         self,
@@ -341,33 +297,36 @@ class Decoder(nnx.Module):
         length = jnp.maximum(cache.length, ends)
         inputs = self._inputs(positions, segment_ids, length[:, None], run)
         inputs = inputs._replace(cached=cache.length, length=length)
-        x, written = self._apply_layers(layers, self.embed(tokens, run.dtype), inputs, run, cache.layers)
+        x, written = self._apply_layers(layers, self.embed(tokens, run.dtype), tokens, inputs, run, cache.layers)
         return self._features(x), ModelCache(written, length)
 
     def _inputs(self, positions: Array, segment_ids: Array, lengths: Array, run: Execution) -> AttentionInputs:
         lengths = lengths if run.rope_length is None else jnp.asarray(run.rope_length)
-        return AttentionInputs(
-            positions, segment_ids, rope_tables(self.kinds, self.config.rope_dim, positions, lengths)
-        )
+        widths = {kind: self.config.rope_dim(kind) for kind in self.kinds}
+        return AttentionInputs(positions, segment_ids, rope_tables(widths, positions, lengths))
 
     def _apply_layers(
         self,
         layers: tuple[Params, ...],
         x: Array,
+        tokens: Array,
         inputs: AttentionInputs,
         run: Execution,
         caches: tuple[LayerState | None, ...],
     ) -> tuple[Array, tuple[LayerState, ...]]:
-        """Apply the layers one by one, each with its own cache."""
-        written = []
+        """Apply the layers to the embedding `x` of `tokens` one by one, each with its own cache."""
+        written, reused = [], {}
+        of_layers = None if self.per_layer is None else self.per_layer(x, tokens)
         for number, (params, kind, cache) in enumerate(zip(layers, self.kind_of, caches, strict=True)):
-            x, cache, _ = nnx.merge(self.graphdef(number), params)(x, inputs, self.kinds, kind, run, cache)
-            written.append(cache)
+            own = inputs._replace(of_layer=None if of_layers is None else of_layers[number], reused=reused)
+            out = nnx.merge(self.graphdef(number), params)(x, own, self.kinds, kind, run, cache)
+            x, reused = out.x, out.reused
+            written.append(out.state)
         return x, tuple(written)
 
     def _features(self, x: Array) -> Array:
         # The logit scale is applied to the hidden states, so that every use of the head has it.
-        x = _scaled(self.norm(x), self.config.logit_scale)
+        x = scaled(self.norm(x), self.config.logit_scale)
         return x if self.custom_head is None else self.custom_head.features(x)
 
     def head(self) -> Float[Array, "rows columns"]:

@@ -17,9 +17,10 @@ from flax import nnx
 from jaxtyping import Float, Integer
 
 from jaxtrain.lora import merge_adapters, merge_tokens, split_adapters
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.cache import LayerState, ModelCache, empty_cache, order_on
 from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
-from jaxtrain.nn.decoder import Decoder, Execution
+from jaxtrain.nn.decoder import Decoder
 from jaxtrain.nn.heads import LANGUAGE
 from jaxtrain.nn.watch import Observer, watched
 from jaxtrain.ops.head_chunks import Head

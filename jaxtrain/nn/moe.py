@@ -24,6 +24,8 @@ from jaxtyping import Float, Integer
 from jaxtrain.nn.config import Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.mlp import ACTIVATIONS, GatedMLP
+from jaxtrain.nn.modules import module_class
+from jaxtrain.nn.norm import RMSNorm, rms_norm
 from jaxtrain.nn.router import by_sigmoid, by_softmax, routing_of
 from jaxtrain.ops.exchange import Slots, at_owners, block_rows, plan_route, sort_into_slots
 from jaxtrain.ops.ragged import copies_of_tokens, grouped_matmul, sums_of_slots
@@ -57,6 +59,13 @@ class SparseMLP(nnx.Module):
             # In float32 whatever the dtype of parameters: rounding it would change which experts are chosen.
             self.balance = nnx.Param(jnp.zeros(self.moe.num_experts, jnp.float32), out_sharding=("router",))
         self.experts = Experts(config, rngs=rngs, dtype=dtype, lora=lora)
+        self.norm = self.post_norm = self.scales = nnx.data(None)
+        if self.moe.normed:
+            norm_class = module_class(config, "norm", RMSNorm)
+            self.norm, self.post_norm = (
+                norm_class(config, (config.hidden_size,), ("norm",), dtype=dtype) for _ in range(2)
+            )
+            self.scales = RouterScales(config, dtype=dtype)
         self.shared = self.shared_gate = nnx.data(None)
         if self.moe.shared_size:
             sizes = replace(config, intermediate_size=self.moe.shared_size, mlp_bias=self.moe.bias)
@@ -82,16 +91,21 @@ class SparseMLP(nnx.Module):
 
         `key` turns on the dropout of the adapters of the router and the shared expert; those of experts have none.
         """
+        read = x if self.scales is None else self.scales.scaled(x)
         if self.balance is None:
-            logits = self.router(x, key).astype(jnp.float32)
+            logits = self.router(read, key).astype(jnp.float32)
             choice = by_softmax(logits, self.moe)
         else:
             logits = self.router(x.astype(jnp.float32), key)
             choice = by_sigmoid(logits, self.balance[...], self.moe)
+        if self.scales is not None:
+            choice = choice._replace(weights=choice.weights * self.scales.of_experts(choice.experts))
+        x = x if self.norm is None else self.norm(x)
         mix = partial(_mix_locally, self.experts) if mesh is None else partial(_mix_on_mesh, self.experts, mesh)
         out = mix(x, choice.experts, choice.weights)
         if self.shared is not None:
             out += self._of_shared(self.shared, x, key)
+        out = out if self.post_norm is None else self.post_norm(out)
         return out, routing_of(logits, choice, segment_ids > 0)
 
     def _of_shared(self, shared: GatedMLP, x: Array, key: Array | None) -> Array:
@@ -100,6 +114,24 @@ class SparseMLP(nnx.Module):
             keys = list(jax.random.split(jax.random.fold_in(key, 1), 4))
         out = shared(x, keys[:3])
         return out if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x, keys[3])) * out
+
+
+class RouterScales(nnx.Module):
+    """Factors of the input of a router, and of the weights of the experts that it chooses."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype):
+        assert config.moe is not None
+        self.eps, self.root = config.norm_eps, config.hidden_size**-0.5
+        self.input = nnx.Param(jnp.ones(config.hidden_size, dtype), out_sharding=("norm",))
+        self.experts = nnx.Param(jnp.ones(config.moe.num_experts, dtype), out_sharding=("norm",))
+
+    def scaled(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The input of the router: a norm of `x`, times the factors and 1 / sqrt(D)."""
+        return rms_norm(x, self.eps) * self.input[...].astype(x.dtype) * jnp.asarray(self.root, x.dtype)
+
+    def of_experts(self, experts: Integer[Array, "B T k"]) -> Float[Array, "B T k"]:
+        """In float32."""
+        return self.experts[...].astype(jnp.float32)[experts]
 
 
 class ExpertRows(NamedTuple):

@@ -20,8 +20,17 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """x [..., *shape], normalised over its last axes, in its dtype."""
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, self.over, keepdims=True) + self.eps)
-        normed = normed.astype(jnp.float32 if self.wide else x.dtype)
+        normed = _normalised(x, self.over, self.eps).astype(jnp.float32 if self.wide else x.dtype)
         scale = self.scale[...].astype(normed.dtype)
         return ((1 + scale if self.offset else scale) * normed).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """The norm over the last axis without a scale, in x's dtype."""
+    return _normalised(x, (-1,), eps).astype(x.dtype)
+
+
+def _normalised(x: Array, over: tuple[int, ...], eps: float) -> Array:
+    """In float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, over, keepdims=True) + eps)

@@ -10,6 +10,7 @@ within the original length if `rope_length` is within it too, and for all sequen
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -38,14 +39,16 @@ class RopeTable(NamedTuple):
 
 
 def rope_tables(
-    kinds: tuple[LayerKind, ...], head_dim: int, positions: Integer[Array, "B T"], lengths: Integer[Array, "..."]
+    kinds: Mapping[LayerKind, int], positions: Integer[Array, "B T"], lengths: Integer[Array, "..."]
 ) -> tuple[RopeTable | None, ...]:
     """The table of each kind of layer, for positions [B, T] in sequences of `lengths`, which broadcast to them.
 
-    Computed once per forward pass and shared by all layers of a kind and by kinds with the same rope.
+    `kinds` has the channels that a rope of share 1 turns in layers of each kind. Computed once per forward pass and
+    shared by all layers of a kind and by kinds with the same rope and width.
     """
-    tables = {rope: rope_table(rope, head_dim, positions, lengths) for rope in {kind.rope for kind in kinds} if rope}
-    return tuple(tables[kind.rope] if kind.rope else None for kind in kinds)
+    widths = {(kind.rope, width) for kind, width in kinds.items() if kind.rope}
+    tables = {(rope, width): rope_table(rope, width, positions, lengths) for rope, width in widths}
+    return tuple(tables[kind.rope, width] if kind.rope else None for kind, width in kinds.items())
 
 
 def rope_table(

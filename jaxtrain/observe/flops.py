@@ -72,11 +72,19 @@ def train_flops(
         per_token += len(config.layers_of("delta")) * 3 * 6 * state
     head_path = "embed.weight" if config.tied else "lm_head.kernel"
     head = _matrix_flops(head_path, config.hidden_size, config.vocab_size, lora)
-    windows = [config.pattern[layer].window for layer in config.layers_of("attn")]
-    pairs = {window: visible_pairs(lengths, window) for window in set(windows)}
-    value_width = config.head_dim if config.latent is None else config.latent.value_width
-    attention = 6 * config.num_heads * (config.head_dim + value_width) * sum(pairs[window] for window in windows)
+    pairs = {window: visible_pairs(lengths, window) for window in {kind.window for kind in config.pattern}}
+    attention = sum(_pair_flops(config, kind) * pairs[kind.window] for kind in config.pattern if kind.mixer != "delta")
+    if config.per_layer_width is not None:
+        inputs = config.num_layers * config.per_layer_width
+        per_token += _matrix_flops("per_layer.proj.kernel", config.hidden_size, inputs, lora)
     return float(int(lengths.sum()) * per_token + scored * head + attention)
+
+
+def _pair_flops(config: ModelConfig, kind: LayerKind) -> int:
+    """Of a query and a key in a layer with attention, forward and backward."""
+    width = config.heads_of(kind)[1]
+    value_width = width if config.latent is None else config.latent.value_width
+    return 6 * config.num_heads * (width + value_width)
 
 
 def segment_lengths(segment_ids: Integer[Array, "B T"]) -> Integer[np.ndarray, " segments"]:
@@ -125,14 +133,18 @@ def peak_memory_bytes() -> int:
 def _layer_matrices(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, int, int]]:
     """Name -> (count per token, in, out) of the matrices of a layer of this kind."""
     d, moe = config.hidden_size, None if kind.dense else config.moe
-    mixer = _delta_matrices(config) if kind.mixer == "delta" else _attention_matrices(config)
+    others = _delta_matrices(config) if kind.mixer == "delta" else _attention_matrices(config, kind)
+    if config.per_layer_width is not None:
+        width = config.per_layer_width
+        others |= {"per_layer.gate_proj": (1, d, width), "per_layer.out_proj": (1, width, d)}
+    if moe is None or kind.beside:
+        name = next(part for part in ("dense_mlp", "wide_mlp", "mlp") if part not in kind.absent)
+        mlp = _mlp_matrices(name, 1, d, config.intermediate_size * (2 if kind.wide else 1))
+        others |= {name: sizes for name, sizes in mlp.items() if config.mlp_gate or not name.endswith(".gate_proj")}
     if moe is None:
-        mlp = _mlp_matrices("dense_mlp" if kind.dense else "mlp", 1, d, config.intermediate_size)
-        return mixer | {
-            name: sizes for name, sizes in mlp.items() if config.mlp_gate or not name.endswith(".gate_proj")
-        }
+        return others
     return {
-        **mixer,
+        **others,
         "mlp.router": (1, d, moe.num_experts),
         **_mlp_matrices("mlp.experts", moe.experts_per_token, d, moe.intermediate_size),
         **(_mlp_matrices("mlp.shared", 1, d, moe.shared_size) if moe.shared_size else {}),
@@ -140,20 +152,18 @@ def _layer_matrices(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int
     }
 
 
-def _attention_matrices(config: ModelConfig) -> dict[str, tuple[int, int, int]]:
+def _attention_matrices(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, int, int]]:
     if config.latent is not None:
         return _latent_matrices(config, config.latent)
-    d, heads, kv_heads = (
-        config.hidden_size,
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    )
+    d, at, (count, width) = config.hidden_size, kind.mixer_part, config.heads_of(kind)
+    heads, kv_heads, sizes = config.num_heads * width, count * width, config.global_attention
+    only_keys = kind.mixer == "global" and sizes is not None and sizes.values_are_keys
     return {
-        "attn.q_proj": (1, d, heads),
-        "attn.k_proj": (1, d, kv_heads),
-        "attn.v_proj": (1, d, kv_heads),
-        "attn.o_proj": (1, heads, d),
-        **({"attn.gate_proj": (1, d, heads)} if config.attention_gate else {}),
+        f"{at}.q_proj": (1, d, heads),
+        **({} if kind.reuses else {f"{at}.k_proj": (1, d, kv_heads)}),
+        **({} if kind.reuses or only_keys else {f"{at}.v_proj": (1, d, kv_heads)}),
+        f"{at}.o_proj": (1, heads, d),
+        **({f"{at}.gate_proj": (1, d, heads)} if config.attention_gate else {}),
     }
 
 

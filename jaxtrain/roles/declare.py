@@ -15,8 +15,8 @@ from converters.import_hf import read_config
 from converters.tokenizer import add_tokens, load_tokenizer
 from jaxtrain.config import ModelSection
 from jaxtrain.lora import check_targets
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.config import Lora, ModelConfig, Modules, NewTokens, RouterLoss
-from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.nn.remat import DENSE_ONLY, GATE, RECOMPUTE, Remat
 from jaxtrain.ops.attend import Impl
@@ -103,6 +103,11 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     )
     lora, added = _lora(section, config), _added_tokens(section)
     if added:
+        if config.per_layer_width is not None:
+            raise ValueError(
+                f"model.add_tokens: layers of family {config.family} have embeddings of their own, in which a new token "
+                "would have no row; use tokens that the tokenizer has"
+            )
         config = replace(config, vocab_size=max(config.vocab_size, added.first + added.count))
     model = Model(
         config=config,
@@ -151,14 +156,14 @@ def _attention(section: ModelSection, config: ModelConfig, mesh: jax.sharding.Me
     layers = [
         HeadShapes(
             heads=config.num_heads // tensor,
-            kv_heads=max(config.num_kv_heads // tensor, 1),
-            width=config.head_dim,
-            window=window,
+            kv_heads=max(config.heads_of(kind)[0] // tensor, 1),
+            width=config.heads_of(kind)[1],
+            window=kind.window,
             softcap=config.attention_softcap,
             sinks=config.sinks,
             dtype=jnp.dtype(section.compute_dtype),
         )
-        for window in {kind.window for kind in config.attention_kinds}
+        for kind in config.attention_kinds
     ]
     return "cudnn" if all(agrees_with_xla(shapes) for shapes in layers) else "xla"
 
@@ -168,7 +173,8 @@ def _remat(section: ModelSection, config: ModelConfig) -> Remat:
     if isinstance(section.remat, str):
         return section.remat
     places = section.remat.model_dump()
-    all_sparse = config.moe and not config.moe.shared_size and not any(kind.dense for kind in config.pattern)
+    dense = any(kind.dense or kind.beside for kind in config.pattern)
+    all_sparse = config.moe and not config.moe.shared_size and not dense
     for name in DENSE_ONLY if all_sparse else () if config.mlp_gate else (GATE,):
         if places.pop(name) != RECOMPUTE:
             has = "a mixture of experts" if all_sparse else "feed-forward layers without a gate"

@@ -23,7 +23,7 @@ from converters.errors import ConversionError
 from converters.export_hf import TrainedText, empty_folder, temporary_folder, write_text_files
 from jaxtrain.config import ModelSection, ModulesSection
 from jaxtrain.hub import local_folder
-from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.ops.head_chunks import Head
 from jaxtrain.types import Array, Batch, Params, Routing, get_leaf

@@ -101,7 +101,8 @@ def serving_shardings(model: Model) -> Params:
     mesh = model.run.mesh
     assert mesh is not None
     rules = {**RULES["fsdp_tensor"], "embed": None, "latent": None, "expert": "expert"}
-    if model.config.num_kv_heads % mesh.shape["tensor"]:
+    counts = {model.config.heads_of(kind)[0] for kind in model.config.attention_kinds}
+    if any(count % mesh.shape["tensor"] for count in counts):
         rules["kv_heads"] = None
     return param_specs(model.axes(), model.abstract(), rules, mesh)
 

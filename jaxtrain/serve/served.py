@@ -15,7 +15,7 @@ from jaxtrain.config import MeshSection, ModelSection
 from jaxtrain.data.chat import ChatTokenizer
 from jaxtrain.data.sources import Row
 from jaxtrain.hub import local_folder
-from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import row_shares, with_shardings

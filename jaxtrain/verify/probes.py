@@ -104,13 +104,14 @@ def rope_check(subject: Subject, reference: Reference, tokens: int) -> Check | N
         theirs = reference.rope_tables(length)
         if not theirs:
             return None
-        ours: dict[Rope, list[np.ndarray]] = {}
+        ours: dict[tuple[Rope, int], list[np.ndarray]] = {}
         for layer, kind in enumerate(pattern):
             if kind.rope is None:
                 continue
-            if kind.rope not in ours:
-                ours[kind.rope] = _our_table(kind.rope, subject.config.rope_dim, length)
-            for own, half in zip(ours[kind.rope], theirs[layer], strict=True):
+            known = kind.rope, subject.config.rope_dim(kind)
+            if known not in ours:
+                ours[known] = _our_table(*known, length)
+            for own, half in zip(ours[known], theirs[layer], strict=True):
                 half = half[:_POSITIONS, : own.shape[-1]]
                 difference = np.abs(own - half).max() if own.shape == half.shape else np.inf
                 if not difference < ROPE_TOLERANCE:

@@ -15,8 +15,8 @@ from converters.import_hf import bind_checkpoint, import_params, read_config
 from converters.safetensors_io import open_checkpoint
 from converters.tokenizer import load_tokenizer
 from converters.weight_rows import Tensor, flatten
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.config import ModelConfig
-from jaxtrain.nn.decoder import Execution
 from jaxtrain.nn.heads import LANGUAGE, SCALAR
 from jaxtrain.nn.model import Model
 from jaxtrain.types import Array, Batch, Params

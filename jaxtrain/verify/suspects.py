@@ -86,9 +86,10 @@ def _in_tables(subject: Subject, layer: int, ids: np.ndarray, theirs: Mapping[st
 
 
 def _table(subject: Subject, layer: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rope = subject.config.pattern[layer].rope
-    assert rope is not None
-    table = rope_table(rope, subject.config.rope_dim, as_batch(ids).positions, jnp.asarray(ids.shape[1]))
+    kind = subject.config.pattern[layer]
+    assert kind.rope is not None
+    width, positions = subject.config.rope_dim(kind), as_batch(ids).positions
+    table = rope_table(kind.rope, width, positions, jnp.asarray(ids.shape[1]))
     return np.asarray(table.cos)[0, :, 0], np.asarray(table.sin)[0, :, 0]
 
 
@@ -104,7 +105,7 @@ def _in_attention(subject: Subject, layer: int, seen: Observed, pairs: Mapping[s
     kind = config.pattern[layer]
     setting = AttentionSetting(
         window=kind.window,
-        scale=config.attention_scale or config.head_dim**-0.5,
+        scale=config.attention_scale or config.heads_of(kind)[1] ** -0.5,
         softcap=config.attention_softcap,
         sinks=np.asarray(
             flatten(subject.params)["layers.attn.sinks"][config.layers_of("attn").index(layer)], np.float64
@@ -117,7 +118,7 @@ def _in_attention(subject: Subject, layer: int, seen: Observed, pairs: Mapping[s
     if kind.rope:
         table = _table(subject, layer, np.zeros((1, q.shape[1]), np.int32))
     elif isinstance(given, tuple):
-        cos, sin = (np.asarray(half[0], np.float64)[:, : config.head_dim // 2] for half in given)
+        cos, sin = (np.asarray(half[0], np.float64)[:, : config.heads_of(kind)[1] // 2] for half in given)
         table = cos, sin
     q, k, v, ours, theirs = (np.asarray(each[0], np.float64) for each in (q, k, v, ours, theirs))
     ours, theirs = (each.reshape(len(each), -1) for each in (ours, theirs))

@@ -57,3 +57,17 @@ def test_layers_of_multi_token_prediction_are_carried_through(tmp_path):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
     assert hf_folders.read_json(tmp_path / "out/config.json") == hf_folders.read_json(source / "config.json")
+
+
+def test_keys_and_values_of_layers_that_reuse_others_are_carried_through(tmp_path):
+    """Published folders hold them, and transformers does not use them."""
+    source = hf_folders.save(tmp_path / "in", "gemma4")
+    unused = {f"model.layers.3.self_attn.{name}.weight": torch.ones(2) for name in ("k_proj", "v_proj", "k_norm")}
+    save_file(load_file(source / "model.safetensors") | unused, source / "model.safetensors", {"format": "pt"})
+    params, config, hf = hf_folders.load(source)
+    export_hf(params, config, hf, tmp_path / "text")
+    export(tmp_path, config)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert before.keys() == after.keys() > unused.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)

@@ -14,6 +14,7 @@ from converters.families import (
     exaone4,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4_moe,
     granite,
@@ -25,6 +26,7 @@ from converters.families import (
     olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_5,
     qwen3_5_moe,
@@ -43,7 +45,13 @@ CLASSES = {
     for family, name in [
         *((llama, "Llama"), (qwen2, "Qwen2"), (qwen3, "Qwen3"), (mistral, "Mistral"), (ministral, "Ministral")),
         *((smollm3, "SmolLM3"), (granite, "Granite"), (olmo2, "Olmo2"), (olmo3, "Olmo3"), (phi3, "Phi3")),
-        *((gemma2, "Gemma2"), (gemma3, "Gemma3Text"), (qwen3_next, "Qwen3Next")),
+        *(
+            (gemma2, "Gemma2"),
+            (gemma3, "Gemma3Text"),
+            (gemma4, "Gemma4Text"),
+            (qwen2_moe, "Qwen2Moe"),
+            (qwen3_next, "Qwen3Next"),
+        ),
         *(
             (olmoe, "Olmoe"),
             (exaone4, "Exaone4"),
@@ -76,6 +84,9 @@ def test_defaults_are_those_of_transformers(name):
         "rope_local_base_freq": thetas.get("local"),
         "sliding_window_pattern": 6,
         "full_attention_interval": 4,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": None,
+        "per_layer_config": None,
         "partial_rotary_factor": (theirs().rope_parameters or {}).get("partial_rotary_factor", 1.0),
     }
     fields = {field.name: field.default for field in dataclasses.fields(theirs)}

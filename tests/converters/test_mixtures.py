@@ -23,7 +23,7 @@ LENGTH = 600  # short prompts hide mistakes in rope
 CASES = [
     *("qwen3-moe", "qwen3-moe-renormalised-window", "qwen3-moe-some-dense", "mixtral", "mixtral-window", "gpt-oss"),
     *("qwen3-next", "qwen3.5-moe", "olmoe", "glm4-moe", "glm4-moe-groups"),
-    *("deepseek-v3", "moonlight"),
+    *("deepseek-v3", "moonlight", "gemma4-moe", "qwen2-moe", "qwen2-moe-some-dense"),
 ]
 
 
@@ -74,7 +74,7 @@ def gradients(reference, case):
     found = {name: np.zeros(buffer.shape) for name, buffer in reference.named_buffers()}  # routers' biases have none
     for name, parameter in reference.named_parameters():
         grad = parameter.grad.numpy()
-        if case == "gpt-oss" or ".experts." not in name:
+        if case in ("gpt-oss", "gemma4-moe") or ".experts." not in name:
             name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.") if case.startswith("mixtral") else name
             found[name] = grad
             continue
@@ -91,7 +91,7 @@ def gradients(reference, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe", "deepseek-v3"]
+    "case", ["qwen3-moe", "mixtral", "gpt-oss", "qwen3-next", "qwen3.5-moe", "glm4-moe", "deepseek-v3", "gemma4-moe"]
 )
 @pytest.mark.parametrize("preset", [None, "fsdp_expert"])
 def test_an_export_is_bit_identical_and_transformers_loads_it(case, preset, tmp_path):

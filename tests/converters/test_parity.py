@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams

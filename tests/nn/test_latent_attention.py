@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from jaxtrain.config import MeshSection
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.config import Latent, MoE
-from jaxtrain.nn.decoder import Execution
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, param_specs
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jaxtrain.nn.decoder import Execution
+from jaxtrain.nn.block import Execution
 from jaxtrain.nn.model import Model
 from jaxtrain.sample.engine import Engine
 from jaxtrain.sample.requests import Request, SamplingParams

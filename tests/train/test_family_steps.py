@@ -21,7 +21,7 @@ SFT_METRICS = {"loss", "mean_token_accuracy", "entropy"}
 ROUTERS = {"aux_loss", "router_z_loss", "expert_load_max"}
 
 
-@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss", "gemma3", "glm4-moe", "deepseek-v3"])
+@pytest.mark.parametrize("case", ["qwen3-moe", "gpt-oss", "gemma3", "glm4-moe", "deepseek-v3", "gemma4"])
 def test_a_packed_step_is_finite_and_has_the_right_metrics(case, tmp_path):
     hf_folders.hf_model(case).save_pretrained(tmp_path)
     params, config, _ = hf_folders.load(tmp_path)
@@ -33,6 +33,8 @@ def test_a_packed_step_is_finite_and_has_the_right_metrics(case, tmp_path):
     moved = jax.tree.map(lambda new, old: bool(jnp.any(new != old)), state.params, params)
     if config.moe and config.moe.scores == "sigmoid":
         assert moved["layers"]["mlp"].pop("balance") is False  # no gradient, no decay
+    if config.layer_scale:
+        assert moved["layers"].pop("scale") is False
     assert all(jax.tree.leaves(moved)), moved
 
     if config.moe:

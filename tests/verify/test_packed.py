@@ -7,7 +7,7 @@ import pytest
 from planted import code, ids
 
 import jaxtrain.nn.attention as attention
-from jaxtrain.nn.decoder import Block
+from jaxtrain.nn.block import Block
 from jaxtrain.verify.checks import LOGIT_TOLERANCE
 from jaxtrain.verify.packed import packed_check
 
