@@ -54,7 +54,7 @@ GEMMA4 = {
     "num_hidden_layers": 4,
     "global_head_dim": 24,
     "hidden_size_per_layer_input": 0,
-    "pad_token_id": 0,
+    "pad_token_id": None,
     "tie_word_embeddings": True,
     "rope_parameters": {
         "full_attention": {"rope_type": "proportional", "rope_theta": 9e3, "partial_rotary_factor": 0.25},
@@ -225,7 +225,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma4Text",
         {
             **GEMMA4,
-            "hidden_size_per_layer_input": 12,
+            "hidden_size_per_layer_input": 16,
             "vocab_size_per_layer_input": 101,
             "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,

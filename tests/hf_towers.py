@@ -11,6 +11,7 @@ MROPE = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 3, 3]
 LOCAL = {"rope_type": "default", "rope_theta": 60.0}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1, "depth": 1}
 QWEN_VISION = VISION | {"num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "fullatt_block_indexes": [0]}
+GEMMA_VISION = VISION | {"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64}
 QWEN_VISION |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
 CASES = {
     "gemma3": (
@@ -19,7 +20,7 @@ CASES = {
         VISION | {"image_size": 28, "patch_size": 14},
         {"tie_word_embeddings": True, "mm_tokens_per_image": 4},
     ),
-    "gemma4": ("Gemma4", hf_families.GEMMA4, None, {"tie_word_embeddings": True}),
+    "gemma4": ("Gemma4", hf_families.GEMMA4, GEMMA_VISION, {"tie_word_embeddings": True}),
     "qwen2.5-vl": ("Qwen2_5_VL", {"rope_parameters": MROPE}, QWEN_VISION, {"tie_word_embeddings": False}),
     "qwen3-vl": (
         "Qwen3VL",

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from jaxtrain.nn.cache import LayerCache, LayerState, NoState, order_on
-from jaxtrain.nn.config import LayerKind, Lora, Mixer, ModelConfig
+from jaxtrain.nn.config import LayerKind, Lora, ModelConfig
 from jaxtrain.nn.linear import Axes, Linear
 from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.norm import RMSNorm, rms_norm
@@ -41,7 +41,7 @@ class AttentionInputs(NamedTuple):
     cached: Array | None = None  # [B] tokens in the cache before this call; None: there is no cache
     length: Array | None = None  # [B] tokens in the cache after this call
     of_layer: Array | None = None  # [B, T, P] the layer's input beside the residual stream: see `nn.per_layer`
-    reused: dict[Mixer, KeysValues] | None = None  # of the last layers before this one, if later ones reuse them
+    reused: dict[str, KeysValues] | None = None  # of the last layers before this one, if later ones reuse them
 
 
 def inputs_of(
@@ -201,7 +201,7 @@ class Attention(nnx.Module):
 class SharedAttention(Attention):
     """Attention in a model some of whose layers reuse the keys and values of others."""
 
-    def __call__(self, *args: Any) -> tuple[Float[Array, "B T D"], LayerState, KeysValues]:
+    def __call__(self, *args: Any) -> Any:
         """As that of `Attention`; also what the queries attend to."""
         return self._attend(*args)
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jaxtrain.nn.attention import Attention, AttentionInputs, KeysValues, SharedAttention, inputs_of
 from jaxtrain.nn.cache import LayerState, RecurrentState
-from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, Mixer, ModelConfig
+from jaxtrain.nn.config import FLOAT32, LayerKind, Lora, ModelConfig
 from jaxtrain.nn.delta_net import GatedDeltaNet
 from jaxtrain.nn.latent_attention import LatentAttention
 from jaxtrain.nn.mlp import GatedMLP
@@ -65,7 +65,7 @@ class LayerOutput(NamedTuple):
     x: Array  # [B, T, D]
     state: LayerState  # the layer's state with these tokens in it
     routing: Routing | None  # the statistics of its router, if it has one
-    reused: dict[Mixer, KeysValues]  # for the layers after it: see `AttentionInputs.reused`
+    reused: dict[str, KeysValues]  # for the layers after it: see `AttentionInputs.reused`
 
 
 class Block(nnx.Module):

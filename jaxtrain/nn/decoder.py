@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from jaxtrain.nn.attention import AttentionInputs, KeysValues
 from jaxtrain.nn.block import PARTS, Block, Execution, LayerOutput, scaled
 from jaxtrain.nn.cache import LayerState, ModelCache
-from jaxtrain.nn.config import Lora, Mixer, ModelConfig, NewTokens
+from jaxtrain.nn.config import Lora, ModelConfig, NewTokens
 from jaxtrain.nn.heads import LANGUAGE, SCALAR, LanguageHead, ScalarHead, custom_head, with_new_tokens
 from jaxtrain.nn.modules import module_class
 from jaxtrain.nn.norm import RMSNorm
@@ -85,7 +85,7 @@ class Stream(NamedTuple):
     """What passes from layer to layer."""
 
     x: Array  # [B, T, D]
-    reused: dict[Mixer, KeysValues]  # see `AttentionInputs`; empty unless layers reuse those of others
+    reused: dict[str, KeysValues]  # see `AttentionInputs`; empty unless layers reuse those of others
 
 
 class Place(NamedTuple):
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
         # of the loop, which the backward pass need not keep for every iteration.
         changes = not all(self.config.pattern[number].reuses for number in range(loop.first, loop.stop))
 
-        def body(stream: Stream, step: tuple, constant: dict[Mixer, KeysValues]) -> tuple[Stream, list[Routing | None]]:
+        def body(stream: Stream, step: tuple, constant: dict[str, KeysValues]) -> tuple[Stream, list[Routing | None]]:
             params, places = step
             if loop.period == 1:
                 params, places = [params], [places]
@@ -234,9 +234,9 @@ class Decoder(nnx.Module):
         stream, after = one_by_one(Stream(stream.x, stream.reused | constant), loop.stop, self.config.num_layers)
         return stream.x, joined_routing(before, within, after)
 
-    def _nothing_to_reuse(self, x: Array) -> dict[Mixer, KeysValues]:
+    def _nothing_to_reuse(self, x: Array) -> dict[str, KeysValues]:
         """Zeros in the place of the keys and values of earlier layers, in a model in which layers reuse them."""
-        found: dict[Mixer, KeysValues] = {}
+        found: dict[str, KeysValues] = {}
         for kind in self.kinds if self.shares else ():
             zeros = jnp.zeros((*x.shape[:2], *self.config.heads_of(kind)), x.dtype)
             found[kind.mixer] = KeysValues(zeros, zeros, None, None)

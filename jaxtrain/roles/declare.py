@@ -105,8 +105,8 @@ def declare(section: ModelSection, mesh: jax.sharding.Mesh, preset: str) -> Decl
     if added:
         if config.per_layer_width is not None:
             raise ValueError(
-                f"model.add_tokens: layers of family {config.family} have embeddings of their own, in which a new token "
-                "would have no row; use tokens that the tokenizer has"
+                f"model.add_tokens: layers of family {config.family} have embeddings of their own, in which a new "
+                "token would have no row; use tokens that the tokenizer has"
             )
         config = replace(config, vocab_size=max(config.vocab_size, added.first + added.count))
     model = Model(

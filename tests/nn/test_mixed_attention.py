@@ -102,5 +102,5 @@ def test_layers_that_reuse_need_one_that_does_not():
 
 def test_one_class_does_not_replace_attention_of_several_sizes():
     custom = dataclasses.replace(tiny.CONFIG.modules, attention="my_file:Attention")
-    with pytest.raises(ValueError, match="model.modules.attention"):
+    with pytest.raises(ValueError, match=r"model\.modules\.attention"):
         tiny.model(**CASES["mixture"], modules=custom)
