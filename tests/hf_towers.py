@@ -20,7 +20,7 @@ CASES = {
         VISION | {"image_size": 28, "patch_size": 14},
         {"tie_word_embeddings": True, "mm_tokens_per_image": 4},
     ),
-    "gemma4": ("Gemma4", hf_families.GEMMA4, GEMMA_VISION, {"tie_word_embeddings": True}),
+    "gemma4": ("Gemma4", hf_families.GEMMA4 | {"pad_token_id": 0}, GEMMA_VISION, {"tie_word_embeddings": True}),
     "qwen2.5-vl": ("Qwen2_5_VL", {"rope_parameters": MROPE}, QWEN_VISION, {"tie_word_embeddings": False}),
     "qwen3-vl": (
         "Qwen3VL",
