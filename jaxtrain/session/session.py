@@ -165,7 +165,8 @@ class Session(RunRoles):
         """This host's part of `data.train`, packed.
 
         `encode` makes a row's example (default: `encoder(role)`), or a bundle of `bundle_size` examples that the
-        objective reads together. Where the data ends by itself, its steps are counted here: `num_steps`.
+        objective reads together. The prompt of a pair is in a row once, if
+        `Model.shares_prefixes`. Where the data ends by itself, its steps are counted here: `num_steps`.
 
         Raises ValueError if the rows of a microbatch cannot be divided over the devices, or the data ends before
         `train.steps`.
@@ -173,6 +174,8 @@ class Session(RunRoles):
         encode = encode or self.encoder(role)
         self._row_length = self.config.data.tokens_per_row(bundle_size)
         stream = self.enter(closing(open_stream(self.config, self.mesh, encode, bundle_size)))
+        if bundle_size == 2 and role.model.shares_prefixes:
+            stream.share_prefixes()
         self.num_steps = run_length(self.config, stream, encode)
         return stream
 
