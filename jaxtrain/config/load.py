@@ -37,8 +37,8 @@ def read_tree(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict[str,
     """The content of a YAML file, unchecked, over that of the file that its key `extends` names.
 
     Sections are merged key by key; any other value, lists included, replaces that of the extended file, whose path is
-    relative to the file that names it. Null removes a key that cannot be null. `extended_by` are the files on the way here. Raises ConfigError for a missing
-    file, broken YAML, or files that extend each other.
+    relative to the file that names it. Null removes a key that cannot be null. `extended_by` are the files on the way
+    here. Raises ConfigError for a missing file, broken YAML, or files that extend each other.
     """
     path = Path(path)
     if not path.is_file():

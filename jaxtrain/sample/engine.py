@@ -159,7 +159,7 @@ class Engine:
         is idle. Leaving the loop early cancels all requests. Raises RuntimeError if another loop has not ended.
         """
         if self._runs:
-            raise RuntimeError("the engine runs other requests: give them to the one AsyncEngine, or end that loop first")
+            raise RuntimeError("the engine runs other requests: give these to its AsyncEngine, or end that loop first")
         self._runs = True
         try:
             while source(not self.busy) or self.busy:
