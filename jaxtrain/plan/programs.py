@@ -100,7 +100,8 @@ def data_programs(config: RunConfig, devices: Sequence[Any]) -> list[Program]:
     """The programs of a recipe that trains on data: the update, and before it the reference's or the teacher's."""
     roles = run_roles(config, devices)
     policy = roles.trained_role("reward" if config.recipe == "reward" else "policy", config.objective)
-    batch = data_batch(config, policy.mesh)
+    other = config.reference is not None and config.reference.path is not None
+    batch = data_batch(config, policy, other_reference(roles, policy) if other else None)
     before: list[Program] = []
     if REF_LOGPS in config.objective.signals:
         if config.reference is None or config.reference.cache is None:

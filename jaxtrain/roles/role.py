@@ -153,6 +153,11 @@ class Role:
         return self._compiled[key]
 
 
+def shares_prefixes(bundle_size: int, *readers: Role | None) -> bool:
+    """Whether the prompt of a pair is in a row of the training data once: if all models that read it can."""
+    return bundle_size == 2 and all(reader.model.shares_prefixes for reader in readers if reader is not None)
+
+
 class TrainedRole(Role):
     """A role that is trained.
 

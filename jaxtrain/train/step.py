@@ -123,7 +123,7 @@ def scores_of(
             assert divergence is None, f"a score is asked for twice: {needs}"
             divergence, teacher = request, _teacher(request, batch, teacher_head)
     scores = token_scores(
-        hidden,
+        hidden if batch.prefix_ids is None else predicting_states(hidden, batch),
         model.head(params),
         Targets(batch.tokens, batch.loss_weights, batch.signals.get("supports")),
         Scoring(logp.temperature, entropy.differentiable, divergence, top and top.k, model.run.head_chunk),
@@ -132,6 +132,23 @@ def scores_of(
         mesh=model.run.mesh,
     )
     return _requested(needs, lambda name: getattr(scores, name))
+
+
+def predicting_states(hidden: Float[Array, "B T D"], batch: Batch) -> Float[Array, "B T D"]:
+    """The states that predict the next token of the row.
+
+    Between a segment and the second one that continues it is the first one. Its last state, which predicts nothing, is
+    replaced by the last state of the segment that both continue.
+    """
+    assert batch.prefix_ids is not None
+    place = jnp.arange(batch.tokens.shape[1])
+    here, positions = batch.segment_ids, batch.positions
+    following, prefix, start = (
+        jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.segment_ids, batch.prefix_ids, batch.positions)
+    )
+    second = (prefix > 0) & (following == prefix + 2) & (following != here)
+    source = jnp.where(second, place - 1 - (positions - start), place)
+    return jnp.take_along_axis(hidden, source[..., None], 1)
 
 
 def _requested(needs: Sequence[ScoreRequest], score: Callable[[str], Array]) -> Scores:
