@@ -36,7 +36,7 @@ State = dict[str, Any]
 # Rows of the files, counted when they are read.
 COUNTERS = (
     *("truncated", "dropped", "split", "prompt_truncated", "bad_rows", "thoughts_left_out", "equal_pairs"),
-    *("thoughts_moved", "arguments_unread"),
+    *("thoughts_moved", "arguments_unread", "nulls_left_out"),
 )
 
 _CHUNK = 16  # rows that a worker thread takes at a time
@@ -123,15 +123,16 @@ class Reader:
         found = []
         for source, row in places:
             try:
-                columns = self.sources[source][row]
-                found.append((columns, self._with_more(columns, source, row) if self._has_more else columns))
+                columns, events = self.sources[source].read(row)
+                whole = self._with_more(columns, source, row) if self._has_more else columns
+                found.append((columns, events, whole))
             except (DataError, StreamEndError) as error:
-                found.append(({}, error))
-        rows = [whole for _, whole in found if isinstance(whole, dict)]
+                found.append(({}, (), error))
+        rows = [whole for _, _, whole in found if isinstance(whole, dict)]
         made = iter(encode_rows(self._encode, rows) if self.pool is None else self.pool(rows))
         return [
-            self._result(columns, next(made) if isinstance(whole, dict) else whole, self.sources[source], row)
-            for (source, row), (columns, whole) in zip(places, found, strict=True)
+            self._result(columns, next(made) if isinstance(whole, dict) else whole, self.sources[source], row, events)
+            for (source, row), (columns, events, whole) in zip(places, found, strict=True)
         ]
 
     def _with_more(self, columns: Row, number: int, row: int) -> Row:
@@ -143,13 +144,17 @@ class Reader:
         except ValueError as error:
             raise error if isinstance(error, DataError) else DataError(f"{source.place(row)}: {error}") from error
 
-    def _result(self, columns: Row, made: Any, source: Source, row: int) -> RowExamples | DataError:
+    def _result(
+        self, columns: Row, made: Any, source: Source, row: int, events: tuple[str, ...]
+    ) -> RowExamples | DataError:
+        """`events`: the counters that reading the row adds to."""
         if isinstance(made, StreamEndError):
             return _PAST_END
         try:
             if isinstance(made, ValueError):
                 raise made
-            return self._fitted(columns, made, source)
+            fitted = self._fitted(columns, made, source)
+            return fitted._replace(events=tuple(sorted({*fitted.events, *events}))) if events else fitted
         except ValueError as error:
             named = error if isinstance(error, DataError) else DataError(f"{source.place(row)}: {error}")
             if self._data.on_bad_row == "error":

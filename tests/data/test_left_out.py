@@ -107,6 +107,25 @@ def test_words_and_thoughts_before_the_last_one(content):
     assert made("qwen2.5")([USER, turn]).loss_weights.any()
 
 
+def unread(template, *messages):
+    return ChatTokenizer(tokenizer(template)).unread_keys(list(messages), ["name", "lang"], ())
+
+
+def test_keys_that_change_nothing_are_unread_whatever_words_the_template_has():
+    named = USER | {"name": "ann", "lang": "en"}
+    assert unread(CHATML, named, PARIS) == {"messages[].name (user)", "messages[].lang (user)"}
+    # `name` is that of a tool, and `lang` the word of a comment.
+    calls = CHATML + "{# lang #}{% for call in messages[-1].tool_calls %}{{ call.function.name }}{% endfor %}"
+    assert unread(calls, named, PARIS) == {"messages[].name (user)", "messages[].lang (user)"}
+    by_role = CHATML + "{% for m in messages if m.role == 'assistant' %}{{ m.name }}{{ m['lang'] }}{% endfor %}"
+    assert unread(by_role, named, PARIS | {"name": "x"}) == {"messages[].name (user)", "messages[].lang (user)"}
+    of_one = CHATML + "{{ messages[0].name if messages[0].lang == 'de' }}{{ messages[0].get('lang') }}"
+    assert unread(of_one, named, PARIS) == {"messages[].name (user)"}
+    assert unread(of_one, named | {"lang": "de"}, PARIS) == set()
+    refuses = CHATML + "{{ raise_exception('no names') if messages[0].name != 'ann' }}"
+    assert unread(refuses, named, PARIS) == {"messages[].lang (user)"}
+
+
 NAMES_ALONE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"

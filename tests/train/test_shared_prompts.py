@@ -25,7 +25,7 @@ LENGTH = 64
 ROWS = [[(9, 6, 4), (1, 3, 7)], [(0, 8, 5), (12, 2, 1)], [(17, 5, 9)], [(3, 1, 1), (4, 2, 6), (2, 9, 3)]]
 WINDOWS = {"num_layers": 2, "pattern": tuple(replace(tiny.KIND, window=window) for window in (7, None))}
 LATENT = Latent(query_rank=24, rank=16, plain_width=12, rope_width=8, value_width=10, norm_eps=1e-6, neighbours=True)
-SMALL = {"num_layers": 2, "pattern": (tiny.KIND,) * 2}
+SMALL = {"num_layers": 1, "pattern": (tiny.KIND,)}
 FAMILIES = {
     "dense": SMALL,
     "windows-softcap-sinks": {**WINDOWS, "attention_softcap": 5.0, "sinks": True},
