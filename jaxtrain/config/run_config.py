@@ -157,8 +157,8 @@ class RunConfig(Section):
         self._check_rounding()
         if self.teacher is not None and self.teacher.cache is not None and GROUP_PLACE in self.objective.signals:
             raise ValueError(
-                "teacher.cache holds log-probabilities of the student's own ids, which objectives of a teacher with another "
-                "tokenizer do not read: leave it out"
+                "teacher.cache holds log-probabilities of the student's own ids, which objectives for a teacher with "
+                "another tokenizer do not read: leave it out"
             )
         for section, names in self.unused.items():
             for name in names & getattr(self, section).model_fields_set:

@@ -51,8 +51,8 @@ TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"
 """The signals with the ids that the teacher finds most probable at the token and their log-probabilities, [B, T, k]."""
 
 TEACHER_FURTHER = "teacher_further"
-"""The signal with the log-probability of the teacher's further tokens of a group, [B, T] at the student's first token of
-it. `teacher_hidden` has there the state that predicts the teacher's first token."""
+"""The signal with the log-probability of the teacher's further tokens of a group, [B, T] at the student's first token
+of it. `teacher_hidden` has there the state that predicts the teacher's first token."""
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
 

@@ -90,7 +90,9 @@ def hybrid_distances(
     def of_chunk(heads: tuple[Head, MatchedHead], before: Array, groups: Groups) -> Hybrid:
         student, other = heads
         mine = _log_probs(before, student) + groups.further[..., None]
-        theirs = jax.lax.stop_gradient(_log_probs(groups.teacher_hidden, other.head) + groups.teacher_further[..., None])
+        theirs = jax.lax.stop_gradient(
+            _log_probs(groups.teacher_hidden, other.head) + groups.teacher_further[..., None]
+        )
         ids = other.ids
         matched = _divergence(mine[..., ids.student], theirs[..., ids.teacher], beta)
         unmatched = _by_rank(jnp.exp(mine[..., ids.student_rest]), jnp.exp(theirs[..., ids.teacher_rest]))
@@ -133,5 +135,3 @@ def _by_rank(p: Float[Array, "... A"], q: Float[Array, "... B"]) -> Float[Array,
         for x in (p, q)
     )
     return jnp.abs(p - q).sum(-1)
-
-

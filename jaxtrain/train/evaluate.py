@@ -16,7 +16,9 @@ from jaxtrain.types import Batch, Params
 def make_eval_step(model: Model, objective: Objective) -> Callable[..., Metrics]:
     """A pure function `(params, frozen, batch, teacher_head=None) -> metrics`, without dropout; not jitted."""
 
-    def eval_step(params: Params, frozen: Params, batch: Batch, teacher_head: Head | MatchedHead | None = None) -> Metrics:
+    def eval_step(
+        params: Params, frozen: Params, batch: Batch, teacher_head: Head | MatchedHead | None = None
+    ) -> Metrics:
         params = join(params, frozen)
         hidden = model.hidden(params, batch)
         batch = add_signals(objective, lambda *needs: scores_of(model, params, hidden, batch, needs), batch)

@@ -20,7 +20,7 @@ def hybrid_scores(
     of: HybridDistance,
     teacher: MatchedHead,
 ) -> dict[str, Array]:
-    """`hybrid`, `matched` and `unmatched` [B, T] by their names in `Scores`. `logp` are those of the student's tokens."""
+    """`hybrid`, `matched` and `unmatched` [B, T] by their names in `Scores`. `logp`: of the student's tokens."""
     places, signals = batch.signals[GROUP_PLACE], batch.signals
     groups = Groups(places == 1, further_logps(logp, places), signals[TEACHER_HIDDEN], signals[TEACHER_FURTHER])
     mesh = model.run.mesh
