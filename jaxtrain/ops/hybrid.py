@@ -52,7 +52,7 @@ def match_vocabularies(
     return MatchedIds(mine, theirs, *(rest.astype(np.int32) for rest in rests))
 
 
-class Groups(NamedTuple):
+class GroupStarts(NamedTuple):
     """At the first token of each group of tokens that write one text."""
 
     first: Bool[Array, "B T"]  # where it is
@@ -69,7 +69,7 @@ class Hybrid(NamedTuple):
 
 
 def hybrid_distances(
-    hidden: Float[Array, "B T D"], head: Head, groups: Groups, teacher: MatchedHead, *, beta: float, chunk: int
+    hidden: Float[Array, "B T D"], head: Head, groups: GroupStarts, teacher: MatchedHead, *, beta: float, chunk: int
 ) -> Hybrid:
     """The two parts of the distance, from the student's states. Only the teacher's arrays have no gradient.
 
@@ -87,7 +87,7 @@ def hybrid_distances(
         return jnp.moveaxis(padded.reshape(len(x), chunks, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def of_chunk(heads: tuple[Head, MatchedHead], before: Array, groups: Groups) -> Hybrid:
+    def of_chunk(heads: tuple[Head, MatchedHead], before: Array, groups: GroupStarts) -> Hybrid:
         student, other = heads
         mine = _log_probs(before, student) + groups.further[..., None]
         theirs = jax.lax.stop_gradient(

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import TEACHER_FURTHER, TEACHER_HIDDEN, HybridDistance
 from jaxtrain.objectives.uld import further_logps
-from jaxtrain.ops.hybrid import Groups, MatchedHead, hybrid_distances
+from jaxtrain.ops.hybrid import GroupStarts, MatchedHead, hybrid_distances
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.types import GROUP_PLACE, Array, Batch, Params
 
@@ -22,7 +22,7 @@ def hybrid_scores(
 ) -> dict[str, Array]:
     """`hybrid`, `matched` and `unmatched` [B, T] by their names in `Scores`. `logp`: of the student's tokens."""
     places, signals = batch.signals[GROUP_PLACE], batch.signals
-    groups = Groups(places == 1, further_logps(logp, places), signals[TEACHER_HIDDEN], signals[TEACHER_FURTHER])
+    groups = GroupStarts(places == 1, further_logps(logp, places), signals[TEACHER_HIDDEN], signals[TEACHER_FURTHER])
     mesh = model.run.mesh
     rows = len(hidden) // (1 if mesh is None else row_shares(mesh))
     chunk = max(1, model.run.head_chunk // max(rows, 1))
