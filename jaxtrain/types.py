@@ -132,6 +132,9 @@ class Scores(NamedTuple):
     value: Array = _NOT_REQUESTED  # [B, T] float32, the output of a scalar head for the state before the token
     reward: Array = _NOT_REQUESTED  # [B, T] float32, the output of a scalar head for the state at the token
     divergence: Array = _NOT_REQUESTED  # [B, T] float32, nats, between the teacher's distribution and the student's
+    hybrid: Array = _NOT_REQUESTED  # [B, T] float32, the distance of a group at its first token: see `ops.hybrid`
+    matched: Array = _NOT_REQUESTED  # [B, T] float32, its part of the matched tokens; no gradient
+    unmatched: Array = _NOT_REQUESTED  # [B, T] float32, its part of the others; no gradient
     top_logps: Array = _NOT_REQUESTED  # [B, T, k] float32, the largest log-probabilities at the token, descending
     top_ids: Array = _NOT_REQUESTED  # [B, T, k] int32, the ids that have them; no gradient
 

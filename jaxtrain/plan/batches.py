@@ -18,7 +18,6 @@ from jaxtrain.types import (
     LABEL,
     SIGN,
     TEACHER_PLACE,
-    TEACHER_PROBS,
     TEACHER_SHIFT,
     TEACHER_TOKENS,
     Batch,
@@ -42,7 +41,7 @@ def data_batch(config: RunConfig, role: Role, reference: Role | None = None) -> 
     names: tuple[str, ...] = ()
     if config.recipe in ("preference", "reward"):
         names = tuple(name for name in config.objective.signals if name in (SIGN, LABEL))
-    elif TEACHER_PROBS in config.objective.signals:
+    elif GROUP_PLACE in config.objective.signals:
         names = _ALIGNED
     elif TEACHER_IDS in config.objective.signals:
         names = (TEACHER_IDS, TEACHER_LOGPS)
