@@ -131,14 +131,13 @@ class LeftOut:
         """
         text, found = self._render(chat), set()
         for number, message in enumerate(chat.messages):
-            for key in sorted(message.keys() & set(keys)):
+            for key, changes in _changed_keys(message, keys):
                 name, kind = f"messages[].{key} ({message['role']})", _kind(chat, number)
-                if name in found or name in known or message[key] in (None, "", [], {}):
+                if name in found or name in known:
                     continue
-                without = {other: value for other, value in message.items() if other != key}
                 tried = ("key", key, message["role"], self._template.source(chat.tools), *kind)
-                changes = [chat.with_message(number, each) for each in (without, message | {key: PROBE})]
-                if not any(self._is_written(tried, text, self._render, [changed]) for changed in changes):
+                changed = [chat.with_message(number, each) for each in changes]
+                if not any(self._is_written(tried, text, self._render, [each]) for each in changed):
                     found.add(name)
         return found
 
@@ -190,6 +189,33 @@ def _kind(chat: Chat, number: int) -> tuple[Any, ...]:
     message, following = chat.messages[number], [message["role"] for message in chat.messages[number + 1 :]]
     has = [bool(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
     return *has, *following[:1], "user" in following
+
+
+def _changed_keys(message: Message, keys: Collection[str]) -> Iterator[tuple[str, list[Message]]]:
+    """Those of `keys` that hold something, of the message and as `tool_calls[].KEY` of its calls, each with the message
+    without it and with another value of it.
+    """
+    for key in sorted(message.keys() & set(keys)):
+        if message[key] not in (None, "", [], {}):
+            yield key, _without_and_with(message, key)
+    calls = message.get("tool_calls") or []
+    for place, call in enumerate(calls):
+        function = call.get("function")
+        inside = isinstance(function, dict)
+        for holder in (call, function) if inside else (call,):
+            for key in sorted(holder):
+                if f"tool_calls[].{key}" not in keys or holder[key] in (None, "", [], {}):
+                    continue
+                others = _without_and_with(holder, key)
+                changed = others if holder is call else [call | {"function": other} for other in others]
+                yield (
+                    f"tool_calls[].{key}",
+                    [message | {"tool_calls": [*calls[:place], each, *calls[place + 1 :]]} for each in changed],
+                )
+
+
+def _without_and_with(mapping: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [{other: value for other, value in mapping.items() if other != key}, mapping | {key: PROBE}]
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:

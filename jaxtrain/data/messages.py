@@ -40,6 +40,7 @@ _AFTER = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+_NOTHING = (None, "", [], {})
 _PLAIN_KEYS = {"role", "content"}
 _WEIGHT_KEYS = ("weight", "train", "loss", "loss_scale")  # of a message: OpenAI's, axolotl's, ms-swift's
 # Keys of a message that are read here, whether the chat template names them or not.
@@ -183,10 +184,26 @@ def _tools(row: Row) -> list[Any] | None:
 
 
 def keys_of_messages(row: Row) -> set[str]:
-    """The keys of the row's messages that hold something."""
+    """The keys of the row's messages that hold something, and those of tool calls, as `tool_calls[].KEY`, but for known ones."""
     columns = [row[column] for column in RENDERED_COLUMNS if column in row and column not in TEMPLATE_COLUMNS]
     messages = [message for column in columns for message in messages_in(column) or () if isinstance(message, dict)]
-    return {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
+    found = {key for message in messages for key, value in message.items() if value not in _NOTHING}
+    calls = [call for message in messages if "tool_calls" in found for call in _calls_of(message)]
+    functions = [call["function"] for call in calls if isinstance(call.get("function"), dict)]
+    of_calls = {key for call in (*calls, *functions) for key, value in call.items() if value not in _NOTHING}
+    return found | {f"tool_calls[].{key}" for key in of_calls - {"function", *_CALL_KEYS}}
+
+
+def _calls_of(message: Message) -> list[dict[str, Any]]:
+    """The tool calls of a message, or those that they are the JSON of."""
+    calls = message.get("tool_calls")
+    calls = json.loads(calls) if isinstance(calls, str) and calls.strip() else calls
+    calls = (
+        [json.loads(call) if isinstance(call, str) else call for call in calls if call]
+        if isinstance(calls, list)
+        else []
+    )
+    return [call for call in calls if isinstance(call, dict)]
 
 
 def _turn(role: str, content: str) -> Message:

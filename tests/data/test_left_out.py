@@ -1,10 +1,15 @@
 """What a template leaves out of a conversation is an error that names the message and the part."""
 
+import json
+
 import pytest
 from chat_templates import CHATML, LLAMA3, tokenizer
 from stock_templates import STOCK
 
+from jaxtrain.config import SourceSection
 from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.data.formats import Encoder
+from jaxtrain.data.sources import Source
 
 USER = {"role": "user", "content": "What?"}
 PARIS = {"role": "assistant", "content": "Paris"}
@@ -124,6 +129,23 @@ def test_keys_that_change_nothing_are_unread_whatever_words_the_template_has():
     assert unread(of_one, named | {"lang": "de"}, PARIS) == set()
     refuses = CHATML + "{{ raise_exception('no names') if messages[0].name != 'ann' }}"
     assert unread(refuses, named, PARIS) == {"messages[].lang (user)"}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_keys_of_tool_calls_that_change_nothing_are_reported(caplog, as_text):
+    calls = [{**call(), "result": 7}, {**call("find"), "strict": None}]
+    calls[1]["function"] = calls[1]["function"] | {"thought": "hm"}
+    message = calling() | {"content": None, "tool_calls": json.dumps(calls) if as_text else calls}
+    source = Source(SourceSection(rows=[{"messages": [USER, message]}]))
+    for template, expected in (
+        ("qwen2.5", ["result", "thought"]),
+        (STOCK["qwen2.5"].template + "{{ messages[1].tool_calls[0].result }}", ["thought"]),
+    ):
+        caplog.clear()
+        tok = tokenizer(STOCK[template].template if template in STOCK else template)
+        Encoder(tok).note_ignored(source[0], source)
+        named = ", ".join(f"messages[].tool_calls[].{key} (assistant)" for key in expected)
+        assert caplog.messages == [f"{source.section.path}: columns ignored: {named}"]
 
 
 NAMES_ALONE = (
