@@ -313,13 +313,13 @@ class Encoder(RowEncoder):
                 "nothing; such rows are counted as arguments_unread"
             )
         if talk.nulls_left_out:
-            self._warn(left_out_warning(talk.nulls_left_out))
+            self._warn(left_out_warning(talk.nulls_left_out), about="nulls_left_out")
         return ("arguments_unread",) * bool(unread) + ("nulls_left_out",) * bool(talk.nulls_left_out)
 
-    def _warn(self, text: str) -> None:
-        """Once."""
-        if text not in self._warned:
-            self._warned.add(text)
+    def _warn(self, text: str, about: str | None = None) -> None:
+        """Once of each text, or of what it is about."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             warnings.warn(text, stacklevel=3)
 
     def _from_plain(self, prompt: str, completion: str) -> Example:
