@@ -184,7 +184,7 @@ def _tools(row: Row) -> list[Any] | None:
 
 
 def keys_of_messages(row: Row) -> set[str]:
-    """The keys of the row's messages that hold something, and those of tool calls, as `tool_calls[].KEY`, but for known ones."""
+    """The keys of the row's messages that hold something, and as `tool_calls[].KEY` unknown ones of their calls."""
     columns = [row[column] for column in RENDERED_COLUMNS if column in row and column not in TEMPLATE_COLUMNS]
     messages = [message for column in columns for message in messages_in(column) or () if isinstance(message, dict)]
     found = {key for message in messages for key, value in message.items() if value not in _NOTHING}
