@@ -30,6 +30,7 @@ class AttentionInputs(NamedTuple):
     ropes: tuple[RopeTable | None, ...]  # one per kind of layer
     cached: Array | None = None  # [B] tokens in the cache before this call; None: there is no cache
     length: Array | None = None  # [B] tokens in the cache after this call
+    prefix_ids: Array | None = None  # [B, T] of packed rows
 
 
 class Attention(nnx.Module):
@@ -100,7 +101,7 @@ class Attention(nnx.Module):
 
             def run(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache]:
                 q, k = apply_rope(q, rope), apply_rope(k, rope)
-                tokens = MaskInputs(inputs.positions, inputs.segment_ids)
+                tokens = MaskInputs(inputs.positions, inputs.segment_ids, prefix=inputs.prefix_ids)
                 if cache is None:
                     out = attend(q, k, v, tokens, options, sinks=sinks, impl=impl, mesh=mesh)
                     return out, LayerCache.of(k, v, order_on(mesh))

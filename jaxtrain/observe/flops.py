@@ -56,9 +56,10 @@ def train_flops(
     segment_ids: Integer[Array, "B T"],
     loss_weights: Float[Array, "B T"],
     lora: Lora | None = None,
+    positions: Integer[Array, "B T"] | None = None,
 ) -> float:
     """FLOPs of one forward and backward pass over packed rows. With `lora` the base weights are frozen,
-    except for its `full_paths`."""
+    except for its `full_paths`. `positions` are needed for rows with segments that continue others."""
     lengths = segment_lengths(segment_ids)
     scored = np.count_nonzero(loss_weights[:, 1:])  # nothing predicts the first token of a row
     per_token = sum(
@@ -73,7 +74,11 @@ def train_flops(
     head_path = "embed.weight" if config.tied else "lm_head.kernel"
     head = _matrix_flops(head_path, config.hidden_size, config.vocab_size, lora)
     windows = [config.pattern[layer].window for layer in config.layers_of("attn")]
-    pairs = {window: visible_pairs(lengths, window) for window in set(windows)}
+    if positions is None:
+        pairs = {window: visible_pairs(lengths, window) for window in set(windows)}
+    else:
+        seen = np.asarray(positions)[np.asarray(segment_ids) > 0].astype(np.int64) + 1
+        pairs = {window: int(np.minimum(seen, window or seen).sum()) for window in set(windows)}
     value_width = config.head_dim if config.latent is None else config.latent.value_width
     attention = 6 * config.num_heads * (config.head_dim + value_width) * sum(pairs[window] for window in windows)
     return float(int(lengths.sum()) * per_token + scored * head + attention)
