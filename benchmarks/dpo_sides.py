@@ -42,8 +42,10 @@ def jaxtrain(clock: Clock) -> None:
     def example(prompt: np.ndarray, answer: np.ndarray, sign: int) -> Example:
         return Example(np.concatenate([prompt, answer]), weights, {SIGN: np.full(LENGTH, sign, np.int32)})
 
-    rows = [
-        make_row([(example(prompt, chosen, 1), example(prompt, rejected, -1))], 2 * LENGTH)
+    rows = [  # as recipe preference packs them
+        make_row(
+            [(example(prompt, chosen, 1), example(prompt, rejected, -1))], PROMPT + 2 * ANSWER, share_prefixes=True
+        )
         for prompt, chosen, rejected in zip(*pairs(), strict=True)
     ]
     batch = stack_rows(rows)

@@ -113,7 +113,7 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(config).float().save_pretrained(folder)
 
 
-def ours(folder: Path, case: dict[str, Any]) -> list[float]:
+def ours(folder: Path, case: dict[str, Any], mesh: dict[str, Any] | None = None) -> list[float]:
     import jaxtrain as jt
 
     data = {
@@ -129,6 +129,7 @@ def ours(folder: Path, case: dict[str, Any]) -> list[float]:
         "model": {"path": str(folder), "compute_dtype": "float32"},
         "data": data,
         "train": {"steps": STEPS, "batch_size": ROWS},
+        "mesh": mesh or {},
         "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
     }
     with tempfile.TemporaryDirectory() as runs:

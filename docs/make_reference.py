@@ -93,7 +93,8 @@ these names is refused with the same answer. [config.md](config.md) describes ev
 _OF_CONFIG = """Every key of a run's YAML file, as `jaxtrain config` shows them; written by `docs/make_reference.py`.
 
 A file may begin with `extends: other.yaml`, a path relative to it: sections are merged key by key, and other values
-replace those of the extended file. `section.key=value` on the command line is written over both, as YAML.
+replace those of the extended file; `key: null` removes one that cannot be null. `section.key=value` on the command line
+is written over both, as YAML.
 `jaxtrain config --schema` prints the JSON schema for editors. The keys of `objective` depend on its class, whose
 docstring describes them ([rl-objectives.md](rl-objectives.md), [preferences.md](preferences.md),
 [distillation.md](distillation.md)); those listed are of clipped policy objectives.

@@ -83,11 +83,13 @@ class Batch(NamedTuple):
     """Packed rows. A per-token value at `t` belongs to the token at `t`.
 
     `loss_weights[b, t]` weighs the prediction of `tokens[b, t]` from the tokens before it, so the first token of a
-    segment, which nothing predicts, always has weight 0.
+    segment, which nothing predicts, always has weight 0. One that continues another segment is predicted by it.
+
+    Two segments at most continue the same one, and follow it directly: the answers of a pair that share their prompt.
     """
 
     tokens: Array  # [B, T] int32
-    positions: Array  # [B, T] int32, restarts at 0 in every segment
+    positions: Array  # [B, T] int32, restarts at 0 in every segment that continues no other
     segment_ids: Array  # [B, T] int32, 1.. in every row; 0 is padding
     loss_weights: Array  # [B, T] float32
     signals: Mapping[str, Array] = {}  # further per-token values: [B, T] or [B, T, k]; 0 in padding
@@ -95,6 +97,9 @@ class Batch(NamedTuple):
     # [B, 3] float32: the weighted tokens, segments and bundles of samples that were left out before packing, which
     # `Norm` counts. They are summed over the rows: in which of them a sample is counted makes no difference
     left_out: Array | None = None
+    # [B, T] int32: in a segment that continues another one of its row, the id of that one; 0 elsewhere. Its positions
+    # go on after those of the other segment, whose tokens it attends to. None: no segment continues another
+    prefix_ids: Array | None = None
 
     def arrays(self) -> dict[str, Array]:
         """All arrays by name, those of signals as `signals.<name>`, for example for a file of batches."""
@@ -127,6 +132,9 @@ class Scores(NamedTuple):
     value: Array = _NOT_REQUESTED  # [B, T] float32, the output of a scalar head for the state before the token
     reward: Array = _NOT_REQUESTED  # [B, T] float32, the output of a scalar head for the state at the token
     divergence: Array = _NOT_REQUESTED  # [B, T] float32, nats, between the teacher's distribution and the student's
+    hybrid: Array = _NOT_REQUESTED  # [B, T] float32, the distance of a group at its first token: see `ops.hybrid`
+    matched: Array = _NOT_REQUESTED  # [B, T] float32, its part of the matched tokens; no gradient
+    unmatched: Array = _NOT_REQUESTED  # [B, T] float32, its part of the others; no gradient
     top_logps: Array = _NOT_REQUESTED  # [B, T, k] float32, the largest log-probabilities at the token, descending
     top_ids: Array = _NOT_REQUESTED  # [B, T, k] int32, the ids that have them; no gradient
 

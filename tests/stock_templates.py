@@ -239,6 +239,10 @@ DEEPSEEK_V3 = """
 {%- if ns.result %}{{- '<|tool_outputs_end|>' }}{%- endif %}
 {%- if add_generation_prompt and not ns.result %}{{- '<|Assistant|>' }}{%- endif %}"""
 
+DEEPSEEK_R1 = DEEPSEEK_V3.replace(  # also what TRL ships as DeepSeek-V3's: that template, whose prompt opens a thought
+    "+ m.content + eos_token", "+ m.content.split('</think>')[-1] + eos_token"
+).replace("not ns.result %}{{- '<|Assistant|>' }}", "not ns.result %}{{- '<|Assistant|><think>\\n' }}")
+
 R1_DISTILL = (  # cuts thoughts that its prompt opens, and writes calls only where the content is null
     DEEPSEEK_V3.replace("m.tool_calls is defined", "m.content is none")
     .replace("{%- else %}{{- '\\n' }}{%- endif %}", "{%- endif %}")
@@ -346,6 +350,7 @@ STOCK = {
         ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>"),
     ),
     "deepseek-v3": Stock(DEEPSEEK_V3, _DEEPSEEK, _DEEPSEEK_TOKENS),
+    "deepseek-r1": Stock(DEEPSEEK_R1, _DEEPSEEK, _DEEPSEEK_TOKENS),
     "r1-distill": Stock(R1_DISTILL, _DEEPSEEK, _DEEPSEEK_TOKENS),
     "smollm3": Stock(SMOLLM3, _IM),
     "lfm2": Stock(LFM2, _IM, ("<|tool_call_start|>", "<|tool_call_end|>")),

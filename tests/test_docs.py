@@ -19,6 +19,7 @@ from jaxtrain.nn.model import Model
 
 ROOT = Path(__file__).parent.parent
 START = ROOT / "docs" / "start.md"
+NOTEBOOK = ROOT / "docs" / "notebooks" / "tpu.ipynb"
 MODEL = tiny.HF_CONFIG | {
     "architectures": ["Qwen3ForCausalLM"],
     "vocab_size": 259,
@@ -80,20 +81,31 @@ def test_fifteen_lines_fine_tune_sample_and_save(folder):
     assert "finished" in again.stdout
 
 
-def test_a_notebook_shows_the_lines_of_progress_and_the_answer_alone(folder):
+def test_the_notebook_trains_and_shows_the_lines_of_progress_and_its_results_alone(folder):
     """Run by a kernel of its own: nothing of other libraries, and no progress that writes over itself."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    cells = examples()[0].replace('"runs/sums"', '"runs/notebook"').replace('"sums"', '"notebook"').split("\n\n", 1)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    install, settings, train, losses, answer = (cell for cell in notebook.cells if cell.cell_type == "code")
+    assert install.source.startswith("%pip install")
+    values = dict(re.findall(r"^([A-Z]+) = (.*?)(?:  #.*)?$", settings.source, re.MULTILINE))
+    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(6) for b in range(6)]
+    source = repr({"rows": rows})[:-1] + ', "columns": COLUMNS}'
+    small = {"MODEL": '"model"', "TRAIN": source, "TEST": source, "LENGTH": "128", "STEPS": "20", "RATE": "0.01"}
+    assert values.keys() == small.keys() | {"COLUMNS"}
+    settings.source = "\n".join(f"{name} = {value}" for name, value in (values | small).items())
+    answer.source = answer.source.replace("max_tokens=256", "max_tokens=8")
+    notebook.cells = [settings, train, losses, answer]
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
     client.execute(env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
-    of_import, of_code = (cell.outputs for cell in notebook.cells)
-    assert of_import == []
-    assert [output for output in of_code if output.get("name") == "stderr"] == []
-    text = "".join(output.text if output.output_type == "stream" else output.data["text/plain"] for output in of_code)
+    assert [out for cell in notebook.cells for out in cell.outputs if out.get("name") == "stderr"] == []
+    text = "".join(out.text if out.output_type == "stream" else out.data["text/plain"] for out in train.outputs)
     assert "\r" not in text and "\x1b" not in text
-    shown = [line.split()[1:3] for line in text.splitlines() if line[9:].startswith("step ") and "loss" in line]
+    shown = [line.split()[1:3] for line in text.splitlines() if line[9:].startswith("step ") and "  loss" in line]
     assert shown == [["step", "1/20"], ["step", "10/20"], ["step", "20/20"]], text
+    assert settings.outputs == [] and "'eval_loss'" in losses.outputs[0].data["text/plain"]
+    assert [out.name for out in answer.outputs] == ["stdout"]
+    assert list((folder / "qwen3-gsm8k").glob("*.safetensors"))
 
 
 def test_twenty_five_lines_run_grpo_on_a_custom_environment(folder):

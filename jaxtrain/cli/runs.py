@@ -93,30 +93,35 @@ def launch(
 
 
 def status(
-    run: Annotated[str, typer.Argument(help="local or mounted folder of a run, which may be on another machine")],
+    run: Annotated[str, typer.Argument(help="folder of a run, which may be on another machine, or a URL")],
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
 ) -> None:
-    """Show how a run is doing: state, step, speed, goodput, newest checkpoint and metrics, and its processes."""
+    """Show how a run is doing: state, step, speed, goodput, newest checkpoint and metrics, and its processes.
+
+    Of a run at a URL it knows what was uploaded, with its last checkpoint or at its end, and no processes.
+    """
     import json
 
     from jaxtrain.observe.status import read_status, status_text
+    from jaxtrain.session.mirror import local_run
 
-    if "://" in run:
-        raise ValueError(f"{run} is a URL: status reads a local or mounted folder")
-    found = read_status(Path(run))
+    found = read_status(local_run(run, checkpoints=False)) | {"run": run}
     typer.echo(json.dumps(found, indent=1) if as_json else status_text(found), nl=as_json)
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="local or mounted folders of runs; several are compared")],
+    runs: Annotated[list[str], typer.Argument(help="folders of runs, or URLs; several are compared")],
     out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the first folder")] = None,
 ) -> None:
     """Write the curves, samples and config of runs as one HTML file, which needs no network."""
     from jaxtrain.observe.report_page import write_page
+    from jaxtrain.remote import is_url
+    from jaxtrain.session.mirror import local_run, push_file
 
     if out is None and len(runs) > 1:
         raise ValueError("give --out FILE.html: report.html in a run's folder is the report of that run alone")
-    typer.echo(f"wrote {write_page(runs, out)}")
+    written = write_page([local_run(run, checkpoints=False) for run in runs], out)
+    typer.echo(f"wrote {push_file(written, runs[0]) if out is None and is_url(runs[0]) else written}")
 
 
 def preview(

@@ -133,7 +133,8 @@ OBJECTIVE = FieldsOf(
 _OBJECTIVES = "jaxtrain.objectives"
 _OF_ANSWERS = {"sign", "label"}  # of pairs and of labelled texts: what recipes preference and reward train on
 _GIVEN_SIGNALS = {"sft": set(), "preference": {*_OF_ANSWERS, "ref_logps"}, "reward": _OF_ANSWERS}  # by recipe
-_GIVEN_SIGNALS["distill"] = {"teacher_hidden", "teacher_ids", "teacher_logps", "group_place", "teacher_probs"}
+_GIVEN_SIGNALS["distill"] = {"teacher_hidden", "teacher_ids", "teacher_logps"}
+_GIVEN_SIGNALS["distill"] |= {"group_place", "teacher_probs", "teacher_further"}  # of another tokenizer
 _DATA_SIGNALS = {*_OF_ANSWERS, "advantages", "sampler_logps"}  # given by data or samples, and never by `prepare`
 _MEMBERS = ("needs", "signals", "separable", "__call__")
 

@@ -27,6 +27,10 @@ class ConfigKey(NamedTuple):
         return tuple(dict.fromkeys(_sections(self.kind)))
 
     @property
+    def may_be_null(self) -> bool:
+        return _kind_text(self.kind) == "value" or "null" in _kind_text(self.kind).split(" | ")
+
+    @property
     def kind_text(self) -> str:
         """The type, as a user writes values of it."""
         return _kind_text(self.kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def read_tree(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict[str,
     """The content of a YAML file, unchecked, over that of the file that its key `extends` names.
 
     Sections are merged key by key; any other value, lists included, replaces that of the extended file, whose path is
-    relative to the file that names it. `extended_by` are the files on the way here. Raises ConfigError for a missing
-    file, broken YAML, or files that extend each other.
+    relative to the file that names it. Null removes a key that cannot be null. `extended_by` are the files on the way
+    here. Raises ConfigError for a missing file, broken YAML, or files that extend each other.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,13 +66,20 @@ def whole_text(path: str | Path) -> str:
     return yaml.safe_dump(read_tree(path), sort_keys=False) if "extends" in text else text
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    sections = {
-        key: _merged(base[key], value)
-        for key, value in changes.items()
-        if isinstance(value, dict) and isinstance(base.get(key), dict)
-    }
-    return base | changes | sections
+def _merged(base: dict[str, Any], changes: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`base` with the changes; null removes a key of `base` that cannot be null."""
+    merged = base | changes
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _merged(base[key], value, f"{prefix}{key}.")
+        elif value is None and key in base and prefix + key in _never_null():
+            del merged[key]
+    return merged
+
+
+@lru_cache(maxsize=1)
+def _never_null() -> frozenset[str]:
+    return frozenset(name for name, key in known_keys() if not key.may_be_null)
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config", overrides: list[str] | None = None) -> RunConfig:

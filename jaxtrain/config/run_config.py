@@ -26,7 +26,7 @@ from jaxtrain.config.sections import (
     TrainSection,
 )
 from jaxtrain.config.teacher import TeacherSection, check_teacher
-from jaxtrain.types import TEACHER_PROBS
+from jaxtrain.types import GROUP_PLACE
 
 _PRESETS = {  # the objective of each recipe, unless `objective.name` says so
     "sft": "jaxtrain.objectives:SFT",
@@ -155,10 +155,10 @@ class RunConfig(Section):
         check_teacher(self.recipe, self.teacher, self.rl)
         self._check_context()
         self._check_rounding()
-        if self.teacher is not None and self.teacher.cache is not None and TEACHER_PROBS in self.objective.signals:
+        if self.teacher is not None and self.teacher.cache is not None and GROUP_PLACE in self.objective.signals:
             raise ValueError(
-                "teacher.cache holds log-probabilities of the student's own ids, which objective.name=ULD does not "
-                "read: leave it out"
+                "teacher.cache holds log-probabilities of the student's own ids, which objectives for a teacher with "
+                "another tokenizer do not read: leave it out"
             )
         for section, names in self.unused.items():
             for name in names & getattr(self, section).model_fields_set:

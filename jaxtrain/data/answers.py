@@ -61,8 +61,8 @@ class Answers:
             if number is not None and number in blocks:
                 try:
                     found = self._locate(traced.text, blocks, chat, number, asked)
-                except ValueError:  # the marks alone decide
-                    found = Answer(number, start, end)
+                except ValueError:  # the marks alone decide where it begins
+                    found = self._marked(traced.text, (start, end), chat, number)
                 start, end, unlike = max(start, found.start), min(end, found.end), found.unlike
             answers.append(Answer(assistant[0] if number is None else number, start, end, unlike))
         return [answer for answer in answers if answer.start < answer.end]
@@ -147,6 +147,18 @@ class Answers:
             raise _rewritten(number)
         return Answer(number, start, start + len(turn), unlike)
 
+    def _marked(self, text: str, span: TextSpan, chat: Chat, number: int) -> Answer:
+        """A turn in marks that does not begin as the template prompts for it."""
+        start, end = span
+        is_last = number + 1 == len(chat.messages)
+        end, _ = self.end_of_turn(text, start, end, self._within_of(chat), is_last=is_last)
+        try:
+            prompt = self._template.trace(chat.until(number), prompt=True)
+            asked = added_by_prompt(prompt, self._template.trace(chat.until(number)).text)
+        except ValueError:  # it renders whole conversations alone
+            asked = ""
+        return Answer(number, start, end, _unlike(text, start, asked))
+
     def _asked_of(self, chat: Chat) -> dict[_Asked, str]:
         """The known beginnings of turns in conversations with the same template, arguments and tools."""
         if any(map(_may_switch_thoughts, chat.messages)):
@@ -169,9 +181,7 @@ class Answers:
                 "model.chat_template"
             )
         begin = start + len(header)
-        thinks = any(text.startswith(opening, begin) for opening, _ in THOUGHTS)
-        closed = any(closing in asked for _, closing in THOUGHTS)
-        return begin, asked if opened_thought(asked) or (thinks and closed) else ""
+        return begin, _unlike(text, begin, asked)
 
     def _find_header(self, source: str, kwargs_json: str) -> str:
         """How an earlier turn of the assistant begins: without an empty thought, say, that the prompt may hold."""
@@ -209,6 +219,13 @@ def added_by_prompt(prompt: Trace, plain: str) -> str:
     return added or prompt.after_messages()
 
 
+def _unlike(text: str, begin: int, asked: str) -> str:
+    """The prompt `asked` where a turn that begins at `begin` cannot follow it: one of them has a thought."""
+    thinks = any(text.startswith(opening, begin) for opening, _ in THOUGHTS)
+    closed = any(closing in asked for _, closing in THOUGHTS)
+    return asked if opened_thought(asked) or (thinks and closed) else ""
+
+
 def _rewritten(number: int) -> ValueError:
     return ValueError(
         f"messages[{number}]: the chat template writes this turn differently once others follow, so the assistant's "
@@ -224,6 +241,7 @@ def _of_messages(
 
     Raises ValueError where the messages differ in weight and cannot be told apart.
     """
+    generated = _with_ends(generated)
     if all(number is not None for number, _ in generated):
         return [(number, span) for number, span in generated if number is not None and weights[number]]
     if len(generated) == len(assistant):
@@ -235,6 +253,18 @@ def _of_messages(
             "cannot be told apart, and not all of them are trained alike"
         )
     return [(None, span) for _, span in generated]
+
+
+def _with_ends(generated: list[tuple[int | None, TextSpan]]) -> list[tuple[int | None, TextSpan]]:
+    """Marks behind the loop that go on where those of a message end, as those of Phi-3's end of the text, as its."""
+    joined: list[tuple[int | None, TextSpan]] = []
+    for number, (start, end) in generated:
+        if number is None and joined and joined[-1][0] is not None and joined[-1][1][1] == start:
+            of, (begin, _) = joined[-1]
+            joined[-1] = of, (begin, end)
+        else:
+            joined.append((number, (start, end)))
+    return joined
 
 
 def _json(kwargs: dict) -> str:

@@ -7,7 +7,7 @@ places in it, so they cannot change the ids. What a template leaves out of a con
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -93,9 +93,10 @@ class ChatTokenizer:
         assistant's apply to the assistant's own tokens and their end-of-turn token, and everything else weighs 0. With
         `loss_on="all"` they apply to whole turns of any role, and text outside of turns weighs 1.
 
-        Templates leave out the thoughts of earlier turns. Where such a turn is trained, `thoughts="check"` is an error
-        and `"accept"` says so in the result. `"prompted"` is for conversations of which the last turn alone is trained:
-        it then follows the prompt for it, also where the template does not write the thought that its prompt opens.
+        Templates leave out the thoughts of earlier turns. Where such a turn is trained, or is part of the prompt for
+        one that is, `thoughts="check"` is an error and `"accept"` says so in the result. A last turn that is trained
+        alone follows the prompt for it; with `"prompted"` also where the template does not write the thought that its
+        prompt opens.
 
         Raises ValueError where the template refuses the conversation, leaves out a part of it (`tools`, tool calls, the
         reasoning or the content of a turn that is trained), or the tokens of a turn cannot be located.
@@ -108,13 +109,17 @@ class ChatTokenizer:
                 check_thought(message, f"messages[{number}]", self._template.thought_form(chat).keyed)
         traced = self._template.trace(chat)
         self._left_out.check(traced.text, chat, lambda changed: self._template.trace(changed).text)
-        asked = self._template.trace(chat.until(len(messages) - 1), prompt=True) if thoughts == "prompted" else None
-        rewritten = asked and self._behind_opened_thought(traced, asked.text, chat)
+        asked = None
+        if thoughts == "prompted" or (loss_on == "assistant" and _is_last_alone(chat, weights)):
+            asked = self._asked_for_last(chat, needed=thoughts == "prompted")
+        rewritten = None
+        if asked is not None and thoughts == "prompted":
+            rewritten = self._behind_opened_thought(traced, asked.text, chat)
         text, answers = rewritten or (traced.text, self._answers.find(traced, chat, weights))
         left_out = False
         if rewritten is None:
             left_out = self._left_out.check_turns(traced, chat, weights, accept=thoughts == "accept")
-            left_out |= _check_prompts(answers, accept=thoughts == "accept", split=thoughts == "prompted")
+            left_out |= self._check_prompts(answers, accept=thoughts == "accept", split=thoughts == "prompted")
             if asked is not None:
                 text, answers = self._behind_prompt(text, answers, asked, chat)
         closing = self._answers.closing(traced, chat) if weights[-1] else None
@@ -128,6 +133,20 @@ class ChatTokenizer:
             ids = np.append(ids, np.int32(self._backend.token_to_id(closing)))
             values = np.append(values, np.float32(weights[-1]))
         return EncodedChat(ids, values, left_out, bool(chat.moved), found if loss_on == "assistant" else ())
+
+    def unread_keys(
+        self,
+        messages: list[Message],
+        keys: Collection[str],
+        known: Collection[str],
+        *,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> set[str]:
+        """Which of `keys` change nothing of what the template writes, as `messages[].KEY (ROLE)`; those in `known` are
+        left out, untried. Raises ValueError where the template refuses the conversation.
+        """
+        return self._left_out.unread_keys(self._template.chat(messages, tools, template_kwargs), keys, known)
 
     def prompt(
         self, messages: list[Message], *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
@@ -166,6 +185,14 @@ class ChatTokenizer:
 
     def _prompt_text(self, chat: Chat) -> str:
         return self._template.trace(chat, prompt=True).text
+
+    def _asked_for_last(self, chat: Chat, *, needed: bool) -> Trace | None:
+        try:
+            return self._template.trace(chat.until(len(chat.messages) - 1), prompt=True)
+        except ValueError:
+            if needed:
+                raise
+            return None  # a template of whole conversations, which has no prompts
 
     def _behind_opened_thought(self, traced: Trace, prompt: str, chat: Chat) -> tuple[str, list[Answer]] | None:
         """The text and the last turn where the prompt opens a thought that the template does not write, as the
@@ -211,6 +238,21 @@ class ChatTokenizer:
         shifted = [answer._replace(start=answer.start + moved, end=answer.end + moved) for answer in answers]
         return prompt.text + text[start:], shifted
 
+    def _check_prompts(self, answers: list[Answer], *, accept: bool, split: bool) -> bool:
+        """Whether a turn cannot follow the prompt for it. Raises ValueError unless that is accepted.
+
+        `split`: the turn is an example of its own already.
+        """
+        for answer in answers:
+            if answer.unlike and not accept:
+                raise ValueError(
+                    f"messages[{answer.message}]: the chat template prompts for this turn with {answer.unlike!r} and "
+                    "writes it otherwise, so what is trained would not be what the model must write: "
+                    + _mend(answer.unlike, self.reads)
+                    + ("" if split else f"; {CHOICES}")
+                )
+        return any(answer.unlike for answer in answers)
+
     def _check_ends(
         self, text: str, answers: list[Answer], chat: Chat, closing: str | None, *, has_marks: bool
     ) -> tuple[str, ...]:
@@ -237,21 +279,22 @@ class ChatTokenizer:
         return tuple(found)
 
 
-def _check_prompts(answers: list[Answer], *, accept: bool, split: bool) -> bool:
-    """Whether a turn cannot follow the prompt for it. Raises ValueError unless that is accepted.
+def _mend(asked: str, reads: Collection[str]) -> str:
+    """What to do about a turn that cannot follow its prompt `asked`, under a template that reads these arguments."""
+    begin = opened_thought(asked)
+    if not begin:
+        return "the prompt holds an empty thought and the turn has one: remove its thought, or let the prompt open one"
+    mend = f"the prompt opens a thought with {begin} that this turn does not have: give the turn one"
+    if "enable_thinking" in reads:
+        mend += ", or data.chat_template_kwargs={enable_thinking: false}, which puts an empty one into the prompt"
+    return f"{mend}, or give a template whose prompt opens none as model.chat_template"
 
-    `split`: the turn is an example of its own already.
+
+def _is_last_alone(chat: Chat, weights: Sequence[float]) -> bool:
+    """Whether the last turn alone is trained, behind others of the assistant: a template may write these otherwise once
+    it follows.
     """
-    for answer in answers:
-        if answer.unlike and not accept:
-            raise ValueError(
-                f"messages[{answer.message}]: the chat template prompts for this turn with {answer.unlike!r} and "
-                "writes it otherwise, so what is trained would not be what the model must write: give the turn a "
-                "thought where the prompt opens one, or let the prompt hold an empty one where it has none, as with "
-                "data.chat_template_kwargs={enable_thinking: false} where the template knows it"
-                + ("" if split else f"; {CHOICES}")
-            )
-    return any(answer.unlike for answer in answers)
+    return not any(weights[:-1]) and any(message["role"] == "assistant" for message in chat.messages[:-1])
 
 
 def _turn_spans(traced: Trace, weights: Sequence[float]) -> list[tuple[int, int, float]]:

@@ -52,3 +52,16 @@ class RowEncoder(ABC):
     def more_columns(self, source: Source, row: int) -> Row:
         """Columns that row number `row` has besides those of its source."""
         return {}
+
+
+class _NestingBounded:
+    """A context in which values nested more deeply than Python can walk are a fault of their row."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, RecursionError):
+            raise ValueError("its values are nested too deeply") from None
+
+
+NESTING_BOUNDED = _NestingBounded()

@@ -22,7 +22,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
-import re
 import threading
 import warnings
 from collections.abc import Collection
@@ -44,9 +43,10 @@ from jaxtrain.data.columns import (
     row_format,
     row_weight,
 )
-from jaxtrain.data.encoder import EvalPrompt, RowEncoder
+from jaxtrain.data.encoder import NESTING_BOUNDED, EvalPrompt, RowEncoder
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
 from jaxtrain.data.messages import KNOWN_KEYS, Conversation, conversation, keys_of_messages, messages_in, question
+from jaxtrain.data.nulls import left_out_warning
 from jaxtrain.data.packing import Example, RowExamples, last_trained
 from jaxtrain.data.sources import Source
 from jaxtrain.data.token_ids import from_token_ids
@@ -146,7 +146,7 @@ class Encoder(RowEncoder):
 
         Raises ValueError for a row that cannot be read, or that holds no token to learn from.
         """
-        with _NESTING_BOUNDED:
+        with NESTING_BOUNDED:
             try:
                 made = self._encode(row)
             except ValueError as error:
@@ -170,14 +170,14 @@ class Encoder(RowEncoder):
 
     def prompt(self, row: Row) -> EvalPrompt:
         """The row up to its last answer, as the model is asked for it, and that answer. Raises ValueError."""
-        with _NESTING_BOUNDED:
+        with NESTING_BOUNDED:
             if self._is_plain(row):
                 row = _with_prompt(row)
                 return EvalPrompt(self._plain_ids(_string(row, "prompt")), _string(row, "completion"))
             if row_format(row) in ("input_ids", "text"):
                 raise ValueError("only conversations and prompts with a completion can be asked for their answer")
             talk = conversation(row, self._merge)
-            self._has_unread(talk)
+            self._unread(talk)
             ids = self._chat.prompt(talk.messages[:-1], tools=talk.tools, template_kwargs=talk.template_kwargs)
             return EvalPrompt(ids, talk.messages[-1].get("content") or "")
 
@@ -188,7 +188,7 @@ class Encoder(RowEncoder):
         last turn, which becomes the `answer` unless the row has one; so do `completion`, Alpaca's `output` and the
         `ground_truth` of verl's `reward_model`. Raises ValueError.
         """
-        with _NESTING_BOUNDED:
+        with NESTING_BOUNDED:
             if (answer := reference_answer(row)) is not None:
                 row = row | {"answer": answer}
             if row.get("answer") is None and (completion := row.get("completion")) is not None:
@@ -202,22 +202,37 @@ class Encoder(RowEncoder):
                     )
                 row = _with_prompt(row if "output" in row or row.get("instruction") is None else row | {"output": None})
             if row.get("prompt") is None:
-                messages = conversation(row, self._merge).messages
-                row = {"answer": messages[-1].get("content"), **row, "prompt": messages[:-1]}
+                talk = conversation(row, self._merge)
+                self._unread(talk)
+                row = {"answer": talk.messages[-1].get("content"), **row, "prompt": talk.messages[:-1]}
             if isinstance(row["prompt"], str) and self.prompt_format == "plain":
                 return self._plain_ids(row["prompt"]), row
             row = row | {"prompt": messages_in(row["prompt"]) or row["prompt"]}
             asked = question(row, self._merge)
-            self._has_unread(asked)
+            self._unread(asked)
             return self._chat.prompt(asked.messages, tools=asked.tools, template_kwargs=asked.template_kwargs), row
 
     def note_ignored(self, row: Row, source: Source) -> None:
         """Report what is not read of a source, of which `row` is one, each once: columns, and keys of messages that
-        the chat template does not name either."""
-        unread = keys_of_messages(row) - KNOWN_KEYS - self._template_words if row_format(row) != "input_ids" else set()
-        names = [*ignored_columns(row), *(f"messages[].{key}" for key in unread)]
+        change nothing of what the chat template writes."""
+        names = [*ignored_columns(row), *self.unread_keys(row, source)]
         if names or source.left_out or WEIGHT in row:
             self.note_names(names, source, row)
+
+    def unread_keys(self, row: Row, source: Source) -> set[str]:
+        """Keys of a row's messages that change nothing of what the chat template writes, of each role, without those
+        that were reported for the source."""
+        if row_format(row) in ("input_ids", "text") or self._is_plain(row):
+            return set()
+        keys = keys_of_messages(row) - KNOWN_KEYS
+        if not keys:
+            return set()
+        with self._lock:
+            known = frozenset(self._noted.get(source.section.path, ()))
+        talk = conversation(row, self._merge)
+        return self._chat.unread_keys(
+            talk.messages, keys, known, tools=talk.tools, template_kwargs=talk.template_kwargs
+        )
 
     def note_names(self, ignored: Collection[str], source: Source, row: Row) -> None:
         """Report columns and keys of a source that are not read, each once, and that a column weighs its rows."""
@@ -285,12 +300,11 @@ class Encoder(RowEncoder):
         events = tuple(name for name in _WARNINGS if any(getattr(chat, name) for chat in chats))
         for name in events:
             self._warn(f"{_WARNINGS[name]}; such rows are counted as {name}")
-        if talk.template_kwargs and self._has_unread(talk):
-            events = (*events, "arguments_unread")
+        events += self._unread(talk)
         return examples[0] if len(examples) == 1 and not events else RowExamples(examples, events)
 
-    def _has_unread(self, talk: Conversation) -> bool:
-        """Whether it has arguments that the template does not read, of which it warns."""
+    def _unread(self, talk: Conversation) -> tuple[str, ...]:
+        """The counters of what is not read of it, of which it warns."""
         given = talk.template_kwargs or {}
         unread = [name for name, value in given.items() if name not in self._chat.reads and value not in _NOTHING]
         for name in unread:
@@ -298,12 +312,14 @@ class Encoder(RowEncoder):
                 f"the column chat_template_kwargs has {name}, which the chat template does not read, so it changes "
                 "nothing; such rows are counted as arguments_unread"
             )
-        return bool(unread)
+        if talk.nulls_left_out:
+            self._warn(left_out_warning(talk.nulls_left_out), about="nulls_left_out")
+        return ("arguments_unread",) * bool(unread) + ("nulls_left_out",) * bool(talk.nulls_left_out)
 
-    def _warn(self, text: str) -> None:
-        """Once."""
-        if text not in self._warned:
-            self._warned.add(text)
+    def _warn(self, text: str, about: str | None = None) -> None:
+        """Once of each text, or of what it is about."""
+        if (about or text) not in self._warned:
+            self._warned.add(about or text)
             warnings.warn(text, stacklevel=3)
 
     def _from_plain(self, prompt: str, completion: str) -> Example:
@@ -344,10 +360,6 @@ class Encoder(RowEncoder):
         return ChatTokenizer(self._needed_tokenizer, template_kwargs=self._template_kwargs, date=self._date)
 
     @cached_property
-    def _template_words(self) -> frozenset[str]:
-        return frozenset(re.findall(r"\w+", str(self._tokenizer and self._tokenizer.chat_template)))
-
-    @cached_property
     def _locate(self) -> TokenLocator:
         return TokenLocator(self._needed_tokenizer)
 
@@ -383,16 +395,3 @@ def _string(row: Row, column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{column} must be a string, not {type(value).__name__}")
     return value
-
-
-class _NestingBounded:
-    """A context in which values nested more deeply than Python can walk are a fault of their row."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, RecursionError):
-            raise ValueError("its values are nested too deeply") from None
-
-
-_NESTING_BOUNDED = _NestingBounded()

@@ -5,7 +5,7 @@ A part whose words occur in the rendered text is assumed to be written, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from jaxtrain.data.rendering import PROBE, Chat, Template
@@ -64,7 +64,10 @@ class LeftOut:
         """
         text, blocks, left_out = traced.text, traced.blocks, False
         for number, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or not weights[number]:
+            if message["role"] != "assistant":
+                continue
+            if not weights[number]:
+                left_out |= self._check_context(traced, chat, weights, number, accept=accept)
                 continue
             for part, words, changed in _parts(message):
                 written = number in blocks and words in text[slice(*blocks[number])]
@@ -80,7 +83,7 @@ class LeftOut:
                     )
                 alone = chat.until(number + 1)
                 if not self._is_written(None, self._render(alone), self._render, [alone.with_message(number, changed)]):
-                    prompt = self._template.trace(chat.until(number), prompt=True).text
+                    prompt = self._prompt(chat.until(number))
                     behind = ", or write it behind the thought that the prompt opens, with data.split_turns=true"
                     raise ValueError(
                         f"{where}: the chat template does not write its reasoning: give a template that does as "
@@ -96,6 +99,47 @@ class LeftOut:
                     )
                 left_out = True
         return left_out
+
+    def _check_context(self, traced: Trace, chat: Chat, weights: Sequence[float], number: int, *, accept: bool) -> bool:
+        """Whether a turn that is not trained lacks a thought, or words, with which the model is prompted for a later
+        turn that is. Raises ValueError for that unless it is accepted. Where the last turn alone is trained it follows
+        its prompt in any case.
+        """
+        later = next((at for at in range(number + 1, len(chat.messages)) if weights[at]), None)
+        if later is None or not any(weights[:-1]):
+            return False
+        asked = chat.until(later)
+        for part, words, changed in _parts(chat.messages[number]):
+            written = number in traced.blocks and words in traced.text[slice(*traced.blocks[number])]
+            key = ("context", part, self._template.source(chat.tools), *_kind(chat, number)) if written else None
+            if self._is_written(key, traced.text, self._render, [chat.with_message(number, changed)]):
+                continue
+            prompt = self._prompt(asked)
+            if self._is_written(None, prompt, self._prompt, [asked.with_message(number, changed)]):
+                if not accept:
+                    raise ValueError(
+                        f"messages[{number}]: the chat template leaves out the {part} of this turn once others follow, "
+                        f"though the model is prompted with it for messages[{later}]: {CHOICES}"
+                    )
+                return True
+        return False
+
+    def unread_keys(self, chat: Chat, keys: Collection[str], known: Collection[str]) -> set[str]:
+        """Keys of messages, of `keys`, that change nothing of what the template writes: `messages[].KEY (ROLE)`.
+
+        Those in `known` were found before and are not tried again.
+        """
+        text, found = self._render(chat), set()
+        for number, message in enumerate(chat.messages):
+            for key, changes in _changed_keys(message, keys):
+                name, kind = f"messages[].{key} ({message['role']})", _kind(chat, number)
+                if name in found or name in known:
+                    continue
+                tried = ("key", key, message["role"], self._template.source(chat.tools), *kind)
+                changed = [chat.with_message(number, each) for each in changes]
+                if not any(self._is_written(tried, text, self._render, [each]) for each in changed):
+                    found.add(name)
+        return found
 
     def _check_calls(self, text: str, chat: Chat, number: int, render: Render) -> None:
         message = chat.messages[number]
@@ -136,12 +180,42 @@ class LeftOut:
     def _render(self, chat: Chat) -> str:
         return self._template.trace(chat).text
 
+    def _prompt(self, chat: Chat) -> str:
+        return self._template.trace(chat, prompt=True).text
+
 
 def _kind(chat: Chat, number: int) -> tuple[Any, ...]:
     """What a template's choice of the parts of a turn may depend on."""
     message, following = chat.messages[number], [message["role"] for message in chat.messages[number + 1 :]]
     has = [bool(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
     return *has, *following[:1], "user" in following
+
+
+def _changed_keys(message: Message, keys: Collection[str]) -> Iterator[tuple[str, list[Message]]]:
+    """Those of `keys` that hold something, of the message and as `tool_calls[].KEY` of its calls, each with the message
+    without it and with another value of it.
+    """
+    for key in sorted(message.keys() & set(keys)):
+        if message[key] not in (None, "", [], {}):
+            yield key, _without_and_with(message, key)
+    calls = message.get("tool_calls") or []
+    for place, call in enumerate(calls):
+        function = call.get("function")
+        inside = isinstance(function, dict)
+        for holder in (call, function) if inside else (call,):
+            for key in sorted(holder):
+                if f"tool_calls[].{key}" not in keys or holder[key] in (None, "", [], {}):
+                    continue
+                others = _without_and_with(holder, key)
+                changed = others if holder is call else [call | {"function": other} for other in others]
+                yield (
+                    f"tool_calls[].{key}",
+                    [message | {"tool_calls": [*calls[:place], each, *calls[place + 1 :]]} for each in changed],
+                )
+
+
+def _without_and_with(mapping: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return [{other: value for other, value in mapping.items() if other != key}, mapping | {key: PROBE}]
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:

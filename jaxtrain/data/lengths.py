@@ -24,7 +24,7 @@ import numpy as np
 from jaxtrain.config import DataSection
 from jaxtrain.data.fingerprints import fingerprints
 from jaxtrain.data.mixing import Mixture
-from jaxtrain.data.packing import BestFit
+from jaxtrain.data.packing import BestFit, bundle_tokens
 from jaxtrain.data.shards import COUNTERS, Reader
 from jaxtrain.data.sources import DataError, Source
 from jaxtrain.remote import cache_home
@@ -110,7 +110,7 @@ def source_lengths(reader: Reader, number: int, data: DataSection, executor: Exe
     source = reader.sources[number]
     path = None
     if encoding is not None and source.section.source is None:
-        path = cache_home() / "lengths" / f"{_key(source, data, encoding)}.npz"
+        path = cache_home() / "lengths" / f"{_key(source, data, (encoding, reader.share_prefixes))}.npz"
     found = path and _load(path, len(source))
     if found and data.on_bad_row == "error" and (found.events & _BAD).any():
         found = None  # reading names the row
@@ -150,14 +150,14 @@ def _read(reader: Reader, number: int, executor: Executor) -> Lengths:
         for read in ahead.popleft().result():
             if isinstance(read, DataError):
                 raise read
-            lengths = [sum(len(example.input_ids) for example in piece) for piece in read.items]
+            lengths = [bundle_tokens(piece, reader.share_prefixes) for piece in read.items]
             sizes += lengths
             counts[row], events[row] = len(lengths), sum(1 << COUNTERS.index(name) for name in read.events)
             row += 1
     return Lengths(counts.cumsum(), np.array(sizes, np.int32), events)
 
 
-def _key(source: Source, data: DataSection, encoding: str) -> str:
+def _key(source: Source, data: DataSection, encoding: tuple[str, bool]) -> str:
     """Changes with the files, their times included, with everything that decides a row's length, and with this code."""
     files = [
         {**file, "changed": os.stat(file["path"]).st_mtime_ns if os.path.exists(file["path"]) else None}

@@ -6,7 +6,14 @@ import json
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from jaxtrain.data.columns import LARGEST_WEIGHT, Row, from_alpaca, row_format
+from jaxtrain.data.columns import (
+    LARGEST_WEIGHT,
+    RENDERED_COLUMNS,
+    TEMPLATE_COLUMNS,
+    Row,
+    from_alpaca,
+    row_format,
+)
 from jaxtrain.data.merging import Turn, merge_turns
 from jaxtrain.data.nulls import tool_call_without_fillings, tool_without_fillings, without_nulls, written_by_datasets
 from jaxtrain.data.thoughts import REASONING
@@ -33,6 +40,7 @@ _AFTER = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+_NOTHING = (None, "", [], {})
 _PLAIN_KEYS = {"role", "content"}
 _WEIGHT_KEYS = ("weight", "train", "loss", "loss_scale")  # of a message: OpenAI's, axolotl's, ms-swift's
 # Keys of a message that are read here, whether the chat template names them or not.
@@ -53,6 +61,7 @@ class Conversation(NamedTuple):
     first_trained: int  # messages before this one are the prompt, which is not trained
     tools: list[Any] | None
     template_kwargs: dict[str, Any] | None  # further arguments of the chat template
+    nulls_left_out: tuple[str, ...] = ()  # arguments of tool calls whose null was taken for a filling, on no evidence
 
     def trained(self, loss_on: str) -> list[float]:
         """The loss weight of each message under `data.loss_on`. Raises ValueError for one that would be ignored."""
@@ -140,8 +149,9 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
             raise ValueError(f"{column} must be a list of messages that is not empty")
     filled = written_by_datasets(columns.values(), tools)
     tools = tool_without_fillings(tools, filled=filled) if tools else None
+    guessed: list[str] | None = [] if filled else None
     turns = [
-        Turn(*_message(message, where := f"{column}[{number}]", tools, filled=filled), column == "prompt", where)
+        Turn(*_message(message, where := f"{column}[{number}]", tools, guessed), column == "prompt", where)
         for column, value in columns.items()
         for number, message in enumerate(value)
     ]
@@ -152,6 +162,7 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
         first_trained=sum(turn.in_prompt for turn in turns),
         tools=tools,
         template_kwargs=without_nulls(kwargs) if filled else kwargs,
+        nulls_left_out=tuple(guessed or ()),
     )
 
 
@@ -173,10 +184,26 @@ def _tools(row: Row) -> list[Any] | None:
 
 
 def keys_of_messages(row: Row) -> set[str]:
-    """The keys of the row's messages that hold something."""
-    columns = [row[column] for column in ("messages", "conversations", "prompt", "completion") if column in row]
+    """The keys of the row's messages that hold something, and as `tool_calls[].KEY` unknown ones of their calls."""
+    columns = [row[column] for column in RENDERED_COLUMNS if column in row and column not in TEMPLATE_COLUMNS]
     messages = [message for column in columns for message in messages_in(column) or () if isinstance(message, dict)]
-    return {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
+    found = {key for message in messages for key, value in message.items() if value not in _NOTHING}
+    calls = [call for message in messages if "tool_calls" in found for call in _calls_of(message)]
+    functions = [call["function"] for call in calls if isinstance(call.get("function"), dict)]
+    of_calls = {key for call in (*calls, *functions) for key, value in call.items() if value not in _NOTHING}
+    return found | {f"tool_calls[].{key}" for key in of_calls - {"function", *_CALL_KEYS}}
+
+
+def _calls_of(message: Message) -> list[dict[str, Any]]:
+    """The tool calls of a message, or those that they are the JSON of."""
+    calls = message.get("tool_calls")
+    calls = json.loads(calls) if isinstance(calls, str) and calls.strip() else calls
+    calls = (
+        [json.loads(call) if isinstance(call, str) else call for call in calls if call]
+        if isinstance(calls, list)
+        else []
+    )
+    return [call for call in calls if isinstance(call, dict)]
 
 
 def _turn(role: str, content: str) -> Message:
@@ -195,8 +222,8 @@ def _with_system(turns: list[Turn], system: str | None) -> list[Turn]:
     return turns
 
 
-def _message(message: Any, where: str, tools: Any, *, filled: bool) -> tuple[Message, float | None]:
-    """A checked message, without its weight, and the weight. `filled`: the row has nulls that were added."""
+def _message(message: Any, where: str, tools: Any, guessed: list[str] | None) -> tuple[Message, float | None]:
+    """A checked message, without its weight, and the weight. `guessed`: as of `tool_call_without_fillings`."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be a mapping with role and content, not {type(message).__name__}")
     if _is_plain(message):
@@ -210,6 +237,11 @@ def _message(message: Any, where: str, tools: Any, *, filled: bool) -> tuple[Mes
     for key in REASONING:
         if not isinstance(message.get(key), str | None):
             raise ValueError(f"{where}: {key} must be a string, not {type(message[key]).__name__}")
+        if role != "assistant" and (message.get(key) or "").strip():
+            raise ValueError(
+                f"{where}: {key} beside the words of the {role}: only turns of the assistant have thoughts; remove it, "
+                "or move it to the turn that it belongs to"
+            )
     if isinstance(content, list):
         message = message | {"content": _joined_text(content, where)}
     elif content is not None and not isinstance(content, str):
@@ -218,7 +250,7 @@ def _message(message: Any, where: str, tools: Any, *, filled: bool) -> tuple[Mes
     if calls:
         if not isinstance(calls, list):
             raise ValueError(f"{where}: tool_calls must be a list, not {type(calls).__name__}")
-        message = message | {"tool_calls": [_tool_call(call, where, tools, filled=filled) for call in calls]}
+        message = message | {"tool_calls": [_tool_call(call, where, tools, guessed) for call in calls]}
     if not (message.get("content") or "").strip() and not calls and role in ("user", "assistant"):
         raise ValueError(f"{where}: the {role}'s turn is empty")
     if message.get("content") is None and role not in ("user", "assistant"):
@@ -288,12 +320,12 @@ def _joined_text(parts: list[Any], where: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _tool_call(call: Any, where: str, tools: Any, *, filled: bool) -> Message:
+def _tool_call(call: Any, where: str, tools: Any, guessed: list[str] | None) -> Message:
     """A tool call without added nulls. Arguments that are JSON stay text: templates differ in what they read."""
     call = _parsed(call, f"{where}: a tool call")
     if not isinstance(call, dict):
         raise ValueError(f"{where}: a tool call must be a mapping, not {type(call).__name__}")
-    call = tool_call_without_fillings(call, tools, filled=filled)
+    call = tool_call_without_fillings(call, tools, guessed)
     inner = call.get("function")
     function = inner if isinstance(inner, dict) else call
     arguments = function.get("arguments")

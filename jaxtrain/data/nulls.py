@@ -15,7 +15,8 @@ Then, of a null in the arguments of a call in such a row:
 - If the schema of the called function stands in `tools`: a parameter that it does not have is a filling, one that is
   required was written.
 - Else, in Parquet, a key whose type is `null` has no value in any row, so some row wrote that null, and it stays.
-- Any other null is taken for a filling. Where it is an optional parameter, leaving it out means the same.
+- Any other null is taken for a filling: a guess, which is noted. Where it is an optional parameter, leaving it out
+  means the same.
 
 A null that a tool schema cannot hold (anything but a `default`, a `const` or an element of an `enum`) is a filling in
 any file, and so is a null in a tool call outside its arguments. Arguments that are JSON strings are never touched.
@@ -23,15 +24,18 @@ any file, and so is a null in a tool call outside its arguments. Arguments that 
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 _MEANT_IN_SCHEMAS = ("default", "const")  # keys of JSON schema whose value may be null
 
 
-def without_arrow_fillings(value: Any, kind: pa.DataType, tools: Any = None) -> Any:
-    """`value`, of the Arrow type `kind`, without the nulls that the type added. `tools`: the tools of the row."""
+def without_arrow_fillings(value: Any, kind: pa.DataType, tools: Any, guessed: list[str]) -> Any:
+    """`value`, of the Arrow type `kind`, without the nulls that the type added. `tools`: the tools of the row.
+
+    The names of arguments whose null was taken for a filling without evidence are added to `guessed`.
+    """
     if value is None:
         return None
     if pa.types.is_struct(kind):
@@ -39,15 +43,15 @@ def without_arrow_fillings(value: Any, kind: pa.DataType, tools: Any = None) -> 
         for field in kind:
             inner = value[field.name]
             if field.name == "arguments" and isinstance(inner, dict):
-                kept[field.name] = _arguments(inner, parameters_of(tools, value.get("name")), field.type)
+                kept[field.name] = _arguments(inner, parameters_of(tools, value.get("name")), guessed, field.type)
             elif field.name in _MEANT_IN_SCHEMAS and (inner is not None or pa.types.is_null(field.type)):
-                kept[field.name] = _arguments(inner, None, field.type)
+                kept[field.name] = _arguments(inner, None, [], field.type)
             elif inner is not None:
-                kept[field.name] = without_arrow_fillings(inner, field.type, tools)
+                kept[field.name] = without_arrow_fillings(inner, field.type, tools, guessed)
         return kept
     of_element = _element(kind)
     if isinstance(value, list) and of_element is not None:
-        return [without_arrow_fillings(each, of_element, tools) for each in value]
+        return [without_arrow_fillings(each, of_element, tools, guessed) for each in value]
     return value
 
 
@@ -99,31 +103,36 @@ def _mappings(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield function["arguments"]
 
 
-def _arguments(value: Any, schema: Any, kind: pa.DataType | None = None) -> Any:
+def _arguments(value: Any, schema: Any, guessed: list[str], kind: pa.DataType | None = None) -> Any:
     """A value in the arguments of a call, without fillings. `kind`: its Arrow type; None in JSON."""
     if isinstance(value, list):
         items = schema.get("items") if isinstance(schema, dict) else None
-        return [_arguments(each, items, _element(kind)) for each in value]
+        return [_arguments(each, items, guessed, _element(kind)) for each in value]
     if not isinstance(value, dict) or (kind is not None and not pa.types.is_struct(kind)):
         return value  # the keys of an Arrow map are those that were written
     kept = {}
     for key, inner in value.items():
         of_key = kind.field(key).type if kind is not None else None
-        if inner is not None or _is_written(key, schema, of_key):
+        origin = "written" if inner is not None else _origin(key, schema, of_key)
+        if origin == "guess":
+            guessed.append(key)
+        if origin == "written":
             properties = schema.get("properties") if isinstance(schema, dict) else None
-            kept[key] = _arguments(inner, properties.get(key) if isinstance(properties, dict) else None, of_key)
+            kept[key] = _arguments(
+                inner, properties.get(key) if isinstance(properties, dict) else None, guessed, of_key
+            )
     return kept
 
 
-def _is_written(key: str, schema: Any, kind: pa.DataType | None) -> bool:
-    """Whether a null of an argument was written."""
+def _origin(key: str, schema: Any, kind: pa.DataType | None) -> Literal["written", "filling", "guess"]:
+    """Where a null of an argument comes from; "guess" where nothing says so, and it is taken for a filling."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if isinstance(properties, dict):
         if properties.get(key) is None:
-            return False
+            return "filling"
         if key in (schema.get("required") or ()):
-            return True
-    return kind is not None and pa.types.is_null(kind)
+            return "written"
+    return "written" if kind is not None and pa.types.is_null(kind) else "guess"
 
 
 def _element(kind: pa.DataType | None) -> pa.DataType | None:
@@ -147,14 +156,28 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def tool_call_without_fillings(call: dict[str, Any], tools: Any, *, filled: bool) -> dict[str, Any]:
-    """A tool call {name, arguments} or {function: {name, arguments}}. `filled`: the row has fillings."""
+def left_out_warning(guessed: Iterable[str]) -> str:
+    """About nulls that were taken for fillings without evidence."""
+    names = ", ".join(dict.fromkeys(guessed))
+    return (
+        f"tool calls have arguments that are null ({names}) and that nothing tells from the nulls which a file format "
+        "adds: they are left out, and such rows are counted as nulls_left_out. Arguments that are JSON strings keep "
+        "their nulls, and so do arguments that the tool's schema requires"
+    )
+
+
+def tool_call_without_fillings(call: dict[str, Any], tools: Any, guessed: list[str] | None) -> dict[str, Any]:
+    """A tool call {name, arguments} or {function: {name, arguments}}.
+
+    `guessed` gets the names of arguments whose null was taken for a filling without evidence; None: the row has no
+    fillings.
+    """
     kept = {key: value for key, value in call.items() if value is not None or key == "arguments"}
     inner = kept.get("function")
     if isinstance(inner, dict):
-        kept["function"] = tool_call_without_fillings(inner, tools, filled=filled)
-    if filled and "arguments" in kept:
-        kept["arguments"] = _arguments(kept["arguments"], parameters_of(tools, kept.get("name")))
+        kept["function"] = tool_call_without_fillings(inner, tools, guessed)
+    if guessed is not None and "arguments" in kept:
+        kept["arguments"] = _arguments(kept["arguments"], parameters_of(tools, kept.get("name")), guessed)
     return kept
 
 

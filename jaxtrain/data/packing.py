@@ -178,13 +178,60 @@ class BestFit(Generic[Item]):
         self.open_rows.insert(at, row)
 
 
-def make_row(items: Sequence[Example | Bundle], length: int, signals: SignalTypes | None = None) -> Batch:
+def shared_prefix(bundle: Bundle) -> int:
+    """The number of tokens without a weight that both examples of a pair begin with: their prompt. Each example has at
+    least one token more. 0 for other bundles."""
+    if len(bundle) != 2:
+        return 0
+    (one, other), (weights, others) = zip(*(example[:2] for example in bundle), strict=True)
+    most = min(len(one), len(other)) - 1
+    differs = (one[:most] != other[:most]) | (weights[:most] != 0) | (others[:most] != 0)
+    return int(np.argmax(differs)) if differs.any() else most
+
+
+def bundle_tokens(bundle: Bundle, share_prefixes: bool) -> int:
+    """The tokens that a bundle takes in a row."""
+    tokens = sum(len(example.input_ids) for example in bundle)
+    return tokens - shared_prefix(bundle) if share_prefixes else tokens
+
+
+class _Segment(NamedTuple):
+    """A segment of a row. `first`: its first position; `prefix`: the number of segments back to the one it continues,
+    or 0."""
+
+    example: Example
+    bundle: int
+    first: int = 0
+    prefix: int = 0
+
+
+def _segments(number: int, bundle: Bundle, share_prefixes: bool) -> list[_Segment]:
+    shared = shared_prefix(bundle) if share_prefixes else 0
+    if not shared:
+        return [_Segment(example, number) for example in bundle]
+    rest = [_piece(example, shared, len(example.input_ids)) for example in bundle]
+    continuing = [_Segment(example, number, shared, at) for at, example in enumerate(rest, 1)]
+    return [_Segment(_piece(bundle[0], 0, shared), number), *continuing]
+
+
+def make_row(
+    items: Sequence[Example | Bundle],
+    length: int,
+    signals: SignalTypes | None = None,
+    *,
+    share_prefixes: bool = False,
+) -> Batch:
     """Examples and bundles side by side as one row: a `Batch` whose arrays are [T]. No items make a row of padding.
 
-    `signals` are the types of the items' signals; None: those of the first one.
+    `signals` are the types of the items' signals; None: those of the first one. With `share_prefixes` the prompt of a
+    pair is in the row once, as a segment that both answers continue.
     """
-    bundles = [as_bundle(item) for item in items]
-    examples = [example for bundle in bundles for example in bundle]
+    segments = [
+        segment
+        for number, item in enumerate(items, 1)
+        for segment in _segments(number, as_bundle(item), share_prefixes)
+    ]
+    examples = [segment.example for segment in segments]
     if signals is None:
         signals = signal_types(examples[0]) if examples else {}
     lengths = [len(example.input_ids) for example in examples]
@@ -193,16 +240,30 @@ def make_row(items: Sequence[Example | Bundle], length: int, signals: SignalType
     tokens, positions, segment_ids, bundle_ids = np.zeros((4, length), np.int32)
     values = {name: np.zeros((length, *shape), dtype) for name, (dtype, shape) in signals.items()}
     row = Batch(tokens, positions, segment_ids, np.zeros(length, np.float32), values, bundle_ids)
+    if share_prefixes:
+        row = row._replace(prefix_ids=np.zeros(length, np.int32))
     if examples:
-        numbers = np.repeat(np.arange(1, len(bundles) + 1), [len(bundle) for bundle in bundles])
+        bundles, first, back = (np.array(each) for each in zip(*(segment[1:] for segment in segments), strict=True))
+        numbers = np.arange(1, len(examples) + 1)
         row.tokens[:used] = np.concatenate([example.input_ids for example in examples])
         row.loss_weights[:used] = np.concatenate([example.loss_weights for example in examples])
-        row.segment_ids[:used] = np.repeat(np.arange(1, len(examples) + 1), lengths)
-        bundle_ids[:used] = np.repeat(numbers, lengths)
-        row.positions[:used] = np.arange(used) - np.repeat(starts, lengths)
+        row.segment_ids[:used] = np.repeat(numbers, lengths)
+        bundle_ids[:used] = np.repeat(bundles, lengths)
+        row.positions[:used] = np.arange(used) - np.repeat(starts - first, lengths)
+        if row.prefix_ids is not None:
+            row.prefix_ids[:used] = np.repeat(np.where(back > 0, numbers - back, 0), lengths)
         for name, array in values.items():
             array[:used] = np.concatenate([example.signals[name] for example in examples])
     return row
+
+
+def num_examples(batch: Batch) -> np.ndarray:
+    """Of each row of a batch: its segments, without those that others continue."""
+    segments = np.asarray(batch.segment_ids).max(axis=1)
+    if batch.prefix_ids is None:
+        return segments
+    prefix = np.asarray(batch.prefix_ids)
+    return segments - np.count_nonzero((np.diff(prefix, axis=1, prepend=0) != 0) & (prefix > 0), axis=1)
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:

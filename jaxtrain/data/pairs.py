@@ -36,7 +36,7 @@ from jaxtrain.data.columns import (
 )
 from jaxtrain.data.encoder import EvalPrompt, RowEncoder
 from jaxtrain.data.formats import Encoder
-from jaxtrain.data.messages import messages_in
+from jaxtrain.data.messages import KNOWN_KEYS, keys_of_messages, messages_in
 from jaxtrain.data.packing import RowExamples
 from jaxtrain.data.sources import Source
 from jaxtrain.types import LABEL, MARGIN, MISMATCHED, REF_LOGPS, SIGN, Bundle, Example
@@ -141,7 +141,7 @@ class AnswerEncoder(RowEncoder):
 
     references: Mapping[str, Any] = {}
 
-    def __init__(self, encode: Encoder, data: DataSection, *, score_last: bool):
+    def __init__(self, encode: Encoder, data: DataSection, *, score_last: bool = False):
         """`encode` makes an example of a prompt and its answer. `score_last` weighs the last token of a text alone, at
         which a reward model is read."""
         self._encode, self._score_last = encode, score_last
@@ -177,6 +177,13 @@ class AnswerEncoder(RowEncoder):
         if row.get("chosen") is None:
             raise ValueError("without `chosen` no answer is known to be right: judge them by eval.rewards")
         return row | split_pair(row, plain=self._encode.prompt_format == "plain").chosen
+
+    def _note_pair(self, row: Row, source: Source) -> None:
+        names = {name for name in row if name not in _KNOWN and row[name] is not None}
+        if keys_of_messages(row) - KNOWN_KEYS:
+            for side in split_pair(row, plain=self._encode.prompt_format == "plain"):
+                names |= self._encode.unread_keys(side, source)
+        self._encode.note_names(names, source, {})
 
     def _answer(self, row: Row, events: set[str]) -> Example:
         """The one example of a prompt and its answer. Adds to `events` the counters that it adds to."""
@@ -225,14 +232,11 @@ class PairEncoder(AnswerEncoder):
 
     bundle_size = 2
 
-    def __init__(self, encode: Encoder, data: DataSection, *, score_last: bool = False):
-        super().__init__(encode, data, score_last=score_last)
-
     def reference_columns(self, row: Row) -> list[str]:
         return [f"ref_{side}_logps" for side in _SIDES]
 
     def note_ignored(self, row: Row, source: Source) -> None:
-        self._encode.note_names([name for name in row if name not in _KNOWN and row[name] is not None], source, {})
+        self._note_pair(row, source)
 
     def __call__(self, row: Row) -> Bundle | RowExamples:
         """Raises ValueError for a row that cannot be read, or that holds no token to learn from."""
@@ -283,7 +287,7 @@ class LabelEncoder(AnswerEncoder):
     def note_ignored(self, row: Row, source: Source) -> None:
         row = {name: value for name, value in row.items() if name not in (*LABEL_COLUMNS, *REFERENCE_COLUMNS)}
         if row.get("chosen") is not None:
-            self._encode.note_names([name for name in row if name not in _KNOWN], source, {})
+            self._note_pair(row, source)
         elif row.keys() & {"messages", "conversations", "completion", "instruction", "text", "input_ids"}:
             self._encode.note_ignored(row, source)
 

@@ -26,7 +26,7 @@ from jaxtrain.data.files.read_cache import CACHE_BYTES
 from jaxtrain.data.fingerprints import check_unchanged, fingerprints
 from jaxtrain.data.lengths import Count, Lengths, count_steps, source_lengths
 from jaxtrain.data.mixing import Mixture
-from jaxtrain.data.packing import stack_rows
+from jaxtrain.data.packing import num_examples, stack_rows
 from jaxtrain.data.shards import COUNTERS, Encode, Reader, Shard, State
 from jaxtrain.data.sources import Source
 from jaxtrain.types import Batch
@@ -105,6 +105,10 @@ class TrainStream:
         """Leave the counts and the state to another host, which reads the same shards: here they are empty."""
         self._counts = False
 
+    def share_prefixes(self) -> None:
+        """Have the prompt of a pair in a row once (`Batch.prefix_ids`). Call it before rows are packed or counted."""
+        self._reader.share_prefixes = True
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
@@ -114,7 +118,7 @@ class TrainStream:
             raise StopIteration
         batch, self._snapshots = self._running().take()
         # Two calls of numpy for all rows: each waits for the threads that read rows.
-        examples, tokens = batch.segment_ids.max(axis=1).tolist(), np.count_nonzero(batch.segment_ids, axis=1).tolist()
+        examples, tokens = num_examples(batch).tolist(), np.count_nonzero(batch.segment_ids, axis=1).tolist()
         for index, totals in enumerate(self._totals.values()):
             rows = slice(index * self._rows_per_shard, (index + 1) * self._rows_per_shard)
             totals["examples"] += sum(examples[rows])

@@ -19,6 +19,7 @@ from jaxtrain.data.packing import (
     RowExamples,
     SignalTypes,
     as_bundle,
+    bundle_tokens,
     check_signals,
     fit,
     make_row,
@@ -35,7 +36,7 @@ State = dict[str, Any]
 # Rows of the files, counted when they are read.
 COUNTERS = (
     *("truncated", "dropped", "split", "prompt_truncated", "bad_rows", "thoughts_left_out", "equal_pairs"),
-    *("thoughts_moved", "arguments_unread"),
+    *("thoughts_moved", "arguments_unread", "nulls_left_out"),
 )
 
 _CHUNK = 16  # rows that a worker thread takes at a time
@@ -67,6 +68,7 @@ class Reader:
         if bundle_size > 1 and data.overlong == "split":
             raise ValueError("data.overlong=split would cut examples apart that are read together: truncate or drop")
         self.sources, self.bundle_size = sources, bundle_size
+        self.share_prefixes = False  # whether the prompt of a pair is in a row once
         self._data, self._encode = data, encode
         self.pool: EncodePool | None = None  # where rows are encoded by `submit`; None: in its threads
         self.chunk_rows, self.chunks_ahead = _CHUNK, _CHUNKS_AHEAD  # of a shard
@@ -121,15 +123,16 @@ class Reader:
         found = []
         for source, row in places:
             try:
-                columns = self.sources[source][row]
-                found.append((columns, self._with_more(columns, source, row) if self._has_more else columns))
+                columns, events = self.sources[source].read(row)
+                whole = self._with_more(columns, source, row) if self._has_more else columns
+                found.append((columns, events, whole))
             except (DataError, StreamEndError) as error:
-                found.append(({}, error))
-        rows = [whole for _, whole in found if isinstance(whole, dict)]
+                found.append(({}, (), error))
+        rows = [whole for _, _, whole in found if isinstance(whole, dict)]
         made = iter(encode_rows(self._encode, rows) if self.pool is None else self.pool(rows))
         return [
-            self._result(columns, next(made) if isinstance(whole, dict) else whole, self.sources[source], row)
-            for (source, row), (columns, whole) in zip(places, found, strict=True)
+            self._result(columns, next(made) if isinstance(whole, dict) else whole, self.sources[source], row, events)
+            for (source, row), (columns, events, whole) in zip(places, found, strict=True)
         ]
 
     def _with_more(self, columns: Row, number: int, row: int) -> Row:
@@ -141,13 +144,17 @@ class Reader:
         except ValueError as error:
             raise error if isinstance(error, DataError) else DataError(f"{source.place(row)}: {error}") from error
 
-    def _result(self, columns: Row, made: Any, source: Source, row: int) -> RowExamples | DataError:
+    def _result(
+        self, columns: Row, made: Any, source: Source, row: int, events: tuple[str, ...]
+    ) -> RowExamples | DataError:
+        """`events`: the counters that reading the row adds to."""
         if isinstance(made, StreamEndError):
             return _PAST_END
         try:
             if isinstance(made, ValueError):
                 raise made
-            return self._fitted(columns, made, source)
+            fitted = self._fitted(columns, made, source)
+            return fitted._replace(events=tuple(sorted({*fitted.events, *events}))) if events else fitted
         except ValueError as error:
             named = error if isinstance(error, DataError) else DataError(f"{source.place(row)}: {error}")
             if self._data.on_bad_row == "error":
@@ -249,7 +256,7 @@ class Shard:
         self._packer = BestFit(self._length, self._most_open, self._reopened(executor))
         self._examples = _Examples(self._mixture, self._reader, executor, self._restored["next"])
         for keyed in self._examples:
-            row = self._packer.add(keyed, _tokens(keyed[1]))
+            row = self._packer.add(keyed, self._tokens(keyed[1]))
             if row is not None:
                 yield self._row(row)
         while (row := self._packer.take()) is not None:
@@ -257,31 +264,31 @@ class Shard:
 
     def padding(self) -> Batch:
         """A row of padding, with the arrays of the others."""
-        return make_row([], self._length, self._reader.signals)
+        return self._row([])
 
     def _row(self, row: list[tuple[_Key, Bundle]]) -> Batch:
-        return make_row([bundle for _, bundle in row], self._length, self._reader.signals)
+        bundles, reader = [bundle for _, bundle in row], self._reader
+        return make_row(bundles, self._length, reader.signals, share_prefixes=reader.share_prefixes)
+
+    def _tokens(self, bundle: Bundle) -> int:
+        return bundle_tokens(bundle, self._reader.share_prefixes)
 
     def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Bundle], int]]]:
         """The open rows of the state, read again."""
         rows = [[_Key(*key) for key in row] for row in self._restored["open"]]
         futures = [self._reader.submit(executor, [(key.source, key.row) for key in row]) for row in rows]
         return [
-            [_reread(*pair) for pair in zip(row, f.result(), strict=True)] for row, f in zip(rows, futures, strict=True)
+            [self._reread(*pair) for pair in zip(row, f.result(), strict=True)]
+            for row, f in zip(rows, futures, strict=True)
         ]
 
-
-def _reread(key: _Key, read: RowExamples | DataError) -> tuple[tuple[_Key, Bundle], int]:
-    if isinstance(read, DataError):
-        raise read
-    if key.piece >= len(read.items):
-        raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
-    bundle = read.items[key.piece]
-    return (key, bundle), _tokens(bundle)
-
-
-def _tokens(bundle: Bundle) -> int:
-    return sum(len(example.input_ids) for example in bundle)
+    def _reread(self, key: _Key, read: RowExamples | DataError) -> tuple[tuple[_Key, Bundle], int]:
+        if isinstance(read, DataError):
+            raise read
+        if key.piece >= len(read.items):
+            raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
+        bundle = read.items[key.piece]
+        return (key, bundle), self._tokens(bundle)
 
 
 class _Examples:

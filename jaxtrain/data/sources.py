@@ -6,6 +6,7 @@ A training run reads rows in shuffled order, so every format must support access
 from __future__ import annotations
 
 import logging
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from jaxtrain.data.files.rows import Rows
 from jaxtrain.data.given import ENDLESS as ENDLESS
 from jaxtrain.data.given import GivenRows, SequenceRows, StreamRows, given_rows
 from jaxtrain.data.given import StreamEndError as StreamEndError
-from jaxtrain.data.nulls import without_arrow_fillings
+from jaxtrain.data.nulls import left_out_warning, without_arrow_fillings
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Source:
             _check_column_map(section.columns)
         self.section, self._keep_columns = section, keep_columns
         self.left_out: set[str] = set()  # columns that `section.columns` left out of a row
+        self._warned = False
         self._files: list[Rows] = []
         self._names: list[str] = []
         self._ends: list[int] = []  # the number of rows up to the end of each file
@@ -93,28 +95,38 @@ class Source:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Row:
-        """Raises DataError that names file and line where the row cannot be read or lacks a mapped column, and
+        """As `read`."""
+        return self.read(index)[0]
+
+    def read(self, index: int) -> tuple[Row, tuple[str, ...]]:
+        """A row, and the counters that reading it adds to.
+
+        Raises DataError that names file and line where the row cannot be read or lacks a mapped column, and
         StreamEndError where a stream ends before it.
         """
         rows, local = self._locate(index)
-        row = rows[local]
+        row, guessed = rows[local], []
         if rows.types:
             names = {ours: self.section.columns.get(ours, ours) for ours in RENDERED_COLUMNS}
             tools = None
             for ours, theirs in names.items():
                 if theirs in row:
-                    row[theirs] = without_arrow_fillings(row[theirs], rows.types[theirs], tools)
+                    row[theirs] = without_arrow_fillings(row[theirs], rows.types[theirs], tools, guessed)
                     tools = tools or (row[theirs] if ours in ("tools", "functions") else None)
         missing = [theirs for theirs in self.section.columns.values() if theirs not in row]
         if missing:
             raise DataError(f"{rows.place(local)}: there is no column {missing[0]!r}" + suggest(missing[0], list(row)))
+        events = ("nulls_left_out",) if guessed else ()
+        if guessed and not self._warned:
+            self._warned = True
+            warnings.warn(f"{self.section.path}: {left_out_warning(guessed)}", stacklevel=2)
         if not self.section.columns:
-            return row
+            return row, events
         if self._keep_columns:
-            return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}
+            return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}, events
         renamed = rename_columns(row, self.section.columns)
         self.left_out.update(column for column, value in row.items() if column not in renamed and value is not None)
-        return renamed
+        return renamed, events
 
     def make(self, index: int, function: Callable[[Row], T]) -> T:
         """`function` of a row. Raises DataError that names file and line for any fault of the row, a ValueError of

@@ -40,6 +40,7 @@ class AttentionInputs(NamedTuple):
     ropes: tuple[RopeTable | None, ...]  # one per kind of layer
     cached: Array | None = None  # [B] tokens in the cache before this call; None: there is no cache
     length: Array | None = None  # [B] tokens in the cache after this call
+    prefix_ids: Array | None = None  # [B, T] of packed rows
     of_layer: Array | None = None  # [B, T, P] the layer's input beside the residual stream: see `nn.per_layer`
     reused: dict[str, KeysValues] | None = None  # of the last layers before this one, if later ones reuse them
 
@@ -180,7 +181,7 @@ class Attention(nnx.Module):
                 else:
                     assert inputs.reused is not None
                     written, seen = NoState(), inputs.reused[self.mixer]
-                tokens = MaskInputs(inputs.positions, inputs.segment_ids)
+                tokens = MaskInputs(inputs.positions, inputs.segment_ids, prefix=inputs.prefix_ids)
                 tokens = tokens._replace(kv_pos=seen.positions, kv_seg=seen.segment_ids)
                 # The fused kernels take packed rows only.
                 by = impl if seen.positions is None else "xla"

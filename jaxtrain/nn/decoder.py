@@ -139,11 +139,12 @@ class Decoder(nnx.Module):
         segment_ids: Integer[Array, "B T"],
         run: Execution,
         dropout_key: Array | None = None,
+        prefix_ids: Integer[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """Final hidden states of packed tokens, after the last norm, and the statistics of a mixture's routers."""
         lengths = token_segment_lengths(positions, segment_ids)
         positions, lengths = (constrain_rows(each, run.mesh, CONTEXT) for each in (positions, lengths))
-        inputs = self._inputs(positions, segment_ids, lengths, run)
+        inputs = self._inputs(positions, segment_ids, lengths, run)._replace(prefix_ids=prefix_ids)
         x = self._embedded(tokens, run)
         x, routing = self._apply_stacked(x, self._of_layers(x, tokens, run), inputs, run, dropout_key)
         return self._features(x), routing

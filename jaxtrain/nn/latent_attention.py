@@ -89,7 +89,7 @@ class LatentAttention(nnx.Module):
             q = self.q_up(self.q_norm(self.q_down(x, drop[0])), drop[1])
         latent, shared = self.kv_norm(self.kv_down(x, drop[2])), self.k_rope(x, drop[3])
         q, latent, shared = (checkpoint_name(each, QKV) for each in (q, latent, shared))
-        tokens = MaskInputs(inputs.positions, inputs.segment_ids)
+        tokens = MaskInputs(inputs.positions, inputs.segment_ids, prefix=inputs.prefix_ids)
 
         def expanded(options: AttentionOptions, plain: Array, turned: Array, held: Array) -> tuple[Array, LayerCache]:
             latent, shared = jnp.split(held, [self.sizes.rank], -1)

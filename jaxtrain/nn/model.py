@@ -19,11 +19,13 @@ from jaxtyping import Float, Integer
 from jaxtrain.lora import merge_adapters, merge_tokens, split_adapters
 from jaxtrain.nn.block import Execution
 from jaxtrain.nn.cache import LayerState, ModelCache, empty_cache, order_on
-from jaxtrain.nn.config import FLOAT32, Lora, ModelConfig, NewTokens, RouterLoss
+from jaxtrain.nn.config import FLOAT32, DynamicScaling, LongRopeScaling, Lora, ModelConfig, NewTokens, RouterLoss
 from jaxtrain.nn.decoder import Decoder
 from jaxtrain.nn.heads import LANGUAGE
 from jaxtrain.nn.watch import Observer, watched
 from jaxtrain.ops.head_chunks import Head
+from jaxtrain.parallel.mesh import platform_of
+from jaxtrain.parallel.sharding import context_shards
 from jaxtrain.types import Array, Batch, Params, Routing
 
 
@@ -110,7 +112,29 @@ class Model:
         self, params: Params, batch: Batch, dropout_key: Array | None = None
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """`hidden`, and the statistics of the routers of a mixture of experts."""
-        return self._merge(params).hidden(batch.tokens, batch.positions, batch.segment_ids, self.run, dropout_key)
+        assert batch.prefix_ids is None or self.shares_prefixes
+        decoder = self._merge(params)
+        rows = batch.tokens, batch.positions, batch.segment_ids
+        return decoder.hidden(*rows, self.run, dropout_key, batch.prefix_ids)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether rows may have segments that continue others (`Batch.prefix_ids`), with equal states.
+
+        Not with recurrent layers, nor with a custom attention, nor with ropes that depend on the length of a sequence,
+        nor with a mixture of experts, whose routers' statistics count tokens, nor on sharded rows, nor with cuDNN's
+        attention; with splash attention only without windows.
+        """
+        config, mesh, attention = self.config, self.run.mesh, self.run.attention
+        kinds = config.pattern
+        recurrent = any(kind.mixer != "attention" for kind in kinds)
+        by_length = any(kind.rope and isinstance(kind.rope.scaling, DynamicScaling | LongRopeScaling) for kind in kinds)
+        if recurrent or by_length or config.moe is not None or config.modules.attention is not None:
+            return False
+        if attention == "cudnn" or context_shards(mesh) > 1:
+            return False
+        by_place = attention != "xla" and not (attention == "auto" and platform_of(mesh) != "tpu")
+        return not (by_place and any(kind.window is not None for kind in kinds))
 
     def prefill(
         self,

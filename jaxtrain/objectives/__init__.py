@@ -6,11 +6,13 @@ from jaxtrain.lazy import lazy
 
 if TYPE_CHECKING:
     from jaxtrain.objectives.distill import Distill
+    from jaxtrain.objectives.gold import GOLD
     from jaxtrain.objectives.kto import KTO
     from jaxtrain.objectives.objective import (
         Correct,
         Divergence,
         Entropy,
+        HybridDistance,
         Logp,
         Objective,
         Reward,
@@ -46,6 +48,8 @@ _WHERE = {
     "Divergence": "jaxtrain.objectives.objective:Divergence",
     "Distill": "jaxtrain.objectives.distill:Distill",
     "TopLogps": "jaxtrain.objectives.objective:TopLogps",
+    "HybridDistance": "jaxtrain.objectives.objective:HybridDistance",
+    "GOLD": "jaxtrain.objectives.gold:GOLD",
     "ULD": "jaxtrain.objectives.uld:ULD",
     "Reward": "jaxtrain.objectives.objective:Reward",
     "PreferenceObjective": "jaxtrain.objectives.preference:PreferenceObjective",
@@ -77,6 +81,7 @@ __all__ = [
     "CPO",
     "DAPO",
     "DPO",
+    "GOLD",
     "GRPO",
     "GSPO",
     "KTO",
@@ -95,6 +100,7 @@ __all__ = [
     "Divergence",
     "DrGRPO",
     "Entropy",
+    "HybridDistance",
     "Logp",
     "Objective",
     "PointwiseReward",

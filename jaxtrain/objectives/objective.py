@@ -50,6 +50,10 @@ TEACHER_HIDDEN = "teacher_hidden"
 TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"
 """The signals with the ids that the teacher finds most probable at the token and their log-probabilities, [B, T, k]."""
 
+TEACHER_FURTHER = "teacher_further"
+"""The signal with the log-probability of the teacher's further tokens of a group, [B, T] at the student's first token
+of it. `teacher_hidden` has there the state that predicts the teacher's first token."""
+
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
@@ -88,6 +92,19 @@ class SparseDivergence:
 
 
 @dataclass(frozen=True)
+class HybridDistance:
+    """The distance of a group from a teacher with another vocabulary, at its first token: see `ops.hybrid`.
+    Differentiable.
+
+    It is the field `hybrid` of `Scores`, with its parts `matched` and `unmatched`. It reads the signals `group_place`,
+    `teacher_hidden` and `teacher_further`, and the teacher's `MatchedHead`.
+    """
+
+    beta: float
+    weights: tuple[float, float] | None  # of both parts; None: the matched share of the teacher's vocabulary, the rest
+
+
+@dataclass(frozen=True)
 class TopLogps:
     """The k largest log-probabilities of the distribution of `Logp`, in descending order. Differentiable.
 
@@ -97,7 +114,7 @@ class TopLogps:
     k: PositiveInt
 
 
-ScoreRequest = Logp | Entropy | Correct | Value | Reward | Divergence | SparseDivergence | TopLogps
+ScoreRequest = Logp | Entropy | Correct | Value | Reward | Divergence | SparseDivergence | HybridDistance | TopLogps
 """A score that an objective requests: the field of the same name in `Scores`, unless it names another."""
 
 

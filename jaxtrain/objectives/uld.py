@@ -76,11 +76,16 @@ def group_probs(scores: Scores, places: Integer[Array, "B T"]) -> Float[Array, "
     `places` are those of the tokens within their groups, 1, 2 ...; 0 in no group. 0 at all other tokens.
     """
     first = places == 1
-    groups = jnp.where(places > 0, jnp.cumsum(first, 1), 0)
-    further = jnp.exp(segment_sums(jnp.where(places > 1, scores.logp, 0), groups))[..., None]
+    further = jnp.exp(further_logps(scores.logp, places))[..., None]
     probs = jnp.exp(scores.top_logps) * further
     rest = jnp.maximum(further - probs.sum(2, keepdims=True), 0)
     return jnp.where(first[..., None], jnp.concatenate([probs, rest], 2), 0)
+
+
+def further_logps(logp: Float[Array, "B T"], places: Integer[Array, "B T"]) -> Float[Array, "B T"]:
+    """At every token of a group, the log-probability of the tokens of it after its first one; 0 in no group."""
+    groups = jnp.where(places > 0, jnp.cumsum(places == 1, 1), 0)
+    return segment_sums(jnp.where(places > 1, logp, 0), groups)
 
 
 def to_student(teacher: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T K"]:

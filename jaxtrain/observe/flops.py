@@ -56,9 +56,10 @@ def train_flops(
     segment_ids: Integer[Array, "B T"],
     loss_weights: Float[Array, "B T"],
     lora: Lora | None = None,
+    positions: Integer[Array, "B T"] | None = None,
 ) -> float:
     """FLOPs of one forward and backward pass over packed rows. With `lora` the base weights are frozen,
-    except for its `full_paths`."""
+    except for its `full_paths`. `positions` are needed for rows with segments that continue others."""
     lengths = segment_lengths(segment_ids)
     scored = np.count_nonzero(loss_weights[:, 1:])  # nothing predicts the first token of a row
     per_token = sum(
@@ -72,7 +73,12 @@ def train_flops(
         per_token += len(config.layers_of("delta")) * 3 * 6 * state
     head_path = "embed.weight" if config.tied else "lm_head.kernel"
     head = _matrix_flops(head_path, config.hidden_size, config.vocab_size, lora)
-    pairs = {window: visible_pairs(lengths, window) for window in {kind.window for kind in config.pattern}}
+    windows = {kind.window for kind in config.pattern}
+    if positions is None:
+        pairs = {window: visible_pairs(lengths, window) for window in windows}
+    else:
+        seen = np.asarray(positions)[np.asarray(segment_ids) > 0].astype(np.int64) + 1
+        pairs = {window: int(np.minimum(seen, window or seen).sum()) for window in windows}
     attention = sum(_pair_flops(config, kind) * pairs[kind.window] for kind in config.pattern if kind.mixer != "delta")
     if config.per_layer_width is not None:
         inputs = config.num_layers * config.per_layer_width

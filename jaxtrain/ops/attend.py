@@ -41,6 +41,10 @@ def attend(
     segment must be adjacent and in the order of their positions; keys after a block of queries are skipped. With a
     cache, `kv_pos` and `kv_seg` are given. The output of a query that attends to no key is 0.
 
+    With `tokens.prefix` a query also attends to the keys of the segment that its own continues, by their positions.
+    Splash attention, which knows only equal segments and the places of a row, computes a row once for the first and
+    once for the second of the segments that continue another one; it has no windows then. cuDNN's attention cannot.
+
     On a mesh with an axis `CONTEXT` the tokens of packed rows are sharded over it: see `ops.context`.
 
     `sinks` are the scores, one per head, of an additional key without a value that all queries of the head attend to
@@ -62,6 +66,10 @@ def attend(
         impl, options = "splash", options._replace(splash=impl)
     if impl in ("splash", "cudnn") and not packed:
         raise ValueError(f"impl={impl!r} supports packed rows only: leave kv_pos and kv_seg out, or use 'xla'")
+    if tokens.prefix is not None and (impl == "splash" or isinstance(impl, SplashBlocks)):
+        return _one_continuation_at_a_time(q, k, v, tokens, options, sinks, impl, mesh)
+    if tokens.prefix is not None and (impl == "cudnn" or context_shards(mesh) > 1):
+        raise ValueError(f"impl={impl!r} on this mesh has no segments that continue others: see Model.shares_prefixes")
     if impl in ("splash", "cudnn") and v.shape[3] != q.shape[3]:
         width = max(v.shape[3], q.shape[3])
         wide_q, wide_k, wide_v = (jnp.pad(x, [*[(0, 0)] * 3, (0, width - x.shape[3])]) for x in (q, k, v))
@@ -85,6 +93,37 @@ def attend(
     if packed and mesh is not None and context_shards(mesh) > 1:
         return _in_parts(q, k, v, tokens.q_seg, options, sinks, mesh)
     return blockwise_attention(q, k, v, sinks, tokens, options)
+
+
+def _one_continuation_at_a_time(
+    q: Array,
+    k: Array,
+    v: Array,
+    tokens: MaskInputs,
+    options: AttentionOptions,
+    sinks: Array | None,
+    impl: Impl,
+    mesh: Mesh | None,
+) -> Array:
+    """Attention by equal segments and places alone: `Batch.prefix_ids` has at most two segments for each prefix."""
+    assert tokens.prefix is not None
+    if options.window is not None:
+        raise ValueError(
+            f"impl={impl!r} with a window counts the places of a row, between which another segment may be: use 'xla'"
+        )
+    number = jnp.where(tokens.prefix > 0, tokens.q_seg - tokens.prefix, 0)  # 1 and 2, in the order of the row
+    first, second = (
+        attend(
+            *(q, k, v),
+            MaskInputs(tokens.q_pos, jnp.where(number == each, tokens.prefix, tokens.q_seg)),
+            options,
+            sinks=sinks,
+            impl=impl,
+            mesh=mesh,
+        )
+        for each in (1, 2)
+    )
+    return jnp.where((number == 2)[..., None, None], second, first)
 
 
 def _in_parts(

@@ -39,6 +39,7 @@ class MaskInputs(NamedTuple):
     q_seg: Array
     kv_pos: Array | None = None
     kv_seg: Array | None = None
+    prefix: Array | None = None  # [B, T] of the queries of packed rows: `Batch.prefix_ids`
 
     @property
     def packed(self) -> bool:
@@ -90,6 +91,8 @@ def blockwise_attention(
     if padding:
         pad = partial(_pad_rows, padding=padding)
         q, tokens = pad(q), tokens._replace(q_pos=pad(tokens.q_pos), q_seg=pad(tokens.q_seg, fill=-1))
+        if tokens.prefix is not None:
+            tokens = tokens._replace(prefix=pad(tokens.prefix))
         if tokens.packed:
             k, v = pad(k), pad(v)
     # Heads before tokens: the products of a block are then plain batched matmuls, which need no copies.
@@ -127,7 +130,7 @@ def _forward(q, k, v, sinks, tokens: MaskInputs, options: AttentionOptions):
         return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
 
     outs, sums = [], []
-    for band in _bands(q.shape[3], k.shape[2], tokens.packed, options):
+    for band in _bands(q.shape[3], k.shape[2], tokens, options):
         out, lse = jax.lax.map(partial(block, _keys(k, v, tokens, band)), _queries(q, tokens, band, options.block))
         outs.append(_merge_blocks(out))
         sums.append(_merge_blocks(lse))
@@ -152,7 +155,7 @@ def _backward(options: AttentionOptions, saved, d_out: Array):
         return (d_k, d_v), d_q.astype(q.dtype)
 
     d_qs, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for band in _bands(q.shape[3], k.shape[2], tokens.packed, options):
+    for band in _bands(q.shape[3], k.shape[2], tokens, options):
         keys = _keys(k, v, tokens, band)
         split = partial(_split_blocks, band=band, block=options.block, axis=3)
         inputs = (_queries(q, tokens, band, options.block), split(d_out), split(lse), split(delta))
@@ -176,6 +179,7 @@ class Query(NamedTuple):
     q: Array
     pos: Array
     seg: Array
+    prefix: Array | None  # segment ids [B, t]
 
 
 class Keys(NamedTuple):
@@ -195,20 +199,25 @@ def _scores_and_slope(query: Query, keys: Keys, options: AttentionOptions) -> tu
         tanh = jnp.tanh(scores / options.softcap)
         scores, slope = options.softcap * tanh, options.scale * (1 - tanh * tanh)
     distance = query.pos[:, :, None] - keys.pos[:, None, :]
-    visible = (query.seg[:, :, None] == keys.seg[:, None, :]) & (distance >= 0)
+    visible = query.seg[:, :, None] == keys.seg[:, None, :]
+    if query.prefix is not None:
+        visible |= (query.prefix[:, :, None] == keys.seg[:, None, :]) & (query.prefix > 0)[:, :, None]
+    visible &= distance >= 0
     if options.window is not None:
         visible &= distance < options.window
     return jnp.where(visible[:, None, None], scores, _MASKED), slope
 
 
-def _bands(length: int, keys: int, packed: bool, options: AttentionOptions) -> Iterator[_Band]:
-    if not packed:
+def _bands(length: int, keys: int, tokens: MaskInputs, options: AttentionOptions) -> Iterator[_Band]:
+    if not tokens.packed:
         yield _Band(0, length, 0, keys)
         return
     size = -(-length // (_BANDS * options.block)) * options.block
     for start in range(0, length, size):
         stop = min(start + size, length)
-        first = 0 if options.window is None else max(0, start - options.window + 1)
+        # Between the tokens of a segment and those that it continues there may be others.
+        window = None if tokens.prefix is not None else options.window
+        first = 0 if window is None else max(0, start - window + 1)
         yield _Band(start, stop, first, stop)
 
 
@@ -221,7 +230,8 @@ def _keys(k: Array, v: Array, tokens: MaskInputs, band: _Band) -> Keys:
 
 def _queries(q: Array, tokens: MaskInputs, band: _Band, block: int) -> Query:
     split = partial(_split_blocks, band=band, block=block)
-    return Query(split(q, axis=3), split(tokens.q_pos, axis=1), split(tokens.q_seg, axis=1))
+    prefix = None if tokens.prefix is None else split(tokens.prefix, axis=1)
+    return Query(split(q, axis=3), split(tokens.q_pos, axis=1), split(tokens.q_seg, axis=1), prefix)
 
 
 def _split_blocks(x: Array, band: _Band, block: int, axis: int) -> Array:

@@ -11,13 +11,13 @@ from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.objectives.objective import TEACHER_IDS, TEACHER_LOGPS
 from jaxtrain.parallel.batches import check_batch_size, check_row_length
 from jaxtrain.parallel.sharding import batch_sharding
+from jaxtrain.roles.role import Role, shares_prefixes
 from jaxtrain.session.teacher_cache import DEFAULT_TOP
 from jaxtrain.types import (
     GROUP_PLACE,
     LABEL,
     SIGN,
     TEACHER_PLACE,
-    TEACHER_PROBS,
     TEACHER_SHIFT,
     TEACHER_TOKENS,
     Batch,
@@ -34,19 +34,22 @@ def bundle_size(config: RunConfig) -> int:
     return answer_encoder(config, Encoder.configured(None, config.data, vocab_size=1)).bundle_size
 
 
-def data_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
-    """The batch that `training_data` yields. Raises ValueError if it does not divide over the devices."""
+def data_batch(config: RunConfig, role: Role, reference: Role | None = None) -> Batch:
+    """The batch that `training_data` yields for both. Raises ValueError if it does not divide over the devices."""
+    mesh, examples = role.mesh, bundle_size(config)
     check_batch_size(config.train.batch_size, config.train.microbatches, mesh)
     names: tuple[str, ...] = ()
     if config.recipe in ("preference", "reward"):
         names = tuple(name for name in config.objective.signals if name in (SIGN, LABEL))
-    elif TEACHER_PROBS in config.objective.signals:
+    elif GROUP_PLACE in config.objective.signals:
         names = _ALIGNED
     elif TEACHER_IDS in config.objective.signals:
         names = (TEACHER_IDS, TEACHER_LOGPS)
-    length = config.data.tokens_per_row(bundle_size(config))
+    length = config.data.tokens_per_row(examples)
     check_row_length(length, mesh)
-    return abstract_batch(mesh, config.train.batch_size, length, {name: _width(config, name) for name in names})
+    signals = {name: _width(config, name) for name in names}
+    batch = abstract_batch(mesh, config.train.batch_size, length, signals)
+    return batch._replace(prefix_ids=batch.segment_ids) if shares_prefixes(examples, role, reference) else batch
 
 
 def abstract_batch(

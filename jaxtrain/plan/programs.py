@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.config import RunConfig
 from jaxtrain.hub import local_folder
 from jaxtrain.lora import join, split_adapters
 from jaxtrain.nn.model import Model
-from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
+from jaxtrain.objectives.objective import TEACHER_FURTHER, TEACHER_HIDDEN, TopLogps
 from jaxtrain.observe.flops import train_flops
 from jaxtrain.ops.head_chunks import Head
+from jaxtrain.ops.hybrid import MatchedHead, MatchedIds
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import context_shards, row_shares
 from jaxtrain.plan.batches import data_batch, with_signal
@@ -100,7 +102,8 @@ def data_programs(config: RunConfig, devices: Sequence[Any]) -> list[Program]:
     """The programs of a recipe that trains on data: the update, and before it the reference's or the teacher's."""
     roles = run_roles(config, devices)
     policy = roles.trained_role("reward" if config.recipe == "reward" else "policy", config.objective)
-    batch = data_batch(config, policy.mesh)
+    other = config.reference is not None and config.reference.path is not None
+    batch = data_batch(config, policy, other_reference(roles, policy) if other else None)
     before: list[Program] = []
     if REF_LOGPS in config.objective.signals:
         if config.reference is None or config.reference.cache is None:
@@ -213,16 +216,31 @@ def teacher_program(roles: RunRoles, student: TrainedRole, batch: Batch) -> tupl
     """The teacher's forward pass, and the batch with what it adds."""
     role = abstract_role(teacher_role(roles))
     held = {"teacher's parameters": role.params}
-    if TEACHER_HIDDEN in roles.config.objective.signals:
-        name, program = TEACHER_HIDDEN, scoring_program("teacher", role, batch, Role.hidden, held)
-        student.teacher_head = on_mesh(role.head(), student.mesh, roles.config.mesh.preset)
+    signals, mesh, preset = roles.config.objective.signals, student.mesh, roles.config.mesh.preset
+    if TEACHER_FURTHER in signals:
+        names = (TEACHER_HIDDEN, TEACHER_FURTHER)
+        program = scoring_program("teacher", role, batch, lambda role, batch: role.group_states(batch), held)
+        student.teacher_head = MatchedHead(on_mesh(role.head(), mesh, preset), _all_matched(student, role))
+    elif TEACHER_HIDDEN in signals:
+        names, program = (TEACHER_HIDDEN,), scoring_program("teacher", role, batch, Role.hidden, held)
+        student.teacher_head = on_mesh(role.head(), mesh, preset)
     else:
         (ranks,) = (request.k for request in roles.config.objective.needs if isinstance(request, TopLogps))
-        name = TEACHER_PROBS
+        names = (TEACHER_PROBS,)
         program = scoring_program("teacher", role, batch, lambda role, batch: role.group_probs(batch, ranks), held)
-    made = program.lowered.out_info
     sharding = batch.loss_weights.sharding  # type: ignore[union-attr]
-    return program, with_signal(batch, name, jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding))
+    for name, made in zip(names, jax.tree.leaves(program.lowered.out_info), strict=True):
+        batch = with_signal(batch, name, jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding))
+    return program, batch
+
+
+def _all_matched(student: Role, teacher: Role) -> MatchedIds:
+    """Ids as shapes: the smaller vocabulary is taken to be a part of the larger one, as no tokenizer is read."""
+    sizes = [role.model.config.vocab_size for role in (student, teacher)]
+    counts = (min(sizes), min(sizes), *(size - min(sizes) for size in sizes))
+    replicated = NamedSharding(student.mesh, PartitionSpec())
+    shapes: list[Any] = [jax.ShapeDtypeStruct((count,), np.int32, sharding=replicated) for count in counts]
+    return MatchedIds(*shapes)
 
 
 def _moved(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:

@@ -116,6 +116,8 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
         num_shards=shards,
         bundle_size=encode.bundle_size,
     )
+    if encode.bundle_size == 2:
+        printer.line("lengths and steps: with both copies of a pair's prompt, of which most models compute one")
     with stream:
         if stream.has_streams:
             printer.stream(config, stream)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3  # for prompts without a new sample, and for the start of a worker
 _POLL_SECONDS = 0.2  # interval at which a wait checks whether it is interrupted
-_START_SECONDS = 300.0  # time limit for the start of a process: imports, JAX, the first weights
+_START_SECONDS = 300.0  # limit for the start of a process (imports, JAX, the first weights), and again for compiling
 
 
 class RayWorker:
@@ -120,7 +120,8 @@ class RaySampler(Sampler):
         resources: dict[str, float] | None = None,
     ):
         """`workers`: of this process. `seconds`: a worker that takes longer to receive weights, or until it finishes
-        another sample, is replaced.
+        another sample, is replaced. Until its first sample it may compile for 300 seconds, as long as its process
+        answers other calls.
 
         Raises ValueError if Ray is not installed or does not run on this host.
         """
@@ -129,7 +130,7 @@ class RaySampler(Sampler):
         self._spec, self._trainer, self._seconds = spec, trainer, seconds
         resources = dict(resources or {})
         options = {"num_cpus": resources.pop("CPU", 1), "num_gpus": resources.pop("GPU", 0), "resources": resources}
-        self._actor = self._ray.remote(**options, max_concurrency=4)(RayWorker)
+        self._actor = self._ray.remote(**options, max_concurrency=5)(RayWorker)
         first = jax.process_index() * workers
         self._workers = [_Worker(first + number, self._actor.remote(spec)) for number in range(workers)]
         self._weights: tuple[ChunkedWeights, int] | None = None  # the newest, in Ray's memory, and their version
@@ -169,6 +170,7 @@ class RaySampler(Sampler):
             finished |= {prompt.number: set() for prompt in prompts or ()}
             self._check_starts()
             self._give(waiting, busy, samples)
+            self._extend(busy)
             if not more and not finished:
                 self._end(busy)
             deadlines = [share.deadline for share in busy.values() if share.prompts or share.ended]
@@ -182,6 +184,7 @@ class RaySampler(Sampler):
                         del finished[number], share.prompts[number]
                 if new:
                     share.progressed, share.deadline = True, time.monotonic() + self._seconds
+                    worker.compiles_until = 0.0
                 yield from new
                 waits = share.prompts or share.ended
                 if end is None and not (waits and time.monotonic() >= share.deadline):
@@ -212,11 +215,24 @@ class RaySampler(Sampler):
             share = busy[worker]
             if not share.prompts:
                 share.deadline = time.monotonic() + self._seconds
+            if worker.compiles_until is None:
+                worker.compiles_until = time.monotonic() + _START_SECONDS
             share.prompts[prompt.number] = prompt
             given[worker].append(prompt)
         for worker, prompts in given.items():
             worker.handle.add.remote(busy[worker].number, prompts)
         waiting.clear()
+
+    def _extend(self, busy: dict[_Worker, _Share]) -> None:
+        """Extend the deadline of workers that compile for their first sample, as long as they answer another call."""
+        for worker, share in busy.items():
+            if worker.compiles_until is None or time.monotonic() >= worker.compiles_until:
+                continue
+            if worker.answer is None:
+                worker.answer = worker.handle.process_id.remote()
+            elif self._ray.wait([worker.answer], timeout=0)[0]:
+                worker.answer = None
+                share.deadline = max(share.deadline, min(time.monotonic() + self._seconds, worker.compiles_until))
 
     def _end(self, busy: dict[_Worker, _Share]) -> None:
         """Tell the workers that no more prompts will come."""
@@ -338,6 +354,8 @@ class _Worker:
     attempts: int = 1  # number of processes, this one included, since the last one that was in use
     start: Any = None  # the call that gives it its first weights; None: it is in use
     deadline: float = 0.0  # of `start`
+    compiles_until: float | None = None  # the latest end of compiling; None: it has no prompts yet; 0: it has sampled
+    answer: Any = None  # of a call that shows that a worker which compiles is not stopped
 
 
 @dataclass(eq=False)

@@ -18,9 +18,10 @@ from jaxtrain.config import ModelSection, TrainSection
 from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import Logp, Objective, TopLogps
-from jaxtrain.objectives.uld import group_probs, to_student
+from jaxtrain.objectives.uld import further_logps, group_probs, to_student
 from jaxtrain.observe.compilations import compilations
 from jaxtrain.ops.head_chunks import Head, TopK
+from jaxtrain.ops.hybrid import MatchedHead
 from jaxtrain.ops.token_scores import Scoring, Targets, token_scores
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.batches import move_batch, place_batch
@@ -39,6 +40,13 @@ class Snapshot(NamedTuple):
 
     params: Params  # including adapters; valid until the role's next update, so the receiver must copy them
     version: int  # number of optimizer steps
+
+
+class GroupStates(NamedTuple):
+    """Of a teacher with another tokenizer, at the student's first token of each group; 0 elsewhere."""
+
+    hidden: Array  # [B, T, E] the state that predicts the teacher's first token of the group
+    further: Array  # [B, T] float32, the log-probability of its further tokens
 
 
 class Role:
@@ -126,6 +134,21 @@ class Role:
 
         return self._score(("groups", k), batch, probs)
 
+    def group_states(self, batch: Batch) -> GroupStates:
+        """What `HybridDistance` reads of this model as teacher, of a batch with `teacher_tokens`."""
+
+        def states(params: Params, batch: Batch) -> GroupStates:
+            places = batch.signals[TEACHER_PLACE]
+            mine = batch._replace(
+                tokens=batch.signals[TEACHER_TOKENS], loss_weights=(places > 0).astype(jnp.float32), signals={}
+            )
+            hidden = self.model.hidden(params, mine)
+            further = further_logps(scores_of(self.model, params, hidden, mine, (Logp(),)).logp, places)
+            before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+            return GroupStates(to_student(before, batch), to_student(further[..., None], batch)[..., 0])
+
+        return self._score("group states", batch, states)
+
     def head(self) -> Head:
         """The projection onto the vocabulary."""
         return self.model.head(self.params)
@@ -153,6 +176,11 @@ class Role:
         return self._compiled[key]
 
 
+def shares_prefixes(bundle_size: int, *readers: Role | None) -> bool:
+    """Whether the prompt of a pair is in a row of the training data once: if all models that read it can."""
+    return bundle_size == 2 and all(reader.model.shares_prefixes for reader in readers if reader is not None)
+
+
 class TrainedRole(Role):
     """A role that is trained.
 
@@ -167,7 +195,7 @@ class TrainedRole(Role):
         self._state: TrainState | None = None
         self._on_host = False  # the optimizer's state
         self.frozen: Params = {}
-        self.teacher_head: Head | None = None  # of an objective that requests a divergence
+        self.teacher_head: Head | MatchedHead | None = None  # of an objective that requests a divergence
         self._step: Any = None
         self._compilations = 0
 

@@ -66,6 +66,10 @@ class TorchModel(Model):
             out = torch.func.functional_call(self.module.base_model, own, kwargs=call)
             return interop.jax_view(out.last_hidden_state), None
 
+    @property
+    def shares_prefixes(self) -> bool:
+        return False
+
     def head(self, params: Params) -> Head:
         return Head(get_leaf(params, self.head_name), self.config.vocab_size, self.tied)
 

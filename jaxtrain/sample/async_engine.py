@@ -32,9 +32,9 @@ class AsyncEngine:
         serving = AsyncEngine(engine)
         async for chunk in serving.stream(request): ...
 
-    The engine must not be used otherwise until `close`. An exception caused by one request is raised only in its
-    `stream`; a device error or exhausted memory stops the engine for all. A request with many samples does not delay
-    the others: free slots are shared, see `Engine.share_slots`.
+    The engine cannot run requests otherwise until `close`; those of a second `AsyncEngine` are refused. An exception
+    caused by one request is raised only in its `stream`; a device error or exhausted memory stops the engine for all. A
+    request with many samples does not delay the others: free slots are shared, see `Engine.share_slots`.
     """
 
     def __init__(self, engine: Engine, on_failure: Callable[[Exception], None] | None = None):

@@ -41,7 +41,6 @@ class Engine:
     `slots` samples are generated together; the slot of a finished sample is given to the next waiting one. Sampling
     parameters never cause a compilation: a program is compiled once per bucket of prompt and cache lengths (`warm_up`
     compiles all of them in advance). The result of a seed depends neither on other requests nor on the slot.
-
     `set_params(params, version)` replaces the weights between calls, also while requests are in flight.
     """
 
@@ -95,8 +94,7 @@ class Engine:
         self._roots: dict[Trie, int] = {}
         self.add_tries(())
         self._running: list[Sample | None] = [None] * slots
-        self._waiting = Waiting()
-        self._submitted = 0
+        self._waiting, self._submitted, self._runs = Waiting(), 0, False
         self._params: Params | None = place_params(self.model, params)
         self.version = version
         self._buffers = Buffers(self.model, self._params, slots, max_length)
@@ -158,12 +156,16 @@ class Engine:
 
         `source(idle)` is called before every device call. It may call `submit`, `cancel` and `set_params`, and may
         block if the engine is idle. It returns whether more requests may come; if not, the loop ends once the engine
-        is idle. The engine must not be used otherwise meanwhile. Leaving the loop early cancels all requests.
+        is idle. Leaving the loop early cancels all requests. Raises RuntimeError if another loop has not ended.
         """
+        if self._runs:
+            raise RuntimeError("the engine runs other requests: give these to its AsyncEngine, or end that loop first")
+        self._runs = True
         try:
             while source(not self.busy) or self.busy:
                 yield from self.step()
         finally:
+            self._runs = False
             self._waiting.clear()
             self.cancel({sample.number for sample in self._running if sample is not None})
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import posixpath
 import shutil
 import tempfile
 from pathlib import Path
 
-from jaxtrain.observe.run_files import HEARTBEATS
+from jaxtrain.observe.run_files import CONFIG, HEARTBEATS
 from jaxtrain.remote import RemoteError, cache_home, filesystem_of, is_url, remote_errors
 from jaxtrain.session.lock import LOCK
 from jaxtrain.session.record import CHECKPOINTS, ORIGIN, writes_checkpoints
@@ -37,8 +38,11 @@ class RunMirror:
         self.path = path or cache_home() / "runs" / f"{digest}{part}-{posixpath.basename(self._url)}"
         self._uploaded: dict[str, _Version] = {}
 
-    def pull(self) -> None:
-        """Replace the copy by what is at the URL. Raises RemoteError."""
+    def pull(self, *, checkpoints: bool = True) -> None:
+        """Replace the copy by what is at the URL. Raises RemoteError.
+
+        Without `checkpoints` these are folders of their steps and times, with nothing in them.
+        """
         filesystem, root = filesystem_of(self._url)
         self.path.mkdir(parents=True, exist_ok=True)
         for each in self.path.iterdir():
@@ -49,7 +53,15 @@ class RunMirror:
             filesystem.invalidate_cache()
             found = filesystem.find(root) if filesystem.exists(root) else []
             for name in (posixpath.relpath(file, root) for file in found):
-                if self._is_mirrored(name):
+                if not checkpoints and name.startswith(f"{CHECKPOINTS}/"):
+                    step = self.path / CHECKPOINTS / name.split("/")[1]
+                    written = filesystem.modified(f"{root}/{name}").timestamp()
+                    if not step.exists():
+                        step.mkdir(parents=True)
+                    elif written <= step.stat().st_mtime:
+                        continue
+                    os.utime(step, (written, written))
+                elif self._is_mirrored(name):
                     (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                     filesystem.get_file(f"{root}/{name}", str(self.path / name))
         self._uploaded = self._files()
@@ -79,12 +91,25 @@ class RunMirror:
         return name not in (LOCK, ORIGIN) and not (self._direct and name.startswith(f"{CHECKPOINTS}/"))
 
 
-def local_run(run: str | Path) -> Path:
-    """The folder of a run to read: `run`, or where that is a URL a copy until this process ends. Raises RemoteError."""
+def local_run(run: str | Path, *, checkpoints: bool = True) -> Path:
+    """The folder of a run to read: `run`, or where that is a URL a copy until this process ends. Raises RemoteError.
+
+    `checkpoints`: whether what they hold is needed.
+    """
     if not is_url(str(run)):
-        return Path(run)
+        return Path(str(run).removeprefix("file://"))
     copy = Path(tempfile.mkdtemp(prefix="jaxtrain-run-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    mirror = RunMirror(str(run), path=copy)
-    mirror.pull()
+    mirror = RunMirror(str(run), path=copy / posixpath.basename(str(run).rstrip("/")))
+    mirror.pull(checkpoints=checkpoints)
+    if not (mirror.path / CONFIG).is_file():
+        raise RemoteError(f"{run}: is not the folder of a run: it has no {CONFIG}")
     return mirror.path
+
+
+def push_file(path: Path, run: str) -> str:
+    """Write a file into the folder of a run at the URL `run`. Returns its URL. Raises RemoteError."""
+    filesystem, root = filesystem_of(run)
+    with remote_errors(run, "written"):
+        filesystem.put_file(str(path), f"{root}/{path.name}")
+    return f"{run.rstrip('/')}/{path.name}"

@@ -42,6 +42,14 @@ class ReferenceLogps:
         self._session, self._policy = session, policy
         self._needed = REF_LOGPS in session.config.objective.signals
 
+    @property
+    def other(self) -> Role | None:
+        """A reference that is not the model that the run starts from, declared and not loaded."""
+        section = self._session.config.reference
+        if not self._needed or section is None or section.path is None:
+            return None
+        return other_reference(self._session, self._policy)
+
     def load_for(self, stream: TrainStream) -> None:
         """Load the reference now, so that a wrong one is an error at the start, unless the data has the signal."""
         if self._needed and REF_LOGPS not in stream.signals:

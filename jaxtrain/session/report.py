@@ -45,7 +45,9 @@ class MetricWindow:
         self._update_seconds += seconds
         self._slots += batch.segment_ids.size * jax.process_count() // self._holders  # every host has as many rows
         if isinstance(self._model.config, ModelConfig):  # else the sizes of the matrices are unknown
-            flops = train_flops(self._model.config, batch.segment_ids, batch.loss_weights, self._model.lora)
+            positions = None if batch.prefix_ids is None else batch.positions
+            arrays = batch.segment_ids, batch.loss_weights, self._model.lora, positions
+            flops = train_flops(self._model.config, *arrays)
             self._flops += flops / self._holders
 
     def record(self, metrics: Mapping[str, float]) -> None:

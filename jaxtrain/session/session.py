@@ -33,7 +33,7 @@ from jaxtrain.observe.progress import Progress
 from jaxtrain.observe.report_page import ReportPage
 from jaxtrain.observe.trackers import TENSORBOARD, check_trackers, open_trackers
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.roles.role import Role, TrainedRole
+from jaxtrain.roles.role import Role, TrainedRole, shares_prefixes
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
 from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_once
 from jaxtrain.session.best import BestEvaluation
@@ -160,12 +160,13 @@ class Session(RunRoles):
         return stop_ids(role.section, role.declared.hf, self.tokenizer)
 
     def training_data(
-        self, role: Role, encode: Callable[[Any], Any] | None = None, bundle_size: int = 1
+        self, role: Role, encode: Callable[[Any], Any] | None = None, bundle_size: int = 1, other: Role | None = None
     ) -> TrainStream:
         """This host's part of `data.train`, packed.
 
         `encode` makes a row's example (default: `encoder(role)`), or a bundle of `bundle_size` examples that the
-        objective reads together. Where the data ends by itself, its steps are counted here: `num_steps`.
+        objective reads together. `other` reads the batches too. The prompt of a pair is in a row once, if
+        `Model.shares_prefixes` of both. Where the data ends by itself, its steps are counted here: `num_steps`.
 
         Raises ValueError if the rows of a microbatch cannot be divided over the devices, or the data ends before
         `train.steps`.
@@ -173,6 +174,8 @@ class Session(RunRoles):
         encode = encode or self.encoder(role)
         self._row_length = self.config.data.tokens_per_row(bundle_size)
         stream = self.enter(closing(open_stream(self.config, self.mesh, encode, bundle_size)))
+        if shares_prefixes(bundle_size, role, other):
+            stream.share_prefixes()
         self.num_steps = run_length(self.config, stream, encode)
         return stream
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain.config import ModelSection
 from jaxtrain.data.aligned import AlignedEncoder, teacher_encoder
 from jaxtrain.data.alignment import Aligner
-from jaxtrain.objectives.objective import TEACHER_HIDDEN, TopLogps
+from jaxtrain.objectives.objective import TEACHER_FURTHER, TEACHER_HIDDEN, TopLogps
 from jaxtrain.ops.head_chunks import Head
+from jaxtrain.ops.hybrid import MatchedHead, match_vocabularies
 from jaxtrain.parallel.batches import move_batch
 from jaxtrain.parallel.sharding import RULES, param_specs, with_shardings
 from jaxtrain.roles.role import Role, TrainedRole
@@ -44,35 +46,68 @@ class HiddenStates:
 
 
 class AlignedTeacher:
-    """Adds the probabilities of a teacher with another tokenizer to placed batches.
+    """A teacher with another tokenizer, whose tokens are a signal of the batch.
 
-    The teacher's tokens are a signal of the batch. It runs once for a whole batch, in the rows and segments of the
-    student's, and its probabilities are carried to the student's tokens by their groups (`data.alignment`).
+    It runs once for a whole batch, in the rows and segments of the student's, and what it finds is carried to the
+    student's tokens by their groups (`data.alignment`).
     """
 
     def __init__(self, session: Session, student: TrainedRole):
-        """Raises ValueError for tokenizers that cannot be aligned, and for an objective of more ranks than a vocabulary
-        has."""
+        """Raises ValueError for tokenizers that cannot be aligned."""
         self._student, data = student, session.config.data
         self.role = teacher_role(session)
-        mine, other = needed_tokenizers(session, self.role)
-        sizes = [role.model.config.vocab_size for role in (student, self.role)]
-        ranks = [request.k for request in session.config.objective.needs if isinstance(request, TopLogps)]
-        if len(ranks) != 1:
-            raise ValueError(f"an objective with the signal {TEACHER_PROBS} must also need the score TopLogps")
-        (self._k,) = ranks
-        if self._k > min(sizes):
-            raise ValueError(f"objective.top_k={self._k} is more than the {min(sizes)} tokens of a vocabulary")
-        teacher = teacher_encoder(other, data, vocab_size=sizes[1])
+        self._tokenizers = mine, other = needed_tokenizers(session, self.role)
+        self._sizes = [role.model.config.vocab_size for role in (student, self.role)]
+        teacher = teacher_encoder(other, data, vocab_size=self._sizes[1])
         self.encode = AlignedEncoder(session.encoder(student), teacher, Aligner(mine, other), data)
 
     def load(self) -> None:
         """Read the teacher's weights."""
         self.role.load()
 
+
+class RankedTeacher(AlignedTeacher):
+    """Adds the teacher's largest probabilities to placed batches, for `ULD`."""
+
+    def __init__(self, session: Session, student: TrainedRole):
+        """Raises ValueError also for an objective of more ranks than a vocabulary has."""
+        super().__init__(session, student)
+        ranks = [request.k for request in session.config.objective.needs if isinstance(request, TopLogps)]
+        if len(ranks) != 1:
+            raise ValueError(f"an objective with the signal {TEACHER_PROBS} must also need the score TopLogps")
+        (self._k,) = ranks
+        if self._k > min(self._sizes):
+            raise ValueError(f"objective.top_k={self._k} is more than the {min(self._sizes)} tokens of a vocabulary")
+
     def __call__(self, batch: Batch) -> Batch:
         probs = move_batch(self.role.group_probs(batch, self._k), self._student.mesh)
         return batch._replace(signals={**batch.signals, TEACHER_PROBS: probs})
+
+
+class MatchedTeacher(AlignedTeacher):
+    """Adds the teacher's states to placed batches, and gives the student's steps its head, for `GOLD`."""
+
+    def __init__(self, session: Session, student: TrainedRole):
+        """Raises ValueError also where no token is in both vocabularies."""
+        super().__init__(session, student)
+        self._preset = session.config.mesh.preset
+        mine, other = (tokenizer.get_vocab() for tokenizer in self._tokenizers)
+        self._ids = match_vocabularies(mine, other, *self._sizes)
+        if not len(self._ids.student):
+            raise ValueError("no token is in both vocabularies, which GOLD compares: use objective.name=ULD")
+
+    def load(self) -> None:
+        """Read the teacher's weights."""
+        super().load()
+        mesh = self._student.mesh
+        ids = jax.device_put(self._ids, NamedSharding(mesh, PartitionSpec()))
+        self._student.teacher_head = MatchedHead(on_mesh(self.role.head(), mesh, self._preset), ids)
+
+    def __call__(self, batch: Batch) -> Batch:
+        states = self.role.group_states(batch)
+        found = {TEACHER_HIDDEN: states.hidden, TEACHER_FURTHER: states.further}
+        moved = {name: move_batch(array, self._student.mesh) for name, array in found.items()}
+        return batch._replace(signals={**batch.signals, **moved})
 
 
 def teacher_role(roles: RunRoles) -> Role:
@@ -112,7 +147,7 @@ def check_same_ids(session: Session, student: TrainedRole, teacher: Role) -> Non
         raise ValueError(
             f"teacher.path={teacher.section.path} has another tokenizer than the student: {len(differing)} entries "
             f"differ, such as {differing[0]}. A divergence needs equal token ids; recipe distill needs none "
-            "with objective.name=ULD, and recipe rl with teacher.aligned=true"
+            "with objective.name=ULD or GOLD, and recipe rl with teacher.aligned=true"
         )
     if len(mine) > min(sizes):
         raise ValueError(f"the tokenizer has {len(mine)} tokens, and one of the models has only {min(sizes)}")

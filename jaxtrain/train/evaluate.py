@@ -8,6 +8,7 @@ from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import Objective
 from jaxtrain.ops.head_chunks import Head
+from jaxtrain.ops.hybrid import MatchedHead
 from jaxtrain.train.step import Metrics, add_metrics, add_signals, batch_norm, scores_of
 from jaxtrain.types import Batch, Params
 
@@ -15,7 +16,9 @@ from jaxtrain.types import Batch, Params
 def make_eval_step(model: Model, objective: Objective) -> Callable[..., Metrics]:
     """A pure function `(params, frozen, batch, teacher_head=None) -> metrics`, without dropout; not jitted."""
 
-    def eval_step(params: Params, frozen: Params, batch: Batch, teacher_head: Head | None = None) -> Metrics:
+    def eval_step(
+        params: Params, frozen: Params, batch: Batch, teacher_head: Head | MatchedHead | None = None
+    ) -> Metrics:
         params = join(params, frozen)
         hidden = model.hidden(params, batch)
         batch = add_signals(objective, lambda *needs: scores_of(model, params, hidden, batch, needs), batch)

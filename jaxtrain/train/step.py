@@ -18,6 +18,7 @@ from jaxtrain.objectives.objective import (
     Correct,
     Divergence,
     Entropy,
+    HybridDistance,
     Logp,
     Objective,
     Prepared,
@@ -30,10 +31,13 @@ from jaxtrain.objectives.objective import (
 )
 from jaxtrain.objectives.router import router_loss
 from jaxtrain.ops.head_chunks import Head, TopK
+from jaxtrain.ops.hybrid import MatchedHead
+from jaxtrain.ops.states import predicting_states
 from jaxtrain.ops.token_scores import LossDerivative, Scoring, Targets, Teacher, token_scores
 from jaxtrain.optim import Schedule
 from jaxtrain.parallel.mesh import CompilerOptions, compiler_options
 from jaxtrain.parallel.sharding import constrain_rows
+from jaxtrain.train.hybrid import hybrid_scores
 from jaxtrain.train.rounding import apply_updates
 from jaxtrain.types import Array, Batch, Max, Mean, Metric, Min, Norm, Params, Scores, TrainState
 
@@ -47,6 +51,9 @@ _KINDS = {
     "value": (Value,),
     "reward": (Reward,),
     "divergence": (Divergence, SparseDivergence),
+    "hybrid": (HybridDistance,),
+    "matched": (HybridDistance,),
+    "unmatched": (HybridDistance,),
     "top_logps": (TopLogps,),
     "top_ids": (TopLogps,),
 }
@@ -105,7 +112,7 @@ def scores_of(
     batch: Batch,
     needs: Sequence[ScoreRequest],
     loss_derivative: LossDerivative | None = None,
-    teacher_head: Head | None = None,
+    teacher_head: Head | MatchedHead | None = None,
 ) -> Scores:
     """The scores that `needs` requests; the others are None. A divergence needs the head of the teacher, whose hidden
     states are a signal of the batch."""
@@ -123,7 +130,7 @@ def scores_of(
             assert divergence is None, f"a score is asked for twice: {needs}"
             divergence, teacher = request, _teacher(request, batch, teacher_head)
     scores = token_scores(
-        hidden,
+        hidden if batch.prefix_ids is None else predicting_states(hidden, batch),
         model.head(params),
         Targets(batch.tokens, batch.loss_weights, batch.signals.get("supports")),
         Scoring(logp.temperature, entropy.differentiable, divergence, top and top.k, model.run.head_chunk),
@@ -131,6 +138,9 @@ def scores_of(
         loss_derivative=loss_derivative,
         mesh=model.run.mesh,
     )
+    if isinstance(hybrid := kinds.get(HybridDistance), HybridDistance):
+        assert isinstance(teacher_head, MatchedHead), "a hybrid distance needs the teacher's matched head"
+        scores = scores._replace(**hybrid_scores(model, params, hidden, batch, scores.logp, hybrid, teacher_head))
     return _requested(needs, lambda name: getattr(scores, name))
 
 
@@ -140,10 +150,10 @@ def _requested(needs: Sequence[ScoreRequest], score: Callable[[str], Array]) -> 
     return Scores(**{name: score(name) for name in names})
 
 
-def _teacher(request: ScoreRequest, batch: Batch, head: Head | None) -> Teacher | TopK:
+def _teacher(request: ScoreRequest, batch: Batch, head: Head | MatchedHead | None) -> Teacher | TopK:
     if isinstance(request, SparseDivergence):
         return TopK(batch.signals[TEACHER_IDS], batch.signals[TEACHER_LOGPS])
-    assert head is not None, "a divergence needs the teacher's head"
+    assert isinstance(head, Head), "a divergence needs the teacher's head"
     return Teacher(batch.signals[TEACHER_HIDDEN], head)
 
 
@@ -212,7 +222,7 @@ def make_step(
     derivative = _derivative(objective)
 
     def loss(
-        params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array, teacher_head: Head | None
+        params: Params, frozen: Params, batch: Batch, norm: Norm, key: Array, teacher_head: Head | MatchedHead | None
     ) -> tuple[Array, Metrics]:
         dropout_key = key if model.lora and model.lora.dropout else None
         params = join(params, frozen)
@@ -244,7 +254,7 @@ def make_step(
         return add_signals(objective, score_all, batch)
 
     def step(
-        state: TrainState, frozen: Params, batch: Batch, teacher_head: Head | None = None
+        state: TrainState, frozen: Params, batch: Batch, teacher_head: Head | MatchedHead | None = None
     ) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(state.key, state.step)
         norm = batch_norm(batch)

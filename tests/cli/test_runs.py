@@ -32,11 +32,6 @@ def test_the_configs_of_all_stages_are_printed(tmp_path):
     assert [tree["train"]["steps"] for tree in yaml.safe_load_all(printed)] == [3, 4]
 
 
-def test_status_does_not_read_urls():
-    done = CliRunner().invoke(app, ["status", "gs://bucket/run"])
-    assert isinstance(done.exception, ValueError) and "status reads a local or mounted folder" in str(done.exception)
-
-
 def test_the_quickstart_takes_overrides_without_a_config(monkeypatch):
     taken = []
     monkeypatch.setattr("jaxtrain.recipes.quickstart.run", lambda config: taken.append(config) or 0)

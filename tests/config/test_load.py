@@ -61,6 +61,19 @@ def test_a_file_extends_another(tmp_path):
     )
 
 
+def test_null_removes_a_key_of_the_extended_file_that_cannot_be_null(tmp_path):
+    train = {"steps": 3, "batch_size": 16, "max_grad_norm": 0.5}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TREE | {"train": train}))
+    changes = {"extends": "base.yaml", "train": {"batch_size": None, "max_grad_norm": None}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changes))
+    config = load_config(tmp_path / "run.yaml")
+    assert config == parse_config(TREE | {"train": {"steps": 3, "max_grad_norm": None}})
+    assert config.train.max_grad_norm is None and "batch_size" not in config.train.model_fields_set
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\ntrain: {microbatches: null}\n")
+    with pytest.raises(ConfigError, match=r"train\.microbatches: Input should be a valid integer \(got None\)"):
+        load_config(tmp_path / "run.yaml")
+
+
 def test_the_whole_text_of_a_file_needs_no_other(tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(TREE))
     (tmp_path / "run.yaml").write_text("extends: base.yaml\ntrain: {steps: 2}  # few\n")

@@ -57,6 +57,11 @@ def row(end, call, *, before="", after_result=None, reasoning=REASONING):
     }
 
 
+OPENS_A_THOUGHT = dict.fromkeys(CHATS, OPENED + ".*whose prompt opens none as model.chat_template") | {
+    **dict.fromkeys(("tools", "tool result"), NO_TOOLS),
+    "reasoning": "!does not write its reasoning.*data.split_turns=true",
+}
+
 TABLE = {
     "qwen2.5": row("<|im_end|>", HERMES),
     "qwen3": row("<|im_end|>", HERMES, before=EMPTY, reasoning=["<think>\nI wonder\n</think>\n\nParis<|im_end|>"])
@@ -97,8 +102,8 @@ TABLE = {
         "tool result": [f"{GLM}<tool_call>add\na=1\n</tool_call><|observation|>", f"{GLM}Rome<|user|>"],
     },
     "deepseek-v3": row("<|end_of_sentence|>", NO_TOOLS),
-    "r1-distill": dict.fromkeys(CHATS, OPENED)
-    | {"tools": NO_TOOLS, "tool result": NO_TOOLS, "reasoning": "!does not write its reasoning.*data.split_turns=true"},
+    "deepseek-r1": OPENS_A_THOUGHT,
+    "r1-distill": OPENS_A_THOUGHT,
     "smollm3": row("<|im_end|>", NO_TOOLS),
     "lfm2": row("<|im_end|>", "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"),
     "nemotron3": dict.fromkeys(CHATS, OPENED) | {"reasoning": ["I wonder\n</think>\nParis<|im_end|>"]},
@@ -183,6 +188,36 @@ def test_several_calls_end_as_one_does():
     tok = made("r1-distill")
     (run,) = trained(tok, ChatTokenizer(tok)([USER, CALLING], thoughts="accept"))
     assert run.endswith("<|tool_call_end|><|tool_outputs_begin|>")
+
+
+PHI3 = (  # as TRL marks it: the end of the text, which is written once, in a mark of its own
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + '<|end|>\n' }}{% else %}"
+    "{{ '<|assistant|>\n' }}{% generation %}{{ m.content + '<|end|>\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{% generation %}{{ eos_token }}"
+    "{% endgeneration %}{% endif %}"
+)
+
+
+def test_marks_behind_the_loop_do_not_lengthen_a_turn_that_has_ended():
+    tok = tokenizer(PHI3, tokens=("<|user|>", "<|assistant|>", "<|end|>"), eos_token="</s>")
+    assert trained(tok, ChatTokenizer(tok)(CHATS["multi-turn"])) == ["Paris<|end|>", "Rome<|end|>"]
+    open_turns = PHI3.replace("m.content + '<|end|>\n' }}{% endg", "m.content }}{% endg")
+    tok = tokenizer(open_turns, tokens=("<|user|>", "<|assistant|>", "<|end|>"), eos_token="</s>")
+    assert trained(tok, ChatTokenizer(tok)(CHATS["plain"])) == ["Paris</s>"]
+
+
+def test_marks_do_not_hide_a_thought_behind_a_prompt_with_an_empty_one():
+    empty, header = "<think>\n\n</think>\n\n", "<|im_start|>assistant\n"
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' + m.content + '<|im_end|>\n' }}"
+        "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    ) + f"{{% if add_generation_prompt %}}{{{{ {header + empty!r} }}}}{{% endif %}}"
+    tok = tokenizer(template, eos_token="<|im_end|>")
+    check(tok, CHATS["plain"], ["Paris<|im_end|>"])
+    check(tok, CHATS["reasoning"], "!prompts for this turn .* holds an empty thought and the turn has one")
+    chat = ChatTokenizer(tok)(CHATS["reasoning"], thoughts="accept")
+    assert trained(tok, chat) == ["<think>\nI wonder\n</think>\n\nParis<|im_end|>"]
 
 
 def test_content_that_is_written_behind_the_results_is_refused():

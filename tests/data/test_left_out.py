@@ -1,10 +1,15 @@
 """What a template leaves out of a conversation is an error that names the message and the part."""
 
+import json
+
 import pytest
 from chat_templates import CHATML, LLAMA3, tokenizer
 from stock_templates import STOCK
 
+from jaxtrain.config import SourceSection
 from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.data.formats import Encoder
+from jaxtrain.data.sources import Source
 
 USER = {"role": "user", "content": "What?"}
 PARIS = {"role": "assistant", "content": "Paris"}
@@ -105,6 +110,42 @@ def test_words_and_thoughts_before_the_last_one(content):
     with pytest.raises(ValueError, match=r"messages\[1\]: .* has words or another thought before its last thought"):
         made("r1-distill")([USER, turn], thoughts="prompted")
     assert made("qwen2.5")([USER, turn]).loss_weights.any()
+
+
+def unread(template, *messages):
+    return ChatTokenizer(tokenizer(template)).unread_keys(list(messages), ["name", "lang"], ())
+
+
+def test_keys_that_change_nothing_are_unread_whatever_words_the_template_has():
+    named = USER | {"name": "ann", "lang": "en"}
+    assert unread(CHATML, named, PARIS) == {"messages[].name (user)", "messages[].lang (user)"}
+    # `name` is that of a tool, and `lang` the word of a comment.
+    calls = CHATML + "{# lang #}{% for call in messages[-1].tool_calls %}{{ call.function.name }}{% endfor %}"
+    assert unread(calls, named, PARIS) == {"messages[].name (user)", "messages[].lang (user)"}
+    by_role = CHATML + "{% for m in messages if m.role == 'assistant' %}{{ m.name }}{{ m['lang'] }}{% endfor %}"
+    assert unread(by_role, named, PARIS | {"name": "x"}) == {"messages[].name (user)", "messages[].lang (user)"}
+    of_one = CHATML + "{{ messages[0].name if messages[0].lang == 'de' }}{{ messages[0].get('lang') }}"
+    assert unread(of_one, named, PARIS) == {"messages[].name (user)"}
+    assert unread(of_one, named | {"lang": "de"}, PARIS) == set()
+    refuses = CHATML + "{{ raise_exception('no names') if messages[0].name != 'ann' }}"
+    assert unread(refuses, named, PARIS) == {"messages[].lang (user)"}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_keys_of_tool_calls_that_change_nothing_are_reported(caplog, as_text):
+    calls = [{**call(), "result": 7}, {**call("find"), "strict": None}]
+    calls[1]["function"] = calls[1]["function"] | {"thought": "hm"}
+    message = calling() | {"content": None, "tool_calls": json.dumps(calls) if as_text else calls}
+    source = Source(SourceSection(rows=[{"messages": [USER, message]}]))
+    for template, expected in (
+        ("qwen2.5", ["result", "thought"]),
+        (STOCK["qwen2.5"].template + "{{ messages[1].tool_calls[0].result }}", ["thought"]),
+    ):
+        caplog.clear()
+        tok = tokenizer(STOCK[template].template if template in STOCK else template)
+        Encoder(tok).note_ignored(source[0], source)
+        named = ", ".join(f"messages[].tool_calls[].{key} (assistant)" for key in expected)
+        assert caplog.messages == [f"{source.section.path}: columns ignored: {named}"]
 
 
 NAMES_ALONE = (

@@ -66,6 +66,9 @@ def test_the_keys_of_messages_are_those_that_hold_something():
             "reasoning_content must be a string, not dict",
         ),
         ({"role": "assistant", "content": "x", "thinking": ["y"]}, "thinking must be a string, not list"),
+        ({"role": "user", "content": "x", "thinking": "y"}, "thinking beside the words of the user: only turns of the"),
+        ({"role": "system", "content": "x", "reasoning_content": "y"}, "reasoning_content beside the words of the sys"),
+        ({"from": "observation", "value": "x", "reasoning": "y"}, "reasoning beside the words of the tool"),
     ],
 )
 def test_wrong_types_are_named(message, reason):

@@ -1,18 +1,23 @@
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import QWEN25, tokenizer
 
-from jaxtrain.config import SourceSection
+from jaxtrain.config import DataSection, SourceSection
 from jaxtrain.data.formats import Encoder
+from jaxtrain.data.lengths import row_counts
 from jaxtrain.data.nulls import (
     tool_call_without_fillings,
     tool_without_fillings,
     without_arrow_fillings,
     written_by_datasets,
 )
+from jaxtrain.data.pipeline import TrainStream
+from jaxtrain.data.shards import Reader
 from jaxtrain.data.sources import Source
 
 
@@ -32,9 +37,16 @@ ROWS = [
 ]
 
 
-def rendered(path):
-    source, tok = Source(SourceSection(path=str(path))), tokenizer(QWEN25)
-    return [tok.decode(source.make(index, Encoder(tok)).input_ids) for index in range(len(source))]
+def rendered(path, guessed=()):
+    """The text of each row. `guessed`: the rows that are counted for nulls that may have been written."""
+    section, tok = SourceSection(path=str(path)), tokenizer(QWEN25)
+    with warnings.catch_warnings(), ThreadPoolExecutor(1) as executor:
+        warnings.simplefilter("ignore")
+        reader = Reader([Source(section)], DataSection(train=section, max_length=1000), Encoder(tok))
+        read = reader.submit(executor, [(0, row) for row in range(len(reader.sources[0]))]).result()
+    assert [row for row, each in enumerate(read) if each.events] == list(guessed)
+    assert {event for each in read for event in each.events} <= {"nulls_left_out"}
+    return [tok.decode(each.items[0][0].input_ids) for each in read]
 
 
 def write(tmp_path, rows, name):
@@ -47,7 +59,7 @@ def write(tmp_path, rows, name):
 
 
 def test_parquet_keeps_the_nulls_that_no_other_row_explains(tmp_path):
-    first, second = rendered(write(tmp_path, ROWS, "a.parquet"))
+    first, second = rendered(write(tmp_path, ROWS, "a.parquet"), guessed=[0, 1])  # of `a` and `city`
     assert '"arguments": {"a": 1, "nothing": null}' in first
     assert '"arguments": {"nothing": null, "city": "x"}' in second
 
@@ -58,7 +70,7 @@ def test_the_fillings_of_datasets_are_not_rendered(tmp_path):
         {"messages": talk("f", {"a": 1, "city": None}, tool_calls=None)},
         {"messages": talk("g", {"a": None, "city": "x"}, tool_calls=None)},
     ]
-    first, second = rendered(write(tmp_path, filled, "a.jsonl"))
+    first, second = rendered(write(tmp_path, filled, "a.jsonl"), guessed=[0, 1])
     assert '"arguments": {"a": 1}' in first and '"arguments": {"city": "x"}' in second
 
 
@@ -97,8 +109,11 @@ def test_a_schema_keeps_the_nulls_that_mean_something():
 def test_a_call_loses_the_nulls_outside_of_its_arguments():
     call = {"id": None, "function": {"name": "f", "strict": None, "arguments": {"a": None, "b": [{"c": None}]}}}
     kept = {"function": {"name": "f", "arguments": {"a": None, "b": [{"c": None}]}}}
-    assert tool_call_without_fillings(call, None, filled=False) == kept
-    assert tool_call_without_fillings(call, None, filled=True) == {"function": {"name": "f", "arguments": {"b": [{}]}}}
+    assert tool_call_without_fillings(call, None, None) == kept
+    assert tool_call_without_fillings(call, None, guessed := []) == {
+        "function": {"name": "f", "arguments": {"b": [{}]}}
+    }
+    assert guessed == ["a", "c"]
 
 
 def call(**arguments):
@@ -176,7 +191,7 @@ def test_the_schema_of_a_tool_tells_which_nulls_were_written(tmp_path, name, as_
         row["tools"] = tools
         for message in row["messages"]:
             message.setdefault("tool_calls", None)
-    texts = rendered(write(tmp_path, rows, name))
+    texts = rendered(write(tmp_path, rows, name), guessed=[0])  # of `unit`; `day` and `city` are of the other tool
     assert '"arguments": {"city": null, "where": {"x": null}}' in texts[0]
     assert '"arguments": {"day": "Monday"}' in texts[1]
     assert '"arguments": {"city": "Rome", "unit": "C", "where": {"x": 1, "y": 2}}' in texts[2]
@@ -192,9 +207,25 @@ def test_a_null_column_of_arguments_is_not_rendered_in_calls_of_other_tools(tmp_
     assert '"arguments": {"a": 1, "nothing": null}' in first and '"arguments": {"city": "x"}' in second
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_nulls_that_may_have_been_written_are_warned_of_and_counted(tmp_path, name):
+    beside = {"tool_calls": None}  # as `datasets` fills it
+    rows = [{"messages": talk("f", arguments, **beside)} for arguments in ({"a": 1, "b": None}, {"a": 1, "b": 2})] * 2
+    section = SourceSection(path=str(write(tmp_path, rows, name)), epochs=1)
+    data = DataSection(train=section, max_length=100, shuffle=False)
+    with pytest.warns(UserWarning, match=r"are null \(b\) .*counted as nulls_left_out") as said:
+        encode = Encoder(tokenizer(QWEN25))
+        with TrainStream([section], data, encode, rows=1, seed=0, shards=[0], num_shards=1) as stream:
+            lengths = stream.lengths(None)
+            assert len(list(stream)) and stream.stats["nulls_left_out"] == row_counts(lengths)["nulls_left_out"] == 2
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match="nulls_left_out"):
+        Encoder(tokenizer(QWEN25)).question(Source(section)[0])
+
+
 def test_maps_and_columns_that_no_template_reads_keep_their_nulls(tmp_path):
     kind = pa.map_(pa.string(), pa.int64())
-    assert without_arrow_fillings({"a": None, "b": 1}, kind) == {"a": None, "b": 1}
+    assert without_arrow_fillings({"a": None, "b": 1}, kind, None, []) == {"a": None, "b": 1}
     rows = [{"prompt": "q", "extra": {"a": 1, "b": None}}, {"prompt": "p", "extra": {"a": None, "b": 2}}]
     source = Source(SourceSection(path=str(write(tmp_path, rows, "a.parquet"))), keep_columns=True)
     assert [source[0], source[1]] == rows  # rewards read them

@@ -11,6 +11,7 @@ from jaxtrain.data.formats import Encoder
 from jaxtrain.data.packing import RowExamples
 from jaxtrain.data.pairs import LabelEncoder, PairEncoder, split_pair
 from jaxtrain.data.pipeline import TrainStream
+from jaxtrain.data.shards import Reader
 from jaxtrain.data.sources import Source
 from jaxtrain.types import MISMATCHED
 
@@ -221,6 +222,14 @@ def test_unknown_columns_are_reported(tokenizer, caplog):
     encode = PairEncoder(Encoder(tokenizer), section)
     with TrainStream(section.train_sources, section, encode, rows=1, seed=0, shards=[0], num_shards=1, bundle_size=2):
         assert "columns ignored: source" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [PairEncoder, LabelEncoder])
+def test_keys_of_messages_that_nothing_reads_are_reported(tokenizer, caplog, kind):
+    pair = {"prompt": [USER | {"lang": "en"}], "chosen": [GOOD | {"score": 1}], "rejected": [BAD]}
+    section = DataSection(train=SourceSection(rows=[pair], epochs=1), max_length=64)
+    Reader([Source(section.train)], section, encode := kind(Encoder(tokenizer), section), encode.bundle_size)
+    assert "columns ignored: messages[].lang (user), messages[].score (assistant)" in caplog.text
 
 
 def test_columns_are_mapped(tokenizer):

@@ -81,6 +81,7 @@ def test_events_are_counted(opened, threads):
         "thoughts_left_out": 0,
         "thoughts_moved": 0,
         "arguments_unread": 0,
+        "nulls_left_out": 0,
     }
 
 
@@ -141,8 +142,8 @@ def test_keys_of_messages_that_nothing_reads_are_reported_once_for_a_source(tmp_
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = SourceSection(path=str(path))
     for template, expected in [
-        (CHATML, ["messages[].lang", "messages[].score"]),
-        (CHATML + "{{ messages[0].lang }}", ["messages[].score"]),
+        (CHATML, ["messages[].lang (user)", "messages[].score (assistant)"]),
+        (CHATML + "{{ messages[0].lang }}", ["messages[].score (assistant)"]),
     ]:
         caplog.clear()
         reader = Reader([Source(section)], DataSection(train=section), Encoder(tokenizer(template)))

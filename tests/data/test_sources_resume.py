@@ -144,6 +144,22 @@ def test_a_resume_anywhere_and_on_any_number_of_hosts_gives_the_same_batches(sec
             host.close()
 
 
+@pytest.mark.parametrize("kind", ["memory://jsonl.gz", "memory://parquet"])
+def test_a_resume_after_any_batch_of_two_epochs_of_a_remote_file(section, kind):
+    """In the middle of the file, and where each shard comes to the end of an epoch."""
+    source = section(kind, epochs=2)
+    whole = take(stream(source), 10_000)
+    epochs = set()
+    with stream(source) as one, stream(source) as other:
+        for stop in range(1, len(whole)):
+            next(one)
+            state = json.loads(json.dumps(one.get_state()))
+            epochs |= {shard["next"]["counts"][0] * 4 // COUNT for shard in state.values()}
+            other.set_state(state)
+            np.testing.assert_array_equal(next(other).tokens, whole[stop])
+    assert epochs >= {0, 1}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_source_that_changed_is_an_error(section, kind):
     with stream(section(kind)) as before:

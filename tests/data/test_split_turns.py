@@ -35,7 +35,7 @@ def split(tok, messages, **options):
 
 
 @pytest.mark.parametrize("messages", [TALK, INLINE], ids=["key", "inline"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3.5", "glm4.5", "nemotron3", "r1-distill"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3.5", "glm4.5", "nemotron3", "deepseek-r1", "r1-distill"])
 def test_every_turn_follows_its_prompt_with_its_thought(name, messages):
     tok = made(name)
     first, second = split(tok, messages)
@@ -62,6 +62,44 @@ def test_calls_with_thoughts_are_trained_turn_by_turn():
     # As the model is prompted after the call, though the template leaves out the thought once an answer follows.
     assert prompt == made("gpt-oss").decode(ChatTokenizer(made("gpt-oss")).prompt(chat[:3]))
     assert "I add" in prompt and "Now what" in last
+
+
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+STEPS = [
+    USER,
+    thoughtful("I add", "") | {"tool_calls": [CALL]},
+    {"role": "tool", "content": "seven", "tool_call_id": "abcdefghi"},
+    thoughtful("Now what", "Rome"),
+]
+
+
+@pytest.mark.parametrize("how", ["last", "weight", "completion"])
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3", "qwen3.5", "glm4.5", "gemma4", "nemotron3"])
+def test_a_last_turn_that_is_trained_alone_follows_its_prompt_too(name, how):
+    tok, row = made(name), {"messages": STEPS}
+    if how == "weight":
+        row = {"messages": [STEPS[0], STEPS[1] | {"weight": 0}, *STEPS[2:]]}
+    elif how == "completion":
+        row = {"prompt": STEPS[:3], "completion": STEPS[3:]}
+    example = Encoder(tok, loss_on="last" if how == "last" else "assistant")(row)
+    prompt = tok.decode(example.input_ids[: example.loss_weights.tolist().index(1)])
+    # Also under GPT-OSS's, which leaves out the thought of the call once an answer follows.
+    assert prompt == tok.decode(ChatTokenizer(tok).prompt(STEPS[:3])) and "I add" in prompt
+    assert "Now what" in tok.decode(example.input_ids[example.loss_weights > 0])
+
+
+@pytest.mark.parametrize("where", [1, 3])
+def test_a_thought_that_a_later_turn_is_prompted_with_is_not_left_out(where):
+    oslo, rome = ({"role": "assistant", "content": content} for content in ("Oslo", "Rome"))
+    steps, tok = [*STEPS[:3], rome], made("gpt-oss")
+    talk = [*steps, USER, oslo] if where == 1 else [USER, oslo, *steps]
+    weights = [float(message in (oslo, rome)) for message in talk]
+    message = rf"messages\[{where}\]: .* leaves out the thought .* prompted with it for messages\[{where + 2}\]"
+    with pytest.raises(ValueError, match=message):
+        ChatTokenizer(tok)(talk, weights=weights)
+    assert ChatTokenizer(tok)(talk, weights=weights, thoughts="accept").thoughts_left_out
+    rows = split(tok, [message | ({"weight": 0} if "tool_calls" in message else {}) for message in talk])
+    assert ["I add" in prompt for prompt, _ in rows] == [where == 1, where == 3]
 
 
 def test_only_turns_with_a_weight_make_examples():

@@ -3,13 +3,15 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from jaxtrain.config import MeshSection, RunConfig
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.plan.batches import abstract_batch, bundle_size, data_batch, with_signal
+from jaxtrain.plan.programs import run_roles
 
 BASE = {
-    "model": {"config": {"model_type": "qwen3"}},
+    "model": {"config": tiny.HF_CONFIG},
     "data": {"train": {"path": "data.jsonl"}, "max_length": 64},
     "train": {"steps": 1, "batch_size": 16},
 }
@@ -27,9 +29,11 @@ BASE = {
 )
 def test_a_row_has_room_for_what_is_read_together(recipe, objective, size, signals):
     config = RunConfig.model_validate({"recipe": recipe, **BASE, "objective": objective})
-    batch = data_batch(config, make_mesh(MeshSection(), jax.devices()))
+    role = run_roles(config, jax.devices()).role("policy", config.model)
+    batch = data_batch(config, role)
     assert bundle_size(config) == size
     assert batch.tokens.shape == (16, 64 * size)
+    assert (batch.prefix_ids is not None) == (size == 2)
     assert {name: leaf.dtype for name, leaf in batch.signals.items()} == signals
 
 

@@ -149,7 +149,7 @@ def test_an_asynchronous_run_survives_workers_killed_and_stopped_at_random(place
             timer.start()
 
     monkeypatch.setattr(RaySampler, "set_params", set_and_signal)
-    placement = {"kind": "ray", "workers": 2, "staleness": 1, "worker_seconds": 60}
+    placement = {"kind": "ray", "workers": 2, "staleness": 1, "worker_seconds": 30}
     losses = train(place, "lossy", placement, steps=STEPS, iterations=1)
     assert len(losses) == STEPS and np.isfinite(losses).all()
     steps = [read_step(place / "lossy", step) for step in recorded_steps(place / "lossy")]

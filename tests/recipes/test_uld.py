@@ -35,6 +35,15 @@ def test_loss_and_distance_fall(whole):
     np.testing.assert_array_equal(losses(whole, "aligned"), 1)
 
 
+def test_tokens_of_both_vocabularies_are_compared_directly(place):
+    found = train(place, "gold", "objective=GOLD")
+    held_out = losses(found, "eval_hybrid")
+    assert np.all(np.diff(held_out) < 0) and found[0]["matched"] > 0 and found[0]["unmatched"] > 0
+    mesh = "mesh={preset: fsdp_tensor, tensor: 2, fsdp: 2}"
+    elsewhere = train(place, "gold elsewhere", "objective=GOLD", "teacher.devices=4", mesh, "train.microbatches=2")
+    np.testing.assert_allclose(losses(elsewhere), losses(found), rtol=2e-5)
+
+
 def test_where_it_runs_does_not_change_it(place, whole):
     """The teacher on its own devices; the student's vocabulary is sharded, and its batches are cut in two."""
     mesh = "mesh={preset: fsdp_tensor, tensor: 2, fsdp: 2}"

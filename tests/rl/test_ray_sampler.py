@@ -74,6 +74,28 @@ def in_use(sampler):
     return sampler.process_ids()
 
 
+def test_a_new_worker_may_compile_for_longer_than_its_limit_for_a_sample(sampler, monkeypatch):
+    ids, first, take = in_use(sampler), [], sampler._take
+
+    def note(share):
+        arrived, end = take(share)
+        first.extend([time.monotonic()] if arrived and not first else [])
+        return arrived, end
+
+    for pid in ids:
+        os.kill(pid, signal.SIGKILL)
+    colocated, model, _ = place(COLOCATED, seed=5)
+    sampler.set_params(trained(model.run.mesh, seed=5)[1], 7)  # notices it
+    while any(worker.start is not None for worker in sampler._workers):
+        sampler._check_starts()
+    sampler.metrics()
+    monkeypatch.setattr(sampler, "_take", note)
+    monkeypatch.setattr(sampler, "_seconds", 2.0)
+    start = time.monotonic()
+    same(sampler.sample(PROMPTS, 3), colocated.sample(PROMPTS, 3))
+    assert first[0] - start > 2.0 and sampler.metrics()["rollout/slow_workers"] == 0
+
+
 @pytest.mark.parametrize("receiving", [True, False], ids=["weights", "sampling"])
 def test_a_stopped_worker_is_replaced_in_time(sampler, caplog, monkeypatch, receiving):
     ids = in_use(sampler)

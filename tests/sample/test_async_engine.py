@@ -146,6 +146,20 @@ def test_an_exception_in_submit_fails_only_its_request(engine, serving, monkeypa
     assert len(first.ids) == len(third.ids) == 9
 
 
+def test_an_engine_that_runs_refuses_a_second_loop(engine, serving):
+    async def first(serving):
+        return [chunk async for chunk in serving.stream(request(1))]
+
+    expected = asyncio.run(first(serving))
+    second = AsyncEngine(engine)
+    with pytest.raises(StoppedError, match="the engine runs other requests"):
+        asyncio.run(first(second))
+    second.close()
+    with pytest.raises(RuntimeError, match="the engine runs other requests"):
+        engine.generate([request(2)])
+    assert len(asyncio.run(first(serving))) == len(expected) > 0
+
+
 def test_leaving_a_stream_cancels_its_requests(engine):
     for _ in engine.stream([request(0, n=5)]):
         break

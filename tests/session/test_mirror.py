@@ -1,5 +1,6 @@
 """Runs whose folder is a URL: in memory, and at an emulator of Google's storage, where orbax writes the checkpoints."""
 
+import json
 import shutil
 import signal
 
@@ -7,7 +8,7 @@ import fsspec
 import pytest
 import recipe_runs
 
-from jaxtrain.cli.runs import export
+from jaxtrain.cli.runs import export, report, status
 from jaxtrain.config import load_config
 from jaxtrain.observe.run_files import HEARTBEATS
 from jaxtrain.recipes.run import run
@@ -50,6 +51,40 @@ def files(folder):
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     others = {name: path for name, path in found.items() if not name.startswith((CHECKPOINTS, HEARTBEATS))}
     return {name: path.read_bytes() for name, path in others.items() if name not in (LOCK, ORIGIN)}
+
+
+def test_the_status_and_the_report_of_a_run_at_a_url(preference_run, memory, tmp_path, monkeypatch, capsys):
+    place, _ = preference_run
+    shutil.copytree(place / "whole", tmp_path / "local")
+    shutil.rmtree(tmp_path / "local" / HEARTBEATS)
+    RunMirror("memory://runs/a", path=tmp_path / "local").push()
+    read, get_file = [], type(memory).get_file
+
+    def noted(filesystem, path, *more, **given):
+        read.append(path)
+        return get_file(filesystem, path, *more, **given)
+
+    monkeypatch.setattr(type(memory), "get_file", noted)
+
+    def shown(run, command, **given):
+        command(run, **given)
+        return capsys.readouterr().out
+
+    here = json.loads(shown(str(tmp_path / "local"), status, as_json=True))
+    there = json.loads(shown("memory://runs/a", status, as_json=True))
+    assert there["run"] == "memory://runs/a" and there["state"] == "finished" and there["metrics"] == here["metrics"]
+    assert {**there["checkpoint"], "age": 0} == {**here["checkpoint"], "age": 0} and there["checkpoint"]["age"] > 0
+    by_file = json.loads(shown(f"file://{tmp_path / 'local'}", status, as_json=True))
+    assert by_file["metrics"] == here["metrics"] and by_file["checkpoint"]["step"] == here["checkpoint"]["step"]
+
+    memory.rm("/runs/a/report.html")
+    assert shown(["memory://runs/a"], report) == "wrote memory://runs/a/report.html\n"
+    assert b"</html>" in memory.cat("/runs/a/report.html")
+    both = shown(["memory://runs/a", str(tmp_path / "local")], report, out=tmp_path / "both.html")
+    assert both == f"wrote {tmp_path / 'both.html'}\n" and "local" in (tmp_path / "both.html").read_text()
+    assert read and not [name for name in read if f"/{CHECKPOINTS}/" in name]
+    with pytest.raises(RemoteError, match="memory://runs/none: is not the folder of a run"):
+        status("memory://runs/none")
 
 
 def test_a_run_at_a_url_is_resumed_and_exported_as_a_local_one(preference_run, memory, tmp_path):

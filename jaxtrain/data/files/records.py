@@ -26,7 +26,10 @@ class ArrayRecordRows:
         from grain.sources import ArrayRecordDataSource  # imports jax, which other files are read without
 
         if not isinstance(blob, LocalBlob):
-            raise DataError(f"{blob.name}: ArrayRecord files are read from local folders only; copy the file first")
+            raise DataError(
+                f"{blob.name}: ArrayRecord files are read from local folders only: copy the file, or write "
+                "Parquet or JSON lines, which are read by ranges"
+            )
         self._blob, self._name, self._size = blob, blob.name, blob.size
         try:
             found: Any = ArrayRecordDataSource([blob.name])

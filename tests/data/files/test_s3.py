@@ -1,5 +1,7 @@
-"""s3:// through s3fs, against moto's server on this machine: data, models and exports. Skipped where one of the two is
-not installed."""
+"""s3:// through s3fs, against moto's server on this machine: data, models, runs and exports.
+
+Skipped where one of the two is not installed.
+"""
 
 import json
 
@@ -11,7 +13,9 @@ from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.config import SourceSection
 from jaxtrain.data.files import blobs
 from jaxtrain.data.sources import DataError, Source
+from jaxtrain.observe.status import read_status
 from jaxtrain.remote import RemoteError, written_folder
+from jaxtrain.session.mirror import local_run
 
 moto = pytest.importorskip("moto.server")
 s3fs = pytest.importorskip("s3fs")
@@ -70,3 +74,15 @@ def test_a_folder_is_uploaded_and_copied_back(bucket, tmp_path, monkeypatch):
     assert load_tokenizer("s3://bucket/models/a").eos_token == "<|im_end|>"
     with pytest.raises(RemoteError, match="s3://bucket/models/a is not empty"), written_folder("s3://bucket/models/a"):
         pass
+
+
+def test_the_status_of_a_run_at_s3_reads_no_checkpoint(bucket):
+    files = {"config.yaml": b"recipe: sft\n", "metrics.jsonl": b'{"step": 12, "loss": 0.5}\n'}
+    files |= {f"checkpoints/{step}/weights": bytes(9) for step in (4, 12)}
+    for name, content in files.items():
+        bucket.pipe(f"bucket/run/{name}", content)
+    copy = local_run("s3://bucket/run", checkpoints=False)
+    status = read_status(copy)
+    assert (status["recipe"], status["metrics"]["loss"]) == ("sft", 0.5)
+    assert (status["checkpoint"]["step"], status["checkpoint"]["kept"]) == (12, 2)
+    assert not list(copy.rglob("weights"))
