@@ -12,7 +12,7 @@ QUICK := tests/test_architecture.py tests/test_config.py tests/test_types.py tes
 	tests/converters/test_config_types.py tests/converters/test_errors.py tests/converters/test_verify.py
 EXTRAS ?= dev# dev,tpu also compiles the step for TPUs, with the compiler that jax[tpu] brings
 
-.PHONY: quickstart quickstart-rl test check lint clean
+.PHONY: quickstart quickstart-rl test check quick lint clean
 
 quickstart: .venv/installed
 	$(BIN)/jaxtrain quickstart
@@ -23,8 +23,11 @@ quickstart-rl: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# The inner loop: lint, and the tests that compile little.
-check: lint
+# The inner loop: lint and the tests that compile little, side by side.
+check: .venv/installed-dev
+	$(MAKE) -j 2 lint quick
+
+quick: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(QUICK)
 
 lint: .venv/installed-dev
