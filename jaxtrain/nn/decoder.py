@@ -81,14 +81,14 @@ def _stacked_layers(config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora:
     return whole[0]
 
 
-class Stream(NamedTuple):
+class LayerInput(NamedTuple):
     """What passes from layer to layer."""
 
     x: Array  # [B, T, D]
     reused: dict[str, KeysValues]  # see `AttentionInputs`; empty unless layers reuse those of others
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """Which layer it is, in a loop that traces one for several."""
 
     number: Array | int
@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
             """A layer with the parts of layer `number`."""
             graphdef = self.graphdef(number)
 
-            def apply(stream: Stream, params: Params, place: Place) -> LayerOutput:
+            def apply(stream: LayerInput, params: Params, place: LayerPlace) -> LayerOutput:
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, place.number)
                 own = inputs._replace(of_layer=place.of_layer, reused=stream.reused)
                 block = nnx.merge(graphdef, params)
@@ -186,12 +186,12 @@ class Decoder(nnx.Module):
             alone = loop.period == 1 and loop.first <= number < loop.stop
             return jax.checkpoint(apply, policy=remat_policy(run.remat), prevent_cse=not alone)
 
-        def one_by_one(stream: Stream, first: int, stop: int) -> tuple[Stream, list[Routing | None]]:
+        def one_by_one(stream: LayerInput, first: int, stop: int) -> tuple[LayerInput, list[Routing | None]]:
             span, found = LayerSpan(first, self.parts[first:stop]), []
             for number, params in enumerate(span.unstacked(span.select(stacked, rows)), first):
-                place = Place(number, self.kind_of[number], None if of_layers is None else of_layers[number])
+                place = LayerPlace(number, self.kind_of[number], None if of_layers is None else of_layers[number])
                 out = layer(number)(stream, params, place)
-                stream = Stream(out.x, out.reused if self.shares else {})
+                stream = LayerInput(out.x, out.reused if self.shares else {})
                 found.append(out.routing)
             return stream, found
 
@@ -201,7 +201,9 @@ class Decoder(nnx.Module):
         # of the loop, which the backward pass need not keep for every iteration.
         changes = not all(self.config.pattern[number].reuses for number in range(loop.first, loop.stop))
 
-        def body(stream: Stream, step: tuple, constant: dict[str, KeysValues]) -> tuple[Stream, list[Routing | None]]:
+        def body(
+            stream: LayerInput, step: tuple, constant: dict[str, KeysValues]
+        ) -> tuple[LayerInput, list[Routing | None]]:
             params, places = step
             if loop.period == 1:
                 params, places = [params], [places]
@@ -210,17 +212,17 @@ class Decoder(nnx.Module):
                 places = [jax.tree.map(lambda leaf, each=each: leaf[each], places) for each in range(loop.period)]
             found, passed = [], stream.reused
             for each, apply in enumerate(applied):
-                out = apply(Stream(stream.x, {**constant, **passed}), params[each], places[each])
+                out = apply(LayerInput(stream.x, {**constant, **passed}), params[each], places[each])
                 passed = {mixer: out.reused[mixer] for mixer in passed}
-                stream = Stream(out.x, passed)
+                stream = LayerInput(out.x, passed)
                 found.append(out.routing)
             return stream, found
 
-        stream, before = one_by_one(Stream(x, self._nothing_to_reuse(x)), 0, loop.first)
+        stream, before = one_by_one(LayerInput(x, self._nothing_to_reuse(x)), 0, loop.first)
         constant, passed = ({}, stream.reused) if changes else (stream.reused, {})
         looped = LayerSpan(loop.first, self.parts[loop.first : loop.stop]).select(stacked, rows)
         within_loop = slice(loop.first, loop.stop)
-        places = Place(
+        places = LayerPlace(
             jnp.arange(loop.first, loop.stop),
             jnp.asarray(self.kind_of[within_loop]),
             None if of_layers is None else of_layers[within_loop],
@@ -228,11 +230,11 @@ class Decoder(nnx.Module):
         steps = (looped, places)
         stream, within = jax.lax.scan(
             partial(body, constant=constant),
-            Stream(stream.x, passed),
+            LayerInput(stream.x, passed),
             steps if loop.period == 1 else in_periods(steps, loop.repeats),
             unroll=run.unroll,
         )
-        stream, after = one_by_one(Stream(stream.x, stream.reused | constant), loop.stop, self.config.num_layers)
+        stream, after = one_by_one(LayerInput(stream.x, stream.reused | constant), loop.stop, self.config.num_layers)
         return stream.x, joined_routing(before, within, after)
 
     def _nothing_to_reuse(self, x: Array) -> dict[str, KeysValues]:
