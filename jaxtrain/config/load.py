@@ -185,7 +185,7 @@ def _faults(error: ErrorDetails) -> Iterator[str]:
 
 
 def _unquoted(kind: str, value: Any) -> str:
-    """How to write a value that is right but for its type."""
+    """Hint for a value whose only error is its type."""
     if not isinstance(value, str):
         return ""
     if kind == "list_type":

@@ -40,7 +40,7 @@ def plain_row(row: Any, place: str) -> dict[str, Any]:
 
 
 def source_path(source: str | Callable[..., Any]) -> str:
-    """What stands for a function that gives rows, where a config has a path."""
+    """The string recorded as the path of a function that returns rows."""
     return SOURCE_PREFIX + import_path(source)
 
 

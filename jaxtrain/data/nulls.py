@@ -142,7 +142,7 @@ def _element(kind: pa.DataType | None) -> pa.DataType | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value`, or what it is the JSON of; broken JSON stays text, which whoever reads it refuses."""
+    """`value`, or the value that it encodes as JSON; invalid JSON is returned as text and rejected later."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

@@ -202,7 +202,7 @@ class Reader:
     def _warn(self, error: DataError) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"skipped a bad row, more are only counted: {error}", stacklevel=2)
+            warnings.warn(f"skipped a bad row; further ones are counted but not reported: {error}", stacklevel=2)
 
 
 class Shard:

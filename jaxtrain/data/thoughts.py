@@ -27,7 +27,7 @@ def split_thought(message: Message) -> tuple[str, str]:
 
 
 def words_before_thought(message: Message) -> str:
-    """What stands in the content before its last thought."""
+    """The content before its last thought."""
     thoughts, _, _ = ("" if message.get("reasoning_content") else message["content"]).rpartition(THOUGHTS[0][1])
     return thoughts.rpartition(THOUGHTS[0][0])[0].strip()
 

@@ -165,7 +165,7 @@ class ResponseBuilder:
         return {"id": self._id, "created": self._created, "model": self._served.name}
 
     def _piece(self, choices: list, usage: Usage | None = None) -> ChatCompletionChunk | TextCompletion:
-        """An event of a stream. `usage` is told where it is asked for: null in all but the last."""
+        """An event of a stream. If requested, `usage` is set in the last one and null in the others."""
         told: dict[str, Any] = {"usage": usage} if self._call.usage else {}
         if self._chat:
             return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **told)
