@@ -45,7 +45,7 @@ def source_path(source: str | Callable[..., Any]) -> str:
 
 
 def rows_path(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What stands for `rows` where a config has a path: it changes with their content and order."""
+    """The string recorded as the path of `rows`: it changes with their content and order."""
     return ROWS_PREFIX + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 

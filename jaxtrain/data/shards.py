@@ -136,7 +136,7 @@ class Reader:
         ]
 
     def _with_more(self, columns: Row, number: int, row: int) -> Row:
-        """A row's columns with further ones, which may stand in other rows. Raises DataError."""
+        """A row's columns with further ones, which may be in other rows. Raises DataError."""
         assert isinstance(self._encode, RowEncoder)
         source = self.sources[number]
         try:

@@ -140,7 +140,7 @@ class JobSetBackend(Backend):
         selector: dict[str, str] = {}
         limits: dict[str, int] = {}
         if self.topology is not None:
-            # GKE tells the pods of a slice, and of several slices, about each other.
+            # GKE sets what the pods of a slice, and of several slices, need to find each other.
             selector["cloud.google.com/gke-tpu-accelerator"] = str(self.accelerator)
             selector["cloud.google.com/gke-tpu-topology"] = self.topology
             limits["google.com/tpu"] = min(self.tpus_per_node, _chips(self.topology))

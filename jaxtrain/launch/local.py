@@ -206,7 +206,7 @@ class _Process:
         self._process.send_signal(number)
 
     def end_group(self) -> None:
-        """Kill what the process started and left behind."""
+        """Kill what the process started and did not end."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

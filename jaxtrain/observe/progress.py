@@ -47,7 +47,7 @@ class Progress:
         activity: Callable[[], str] = lambda: "step",
         record: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`steps`: None until `begin`. `activity` tells what the run is busy with, from any thread. `record` is called
+        """`steps`: None until `begin`. `activity` returns what the run is busy with, from any thread. `record` is called
         with everything that is printed, at full length.
         """
         self._steps, self._step = steps, start

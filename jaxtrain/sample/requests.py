@@ -288,7 +288,9 @@ def check_request(
     if 0 < limits.support < min(params.top_k, vocab_size):
         refuse("top_k", f"top_k={params.top_k}, and the engine returns supports of up to {limits.support} tokens")
     if params.alternatives > limits.alternatives:
-        refuse("alternatives", f"alternatives={params.alternatives}, and the engine tells up to {limits.alternatives}")
+        refuse(
+            "alternatives", f"alternatives={params.alternatives}, and the engine returns up to {limits.alternatives}"
+        )
     if params.stop and not has_tokenizer:
         refuse("stop", "stop strings need an engine with a tokenizer; use stop_ids")
     allowed = () if params.allowed_ids is None else params.allowed_ids

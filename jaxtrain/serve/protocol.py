@@ -90,9 +90,10 @@ def _field_error(errors: list[ErrorDetails], given: Mapping[str, Any]) -> FieldE
     """The fault of one value. What the value might be instead are several errors of pydantic; the deepest is of the
     kind that was most likely meant."""
     field = str(errors[0]["loc"][0])
-    places = [_place(error, given) for error in errors if error["loc"][0] == field]
+    errors = [error for error in errors if error["loc"][0] == field]
+    places = [_place(error, given) for error in errors]
     path, value = max(places, key=lambda place: place[0].count(".") + place[0].count("["))
-    found = [error for error, place in zip(errors, places, strict=False) if place[0] == path]
+    found = [error for error, place in zip(errors, places, strict=True) if place[0] == path]
     name = _cut(path)
     if found[0]["type"] == "extra_forbidden":
         return _refused(field, f"{name} is not supported; leave it out")

@@ -166,10 +166,10 @@ class ResponseBuilder:
 
     def _piece(self, choices: list, usage: Usage | None = None) -> ChatCompletionChunk | TextCompletion:
         """An event of a stream. If requested, `usage` is set in the last one and null in the others."""
-        told: dict[str, Any] = {"usage": usage} if self._call.usage else {}
+        usage_field: dict[str, Any] = {"usage": usage} if self._call.usage else {}
         if self._chat:
-            return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **told)
-        return TextCompletion(**self._head, object="text_completion", choices=choices, **told)
+            return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **usage_field)
+        return TextCompletion(**self._head, object="text_completion", choices=choices, **usage_field)
 
     def _usage(self) -> Usage:
         prompt = sum(len(request.prompt_ids) for request in self._call.requests)
