@@ -160,9 +160,9 @@ def left_out_warning(guessed: Iterable[str]) -> str:
     """About nulls that were taken for fillings without evidence."""
     names = ", ".join(dict.fromkeys(guessed))
     return (
-        f"tool calls have arguments that are null ({names}) and that cannot be distinguished from the nulls "
-        "which a file format adds: they are left out, and such rows are counted as nulls_left_out. Arguments that are JSON strings keep "
-        "their nulls, and so do arguments that the tool's schema requires"
+        f"tool calls have arguments that are null ({names}) and that cannot be distinguished from the nulls which a "
+        "file format adds: they are left out, and such rows are counted as nulls_left_out. Arguments that are JSON "
+        "strings keep their nulls, and so do arguments that the tool's schema requires"
     )
 
 
