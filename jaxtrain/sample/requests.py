@@ -160,7 +160,11 @@ def shown(value: Any) -> str:
     """A value for an error message: in full where it is short."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to write one of more than 4300 digits
-    text = repr(value)
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """A text for an error message: at most 60 characters."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
