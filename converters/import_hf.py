@@ -174,8 +174,9 @@ def _fill(checkpoint: Checkpoint, tensor: Tensor, buffers: Mapping[ShardBounds, 
     depth = len(tensor.stack)
     parts = {}  # position of the shard's part within this tensor, in our layout -> the buffer's view of it
     for bounds, buffer in buffers.items():
-        if all(start <= place < stop for place, (start, stop) in zip(tensor.stack, bounds, strict=False)):
-            view = buffer[tuple(place - start for place, (start, _) in zip(tensor.stack, bounds, strict=False))]
+        stacked = tuple(zip(tensor.stack, bounds[:depth], strict=True))
+        if all(start <= place < stop for place, (start, stop) in stacked):
+            view = buffer[tuple(place - start for place, (start, _) in stacked)]
             parts[bounds[depth:]] = view
     if not parts:
         return

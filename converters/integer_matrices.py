@@ -45,7 +45,8 @@ class Grouped(NamedTuple):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self[:4] if entry is not None)
+        entries = (self.numbers, self.zeros, self.scales, self.groups)
+        return tuple(entry for entry in entries if entry is not None)
 
     def read(self, index: Index, read: ReadEntry) -> np.ndarray:
         """The rectangle `index` of [O, I], in bfloat16."""
@@ -99,7 +100,8 @@ class Blocks(NamedTuple):
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self[:5] if entry is not None)
+        entries = (self.numbers, self.table, self.absmax, self.nested_absmax, self.nested_table)
+        return tuple(entry for entry in entries if entry is not None)
 
     def read(self, index: Index, read: ReadEntry) -> np.ndarray:
         """The rectangle `index` of [O, I], in bfloat16: whole rows are read, since a matrix is stored flat."""

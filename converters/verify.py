@@ -82,6 +82,7 @@ def pair_modules(tensors: Sequence[Tensor], owners: Mapping[str, str]) -> dict[s
     above = {path for ours in holders for path in itertools.accumulate(ours.split("."), "{}.{}".format)}
     for path in above - holders.keys():
         below = [hf.split(".") for ours in holders if ours.startswith(f"{path}.") for hf in holders[ours]]
+        # A common beginning is at most as long as the shortest path, so the rest of the others is not read.
         common = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*below, strict=False))
         pairs[path] = Pair(".".join(names[0] for names in common))
     return pairs

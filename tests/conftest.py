@@ -50,12 +50,13 @@ MAPPINGS = Path("/proc/self/maps")
 # Files that take a minute and more run first, the longest before the others, so that the test processes of `make test`
 # end at about the same time.
 LONG = [
-    *("test_planner.py", "test_tpu_compile.py", "test_rl_processes.py", "test_rl.py", "test_rl_worlds.py"),
-    *("test_processes.py", "test_compare.py", "test_hosts.py", "test_step.py", "test_rl_beside.py", "test_stages.py"),
-    *("test_ray_sampler.py", "test_sft.py", "test_signals.py", "test_docs.py", "test_engine_families.py"),
-    *("test_kill_campaign.py", "test_engine_shapes.py", "test_on_policy.py", "test_vocabulary.py", "test_local.py"),
-    *("test_folder.py", "test_export.py", "test_adapters.py", "test_checkpoint.py", "test_preemption.py"),
-    *("test_engine.py", "test_app.py", "test_job.py"),
+    *("test_planner.py", "test_tpu_compile.py", "test_rl_processes.py", "test_rl.py", "test_newcomer.py"),
+    *("test_rl_worlds.py", "test_processes.py", "test_compare.py", "test_hosts.py", "test_step.py"),
+    *("test_rl_beside.py", "test_stages.py", "test_ray_sampler.py", "test_sft.py", "test_signals.py", "test_docs.py"),
+    *("test_mixtures.py", "test_engine_families.py", "test_kill_campaign.py", "test_engine_shapes.py"),
+    *("test_on_policy.py", "test_vocabulary.py", "test_local.py", "test_folder.py", "test_export.py"),
+    *("test_adapters.py", "test_checkpoint.py", "test_preemption.py", "test_engine.py", "test_app.py", "test_job.py"),
+    *("test_stack.py", "test_resumed_log.py", "test_server.py", "test_decoder.py", "test_context_step.py"),
 ]
 
 

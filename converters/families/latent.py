@@ -100,7 +100,7 @@ def read_latent(keys: ConfigKeys) -> dict[str, Any]:
 
 
 def read_latent_rope(keys: ConfigKeys) -> Rope:
-    """The rope, with the factor of the scores that `mscale_all_dim` stands for."""
+    """The rope, with the factor of the scores that `mscale_all_dim` determines."""
     rope = read_rope(keys)
     if not isinstance(rope.scaling, YarnScaling):
         return rope

@@ -15,7 +15,7 @@ HONOURED: dict[str, str] = {
     "dtype": "the default dtype of an export",
     "torch_dtype": "the name of dtype before transformers 5",
     "id2label": "its length is the number of labels of a classifier, of which only one (a reward model) is supported",
-    "num_labels": "stands in for id2label",
+    "num_labels": "replaces id2label",
     "bos_token_id": "copied into generation_config.json",
     "eos_token_id": "ends generation; copied into generation_config.json",
     "pad_token_id": "copied into generation_config.json; rows are packed, so that padding is never computed with",

@@ -70,7 +70,7 @@ def from_hf(hf: Mapping[str, Any], vocab_multiple: int = 64) -> ModelConfig:
         mlp_bias=keys.flag("mlp_bias"),
         pattern=tuple(
             LayerKind(window if slides else None, rope if rotated else None)
-            for slides, rotated in zip(sliding, rotates, strict=False)
+            for slides, rotated in zip(sliding, rotates[:layers], strict=True)  # it may name more layers
         ),
         vocab_multiple=vocab_multiple,
     )

@@ -102,7 +102,7 @@ def chat(model: AnyModelArgument, **given: Any) -> None:
     prompt = "> " if sys.stdin.isatty() else ""
     converse(served, params, lambda: input(prompt), lambda text: print(text, end="", flush=True))
     if prompt:
-        print()  # Ctrl-D leaves the cursor behind the prompt
+        print()  # Ctrl-D leaves the cursor after the prompt
 
 
 @with_field_options(ServingOptions)

@@ -1,6 +1,6 @@
 """Sections whose keys are the fields of a dataclass: `objective`, `rl.algorithm` and `sampling`.
 
-Types, bounds, defaults and checks stand at the dataclass alone, which is imported when a config is checked.
+Types, bounds, defaults and checks are defined by the dataclass alone, which is imported when a config is checked.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FieldsOf:
     def apply(self, base: Any, given: Mapping[str, Any]) -> Any:
         """The dataclass `base` with the values of `given` in its fields, or an instance of the class `base` with them.
 
-        Values are checked as those of a JSON file, strictly: a list may stand for a tuple, a mapping for a dataclass.
+        Values are checked as those of a JSON file, strictly: a list is accepted as a tuple, a mapping as a dataclass.
         Raises ValidationError, which names all wrong keys. Raises ValueError for a value that is not the default and
         changes nothing, by the dataclass's `without_effect` (field -> why), and what the dataclass itself raises.
         """

@@ -18,7 +18,7 @@ class DistributedSection(Section):
     """Until a host that no longer answers, for example without power, is given up; the end of a process is seen at
     once."""
     heartbeat_timeout: PositiveInt = 600
-    """Of JAX's own heartbeats: until a process that stands still is given up."""
+    """Of JAX's own heartbeats: until a process without a heartbeat is given up."""
     shutdown_timeout: PositiveInt = 3600
     """That a process which is done waits for the others."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0

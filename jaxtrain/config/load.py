@@ -120,7 +120,7 @@ _FLOAT = r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
-_NAMED = ("algorithm", "objective")  # sections that a name alone may stand for
+_NAMED = ("algorithm", "objective")  # sections that may be given as a name alone
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -185,7 +185,7 @@ def _faults(error: ErrorDetails) -> Iterator[str]:
 
 
 def _unquoted(kind: str, value: Any) -> str:
-    """How to write a value that is right but for its type."""
+    """Hint for a value whose only error is its type."""
     if not isinstance(value, str):
         return ""
     if kind == "list_type":

@@ -40,12 +40,12 @@ def plain_row(row: Any, place: str) -> dict[str, Any]:
 
 
 def source_path(source: str | Callable[..., Any]) -> str:
-    """What stands for a function that gives rows, where a config has a path."""
+    """The string recorded as the path of a function that returns rows."""
     return SOURCE_PREFIX + import_path(source)
 
 
 def rows_path(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What stands for `rows` where a config has a path: it changes with their content and order."""
+    """The string recorded as the path of `rows`: it changes with their content and order."""
     return ROWS_PREFIX + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 

@@ -90,7 +90,7 @@ class RLSection(Section):
             )
         names = Counter(reward.name for reward in [*self.rewards, *self.reward_models])
         if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"two rewards are named {twice[0]!r}: metrics and weights tell them by their name")
+            raise ValueError(f"two rewards are named {twice[0]!r}: metrics and weights identify them by their name")
         if self.prompts % self.minibatches:
             raise ValueError(f"prompts={self.prompts} is not a multiple of minibatches={self.minibatches}")
         if not algorithm.critic and self.critic != CriticSection():

@@ -11,7 +11,7 @@ from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
 from jaxtrain.config.rl import RLSection
 from jaxtrain.config.sections import DType, NonNegativeInt, Section
 
-PROMPT = "prompt"  # stands in `privileged_prompt` for what the student reads
+PROMPT = "prompt"  # placeholder in `privileged_prompt` of what the student reads
 
 
 class TeacherSection(Section):
@@ -123,8 +123,6 @@ def _check_aligned(teacher: TeacherSection, rl: RLSection) -> None:
             "same token ids: use on_policy_distillation"
         )
     if rl.environment is not None:
-        raise ValueError(
-            "teacher.aligned does not go with rl.environment, whose turns stand between the model's tokens"
-        )
+        raise ValueError("teacher.aligned does not go with rl.environment, whose turns are between the model's tokens")
     if teacher.path is None:
         raise ValueError("teacher.aligned is for a teacher with another tokenizer: give teacher.path")

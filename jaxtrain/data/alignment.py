@@ -25,7 +25,7 @@ _SHOWN = 40  # bytes of a text in an error
 
 
 class Groups(NamedTuple):
-    """Aligned runs of tokens: places [G, 2] int64 of the first one and behind the last one, ascending."""
+    """Aligned runs of tokens: places [G, 2] int64 of the first one and after the last one, ascending."""
 
     student: np.ndarray
     teacher: np.ndarray
@@ -197,7 +197,7 @@ def _writer(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def _bytes_of_characters() -> dict[str, bytes]:
-    """GPT-2's characters of the 256 bytes: those that print stand for themselves, the others follow 255 in order."""
+    """GPT-2's characters of the 256 bytes: those that print are unchanged, the others follow 255 in order."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): bytes([byte]) for byte in printed} | {

@@ -4,9 +4,9 @@ A turn is what the model must write once it is prompted with the messages before
 is found in this order:
 
 1. by the template's own `{% generation %}` marks, without what the prompt holds and what follows the end of the turn;
-2. behind the rendered prompt, where the conversation begins with it;
+2. after the rendered prompt, where the conversation begins with it;
 3. where a template rewrites earlier turns, as Qwen3's does with thoughts: in what its loop writes for the message
-   (`tracing.py`), behind the part of the prompt that begins it.
+   (`tracing.py`), after the part of the prompt that begins it.
 
 A turn ends with its last special token; if it has none, with the special token that begins the next message (GLM's
 `<|user|>`), at which a model must stop just as well.
@@ -237,9 +237,9 @@ def _rewritten(number: int) -> ValueError:
 def _of_messages(
     generated: list[tuple[int | None, TextSpan]], assistant: list[int], weights: Sequence[float]
 ) -> list[tuple[int | None, TextSpan]]:
-    """Spans with weight and their messages, which a template that marks outside of a loop does not tell.
+    """Spans with weight and their messages, which a template that marks outside of a loop does not show.
 
-    Raises ValueError where the messages differ in weight and cannot be told apart.
+    Raises ValueError where the messages differ in weight and cannot be distinguished.
     """
     generated = _with_ends(generated)
     if all(number is not None for number, _ in generated):
@@ -250,13 +250,13 @@ def _of_messages(
     if len({weights[number] for number in assistant}) > 1:
         raise ValueError(
             "the chat template's {% generation %} marks are not in a loop over the messages, so the assistant's turns "
-            "cannot be told apart, and not all of them are trained alike"
+            "cannot be distinguished, and not all of them are trained alike"
         )
     return [(None, span) for _, span in generated]
 
 
 def _with_ends(generated: list[tuple[int | None, TextSpan]]) -> list[tuple[int | None, TextSpan]]:
-    """Marks behind the loop that go on where those of a message end, as those of Phi-3's end of the text, as its."""
+    """Marks after the loop that go on where those of a message end, as those of Phi-3's end of the text, as its."""
     joined: list[tuple[int | None, TextSpan]] = []
     for number, (start, end) in generated:
         if number is None and joined and joined[-1][0] is not None and joined[-1][1][1] == start:

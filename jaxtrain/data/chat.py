@@ -217,7 +217,7 @@ class ChatTokenizer:
         return text, [Answer(last, len(prompt), len(prompt) + len(turn))]
 
     def _behind_prompt(self, text: str, answers: list[Answer], prompt: Trace, chat: Chat) -> tuple[str, list[Answer]]:
-        """The text and the last turn behind the prompt for it, where the template writes what comes before otherwise
+        """The text and the last turn after the prompt for it, where the template writes what comes before otherwise
         once the turn follows, as that of GPT-OSS leaves out the thought of a call before an answer.
 
         Raises ValueError where the two do not fit.
@@ -256,7 +256,7 @@ class ChatTokenizer:
     def _check_ends(
         self, text: str, answers: list[Answer], chat: Chat, closing: str | None, *, has_marks: bool
     ) -> tuple[str, ...]:
-        """Warnings about how the trained turns end; `closing` is the token that is added behind the last message.
+        """Warnings about how the trained turns end; `closing` is the token that is added after the last message.
 
         Raises ValueError for a turn of which the template writes nothing but its end.
         """
@@ -291,7 +291,7 @@ def _mend(asked: str, reads: Collection[str]) -> str:
 
 
 def _is_last_alone(chat: Chat, weights: Sequence[float]) -> bool:
-    """Whether the last turn alone is trained, behind others of the assistant: a template may write these otherwise once
+    """Whether the last turn alone is trained, after others of the assistant: a template may write these otherwise once
     it follows.
     """
     return not any(weights[:-1]) and any(message["role"] == "assistant" for message in chat.messages[:-1])

@@ -56,10 +56,10 @@ _NOT_TRAINED = dict.fromkeys(("train", "loss"), f"{_ROW_WEIGHT}, 0 for one that 
 _OF_CHATS = {
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
-        "the thought of an answer stands in its message, as `reasoning_content`, or at the beginning of its text",
+        "the thought of an answer belongs in its message, as `reasoning_content`, or at the beginning of its text",
     ),
     "train_on_inputs": "set data.loss_on=all to train prompts too",
-    "documents": "documents for a chat template stand in chat_template_kwargs",
+    "documents": "documents for a chat template belong in chat_template_kwargs",
 }
 _OF_ALPACA = {
     "input": "it goes with the columns instruction and output; write it into the prompt",

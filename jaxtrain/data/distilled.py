@@ -1,4 +1,4 @@
-"""Examples with a teacher's log-probabilities, which stand in rows beside those of their source."""
+"""Examples with a teacher's log-probabilities, which are in rows beside those of their source."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class LeftOut:
                 alone = chat.until(number + 1)
                 if not self._is_written(None, self._render(alone), self._render, [alone.with_message(number, changed)]):
                     prompt = self._prompt(chat.until(number))
-                    behind = ", or write it behind the thought that the prompt opens, with data.split_turns=true"
+                    behind = ", or write it after the thought that the prompt opens, with data.split_turns=true"
                     raise ValueError(
                         f"{where}: the chat template does not write its reasoning: give a template that does as "
                         "model.chat_template"
@@ -227,7 +227,7 @@ def _parts(message: Message) -> Iterator[tuple[str, str, Message]]:
         if content.strip():
             yield "content", content.strip(), message | {"content": PROBE}
         return
-    # Some templates read one thought in the content, and leave out what stands before it and other thoughts.
+    # Some templates read one thought in the content, and leave out the text before it and other thoughts.
     pieces = MARKS.split(content)
     for at in range(0, len(pieces), 2):
         if words := pieces[at].strip():

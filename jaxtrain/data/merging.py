@@ -15,7 +15,7 @@ _JOINED_BY_ROLE = (*_SYSTEM, "user", "assistant")  # each result of a tool stays
 class Turn(NamedTuple):
     message: Message
     weight: float | None  # the loss weight that the row gives it; None where it gives none
-    in_prompt: bool  # it stands in the column `prompt`, which is not trained
+    in_prompt: bool  # it is in the column `prompt`, which is not trained
     where: str  # as an error names it
 
     @property

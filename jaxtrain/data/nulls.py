@@ -12,7 +12,7 @@ written is decided by the best evidence available. First, whether the row has fi
 
 Then, of a null in the arguments of a call in such a row:
 
-- If the schema of the called function stands in `tools`: a parameter that it does not have is a filling, one that is
+- If the schema of the called function is in `tools`: a parameter that it does not have is a filling, one that is
   required was written.
 - Else, in Parquet, a key whose type is `null` has no value in any row, so some row wrote that null, and it stays.
 - Any other null is taken for a filling: a guess, which is noted. Where it is an optional parameter, leaving it out
@@ -142,7 +142,7 @@ def _element(kind: pa.DataType | None) -> pa.DataType | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value`, or what it is the JSON of; broken JSON stays text, which whoever reads it refuses."""
+    """`value`, or the value that it encodes as JSON; invalid JSON is returned as text and rejected later."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -160,9 +160,9 @@ def left_out_warning(guessed: Iterable[str]) -> str:
     """About nulls that were taken for fillings without evidence."""
     names = ", ".join(dict.fromkeys(guessed))
     return (
-        f"tool calls have arguments that are null ({names}) and that nothing tells from the nulls which a file format "
-        "adds: they are left out, and such rows are counted as nulls_left_out. Arguments that are JSON strings keep "
-        "their nulls, and so do arguments that the tool's schema requires"
+        f"tool calls have arguments that are null ({names}) and that cannot be distinguished from the nulls which a "
+        "file format adds: they are left out, and such rows are counted as nulls_left_out. Arguments that are JSON "
+        "strings keep their nulls, and so do arguments that the tool's schema requires"
     )
 
 

@@ -280,7 +280,7 @@ def _piece(example: Example, start: int, length: int) -> Example:
 
 
 def _first_token_unweighted(example: Example) -> Example:
-    # Nothing stands before a segment's first token, so nothing predicts it.
+    # There is nothing before a segment's first token, so nothing predicts it.
     if not np.count_nonzero(example.loss_weights[:1]):
         return example
     weights = example.loss_weights.copy()

@@ -203,7 +203,7 @@ class AnswerEncoder(RowEncoder):
 
     def _with_logps(self, example: Example, row: Row, column: str) -> Example:
         """The example with the signal `ref_logps`, if the row has it: the log-probability of each token, of each token
-        that `data.max_length` leaves, or their sum, which then stands at the last trained token."""
+        that `data.max_length` leaves, or their sum, which is then at the last trained token."""
         given, tokens = row.get(column), len(example.input_ids)
         if given is None:
             return example

@@ -53,7 +53,7 @@ def count_shards(data: DataSection, rows: int) -> int:
 class TrainStream:
     """Iterator over this host's rows of the global batches: `Batch` of numpy arrays [rows / num_shards * shards, T].
 
-    Rows stand in the order of the virtual shards. The stream ends when all sources are exhausted, which
+    Rows are in the order of the virtual shards. The stream ends when all sources are exhausted, which
     only happens with `epochs` set; shards that are exhausted before the others then add rows of padding.
     """
 

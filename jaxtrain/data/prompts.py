@@ -193,7 +193,7 @@ class _RowReader(Generic[T]):
                 raise
             if not self.bad_rows:
                 self.example = str(error)
-                warnings.warn(f"skipped a bad row, more are only counted: {error}", stacklevel=4)
+                warnings.warn(f"skipped a bad row; further ones are counted but not reported: {error}", stacklevel=4)
             self.bad_rows += 1
             return None
 

@@ -90,7 +90,7 @@ class Template:
     def chat(self, messages: list[Message], tools: list[Any] | None, kwargs: dict[str, Any] | None) -> Chat:
         """A conversation in the form that the template reads.
 
-        The reasoning stands under every name that templates read, as transformers passes it on. Arguments of tool calls
+        The reasoning is set under every name that templates read, as transformers passes it on. Arguments of tool calls
         are mappings or JSON, and a call without content has null or an empty string: whichever the template writes.
         A thought that begins the content, between marks that the template would write as words, stands under the key.
 

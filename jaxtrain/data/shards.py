@@ -136,7 +136,7 @@ class Reader:
         ]
 
     def _with_more(self, columns: Row, number: int, row: int) -> Row:
-        """A row's columns with further ones, which may stand in other rows. Raises DataError."""
+        """A row's columns with further ones, which may be in other rows. Raises DataError."""
         assert isinstance(self._encode, RowEncoder)
         source = self.sources[number]
         try:
@@ -202,7 +202,7 @@ class Reader:
     def _warn(self, error: DataError) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"skipped a bad row, more are only counted: {error}", stacklevel=2)
+            warnings.warn(f"skipped a bad row; further ones are counted but not reported: {error}", stacklevel=2)
 
 
 class Shard:

@@ -178,7 +178,7 @@ class Source:
         ]
 
     def place(self, index: int) -> str:
-        """Where a row stands, as an error names it: `file:line`."""
+        """The place of a row, as an error names it: `file:line`."""
         rows, local = self._locate(index)
         return rows.place(local)
 

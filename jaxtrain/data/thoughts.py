@@ -17,7 +17,7 @@ def opened_thought(prompt: str) -> str:
 
 
 def split_thought(message: Message) -> tuple[str, str]:
-    """The thought and the answer of a turn, whether the thought has a separate key or stands in the content."""
+    """The thought and the answer of a turn, whether the thought has a separate key or is in the content."""
     content = message.get("content") or ""
     if message.get("reasoning_content"):
         return message["reasoning_content"], content
@@ -27,7 +27,7 @@ def split_thought(message: Message) -> tuple[str, str]:
 
 
 def words_before_thought(message: Message) -> str:
-    """What stands in the content before its last thought."""
+    """The content before its last thought."""
     thoughts, _, _ = ("" if message.get("reasoning_content") else message["content"]).rpartition(THOUGHTS[0][1])
     return thoughts.rpartition(THOUGHTS[0][0])[0].strip()
 
@@ -71,5 +71,5 @@ def check_thought(message: Message, where: str, keyed: frozenset[str]) -> None:
     if any(begin in keyed and (begin in content or end in content) for begin, end in THOUGHTS):
         raise ValueError(
             f"{where}: the chat template reads thoughts in reasoning_content alone, and would write their marks as "
-            "words: a thought in the content must be its only one and stand at its beginning"
+            "words: a thought in the content must be its only one and be at its beginning"
         )

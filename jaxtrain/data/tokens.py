@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The `tokenizers.Tokenizer` inside, told not to pad or cut whatever its file says: packing does both."""
+    """The `tokenizers.Tokenizer` inside, set not to pad or cut whatever its file says: packing does both."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
@@ -71,7 +71,7 @@ class TokenLocator:
         self._composed = self._backend.normalizer is not None
 
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> LocatedTokens:
-        """Special tokens that are added stand for no part of the text. Raises ValueError for a lone surrogate."""
+        """Special tokens that are added have no part of the text. Raises ValueError for a lone surrogate."""
         if self._lengths is not None and not (self._composed and not is_normalized("NFC", text)):
             try:
                 (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -101,7 +101,7 @@ _NO_BYTES = -(1 << 40)  # of a token whose bytes are not known: no text has the 
 def _byte_lengths(backend: Any) -> np.ndarray | None:
     """Bytes of text [V] of every token; None if the tokens are not the bytes of the text.
 
-    What the parts of the tokenizer do not tell, such as text that the pre-tokenizer removes, gives lengths whose sum is
+    What the parts of the tokenizer do not show, such as text that the pre-tokenizer removes, gives lengths whose sum is
     not the text's.
     """
     model, normalizer = backend.model, backend.normalizer

@@ -78,7 +78,7 @@ class JobSetBackend(Backend):
         slices, hosts = self._shape(job.nodes)
         name = dns_label(job.name, 63 - _SUFFIX)
         labels = {} if self.queue is None else {"kueue.x-k8s.io/queue-name": self.queue}
-        # One slice, one node pool: the pods of a child job never lie in two.
+        # One slice, one node pool: the pods of a child job are never split over two node pools.
         exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         stopped = sorted(STOPPED)
         failure_rules = [
@@ -140,7 +140,7 @@ class JobSetBackend(Backend):
         selector: dict[str, str] = {}
         limits: dict[str, int] = {}
         if self.topology is not None:
-            # GKE tells the pods of a slice, and of several slices, about each other.
+            # GKE sets what the pods of a slice, and of several slices, need to find each other.
             selector["cloud.google.com/gke-tpu-accelerator"] = str(self.accelerator)
             selector["cloud.google.com/gke-tpu-topology"] = self.topology
             limits["google.com/tpu"] = min(self.tpus_per_node, _chips(self.topology))

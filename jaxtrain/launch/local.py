@@ -193,7 +193,7 @@ class _Process:
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended, neither well nor in answer to a signal that asks it to stop."""
+        """Whether it failed: it exited with an error, and not because of a stop signal."""
         code = self._process.returncode
         return code is not None and code != 0 and code not in STOPPED
 
@@ -206,7 +206,7 @@ class _Process:
         self._process.send_signal(number)
 
     def end_group(self) -> None:
-        """Kill what the process started and left behind."""
+        """Kill what the process started and did not end."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

@@ -252,7 +252,8 @@ class Decoder(nnx.Module):
                 return apply
             assert not run.unroll, run.remat
             # XLA merges nothing across the iterations of a loop, so a loop over single layers needs no barrier between
-            # forward and backward pass. With several layers, it also keeps their activations from living at once.
+            # forward and backward pass. With several layers, it also keeps their activations from being in
+            # memory at the same time.
             alone = loop.period == 1 and loop.first <= number < loop.stop
             return jax.checkpoint(apply, policy=remat_policy(run.remat), prevent_cse=not alone)
 

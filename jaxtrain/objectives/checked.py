@@ -9,7 +9,7 @@ from typing_extensions import TypedDict  # pydantic reads that of `typing` from 
 
 
 class Checked:
-    """The base of dataclasses of numbers: types and bounds stand in the annotations of their fields alone.
+    """The base of dataclasses of numbers: types and bounds are in the annotations of their fields alone.
 
     Raises ValueError, which names the class, the field and its value. A subclass with a `__post_init__` of its own
     calls `super().__post_init__()` first.

@@ -89,7 +89,7 @@ def further_logps(logp: Float[Array, "B T"], places: Integer[Array, "B T"]) -> F
 
 
 def to_student(teacher: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T K"]:
-    """What stands at the teacher's first tokens of the groups, at the student's; 0 elsewhere."""
+    """The values at the teacher's first tokens of the groups, moved to the student's; 0 elsewhere."""
     first = batch.signals[GROUP_PLACE] == 1
     at = jnp.where(first, jnp.arange(first.shape[1]) + batch.signals[TEACHER_SHIFT], 0)
     return jnp.where(first[..., None], jnp.take_along_axis(teacher, at[..., None], 1), 0)

@@ -24,7 +24,7 @@ _VARIABLES = (
 
 
 def environment() -> dict[str, dict[str, Any]]:
-    """By section, names and what stands for each."""
+    """Section -> {name: value}."""
     memory = psutil.virtual_memory()
     return {
         "system": {

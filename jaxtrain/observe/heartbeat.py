@@ -1,4 +1,4 @@
-"""The heartbeat of a process: a small JSON file in the run's folder, which tells others that and how it is alive.
+"""The heartbeat of a process: a small JSON file in the run's folder, which shows its progress.
 
 Does not import JAX, so that `jaxtrain status` can read it at once.
 """
@@ -24,7 +24,7 @@ DEAD_AFTER_SECONDS = 8 * BEAT_SECONDS  # of silence; file systems of several hos
 
 
 class Heartbeat:
-    """Writes what `facts` tells to the file of this process every `BEAT_SECONDS`, in a thread, until it is stopped."""
+    """Writes the result of `facts` to the process's file every `BEAT_SECONDS`, in a thread, until it is stopped."""
 
     def __init__(self, run: Path, process: int, processes: int, facts: Callable[[], Mapping[str, Any]]) -> None:
         self._path, self._facts = run / HEARTBEATS / f"process_{process}.json", facts

@@ -21,7 +21,7 @@ class MetricLog:
     removed, since these steps will be logged again: the file has the steps that led to the final parameters, each once.
     This requires that a step is logged before its checkpoint is saved, which is its first line. `evaluated`: whether it
     was evaluated by then too; else further lines of that step are removed as well. `trackers` get the same numbers as
-    metrics.jsonl; steps that come again are told to them again.
+    metrics.jsonl; steps that come again are reported to them again.
     """
 
     def __init__(

@@ -47,8 +47,8 @@ class Progress:
         activity: Callable[[], str] = lambda: "step",
         record: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`steps`: None until `begin`. `activity` tells what the run is busy with, from any thread. `record` is called
-        with everything that is printed, at full length.
+        """`steps`: None until `begin`. `activity` returns what the run is busy with, from any thread. `record` is
+        called with everything that is printed, at full length.
         """
         self._steps, self._step = steps, start
         self._console = console or Console(highlight=False, quiet=jax.process_index() != 0)

@@ -159,8 +159,9 @@ def _samples_of(file: Path) -> dict[str, Any]:
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    mask = row["loss_mask"] or []
-    advantages = [value for value, trained in zip(row["advantages"] or [], mask, strict=False) if trained]
+    advantages = row["advantages"] or []  # of each token, as the mask; empty until they are computed
+    mask = (row["loss_mask"] or []) if advantages else []
+    advantages = [value for value, trained in zip(advantages, mask, strict=True) if trained]
     parts = [f"{name} {value:.3g}" for name, value in row["rewards"] or [] if value is not None]
     return {
         "prompt": _cut(_question(json.loads(row["columns"]))),

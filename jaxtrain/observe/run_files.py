@@ -32,7 +32,7 @@ RUN_FILES = (
 
 
 def recorded_sources(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The paths of the data of a `recorded_config`, each behind its use, train or eval."""
+    """The paths of the data of a `recorded_config`, each after its use, train or eval."""
     for use in ("train", "eval"):
         section = config.get("data", {}).get(use)
         for source in section if isinstance(section, list) else [section] if section else []:

@@ -174,7 +174,7 @@ def estimate_text(recipe: str, target: Target, found: StateEstimate) -> str:
 
 
 def plan_text(plan: RunPlan, profile: int = 0) -> str:
-    """The part of the text that compiled programs are behind."""
+    """The part of the text that is computed from compiled programs."""
     lines = []
     for phase in plan.phases:
         lines += _phase_lines(phase, plan.target, profile)

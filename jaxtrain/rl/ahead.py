@@ -26,8 +26,8 @@ class AheadSource:
 
     A thread samples without a pause: the next prompts are begun while others are under way, as many as `GroupQueue`
     permits. Other threads score the groups that are finished. The trainer takes a batch as soon as enough groups are
-    finished, whichever. Every token is tagged with the version that sampled it, since weights that arrive are used from
-    the engine's next device call on.
+    finished, in any order. Every token is tagged with the version that sampled it, since weights that arrive are used
+    from the engine's next device call on.
 
     Each process samples its own prompts and has its own threads, which do not wait for those of other processes; all
     call the source together.
@@ -223,9 +223,10 @@ class GroupQueue:
         lead: int,
         refills: int,
     ):
-        """`draw` returns the next prompt of all processes, None if there is none; `state()` is what draws it again.
+        """`draw` returns the next prompt of all processes, None if there is none; `state()` is the state from which
+        it can be drawn again.
 
-        `refills`: times the groups of a batch, so many useless groups are replaced until the next batch.
+        At most `refills` * (groups per batch) useless groups are replaced before the next batch.
         """
         self._draw, self._read_state, self._owns = draw, state, owns
         self._prompts, self._refills = prompts, refills

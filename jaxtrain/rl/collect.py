@@ -135,7 +135,7 @@ class Collector:
         """The samples of a step, of all processes, with metrics beside the given ones.
 
         `seen`: all whose rewards are known since the step before; `kept`: the groups that train; `last`: those that
-        stand for them if there is none. Raises ValueError if all rewards are lost repeatedly.
+        take their place if there is none. Raises ValueError if all rewards are lost repeatedly.
         """
         no_signal = self._guard.check(seen)
         metrics = rollout_metrics(seen) | metrics | {"rewards/no_signal": float(no_signal)}

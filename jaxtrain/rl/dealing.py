@@ -1,4 +1,4 @@
-"""Deals the prompts of a run to its processes, and tells all processes of the samples of each."""
+"""Deals the prompts of a run to its processes, and shares an outline of the samples of each with all."""
 
 from __future__ import annotations
 

@@ -134,6 +134,7 @@ class NumberReversal:
     def step(self, text: str) -> Reply:
         self._tries_left -= 1
         answer = text.strip()
+        # Digits without a counterpart are wrong: they count in the length below.
         right = sum(a == b for a, b in zip(answer, self._target, strict=False))
         reward = right / max(len(answer), len(self._target))
         if answer == self._target or not self._tries_left:

@@ -1,6 +1,6 @@
 """Files of samples with pending updates, from which another number of processes can go on too.
 
-Every process writes its rows; `number` tells the prompt of each of their tokens, so that they can be dealt again.
+Every process writes its rows; `number` is the prompt of each of their tokens, so that they can be dealt again.
 """
 
 from collections.abc import Iterator, Sequence

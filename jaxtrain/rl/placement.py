@@ -34,7 +34,7 @@ def trainer_devices(placement: PlacementSection, devices: Sequence[Any] | None =
     if placement.kind == "colocated" and placement.staleness and len(devices) > 1:
         # Two threads may start programs in a different order on each device; their collectives then never meet.
         raise ValueError(
-            f"rl.placement.staleness={placement.staleness} samples beside the training, which on {len(devices)} "
+            f"rl.placement.staleness={placement.staleness} samples while training, which on {len(devices)} "
             "devices needs rl.placement.kind=disjoint or ray"
         )
     if placement.kind != "disjoint":

@@ -14,7 +14,7 @@ def prompt_stream(session: Session, policy: Role) -> PromptStream[Prompt]:
 
     Where they end, the steps that they make are counted: `session.num_steps`. Raises ValueError where they end before
     `train.steps`, where these are not given and a source is a stream, and where dynamic sampling draws as many as it
-    needs, so that nothing tells their number.
+    needs, so that their number is not known.
     """
     config = session.config
     assert config.rl is not None

@@ -149,7 +149,7 @@ class AsyncEngine:
                 for chunk in chunks:
                     deliver, place = self._active[chunk.request]
                     deliver(chunk._replace(request=place))
-        except Exception as error:  # whatever it is, every stream is told that the engine has stopped
+        except Exception as error:  # whatever it is, every stream gets the error that the engine has stopped
             self._failure = error
         finally:
             self._stopped = True

@@ -152,7 +152,7 @@ class Engine:
                 yield chunk._replace(request=numbers[chunk.request])
 
     def run(self, source: Callable[[bool], bool]) -> Generator[Chunk]:
-        """The loop behind all uses of the engine: call `source`, run a device call, yield its chunks.
+        """The loop that all uses of the engine run: call `source`, run a device call, yield its chunks.
 
         `source(idle)` is called before every device call. It may call `submit`, `cancel` and `set_params`, and may
         block if the engine is idle. It returns whether more requests may come; if not, the loop ends once the engine

@@ -160,7 +160,11 @@ def shown(value: Any) -> str:
     """A value for an error message: in full where it is short."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to write one of more than 4300 digits
-    text = repr(value)
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """A text for an error message: at most 60 characters."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -288,7 +292,9 @@ def check_request(
     if 0 < limits.support < min(params.top_k, vocab_size):
         refuse("top_k", f"top_k={params.top_k}, and the engine returns supports of up to {limits.support} tokens")
     if params.alternatives > limits.alternatives:
-        refuse("alternatives", f"alternatives={params.alternatives}, and the engine tells up to {limits.alternatives}")
+        refuse(
+            "alternatives", f"alternatives={params.alternatives}, and the engine returns up to {limits.alternatives}"
+        )
     if params.stop and not has_tokenizer:
         refuse("stop", "stop strings need an engine with a tokenizer; use stop_ids")
     allowed = () if params.allowed_ids is None else params.allowed_ids

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from jaxtrain.sample.grammar import Grammar, guidance_tokenizer, json_schema_grammar, lark_grammar, regex_grammar
-from jaxtrain.sample.requests import FieldError, Request, SamplingParams, shown
+from jaxtrain.sample.requests import FieldError, Request, SamplingParams, shortened, shown
 from jaxtrain.serve.limits import Limits
 from jaxtrain.serve.outputs import Parser, parser, thought_of
 from jaxtrain.serve.schema import (
@@ -90,10 +90,11 @@ def _field_error(errors: list[ErrorDetails], given: Mapping[str, Any]) -> FieldE
     """The fault of one value. What the value might be instead are several errors of pydantic; the deepest is of the
     kind that was most likely meant."""
     field = str(errors[0]["loc"][0])
-    places = [_place(error, given) for error in errors if error["loc"][0] == field]
+    errors = [error for error in errors if error["loc"][0] == field]
+    places = [_place(error, given) for error in errors]
     path, value = max(places, key=lambda place: place[0].count(".") + place[0].count("["))
-    found = [error for error, place in zip(errors, places, strict=False) if place[0] == path]
-    name = _cut(path)
+    found = [error for error, place in zip(errors, places, strict=True) if place[0] == path]
+    name = shortened(path)
     if found[0]["type"] == "extra_forbidden":
         return _refused(field, f"{name} is not supported; leave it out")
     if found[0]["type"] == "missing":
@@ -156,10 +157,6 @@ def _read_call(served: Served, body: ChatCall | CompletionCall, limits: Limits) 
 
 def _refused(name: str, problem: str) -> FieldError:
     return FieldError("the body", name, problem)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _usage(body: ChatCall | CompletionCall) -> bool:

@@ -165,11 +165,11 @@ class ResponseBuilder:
         return {"id": self._id, "created": self._created, "model": self._served.name}
 
     def _piece(self, choices: list, usage: Usage | None = None) -> ChatCompletionChunk | TextCompletion:
-        """An event of a stream. `usage` is told where it is asked for: null in all but the last."""
-        told: dict[str, Any] = {"usage": usage} if self._call.usage else {}
+        """An event of a stream. If requested, `usage` is set in the last one and null in the others."""
+        usage_field: dict[str, Any] = {"usage": usage} if self._call.usage else {}
         if self._chat:
-            return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **told)
-        return TextCompletion(**self._head, object="text_completion", choices=choices, **told)
+            return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **usage_field)
+        return TextCompletion(**self._head, object="text_completion", choices=choices, **usage_field)
 
     def _usage(self) -> Usage:
         prompt = sum(len(request.prompt_ids) for request in self._call.requests)

@@ -148,7 +148,10 @@ class CalledFunction(_Strict):
     arguments: str = Field(description="a JSON object")
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write the arguments as JSON, so they get the object. Raises ValueError if it is none."""
+        """Templates write the arguments as JSON, so they get the object.
+
+        Raises ValueError if the arguments are not a JSON object.
+        """
         arguments = from_json(self.arguments or "{}")
         if not isinstance(arguments, dict):
             raise ValueError(f"the arguments of the tool call {self.name} must be a JSON object")

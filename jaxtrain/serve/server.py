@@ -29,8 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(served: Served, listening: socket.socket, limits: Limits | None = None, api_key: str | None = None) -> None:
-    """Answer until interrupted. An exception that ends the engine is raised after all waiting clients have been told,
-    so that whoever watches over the server restarts it."""
+    """Answer until interrupted. An exception that ends the engine is raised after all waiting clients got an error,
+    so that a supervisor can restart the server."""
     failures: list[Exception] = []
 
     def stop(failure: Exception) -> None:

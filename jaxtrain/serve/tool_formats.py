@@ -46,7 +46,7 @@ def read_hermes(text: str, final: bool) -> tuple[str, list[CalledTool]]:
 
 
 def read_llama(text: str, final: bool) -> tuple[str, list[CalledTool]]:
-    """{"name": ..., "parameters": {...}} as the whole text, or several of them behind each other, of Llama 3."""
+    """{"name": ..., "parameters": {...}} as the whole text, or several of them one after the other, of Llama 3."""
     mark = "<|python_tag|>"
     body = text.lstrip()
     if not final and mark.startswith(body):

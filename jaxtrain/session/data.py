@@ -109,8 +109,8 @@ def warn_of_positions(hf: Mapping[str, Any], max_length: int) -> None:
     if 0 < positions < max_length:
         warnings.warn(
             f"data.max_length={max_length} is beyond the {positions} positions that the model was made for "
-            "(max_position_embeddings in its config.json): later ones are new to it, and others that serve it may "
-            "refuse longer texts",
+            "(max_position_embeddings in its config.json): the model was not trained on later "
+            "positions, and others that serve it may refuse longer texts",
             stacklevel=3,
         )
 

@@ -110,7 +110,7 @@ class RunMonitor:
         return _Mark(self._step, self.wall.seconds(), self._watchdog.waited)
 
     def _facts(self) -> dict[str, Any]:
-        """What a heartbeat tells, from another thread."""
+        """The heartbeat's contents; called from another thread."""
         first = self._stepped
         rate = None if first is None or self._step == first[0] else (self._at - first[1]) / (self._step - first[0])
         return {

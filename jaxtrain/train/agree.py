@@ -78,8 +78,8 @@ def barrier(name: str) -> None:
 def on_all(work: Callable[[], T], processes: range | None = None) -> T:
     """Call `work`, in which no process waits for another, and return once it has returned on all processes.
 
-    If it raises an exception on one process, all processes raise: that one the exception itself, the others Interrupted
-    if that was Interrupted, else PeerError. `processes`: as in `gather_values`.
+    If it raises an exception on one process, that process re-raises it; the others raise Interrupted if it was
+    Interrupted, else PeerError. `processes`: as in `gather_values`.
     """
     if len(processes or range(jax.process_count())) == 1:
         return work()

@@ -35,7 +35,7 @@ from jaxtrain.types import Array
 _MAX_LISTED = 5  # names in an error message
 _ATTEMPTS = 3  # saves in a row that may fail
 _RETRY_AFTER = 2.0  # seconds until a failed save of arrays that are still there is attempted again
-_POLL_SECONDS = 0.2  # at which the processes tell each other how a save goes that they wait for
+_POLL_SECONDS = 0.2  # interval at which processes exchange the status of a pending save
 
 
 class CheckpointError(ValueError):
@@ -103,7 +103,7 @@ class Checkpoints:
                 # The other processes do not come here with this one, so nothing can be agreed on with them.
                 self._running = None
                 if problem := self._problem_here():
-                    self._writer = None  # it would raise the same error again, in the place of the block's
+                    self._writer = None  # it would raise the same error again, instead of the exception of the block
                     warnings.warn(self._failure(save.step, problem), RuntimeWarning, stacklevel=2)
         finally:
             self.close()

@@ -135,7 +135,7 @@ ACTIVATIONS: dict[Activation, str] = {
 
 
 def explain_gate(gate: np.ndarray, up: np.ndarray, activation: Activation, ours: np.ndarray, theirs: np.ndarray) -> str:
-    """What lies between gate, up [T, F] and the input of the down projection [T, F]."""
+    """The operations between gate, up [T, F] and the input of the down projection [T, F]."""
 
     def variants() -> Iterable[tuple[str, np.ndarray]]:
         yield f"the activation {ACTIVATIONS[activation]}", _activate(gate, activation) * up

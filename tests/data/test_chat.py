@@ -240,7 +240,7 @@ def test_generation_marks_outside_of_a_loop_belong_to_turns_in_order():
     tok = tokenizer(marks)
     assert marked(tok, ChatTokenizer(tok)(CHAT, weights=[0, 0, 0, 1])).count("«") == 1
     twice = tokenizer(marks + "{% generation %}{{ messages[3].content }}{% endgeneration %}")
-    with pytest.raises(ValueError, match="cannot be told apart"):
+    with pytest.raises(ValueError, match="cannot be distinguished"):
         ChatTokenizer(twice)(CHAT, weights=[0, 0, 0, 1])
     assert ChatTokenizer(twice)(CHAT).loss_weights.any()
 

@@ -71,9 +71,9 @@ def test_a_thought_of_a_call_stands_in_its_channel():
 @pytest.mark.parametrize(
     ("template", "turn", "message"),
     [
-        ("opened", answer("Well. " + INLINE), "must be its only one and stand at its beginning"),
+        ("opened", answer("Well. " + INLINE), "must be its only one and be at its beginning"),
         ("opened", answer(INLINE + INLINE), "it has a thought in its content and another one beside it|its only one"),
-        ("gpt-oss", answer("I wonder</think>Paris"), "must be its only one and stand at its beginning"),
+        ("gpt-oss", answer("I wonder</think>Paris"), "must be its only one and be at its beginning"),
         ("opened", answer("<think>I won"), "begins a thought with <think> that does not end"),
         ("qwen3", answer("<think>I won"), "begins a thought with <think> that does not end"),
         ("qwen3", answer(INLINE, reasoning_content="Hm"), "a thought in its content and another one beside it"),

@@ -70,7 +70,7 @@ def test_the_trainer_may_donate_its_weights_after_the_sync():
 def test_an_impossible_placement_is_an_error():
     with pytest.raises(ValueError, match="rollout_devices=8 of 8 devices leaves none"):
         trainer_devices(PlacementSection(kind="disjoint", rollout_devices=8))
-    with pytest.raises(ValueError, match="staleness=1 samples beside the training"):
+    with pytest.raises(ValueError, match="staleness=1 samples while training"):
         trainer_devices(PlacementSection(staleness=1))
     with pytest.raises(ValueError, match="they belong to `disjoint`"):
         PlacementSection(kind="disjoint")

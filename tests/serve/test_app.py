@@ -134,7 +134,7 @@ def test_completions_continue_text_or_ids(served, client):
         ({"max_tokens": "many"}, "max_tokens must be a valid integer, not 'many'"),
         ({"stop": [5]}, "stop\\[0\\] must be a valid string"),
         ({"logit_bias": {"3": "much"}}, "logit_bias.3 must be a valid number"),
-        ({"logprobs": True, "top_logprobs": 9}, "alternatives=9, and the engine tells up to 5"),
+        ({"logprobs": True, "top_logprobs": 9}, "alternatives=9, and the engine returns up to 5"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"extra_body": {"wanted": 3}}, "wanted is not supported"),
         ({"response_format": {"type": "yaml"}}, "response_format must have one of the types"),

@@ -70,7 +70,7 @@ class LocalBlob:
         return os.pread(descriptor.number, max(min(stop, self.size) - start, 0), start)
 
     def check_unchanged(self) -> None:
-        """Raise DataError where the name stands for another file by now: for readers that open it again."""
+        """Raise DataError where the name is that of another file by now: for readers that open it again."""
         _check_identity(self.name, os.stat(self.name), self._identity)
 
     def blocks(self, start: int = 0) -> Iterator[bytes]:

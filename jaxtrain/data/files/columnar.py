@@ -142,7 +142,7 @@ class ParquetRows(ColumnarRows):
 
     def _growth(self) -> float:
         """How many times larger rows are when decoded than the file's metadata says, which counts a text of a
-        dictionary once however often it occurs. Of the first rows of the file, which stand for all."""
+        dictionary once however often it occurs. Estimated from the first rows of the file."""
         first = self._metadata.row_group(0) if self._metadata.num_row_groups else None
         columns = [first.column(number) for number in range(first.num_columns)] if first and first.num_rows else []
         if first is None or not any(c.has_dictionary_page and c.physical_type == "BYTE_ARRAY" for c in columns):

@@ -218,7 +218,7 @@ class _Spool:
         self._lock = threading.Lock()
 
     def add(self, content: bytes) -> int:
-        """Where in the file the content stands."""
+        """Append the content; returns its offset in the file, in bytes."""
         with self._lock:
             start, frame = self._size, self._compressor.compress(content)
             os.pwrite(self._file.fileno(), frame, start)

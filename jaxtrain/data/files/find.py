@@ -31,7 +31,7 @@ KINDS = (*_TEXT, *(text + packed for text in _TEXT for packed in SUFFIXES), *_ST
 
 
 def find_files(path: str, *, config: str | None = None, split: str | None = None) -> list[str]:
-    """The data files behind a file name, a folder (all in it) or a glob, local or as a URL, sorted.
+    """The data files of a file name, a folder (all in it) or a glob, local or as a URL, sorted.
 
     `config` and `split` are those of a data set on the hub. Raises DataError if there is none.
     """

@@ -36,5 +36,5 @@ class Rows(Protocol):
         ...
 
     def place(self, index: int) -> str:
-        """Where a row stands, as an error names it: `file:line`."""
+        """The place of a row, as an error names it: `file:line`."""
         ...

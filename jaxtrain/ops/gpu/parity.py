@@ -47,8 +47,8 @@ def agrees_with_xla(shapes: HeadShapes) -> bool:
     except Exception as error:
         log.warning("cuDNN attention failed (%s): attention runs in XLA, which is several times slower", error)
         return False
-    for name, one, other in zip(("output", "d q", "d k", "d v", "d sinks"), found, expected, strict=False):
-        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+    for name in expected:
+        one, other = np.asarray(found[name], np.float32), np.asarray(expected[name], np.float32)
         departure = np.abs(one - other).max() / np.abs(other).max()
         if not departure <= _TOLERANCE:
             log.warning(
@@ -61,7 +61,8 @@ def agrees_with_xla(shapes: HeadShapes) -> bool:
     return True
 
 
-def _all_gradients(shapes: HeadShapes, fused: bool) -> tuple[jax.Array, ...]:
+def _all_gradients(shapes: HeadShapes, fused: bool) -> dict[str, jax.Array]:
+    """The output and the gradients of the inputs, by name."""
     options = AttentionOptions(shapes.width**-0.5, shapes.window)
     ids = np.zeros((len(_ROWS), _LENGTH), np.int32)
     for row, lengths in enumerate(_ROWS):
@@ -85,9 +86,9 @@ def _all_gradients(shapes: HeadShapes, fused: bool) -> tuple[jax.Array, ...]:
 
     sinks = jax.random.normal(keys[4], (shapes.heads,)) if shapes.sinks else None
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> tuple[jax.Array, ...]:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> dict[str, jax.Array]:
         out, back = jax.vjp(attention, q, k, v, sinks)
-        gradients = back(g)
-        return out, *(each for each in gradients if each is not None)
+        gradients = dict(zip(("d q", "d k", "d v", "d sinks"), back(g), strict=True))
+        return {"output": out, **{name: each for name, each in gradients.items() if each is not None}}
 
     return jax.jit(run)(q, k, v, sinks)

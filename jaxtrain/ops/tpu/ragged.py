@@ -63,7 +63,7 @@ def _tiling(rows: int, *widths: int) -> tuple[int, ...]:
 
 
 def _block(width: int) -> int:
-    """The whole width if it is small, else the block whose multiple exceeds it least; the largest of several."""
+    """The whole width if it is small, else the block that needs the least padding; ties: the largest."""
     return width if width <= _WIDTH else min((_WIDTH, _WIDTH * 3 // 4, _WIDTH // 2), key=lambda block: -width % block)
 
 
