@@ -91,4 +91,4 @@ __all__ = [
     "save",
 ]
 
-__getattr__ = lazy(__name__, _WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -5,8 +5,8 @@ from importlib import import_module
 from typing import Any
 
 
-def lazy(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of `package`. `where`: name -> `module:attribute`, or the name of a module."""
+def lazy(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of `package`. `where`: name -> `module:attribute`, or the name of a module."""
 
     def get(name: str) -> Any:
         if name not in where:
@@ -15,4 +15,7 @@ def lazy(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
         found = import_module(module)
         return getattr(found, attribute) if attribute else found
 
-    return get
+    def names() -> list[str]:
+        return sorted({*where, *vars(import_module(package))})
+
+    return get, names

@@ -15,6 +15,7 @@ import tiny
 from converters.export_hf import export_hf
 from converters.import_hf import read_config
 from converters.tokenizer import write_byte_tokenizer
+from jaxtrain.config import parse_config
 from jaxtrain.nn.model import Model
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,33 @@ def test_the_notebook_trains_and_shows_the_lines_of_progress_and_its_results_alo
     assert list((folder / "qwen3-gsm8k").glob("*.safetensors"))
 
 
+def test_the_custom_objective_is_cross_entropy_without_its_exponent(tmp_path):
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxtrain.objectives import SFT, Batch, Norm, Scores
+
+    (code,) = re.findall(r"```python\n(from dataclasses.*?)```", (ROOT / "docs" / "modules.md").read_text(), re.DOTALL)
+    (tmp_path / "focal.py").write_text(code)
+    random = np.random.default_rng(0)
+    weights = jnp.asarray(random.integers(0, 2, (2, 8)), jnp.float32)
+    ids = jnp.ones((2, 8), jnp.int32)
+    batch, norm = Batch(ids, ids, ids, weights), Norm(weights.sum(), *jnp.full(3, 2.0))
+    logp = jnp.log(jnp.asarray(random.uniform(0.1, 0.9, (2, 8)), jnp.float32)) * weights
+    scores = Scores(logp=logp, entropy=-logp, correct=weights)
+    tree = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "x"}}, "train": {"steps": 1}}
+
+    def loss(gamma):
+        objective = {"name": f"{tmp_path / 'focal.py'}:FocalLoss", "gamma": gamma}
+        return parse_config(tree | {"objective": objective}).objective(scores, batch, norm)
+
+    value, metrics = loss(0.0)
+    np.testing.assert_allclose(value, SFT()(scores, batch, norm)[0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"].value, value, rtol=1e-6)
+    p = np.exp(logp)
+    np.testing.assert_allclose(loss(2.0)[0], np.sum(-((1 - p) ** 2) * logp * weights) / weights.sum(), rtol=1e-6)
+
+
 def test_twenty_five_lines_run_grpo_on_a_custom_environment(folder):
     code = examples()[2]
     assert length(code) <= 25
@@ -143,6 +171,7 @@ def test_a_page_of_names_is_the_same_for_a_type_checker(package):
         for alias in node.names:
             typed[alias.asname or alias.name] = f"{node.module}:{alias.name}"
     assert sorted(typed) == sorted(module.__all__) == sorted(module._WHERE)
+    assert set(typed) <= set(dir(module))
     for name, where in typed.items():
         assert module._WHERE[name] in (where, where.replace(":", ".")), name
         getattr(module, name)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Reward,
         TopLogps,
         Value,
+        weighted_mean,
     )
     from jaxtrain.objectives.policies import (
         CISPO,
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
     from jaxtrain.objectives.policy import PolicyObjective
     from jaxtrain.objectives.preference import CPO, DPO, ORPO, PreferenceObjective, SimPO
     from jaxtrain.objectives.reward import BradleyTerry, PointwiseReward
+    from jaxtrain.objectives.segments import bundle_sums, segment_means, segment_sums
     from jaxtrain.objectives.sft import SFT
     from jaxtrain.objectives.uld import ULD
     from jaxtrain.objectives.value import ClippedValue
+    from jaxtrain.types import Batch, Example, Max, Mean, Min, Norm, Scores
 
 _WHERE = {
     "Objective": "jaxtrain.objectives.objective:Objective",
@@ -74,6 +77,17 @@ _WHERE = {
     "ReinforcePlusPlus": "jaxtrain.objectives.policies:ReinforcePlusPlus",
     "PolicyObjective": "jaxtrain.objectives.policy:PolicyObjective",
     "ClippedValue": "jaxtrain.objectives.value:ClippedValue",
+    "weighted_mean": "jaxtrain.objectives.objective:weighted_mean",
+    "bundle_sums": "jaxtrain.objectives.segments:bundle_sums",
+    "segment_means": "jaxtrain.objectives.segments:segment_means",
+    "segment_sums": "jaxtrain.objectives.segments:segment_sums",
+    "Batch": "jaxtrain.types:Batch",
+    "Example": "jaxtrain.types:Example",
+    "Max": "jaxtrain.types:Max",
+    "Mean": "jaxtrain.types:Mean",
+    "Min": "jaxtrain.types:Min",
+    "Norm": "jaxtrain.types:Norm",
+    "Scores": "jaxtrain.types:Scores",
 }
 
 __all__ = [
@@ -92,6 +106,7 @@ __all__ = [
     "SFT",
     "ULD",
     "VESPO",
+    "Batch",
     "BradleyTerry",
     "ClippedPolicy",
     "ClippedValue",
@@ -100,17 +115,27 @@ __all__ = [
     "Divergence",
     "DrGRPO",
     "Entropy",
+    "Example",
     "HybridDistance",
     "Logp",
+    "Max",
+    "Mean",
+    "Min",
+    "Norm",
     "Objective",
     "PointwiseReward",
     "PolicyObjective",
     "PreferenceObjective",
     "ReinforcePlusPlus",
     "Reward",
+    "Scores",
     "SimPO",
     "TopLogps",
     "Value",
+    "bundle_sums",
+    "segment_means",
+    "segment_sums",
+    "weighted_mean",
 ]
 
-__getattr__ = lazy(__name__, _WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

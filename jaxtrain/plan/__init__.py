@@ -12,4 +12,4 @@ _WHERE = {"plan": "jaxtrain.plan.planner:plan", "RunPlan": "jaxtrain.plan.report
 
 __all__ = ["RunPlan", "plan"]
 
-__getattr__ = lazy(__name__, _WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

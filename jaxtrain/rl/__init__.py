@@ -37,4 +37,4 @@ __all__ = [
     "Trajectory",
 ]
 
-__getattr__ = lazy(__name__, _WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

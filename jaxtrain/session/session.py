@@ -35,7 +35,7 @@ from jaxtrain.observe.trackers import TENSORBOARD, check_trackers, open_trackers
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.roles.role import Role, TrainedRole, shares_prefixes
 from jaxtrain.roles.tokenizer import make_tokenizer, stop_ids
-from jaxtrain.session.actions import Scheduled, load_callback, mark_done, run_once
+from jaxtrain.session.actions import Scheduled, actions_by_name, callback_name, load_callback, mark_done, run_once
 from jaxtrain.session.best import BestEvaluation
 from jaxtrain.session.data import Resumable, data_metrics, open_stream, run_length, warn_of_positions
 from jaxtrain.session.ending import end_facts, trained_text, warn_of_early_end
@@ -90,9 +90,9 @@ class Session(RunRoles):
         self._roles: tuple[TrainedRole, ...] = ()
         self._data: Any = None  # a `Resumable`, from `restore` on
         self._started = self._save_now = False  # the latter: since `checkpoint.minutes` have passed
-        # The latter by the checkpoint: the last steps of the evaluation and of the functions of `every`.
         self._row_length: int | None = None  # of `training_data`
-        self._start, self._num_tokens, self._done_at = 0, 0, [0]
+        # The latter by the checkpoint: the last steps of the evaluation and of the functions of `every`, by name.
+        self._start, self._num_tokens, self._done_at = 0, 0, dict[str, int]()
         self._reports: dict[str, StepReport] = {}
         self._finite = FiniteChecks(config.train.max_skipped_in_a_row, folder.path / "inspection", job.watchdog)
         self._best = BestEvaluation(config.eval.best)
@@ -101,10 +101,10 @@ class Session(RunRoles):
         for callback in config.callbacks:
             self.every(callback.every, load_callback(callback))
         # The order of `_actions` makes a resumed run log the same as an uninterrupted one.
-        self._report_action = Scheduled(self._report_is_due, self._report)
+        self._report_action = Scheduled("report", self._report_is_due, self._report)
         evaluate, save = wall.during("evaluating", self._evaluate), wall.during("saving", self._save)
-        self._evaluate_action = Scheduled(lambda step: step % config.eval.every == 0, evaluate)
-        self._save_action = Scheduled(lambda step: self._is_saved(step) or step == self._best.step, save)
+        self._evaluate_action = Scheduled("evaluation", lambda step: step % config.eval.every == 0, evaluate)
+        self._save_action = Scheduled("save", lambda step: self._is_saved(step) or step == self._best.step, save)
 
     @classmethod
     @contextmanager
@@ -196,7 +196,7 @@ class Session(RunRoles):
     def every(self, steps: int, function: Callable[[Session], None]) -> None:
         """Call `function(session)` after every `steps` steps, and after the last one."""
         call = self._monitor.wall.during("other", lambda: function(self))
-        self._every.append(Scheduled(lambda step: step % steps == 0, call))
+        self._every.append(Scheduled(callback_name(function), lambda step: step % steps == 0, call))
 
     def restore(self, *roles: TrainedRole, data: Resumable) -> None:
         """Load all trained roles and the data's state from one checkpoint, or start at step 0.
@@ -218,11 +218,12 @@ class Session(RunRoles):
                 role.load(restored.state[role.name])
             data.set_state(restored.data_state)
             self._num_tokens = restored.meta["num_tokens"]
-            self._done_at = [restored.meta["evaluated_at"], *restored.meta.get("called_at", ())]
+            self._done_at = restored.meta.get("done_at", {})  # earlier versions did not save it
             self._best.restore(restored.meta.get("best"))
             self._monitor.carry_over(restored.meta.get("wall_time"), restored.step)
         self.step = self._start = roles[0].step
-        if self.folder.finished(self.step, self.num_steps, pending=min(self._done_at) < self.step):
+        pending = any(self._done_at.get(name, self.step) < self.step for name in self._repeatable)
+        if self.folder.finished(self.step, self.num_steps, pending=pending):
             raise _CompletedError
 
     def begin(self) -> None:
@@ -234,8 +235,7 @@ class Session(RunRoles):
         config, stack = self.config, self._stack
         self._log_file.begin(self.folder.path, jax.process_index(), environment())
         self.window = MetricWindow(self._roles[0].model, self._num_tokens, config.rl.updates if config.rl else None)
-        repeatable = (self._evaluate_action, *self._every)
-        mark_done(self._actions, self.step, zip(repeatable, self._done_at, strict=False))
+        mark_done(self._actions, self.step, self._done_at)
         evaluated = self._evaluate_action.done_at == self.step
         shown, first = config.log.to, jax.process_index() == 0
         trackers = open_trackers(shown, self.folder.path, config_tree(config)) if first else []
@@ -251,7 +251,7 @@ class Session(RunRoles):
         if self._page is not None:
             stack.callback(self._page.write)  # after the last heartbeat, which says how the run ended
         stack.enter_context(self._monitor.running(self.step, self.num_steps))
-        run_once([action for action in repeatable if action.due(self.step)], self.step)  # a signal ended the run before
+        run_once((each for each in self._repeatable.values() if each.due(self.step)), self.step)  # after a signal
 
     @property
     def ended(self) -> bool:
@@ -338,9 +338,12 @@ class Session(RunRoles):
                 self.progress.facts(ended)
 
     @property
-    def _early_end(self) -> str:
-        """Why a run that was not stopped ends before its last step."""
+    def _early_end(self) -> str:  # why a run that was not stopped ends before its last step
         return self._best.reason if self._best.ends_run else "the data was exhausted"
+
+    @property
+    def _repeatable(self) -> dict[str, Scheduled]:  # after a signal they may be due again at the step of the checkpoint
+        return actions_by_name((self._evaluate_action, *self._every))
 
     @property
     def _actions(self) -> list[Scheduled]:
@@ -383,8 +386,7 @@ class Session(RunRoles):
         meta = {
             "num_tokens": self.window.num_tokens,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "evaluated_at": self._evaluate_action.done_at,
-            "called_at": [action.done_at for action in self._every],
+            "done_at": {name: action.done_at for name, action in self._repeatable.items()},
             "best": self._best.state(),
             "wall_time": self._monitor.wall.seconds(),
             **self.folder.meta(),

@@ -105,6 +105,14 @@ def check_needs(objective: Objective, model: Model) -> None:
             )
 
 
+def check_metrics(objective: Objective, metrics: Metrics) -> None:
+    """Raise ValueError for a metric of an objective that microbatches and hosts cannot combine."""
+    for name, metric in metrics.items():
+        if not isinstance(metric, Mean | Max | Min):
+            kind = type(objective).__name__
+            raise ValueError(f"{kind}: the metric {name} must be a Mean, Max or Min (got {type(metric).__name__})")
+
+
 def scores_of(
     model: Model,
     params: Params,
@@ -230,6 +238,7 @@ def make_step(
         loss_derivative = derivative and LossDerivative(derivative, batch, norm)
         scores = scores_of(model, params, hidden, batch, objective.needs, loss_derivative, teacher_head)
         value, metrics = objective(scores, batch, norm)
+        check_metrics(objective, metrics)
         if routing is None:
             return value, metrics
         assert model.config.moe is not None

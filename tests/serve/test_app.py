@@ -34,6 +34,12 @@ def test_a_port_in_use_is_reported_before_loading():
             listen("127.0.0.1", port)
 
 
+@pytest.fixture(scope="module")
+def apart(folder):
+    """Another engine than that of `client`, whose server runs it."""
+    return load_served(folder, dtype="float32", max_length=96, slots=8, limits=EngineLimits(8, alternatives=5))
+
+
 @contextmanager
 def client_of(served, limits):
     """OpenAI's client for a server in a thread."""
@@ -50,10 +56,10 @@ def client(served):
 
 
 @pytest.fixture
-def serving(served):
-    """Starts separate servers with the same engine; a test uses only one at a time."""
+def serving():
+    """Starts a server with the engine `apart`, which may run one at a time."""
     with ExitStack() as stack:
-        yield lambda served, limits: stack.enter_context(client_of(served, limits))
+        yield lambda apart, limits: stack.enter_context(client_of(apart, limits))
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
@@ -196,28 +202,28 @@ def test_the_last_event_of_a_stream_has_the_usage(client, chat):
     assert all(piece.usage is None for piece in create(**options, stream=True))
 
 
-def test_a_body_beyond_the_limit_is_not_read(served, serving):
-    client = serving(served, Limits(max_body=1000))
+def test_a_body_beyond_the_limit_is_not_read(apart, serving):
+    client = serving(apart, Limits(max_body=1000))
     status, answer = post(client, "/v1/completions", HI | {"prompt": "a" * 1000})
     assert status == 413 and answer["error"]["message"] == "the body is longer than 1000 bytes"
     assert post(client, "/v1/completions", HI)[0] == 200
 
 
-def test_calls_beyond_the_queue_are_refused_until_there_is_room(served, serving, monkeypatch):
+def test_calls_beyond_the_queue_are_refused_until_there_is_room(apart, serving, monkeypatch):
     openai = pytest.importorskip("openai")
-    client, step = serving(served, Limits(max_queue=5)), served.engine.step
+    client, step = serving(apart, Limits(max_queue=5)), apart.engine.step
     go_on = threading.Event()
 
     def held():
         go_on.wait(20)
         return step()
 
-    monkeypatch.setattr(served.engine, "step", held)
+    monkeypatch.setattr(apart.engine, "step", held)
     answers = []
     first = threading.Thread(target=lambda: answers.append(post(client, "/v1/completions", HI | {"n": 4})))
     first.start()
     end = time.monotonic() + 20
-    while not served.engine.busy and time.monotonic() < end:
+    while not apart.engine.busy and time.monotonic() < end:
         time.sleep(0.01)
     full = "cannot accept 1 more samples: 5 are running or waiting, and the maximum is 5"
     with pytest.raises(openai.InternalServerError, match=full) as error:
@@ -232,17 +238,17 @@ def test_calls_beyond_the_queue_are_refused_until_there_is_room(served, serving,
         assert len(list(client.completions.create(model="tiny", prompt="hi", n=5, max_tokens=4, stream=True))) >= 5
 
 
-def test_slow_tokenisation_does_not_block_other_calls(served, serving):
+def test_slow_tokenisation_does_not_block_other_calls(apart, serving):
     begun, go_on = threading.Event(), threading.Event()
 
-    class Slow(type(served)):
+    class Slow(type(apart)):
         def prompt_ids(self, row, plain=False):
             if row.get("prompt") == "slow":
                 begun.set()
                 assert go_on.wait(20)
             return super().prompt_ids(row, plain)
 
-    client, answers = serving(Slow(*served), None), []
+    client, answers = serving(Slow(*apart), None), []
     slow = threading.Thread(target=lambda: answers.append(post(client, "/v1/completions", HI | {"prompt": "slow"})))
     slow.start()
     assert begun.wait(20)
@@ -254,23 +260,23 @@ def test_slow_tokenisation_does_not_block_other_calls(served, serving):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("where", ["engine", "logprobs", "template"])
-def test_an_exception_in_one_calls_text_fails_only_that_call(served, serving, monkeypatch, where, stream):
+def test_an_exception_in_one_calls_text_fails_only_that_call(apart, serving, monkeypatch, where, stream):
     """Concurrent calls are answered as usual."""
-    decode = served.tokenizer.decode
+    decode = apart.tokenizer.decode
 
     def brittle(ids, **options):
         if 5 in ids and (where == "engine") == bool(options):
             raise KeyError("no such token")
         return decode(ids, **options)
 
-    class Brittle(type(served)):
+    class Brittle(type(apart)):
         def prompt_ids(self, row, plain=False):
             if row.get("prompt") == "bad" and where == "template":
                 raise KeyError("no such token")
             return super().prompt_ids(row, plain)
 
-    monkeypatch.setattr(served.tokenizer, "decode", brittle)
-    client = serving(Brittle(*served), None)
+    monkeypatch.setattr(apart.tokenizer, "decode", brittle)
+    client = serving(Brittle(*apart), None)
     asked = HI | {"logprobs": 1, "temperature": 0, "max_tokens": 30}
     good = asked | {"logit_bias": {"6": 1000}}
     answers = []
@@ -287,7 +293,7 @@ def test_an_exception_in_one_calls_text_fails_only_that_call(served, serving, mo
     for other in others:
         other.join()
     assert [status for status, _ in answers] == [200] * 3
-    assert post(client, "/v1/completions", good)[0] == 200 and not served.engine.busy
+    assert post(client, "/v1/completions", good)[0] == 200 and not apart.engine.busy
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import signal
 
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
@@ -227,6 +228,33 @@ def test_a_config_names_functions_to_call_or_is_given_them(tmp_path):
             session.report(policy=policy.update(batch))
     assert CALLED == [2, 4, 5]
     assert (tmp_path / "run" / "noted").read_text() == "xx"  # after steps 3 and 5
+
+
+def test_a_resumed_run_finds_its_callbacks_by_name(tmp_path):
+    """A signal stops the run at step 2, at which the callback was due; a new one is put before it."""
+    calls = []
+
+    def old(session):
+        calls.append(("old", session.step))
+
+    def new(session):
+        calls.append(("new", session.step))
+
+    def run(*functions, stopped=False):
+        with Session.open(config(tmp_path, steps=4)) as session:
+            policy = session.trained_role("policy", SFT())
+            for function in functions:
+                session.every(2, function)
+            session.restore(policy, data=NoState())
+            if stopped:
+                session._agreement.stopping = lambda: signal.SIGTERM if session.step == 2 else 0
+            for batch in session.steps(itertools.repeat(GOOD)):
+                session.report(policy=policy.update(batch))
+
+    run(old, stopped=True)
+    assert calls == []
+    run(new, old)
+    assert calls == [("old", 2), ("new", 4), ("old", 4)]
 
 
 @pytest.mark.parametrize(

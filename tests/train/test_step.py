@@ -274,3 +274,18 @@ def test_a_score_that_the_head_does_not_give_is_named(head, objective):
         ValueError, match=f"{type(objective).__name__} needs .*, which model.head={head} does not compute"
     ):
         make_step(model, optax.identity(), lambda step: 1.0, objective)
+
+
+@dataclass(frozen=True)
+class WithNumber(SFT):
+    """Returns a metric that is a number."""
+
+    def __call__(self, scores, batch, norm):
+        loss, metrics = super().__call__(scores, batch, norm)
+        return loss, metrics | {"share": jnp.float32(0.5)}
+
+
+def test_a_metric_that_microbatches_cannot_combine_is_named():
+    model, batch = tiny.model(), tiny.packed_batch(LENGTHS, 32)
+    with pytest.raises(ValueError, match=r"WithNumber: the metric share must be a Mean, Max or Min \(got .*\)"):
+        after_steps(model, tiny.random_params(model), batch, objective=WithNumber())
