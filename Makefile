@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2# test processes side by side, each with eight fake devices and up to 3 GB
-# One test of every package at least, of those that compile little.
+# Tests that compile little, of most packages.
 QUICK := tests/test_architecture.py tests/test_config.py tests/test_types.py tests/config tests/data tests/parallel \
 	tests/nn/test_rope.py::test_tables_equal_those_of_transformers tests/ops/test_project.py tests/objectives/test_value.py \
 	tests/observe/test_metrics.py tests/train/test_guard.py tests/sample/test_requests.py tests/roles/test_role.py \
