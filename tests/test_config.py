@@ -193,7 +193,7 @@ data.train.split data.train.weight data.virtual_shards data.workers
 distributed distributed.heartbeat_timeout distributed.initialization_timeout distributed.port
 distributed.shutdown_timeout distributed.step_timeout distributed.unreachable_timeout
 eval eval.batches eval.best eval.best.metric
-eval.best.mode eval.best.patience eval.every eval.generate eval.greedy eval.max_new_tokens eval.prompts eval.prompts.args
+eval.best.mode eval.best.patience eval.best.target eval.every eval.generate eval.greedy eval.max_new_tokens eval.prompts eval.prompts.args
 eval.prompts.columns eval.prompts.config eval.prompts.epochs eval.prompts.limit eval.prompts.name eval.prompts.path
 eval.prompts.rows eval.prompts.source eval.prompts.split eval.prompts.weight eval.rewards eval.rewards.args
 eval.rewards.function eval.rewards.seconds eval.rewards.weight eval.samples eval.temperature log log.every

@@ -21,6 +21,8 @@ class BestSection(Section):
     """Whether the smallest or the largest value is best."""
     patience: PositiveInt | None = None
     """The run ends after so many evaluations in a row without a better value."""
+    target: float | None = None
+    """The run ends once the metric is as good as this."""
 
 
 class EvalSection(Section):

@@ -13,6 +13,7 @@ from converters.export_hf import TOKENIZER_FILES
 from converters.import_hf import import_params, read_config
 from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.config import RunConfig, SourceSection, load_config
+from jaxtrain.config.evaluation import BestSection
 from jaxtrain.config.python_values import import_path
 from jaxtrain.data.arithmetic import write_arithmetic, write_arithmetic_pairs
 from jaxtrain.data.formats import Encoder
@@ -180,7 +181,7 @@ def run_distill(config: RunConfig, first: RunConfig) -> int:
 
 
 def _train_teacher(config: RunConfig, first: RunConfig, teacher: Path, *, home: Path) -> int:
-    outcome = sft.run(_first_config(config, first, _TEACHER_STEPS, _TEACHER_EVERY, home=home, data=home))
+    outcome = sft.run(_first_config(config, first, _TEACHER_STEPS, _TEACHER_EVERY, None, home=home, data=home))
     if outcome.exit_code == 0:
         export_run(home / "first", teacher)
     return outcome.exit_code
@@ -189,7 +190,10 @@ def _train_teacher(config: RunConfig, first: RunConfig, teacher: Path, *, home: 
 def _train_first(config: RunConfig, first: RunConfig, model: Path, *, home: Path) -> int:
     """Train the initial model, in a folder of `home`, and export it to `model`. Returns the exit code."""
     steps, every = (_JUDGE_STEPS, _JUDGE_STEPS) if config.recipe == "reward" else (_FIRST_STEPS, _FIRST_EVERY)
-    outcome = sft.run(_first_config(config, first, steps, every, home=home, data=home / "worked"))
+    best = (
+        None if config.recipe == "reward" else BestSection(metric="eval_exact_match", mode="max", target=_FIRST_SHARE)
+    )
+    outcome = sft.run(_first_config(config, first, steps, every, best, home=home, data=home / "worked"))
     if outcome.exit_code:
         return outcome.exit_code
     step, share = first_step_with(home / "first", _FIRST_SHARE)
@@ -198,16 +202,19 @@ def _train_first(config: RunConfig, first: RunConfig, model: Path, *, home: Path
     return 0
 
 
-def _first_config(config: RunConfig, first: RunConfig, steps: int, every: int, *, home: Path, data: Path) -> RunConfig:
+def _first_config(
+    config: RunConfig, first: RunConfig, steps: int, every: int, best: BestSection | None, *, home: Path, data: Path
+) -> RunConfig:
     """The config `first` for a run in a folder of `home` on the files in `data`, evaluated and saved `every` so many of
-    its `steps`."""
+    its `steps`, which may end early by `best`."""
+    generate = config.eval.generate or _FIRST_QUESTIONS
     train, evaluation = (SourceSection(path=str(data / name)) for name in _DATA_FILES)
     changes = {
         "run": first.run.model_copy(update={"dir": str(home / "first")}),
         "model": first.model.model_copy(update={"tokenizer": str(home / "tokenizer")}),
         "data": first.data.model_copy(update={"train": train, "eval": evaluation}),
         "train": first.train.model_copy(update={"steps": steps}),
-        "eval": first.eval.model_copy(update={"every": every, "generate": config.eval.generate or _FIRST_QUESTIONS}),
+        "eval": first.eval.model_copy(update={"every": every, "generate": generate, "best": best}),
         "checkpoint": first.checkpoint.model_copy(update={"every": every, "keep": steps // every}),
     }
     return first.model_copy(update=changes)

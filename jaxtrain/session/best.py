@@ -36,14 +36,23 @@ class BestEvaluation:
 
     @property
     def ends_run(self) -> bool:
-        """Whether `patience` evaluations in a row were no better."""
+        """Whether `target` is reached, or `patience` evaluations in a row were no better."""
         patience = self._section.patience if self._section else None
-        return patience is not None and self._since >= patience
+        return self._reached or (patience is not None and self._since >= patience)
+
+    @property
+    def _reached(self) -> bool:
+        target = self._section.target if self._section else None
+        if self._section is None or target is None or self.value is None:
+            return False
+        return self.value <= target if self._section.mode == "min" else self.value >= target
 
     @property
     def reason(self) -> str:
         """Why the run ends early."""
         assert self._section is not None
+        if self._reached:
+            return f"{self._section.metric} reached {self.value:.4g} (eval.best.target={self._section.target:g})"
         return (
             f"{self._section.metric} was not better than {self.value:.4g} of step {self.step} in "
             f"{self._section.patience} evaluations"

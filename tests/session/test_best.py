@@ -26,6 +26,19 @@ def test_the_best_value_and_patience():
         unknown.update(5, {"eval_loss": 1.0})
 
 
+def test_a_target_ends_the_run():
+    for mode, values, target in (("max", [0.2, 0.45], 0.45), ("min", [3.0, 1.5], 2.0)):
+        best = BestEvaluation(BestSection(metric="eval_x", mode=mode, target=target))
+        assert not best.ends_run
+        for step, value in enumerate(values, 1):
+            assert not best.ends_run
+            best.update(step, {"eval_x": value})
+        assert best.ends_run and best.step == 2 and "eval_x reached" in best.reason
+        resumed = BestEvaluation(BestSection(metric="eval_x", mode=mode, target=target))
+        resumed.restore(best.state())
+        assert resumed.ends_run
+
+
 def test_without_the_section_nothing_is_kept():
     best = BestEvaluation(None)
     best.update(1, {})
