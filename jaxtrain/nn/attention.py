@@ -139,13 +139,12 @@ class Attention(nnx.Module):
     def _projected(self, x: Array, keys: list[Array | None]) -> tuple[Array, ...]:
         """Queries, keys and values before rope; queries alone if keys and values are those of another layer."""
         q = checkpoint_name(self.q_proj(x, keys[0]), QKV)
-        q = q if self.q_norm is None else self.q_norm(q)
         if self.k_proj is None:
-            return (q,)
+            return (q if self.q_norm is None else self.q_norm(q),)
         k = v = checkpoint_name(self.k_proj(x, keys[1]), QKV)
         if self.v_proj is not None:
             v = checkpoint_name(self.v_proj(x, keys[2]), QKV)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = (x if norm is None else norm(x) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
         return q, k, v if self.v_norm_eps is None else rms_norm(v, self.v_norm_eps)
 
     def _attend(
