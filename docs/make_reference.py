@@ -95,7 +95,8 @@ _OF_CONFIG = """Every key of a run's YAML file, as `jaxtrain config` shows them;
 A file may begin with `extends: other.yaml`, a path relative to it: sections are merged key by key, and other values
 replace those of the extended file; `key: null` removes one that cannot be null. `section.key=value` on the command line
 is written over both, as YAML.
-`jaxtrain config --schema` prints the JSON schema for editors. The keys of `objective` depend on its class, whose
+`~/` at the start of a path is the home folder. `jaxtrain config --schema` prints the JSON schema for editors. The keys
+of `objective` depend on its class, whose
 docstring describes them ([rl-objectives.md](rl-objectives.md), [preferences.md](preferences.md),
 [distillation.md](distillation.md)); those listed are of clipped policy objectives.
 """

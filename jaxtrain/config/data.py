@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE, MayChange
+from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE, MayChange
 from jaxtrain.config.python_values import ROWS_PREFIX, Given, plain_rows, rows_path, source_path
 from jaxtrain.config.sections import NonNegativeInt, Section
 
@@ -36,7 +36,7 @@ class SourceSection(Section):
     A run with `rows` records their fingerprint as its `path`, and is resumed only with equal ones.
     """
 
-    path: Annotated[str, INPUT_PATH, AfterValidator(_not_missing)] = Field(default="", validate_default=True)
+    path: Annotated[str, INPUT_PATH, IN_HOME, AfterValidator(_not_missing)] = Field(default="", validate_default=True)
     """.jsonl .json .csv (.gz, .zst) .parquet .arrow .array_record: a file, a folder of them or a glob, local or a
     URL; or hf:owner/name[@revision], a data set on the Hugging Face hub."""
     config: str | None = None

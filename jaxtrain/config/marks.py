@@ -1,8 +1,11 @@
 """Annotations of config fields besides their type: whether a resumed run may have another value."""
 
+import os.path
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import AfterValidator
 
 
 @dataclass(frozen=True)
@@ -21,5 +24,11 @@ class InputPath:
     """In a field's `Annotated`: the path of files that the run reads. Their content counts, not the path's spelling."""
 
 
+def in_home(path: str | None) -> str | None:
+    """The path, where `~/` at its start is the user's home folder: a shell does not replace it after `key=`."""
+    return os.path.expanduser(path) if path is not None and path.startswith("~/") else path
+
+
 MAY_CHANGE = MayChange()
 INPUT_PATH = InputPath()
+IN_HOME = AfterValidator(in_home)

@@ -13,12 +13,12 @@ from pydantic import (
     model_validator,
 )
 
-from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
+from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE
 from jaxtrain.config.sections import DType, NonNegativeInt, Section
 
 
 class LoraSection(Section):
-    path: Annotated[str | None, INPUT_PATH] = None
+    path: Annotated[str | None, INPUT_PATH, IN_HOME] = None
     """A PEFT folder to start from; it then determines the five keys below."""
     rank: PositiveInt | None = None
     """Default: 16."""
@@ -121,15 +121,15 @@ RematSetting = Annotated[
 
 
 class ModelSection(Section):
-    path: Annotated[str | None, INPUT_PATH] = None
+    path: Annotated[str | None, INPUT_PATH, IN_HOME] = None
     """A Hugging Face folder, a URL or a name on the hub."""
     config: dict[str, Any] | None = None
     """Instead of `path`: a config.json's content, random weights."""
-    tokenizer: Annotated[str | None, INPUT_PATH] = None
+    tokenizer: Annotated[str | None, INPUT_PATH, IN_HOME] = None
     """A tokenizer's folder; default: `path`; none at all where all rows are input_ids."""
     add_tokens: AddTokensSection | None = None
     """New rows of the vocabulary, at the mean of the old ones."""
-    chat_template: Annotated[str | None, INPUT_PATH] = None
+    chat_template: Annotated[str | None, INPUT_PATH, IN_HOME] = None
     """In place of the tokenizer's: a jinja file, or builtin:qwen3-thinking, which keeps the thoughts of all turns."""
     compute_dtype: DType = "bfloat16"
     """Of the forward and the backward pass."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
+from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE
 from jaxtrain.config.python_values import Given, import_path
 from jaxtrain.config.sections import NonNegativeInt, Section
 
@@ -29,7 +29,7 @@ class RewardSection(Section):
 
 
 class RewardModelSection(Section):
-    path: Annotated[str, INPUT_PATH]
+    path: Annotated[str, INPUT_PATH, IN_HOME]
     """A Hugging Face folder of a reward model with the policy's tokenizer."""
     name: str = "reward_model"
     """What metrics call it."""

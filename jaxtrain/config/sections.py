@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE, MayChange
+from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE, MayChange
 from jaxtrain.config.python_values import Given
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    dir: Annotated[str, MAY_CHANGE] = "runs/default"
+    dir: Annotated[str, MAY_CHANGE, IN_HOME] = "runs/default"
     """Everything the run writes; a folder or a URL."""
     seed: NonNegativeInt = 0
     """Of the order of the data, of initial weights, of dropout and of sampling."""
@@ -49,11 +49,11 @@ def _longer_at_a_constant_rate(old: int | None, new: int | None, config: Any) ->
 class ReferenceSection(Section):
     """The model whose log-probabilities a preference objective compares the policy's with."""
 
-    path: Annotated[str | None, INPUT_PATH] = None
+    path: Annotated[str | None, INPUT_PATH, IN_HOME] = None
     """Another checkpoint with the same tokenizer; default: the model that the run starts from."""
     devices: Annotated[NonNegativeInt, MAY_CHANGE] = 0
     """The last so many devices hold it, and the policy trains on the others; 0: it shares the policy's."""
-    cache: Annotated[str | None, MAY_CHANGE] = None
+    cache: Annotated[str | None, MAY_CHANGE, IN_HOME] = None
     """A folder for log-probabilities of all rows, which are computed once: the weights are then not in memory."""
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import PositiveInt, model_validator
 
-from jaxtrain.config.marks import INPUT_PATH, MAY_CHANGE
+from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE
 from jaxtrain.config.rl import RLSection
 from jaxtrain.config.sections import DType, NonNegativeInt, Section
 
@@ -17,7 +17,7 @@ PROMPT = "prompt"  # placeholder in `privileged_prompt` of what the student read
 class TeacherSection(Section):
     """The model that a student is distilled from."""
 
-    path: Annotated[str | None, INPUT_PATH] = None
+    path: Annotated[str | None, INPUT_PATH, IN_HOME] = None
     """A checkpoint of any size or family, with the student's token ids; default, for self-distillation with a
     `privileged_prompt`: the model that the run starts from."""
     devices: Annotated[NonNegativeInt, MAY_CHANGE] = 0
@@ -29,7 +29,7 @@ class TeacherSection(Section):
     that text and {NAME} the column NAME of the row; braces are written {{ and }}."""
     aligned: bool = False
     """Of recipe rl: the teacher has another tokenizer, and scores the text of samples in its own tokens."""
-    cache: Annotated[str | None, MAY_CHANGE] = None
+    cache: Annotated[str | None, MAY_CHANGE, IN_HOME] = None
     """A folder for the `top_logps` largest log-probabilities at every token, computed once, without weights later."""
     top_logps: PositiveInt | None = None
     """Default: 64."""

@@ -167,7 +167,8 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
 
 
 def _tools(row: Row) -> list[Any] | None:
-    """The schemas of the row's tools: its column `tools`, or OpenAI's old `functions`, which are wrapped as tools."""
+    """The schemas of the row's tools: its column `tools`, or OpenAI's old `functions`. Bare schemas are wrapped, as a
+    server gives tools to the chat template."""
     found: dict[str, list[Any]] = {}
     for column in ("tools", "functions"):
         value = _parsed(row.get(column) or None, column)
@@ -176,11 +177,17 @@ def _tools(row: Row) -> list[Any] | None:
         tools = [_parsed(tool, f"{column}[{at}]") for at, tool in enumerate(value)] if isinstance(value, list) else []
         if not tools or not all(isinstance(tool, dict) for tool in tools):
             raise ValueError(f"{column} must be a list of mappings")
-        wrapped = [{"type": "function", "function": tool} for tool in tools if "function" not in tool]
-        found[column] = wrapped if column == "functions" and len(wrapped) == len(tools) else tools
+        found[column] = [_wrapped_schema(tool) for tool in tools]
     if len(found) == 2 and found["tools"] != found["functions"]:
         raise ValueError("the columns 'tools' and 'functions' differ: keep one of them")
     return next(iter(found.values()), None)
+
+
+def _wrapped_schema(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with its schema under `function`, also where that is beside `type`, as in OpenAI's Responses API."""
+    bare = tool.get("function") is None and isinstance(tool.get("name"), str) and tool.get("type") in (None, "function")
+    schema = {key: value for key, value in tool.items() if key not in ("type", "function")}
+    return {"type": "function", "function": schema} if bare else tool
 
 
 def keys_of_messages(row: Row) -> set[str]:
@@ -290,9 +297,11 @@ def _converted(message: Message, where: str) -> Message:
         given = {key: message[key] for key in keys if message.get(key) is not None}
         if len(given) > 1 and any(value != message[next(iter(given))] for value in given.values()):
             raise ValueError(f"{where}: {' and '.join(given)} contradict each other: keep one of them")
-    if message.get("role") is None and message.get("from") is not None:
+    if message.keys() & {"from", "value"}:  # each may be beside the other format's key
         others = {key: value for key, value in message.items() if key not in ("from", "value")}
-        message = {**others, "role": message["from"], "content": message.get("value")}
+        for ours, theirs in (("role", "from"), ("content", "value")):
+            others[ours] = message.get(theirs) if message.get(ours) is None else message[ours]
+        message = others
     role = message.get("role")
     calls = message.get("function_call")  # OpenAI's, before there were tool calls
     if role in _CALLS:

@@ -92,3 +92,10 @@ def test_files_that_extend_each_other_or_nothing_are_named(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: c.yaml")
     with pytest.raises(ConfigError, match=r"no config file .*c\.yaml"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_a_path_in_the_home_folder_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = parse_config(TREE, overrides=["run.dir=~/runs/x", "data.train.path=~/d.jsonl", "model.tokenizer=a~/b"])
+    assert (config.run.dir, config.data.train.path) == ("/home/ada/runs/x", "/home/ada/d.jsonl")
+    assert config.model.tokenizer == "a~/b"

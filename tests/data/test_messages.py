@@ -31,20 +31,34 @@ def test_sharegpt_messages_keep_their_other_keys():
 def test_a_question_is_a_string_or_messages():
     assert question({"prompt": "What"}).messages == CHAT[:1]
     found = question({"prompt": CHAT[:1], "tools": '[{"name": "f"}]', "chat_template_kwargs": {"a": 1}})
-    assert (found.messages, found.tools, found.template_kwargs) == (CHAT[:1], [{"name": "f"}], {"a": 1})
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert (found.messages, found.tools, found.template_kwargs) == (CHAT[:1], tools, {"a": 1})
 
 
 def test_functions_are_tools():
     """OpenAI's old column."""
     functions = [{"name": "f", "parameters": {"type": "object"}}]
     tools = [{"type": "function", "function": functions[0]}]
-    for value in (functions, json.dumps(functions), tools):
-        assert conversation({"messages": CHAT, "functions": value}).tools == tools
+    flat = [{"type": "function", **functions[0]}]  # OpenAI's Responses API
+    filled = [{**functions[0], "type": None, "function": None}]
+    for value in (functions, json.dumps(functions), tools, flat, filled):
+        for column in ("functions", "tools"):
+            assert conversation({"messages": CHAT, column: value}).tools == tools
     assert conversation({"messages": CHAT, "functions": functions, "tools": tools}).tools == tools
+    search = [{"type": "web_search", "name": "search"}]
+    assert conversation({"messages": CHAT, "tools": search}).tools == search
     with pytest.raises(ValueError, match="the columns 'tools' and 'functions' differ"):
-        conversation({"messages": CHAT, "functions": functions, "tools": functions})
+        conversation({"messages": CHAT, "functions": functions, "tools": [{"name": "g"}]})
     with pytest.raises(ValueError, match="functions must be a list of mappings"):
         conversation({"messages": CHAT, "functions": {"name": "f"}})
+
+
+def test_words_count_under_either_key_beside_either_role():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for role in ({"role": "assistant"}, {"from": "gpt"}):
+        for words in ({"content": "Let me call"}, {"value": "Let me call"}, {"content": None, "value": "Let me call"}):
+            turns = [CHAT[0], {**role, **words, "tool_calls": [call]}]
+            assert conversation({"messages": turns}).messages[1]["content"] == "Let me call"
 
 
 def test_the_keys_of_messages_are_those_that_hold_something():
