@@ -24,8 +24,8 @@ def served(tmp_path_factory):
     return load_served(folder, dtype="float32", max_length=96, slots=8, limits=EngineLimits(8, alternatives=5))
 
 
-@pytest.fixture(scope="module")
-def address(served):
+@pytest.fixture
+def address(served):  # the other tests' servers run the same engine, which one server may do at a time
     with running(served, Limits(max_client_queue=1100)) as address:
         yield address
 
