@@ -1,7 +1,14 @@
 """What one step of training does, as the tests of steps compare it."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import tiny
+
+from jaxtrain.nn.block import Execution
+from jaxtrain.parallel.sharding import RULES, param_specs
 
 
 def assert_same(one, other):
@@ -10,3 +17,22 @@ def assert_same(one, other):
         np.testing.assert_allclose(a, b, atol=3e-6)
     for name, metric in one[1].means.items():
         np.testing.assert_allclose(metric.value, other[1].means[name].value, rtol=2e-5, err_msg=name)
+
+
+def assert_sharded_equals_single(single, batch, mesh, preset):
+    """A loss of the hidden states and its gradients are the same on a mesh, rematerialised. Returns the gradients."""
+    sharded = dataclasses.replace(single, run=Execution(jnp.dtype("float32"), "full", "auto", mesh))
+    params = tiny.random_params(single)
+    placed = jax.device_put(params, param_specs(single.axes(), single.abstract(), RULES[preset], mesh))
+
+    def loss(model):
+        def of(params):
+            return jnp.sum(jnp.sin(model.hidden(params, batch)) * (batch.segment_ids > 0)[..., None])
+
+        return jax.jit(jax.value_and_grad(of))
+
+    (one, grads), (other, expected) = loss(sharded)(placed), loss(single)(params)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    for (path, leaf), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-6, err_msg=str(path))
+    return expected

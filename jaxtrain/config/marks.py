@@ -24,11 +24,11 @@ class InputPath:
     """In a field's `Annotated`: the path of files that the run reads. Their content counts, not the path's spelling."""
 
 
-def in_home(path: str | None) -> str | None:
+def in_home(path: str) -> str:
     """The path, where `~/` at its start is the user's home folder: a shell does not replace it after `key=`."""
-    return os.path.expanduser(path) if path is not None and path.startswith("~/") else path
+    return os.path.expanduser(path) if path.startswith("~/") else path
 
 
 MAY_CHANGE = MayChange()
 INPUT_PATH = InputPath()
-IN_HOME = AfterValidator(in_home)
+IN_HOME = AfterValidator(lambda path: None if path is None else in_home(path))

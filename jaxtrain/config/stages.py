@@ -13,13 +13,13 @@ beside `stages` or in an override of all stages, are of the first stage alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.config.load import ConfigError, parse_config, read_tree
+from jaxtrain.config.marks import in_home
 from jaxtrain.config.run_config import RunConfig
 
 EXPORT = "export"  # in a stage's folder
@@ -62,7 +62,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
     if moved := [each for each in common if each.startswith("run.dir=")]:
         home = moved[-1].partition("=")[2]
         common = [each for each in common if not each.startswith("run.dir=")]
-    home = os.path.expanduser(home) if home.startswith("~/") else home
+    home = in_home(home)
     if "://" in home:
         raise ConfigError(f"{path}: run.dir={home}: stages read each other's exports in a local or mounted folder")
     stages: list[Stage] = []

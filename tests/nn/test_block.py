@@ -4,17 +4,15 @@ layer: documents of a row, the cache, rematerialisation and meshes."""
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from updates import assert_sharded_equals_single
 
 from jaxtrain.config import MeshSection
-from jaxtrain.nn.block import Execution
 from jaxtrain.nn.cache import NoState
 from jaxtrain.nn.config import GlobalAttention, LayerKind, ProportionalScaling, Rope
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import RULES, param_specs
 
 NEAR = LayerKind(window=7, rope=Rope(60.0))
 FAR = LayerKind(window=None, rope=Rope(9e3, ProportionalScaling(1.0), 0.25), mixer="global")
@@ -76,20 +74,7 @@ def test_sharded_and_rematerialised_equals_single(case, preset):
     batch = tiny.packed_batch([[9, 20], [14, 14]] * 4, 32)
     mesh = make_mesh(MeshSection(preset=preset, fsdp=2, data=2, **{preset.removeprefix("fsdp_"): 2}))
     single = tiny.model(**CASES[case])
-    sharded = dataclasses.replace(single, run=Execution(jnp.dtype("float32"), "full", "auto", mesh))
-    params = tiny.random_params(single)
-    placed = jax.device_put(params, param_specs(single.axes(), single.abstract(), RULES[preset], mesh))
-
-    def loss(model):
-        def of(params):
-            return jnp.sum(jnp.sin(model.hidden(params, batch)) * (batch.segment_ids > 0)[..., None])
-
-        return jax.jit(jax.value_and_grad(of))
-
-    (one, grads), (other, expected) = loss(sharded)(placed), loss(single)(params)
-    np.testing.assert_allclose(one, other, rtol=1e-5)
-    for (path, leaf), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(leaf, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-6, err_msg=str(path))
+    expected = assert_sharded_equals_single(single, batch, mesh, preset)
     assert not np.any(expected["layers"]["scale"])  # as in transformers, it is not trained
     others = {name: part for name, part in expected["layers"].items() if name != "scale"}
     assert all(np.any(leaf) for leaf in jax.tree.leaves(others))

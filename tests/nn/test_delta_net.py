@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from updates import assert_sharded_equals_single
 
 from jaxtrain.config import MeshSection
-from jaxtrain.nn.block import Execution
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import RULES, param_specs
 
 PATTERN = (tiny.DELTA_KIND, tiny.KIND)
 SHARED = dataclasses.replace(tiny.MOE, shared_size=24, shared_gate=True)
@@ -72,17 +71,4 @@ def test_sharded_equals_single():
     batch = tiny.packed_batch([[9, 20], [14, 14]] * 2, 32)
     mesh = make_mesh(MeshSection(preset="fsdp_tensor", fsdp=2, data=2, tensor=2))
     single = tiny.model(**SIZES)
-    sharded = dataclasses.replace(single, run=Execution(jnp.dtype("float32"), "full", "auto", mesh))
-    params = tiny.random_params(single)
-    placed = jax.device_put(params, param_specs(single.axes(), single.abstract(), RULES["fsdp_tensor"], mesh))
-
-    def loss(model):
-        def of(params):
-            return jnp.sum(jnp.sin(model.hidden(params, batch)) * (batch.segment_ids > 0)[..., None])
-
-        return jax.jit(jax.value_and_grad(of))
-
-    (one, grads), (other, expected) = loss(sharded)(placed), loss(single)(params)
-    np.testing.assert_allclose(one, other, rtol=1e-5)
-    for (path, leaf), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(leaf, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-6, err_msg=str(path))
+    assert_sharded_equals_single(single, batch, mesh, "fsdp_tensor")

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from updates import assert_sharded_equals_single
 
 from jaxtrain.config import MeshSection
 from jaxtrain.nn.block import Execution
 from jaxtrain.nn.config import Latent, MoE
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.parallel.sharding import RULES, param_specs
 
 LATENT = Latent(query_rank=24, rank=16, plain_width=12, rope_width=8, value_width=10, norm_eps=1e-6, neighbours=True)
 MIXTURE = MoE(
@@ -73,20 +73,7 @@ def test_sharded_equals_single(preset):
     batch = tiny.packed_batch([[9, 20], [14, 14]] * 4, 32)
     mesh = make_mesh(MeshSection(preset=preset, fsdp=2, data=2, **{preset.removeprefix("fsdp_"): 2}))
     single = tiny.model(**SIZES)
-    sharded = dataclasses.replace(single, run=Execution(jnp.dtype("float32"), "full", "auto", mesh))
-    params = tiny.random_params(single)
-    placed = jax.device_put(params, param_specs(single.axes(), single.abstract(), RULES[preset], mesh))
-
-    def loss(model):
-        def of(params):
-            return jnp.sum(jnp.sin(model.hidden(params, batch)) * (batch.segment_ids > 0)[..., None])
-
-        return jax.jit(jax.value_and_grad(of))
-
-    (one, grads), (other, expected) = loss(sharded)(placed), loss(single)(params)
-    np.testing.assert_allclose(one, other, rtol=1e-5)
-    for (path, leaf), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(leaf, theirs, atol=1e-4 * np.abs(theirs).max() + 1e-6, err_msg=str(path))
+    assert_sharded_equals_single(single, batch, mesh, preset)
 
 
 def test_splash_attention_pads_the_values():
