@@ -40,32 +40,32 @@ def log_normal_examples(count: int) -> list[Example]:
     return [Example(np.ones(n, np.int32), np.ones(n, np.float32)) for n in lengths]
 
 
-def ours(examples: list[Example], most_open: int):
-    packer: BestFit[Example] = BestFit(T, most_open)
+def ours(examples: list[Example], max_open: int):
+    packer: BestFit[Example] = BestFit(T, max_open)
     for example in examples:
         if row := packer.add(example, len(example.input_ids)):
             yield make_row(row, T).segment_ids
-    while row := packer.take():
+    while row := packer.pop():
         yield make_row(row, T).segment_ids
 
 
-def grains(examples: list[Example], most_open: int):
+def grains(examples: list[Example], max_open: int):
     rows = [{"tokens": example.input_ids, "loss_weights": example.loss_weights} for example in examples]
     lengths = {"tokens": T, "loss_weights": T}
     source = grain.MapDataset.source(rows).to_iter_dataset(grain.ReadOptions(num_threads=0))  # type: ignore[arg-type]
-    for row in BestFitPackIterDataset(source, length_struct=lengths, num_packing_bins=most_open):
+    for row in BestFitPackIterDataset(source, length_struct=lengths, num_packing_bins=max_open):
         yield row["tokens_segment_ids"]
 
 
 def measure_packers() -> None:
     examples = log_normal_examples(20_000)
     print(f"{'packer':8}{'open rows':>10}{'tokens/s':>14}{'density':>10}")
-    for most_open in (8, 16, 64):
+    for max_open in (8, 16, 64):
         for name, packer in (("ours", ours), ("grain", grains)):
             start = time.perf_counter()
-            used = [int(np.count_nonzero(segments)) for segments in packer(examples, most_open)]
+            used = [int(np.count_nonzero(segments)) for segments in packer(examples, max_open)]
             seconds = time.perf_counter() - start
-            print(f"{name:8}{most_open:10}{sum(used) / seconds:14,.0f}{sum(used) / T / len(used):10.4f}")
+            print(f"{name:8}{max_open:10}{sum(used) / seconds:14,.0f}{sum(used) / T / len(used):10.4f}")
 
 
 def texts(rng: np.random.Generator, count: int, words: int) -> list[str]:
@@ -80,11 +80,11 @@ def rows(rng: np.random.Generator, count: int, words: int) -> list[dict[str, str
     return [{"prompt": q, "completion": a} for q, a in zip(questions, answers, strict=True)]
 
 
-def write_lines(file: Path, words: int, *, most_rows: float = float("inf"), most_bytes: float = float("inf")) -> None:
+def write_lines(file: Path, words: int, *, max_rows: float = float("inf"), max_bytes: float = float("inf")) -> None:
     rng, written = np.random.default_rng(0), 0
     with file.open("w") as out:
-        while written < most_rows and out.tell() < most_bytes:
-            out.writelines(json.dumps(row) + "\n" for row in rows(rng, int(min(_CHUNK, most_rows - written)), words))
+        while written < max_rows and out.tell() < max_bytes:
+            out.writelines(json.dumps(row) + "\n" for row in rows(rng, int(min(_CHUNK, max_rows - written)), words))
             written += _CHUNK
 
 
@@ -132,8 +132,8 @@ def main() -> None:
     short, large = given.work / f"short-{given.rows}.jsonl", given.work / f"large-{given.gib}.jsonl"
     parquet = large.with_suffix(".parquet")
     for file, write in {
-        short: lambda: write_lines(short, 12, most_rows=given.rows),
-        large: lambda: write_lines(large, 150, most_bytes=given.gib * 2**30),
+        short: lambda: write_lines(short, 12, max_rows=given.rows),
+        large: lambda: write_lines(large, 150, max_bytes=given.gib * 2**30),
         parquet: lambda: write_parquet(parquet, large),
     }.items():
         if not file.exists():

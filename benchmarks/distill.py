@@ -133,9 +133,9 @@ class HeldOut:
 
     def _with_teacher(self, examples: list[Example]) -> list[Batch]:
         """Packed batches of one shape, with the teacher's hidden states."""
-        packer: BestFit[Example] = BestFit(LENGTH, most_open=len(examples))
+        packer: BestFit[Example] = BestFit(LENGTH, max_open=len(examples))
         rows = [row for example in examples if (row := packer.add(example, len(example.input_ids)))]
-        while (row := packer.take()) is not None:
+        while (row := packer.pop()) is not None:
             rows.append(row)
         shares = len(jax.devices())
         rows += [[]] * (-len(rows) % shares)

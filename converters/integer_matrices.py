@@ -113,15 +113,15 @@ class Blocks(NamedTuple):
         numbers = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[first - 2 * where.start :][: last - first]
         blocks = _words(slice(first, last), self.state["blocksize"])
         block = np.arange(first, last) // self.state["blocksize"] - blocks.start
-        values = _whole(self.table, read)[numbers] * self._scales(blocks, read)[block]
+        values = _dequantized(self.table, read)[numbers] * self._scales(blocks, read)[block]
         return values.reshape(-1, width)[:, columns].astype(ml_dtypes.bfloat16)
 
     def _scales(self, blocks: slice, read: ReadEntry) -> np.ndarray:
         if self.nested_absmax is None or self.nested_table is None:
             return read(self.absmax, np.float32, (blocks,))
         outer = np.arange(blocks.start, blocks.stop) // self.state["nested_blocksize"]
-        numbers = _whole(self.nested_table, read)[read(self.absmax, np.uint8, (blocks,))]
-        return numbers * _whole(self.nested_absmax, read)[outer] + np.float32(self.state["nested_offset"])
+        numbers = _dequantized(self.nested_table, read)[read(self.absmax, np.uint8, (blocks,))]
+        return numbers * _dequantized(self.nested_absmax, read)[outer] + np.float32(self.state["nested_offset"])
 
 
 class ScaledRows(NamedTuple):
@@ -145,7 +145,7 @@ def _words(numbers: slice, count: int) -> slice:
     return slice(numbers.start // count, -(-numbers.stop // count))
 
 
-def _whole(entry: Entry, read: ReadEntry) -> np.ndarray:
+def _dequantized(entry: Entry, read: ReadEntry) -> np.ndarray:
     return read(entry, np.float32, full_index(entry.shape))
 
 

@@ -101,14 +101,14 @@ VALUES = {
 }
 """Of switches: what `true` there is as the value here."""
 
-_WHOLE_BATCH = "packed rows of the global batch, over all devices and microbatches"
+_GLOBAL_BATCH = "packed rows of the global batch, over all devices and microbatches"
 _REMARKS = {
     "report_to": "a list of tensorboard, wandb, mlflow and trackio",
     "tensorboard": "a list: [tensorboard] or []",
-    "micro_batch_size": _WHOLE_BATCH,
-    "train_micro_batch_size": _WHOLE_BATCH,
+    "micro_batch_size": _GLOBAL_BATCH,
+    "train_micro_batch_size": _GLOBAL_BATCH,
     "mini_batch_size": "into how many updates the samples of a step are divided",
-    "per_device_train_batch_size": _WHOLE_BATCH,
+    "per_device_train_batch_size": _GLOBAL_BATCH,
     "gradient_accumulation_steps": "pieces in which a batch is computed; its size stays train.batch_size",
 }
 

@@ -184,7 +184,7 @@ class DataSection(Section):
         return [source.name or source_name(source.path) for source in self.eval_sources]
 
     @model_validator(mode="after")
-    def _names_tell_apart(self) -> DataSection:
+    def _check_unique_names(self) -> DataSection:
         if twice := [name for name, count in Counter(self.eval_names).items() if count > 1]:
             raise ValueError(f"two sources of data.eval are called {twice[0]!r}: give each a `name`")
         return self

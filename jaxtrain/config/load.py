@@ -60,7 +60,7 @@ def read_tree(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict[str,
     return _merged(read_tree(path.parent / base, (*extended_by, path.resolve())), tree)
 
 
-def whole_text(path: str | Path) -> str:
+def merged_text(path: str | Path) -> str:
     """The content of a YAML file with that of the files it extends, as YAML. Raises ConfigError as `read_tree`."""
     text = Path(path).read_text()
     return yaml.safe_dump(read_tree(path), sort_keys=False) if "extends" in text else text

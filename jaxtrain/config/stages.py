@@ -75,8 +75,8 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
             base = shared | {"model": {**model, "path": str(stages[-1].export)}}
             common = [change for change in common if not change.startswith(_OF_FIRST)]
         folder = Path(home) / name
-        whole = _merged_one_level(base, parts) | {"run": {**(shared.get("run") or {}), "dir": str(folder)}}
-        config = parse_config(deepcopy(whole), f"{path}, stage {name}", [*common, *own[name]])
+        tree = _merged_one_level(base, parts) | {"run": {**(shared.get("run") or {}), "dir": str(folder)}}
+        config = parse_config(deepcopy(tree), f"{path}, stage {name}", [*common, *own[name]])
         if stages:
             _check_start(config, stages, f"{path}, stage {name}", lora=(parts.get("model") or {}).get("lora"))
         stages.append(Stage(name, config, folder))

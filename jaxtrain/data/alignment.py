@@ -118,8 +118,8 @@ class Aligner:
             except UnicodeDecodeError as error:
                 count = int(np.cumsum([len(token) for token in tokens[:count]]).searchsorted(error.start, "right"))
                 continue
-            whole = count == len(tokens)
-            return Written(text, len(student) if whole else start + count, whole and stop < len(student))
+            complete = count == len(tokens)
+            return Written(text, len(student) if complete else start + count, complete and stop < len(student))
 
     def ids(self, student: _Ids, teacher: _Ids) -> Groups:
         """The groups of the tokens of one answer. The special token that ends one goes with that of the other.

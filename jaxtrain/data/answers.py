@@ -23,7 +23,7 @@ from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template, probe_c
 from jaxtrain.data.thoughts import THOUGHTS, opened_thought
 from jaxtrain.data.tracing import Message, TextSpan, Trace, trace
 
-_MOST_KINDS = 256  # of conversations of which the beginnings of turns are held
+_MAX_KINDS = 256  # of conversations of which the beginnings of turns are held
 _Asked = tuple[str, bool, frozenset[str]]  # the role of the message before, whether it may switch thoughts, all roles
 
 
@@ -163,7 +163,7 @@ class Answers:
         """The known beginnings of turns in conversations with the same template, arguments and tools."""
         if any(map(_may_switch_thoughts, chat.messages)):
             return {}
-        if len(self._asked) > _MOST_KINDS:
+        if len(self._asked) > _MAX_KINDS:
             self._asked.clear()
         return self._asked.setdefault((self._template.source(chat.tools), _json(chat.kwargs), bool(chat.tools)), {})
 

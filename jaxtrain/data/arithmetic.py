@@ -21,11 +21,11 @@ def write_arithmetic(out_dir: str | Path, train_rows: int, eval_rows: int, seed:
     such problems are asked for.
     """
     numbers = 10**digits
-    most = numbers**2 + numbers * (numbers + 1) // 2
-    if train_rows + eval_rows > most // 2:
+    available = numbers**2 + numbers * (numbers + 1) // 2
+    if train_rows + eval_rows > available // 2:
         raise ValueError(
-            f"{train_rows} + {eval_rows} rows: only {most} problems have numbers of {digits} digits, and at most half "
-            "of them are drawn, so that the held-out ones are not forced by the others"
+            f"{train_rows} + {eval_rows} rows: only {available} problems have numbers of {digits} digits, and at most "
+            "half of them are drawn, so that the held-out ones are not forced by the others"
         )
     problems = _problems(train_rows + eval_rows, seed, digits)
     return _write_files(out_dir, [problem_row(*problem) for problem in problems], eval_rows)

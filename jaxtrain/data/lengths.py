@@ -31,7 +31,7 @@ from jaxtrain.remote import cache_home
 
 log = logging.getLogger(__name__)
 
-_CHUNK, _CHUNKS_AHEAD = 64, 16  # rows that a worker thread takes at a time, and how many of them
+_CHUNK, _PREFETCHED_CHUNKS = 64, 16  # rows that a worker thread takes at a time, and how many of them
 _LOG_FROM_ROWS = 10_000  # rows whose reading is announced, because it takes a while
 
 _BAD = 1 << COUNTERS.index("bad_rows")  # in `Lengths.events`
@@ -138,16 +138,16 @@ def row_counts(lengths: Sequence[Lengths]) -> dict[str, int]:
 def _read(reader: Reader, number: int, executor: Executor) -> Lengths:
     rows = len(reader.sources[number])
     counts, events, sizes = np.zeros(rows, np.int64), np.zeros(rows, np.uint16), []
-    ahead: deque[Future[list[Any]]] = deque()
+    pending: deque[Future[list[Any]]] = deque()
     chunks = iter(range(0, rows, _CHUNK))
     row = 0
     while True:
-        while len(ahead) < _CHUNKS_AHEAD and (start := next(chunks, None)) is not None:
+        while len(pending) < _PREFETCHED_CHUNKS and (start := next(chunks, None)) is not None:
             places = [(number, at) for at in range(start, min(start + _CHUNK, rows))]
-            ahead.append(reader.submit(executor, places))
-        if not ahead:
+            pending.append(reader.submit(executor, places))
+        if not pending:
             break
-        for read in ahead.popleft().result():
+        for read in pending.popleft().result():
             if isinstance(read, DataError):
                 raise read
             lengths = [bundle_tokens(piece, reader.share_prefixes) for piece in read.items]

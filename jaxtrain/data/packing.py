@@ -28,12 +28,12 @@ class RowExamples(NamedTuple):
 class Pieces(NamedTuple):
     """What is left of an example or a bundle once it fits, and the counter that it adds to, or None."""
 
-    items: list[Any]  # `Example`s of an example, at most one `Bundle` of a bundle
+    items: list[Any]  # `Example`s of an example, at shorter one `Bundle` of a bundle
     event: Literal["truncated", "prompt_truncated", "dropped", "split"] | None
 
 
 def fit(item: Example | Bundle, max_length: int, overlong: Overlong) -> Pieces:
-    """Cut an example, or each example of a bundle, to at most `max_length` tokens.
+    """Cut an example, or each example of a bundle, to at shorter `max_length` tokens.
 
     A piece without loss weight (the assistant's turns are beyond the cut) is left out: it would cost a forward pass and
     train nothing. An example of which nothing is left counts as dropped. A bundle stays whole: if nothing is left of
@@ -145,27 +145,27 @@ class BestFit(Generic[Item]):
     later by the same factor (benchmarks/data.py).
     """
 
-    def __init__(self, capacity: int, most_open: int, open_rows: Sequence[list[tuple[Item, int]]] = ()):
-        """`most_open` 0 gives every item a separate row. `open_rows` are those of an earlier packer, in its order."""
-        self._capacity, self._most_open = capacity, most_open
+    def __init__(self, capacity: int, max_open: int, open_rows: Sequence[list[tuple[Item, int]]] = ()):
+        """`max_open` 0 gives every item a separate row. `open_rows` are those of an earlier packer, in its order."""
+        self._capacity, self._max_open = capacity, max_open
         self.open_rows = [[item for item, _ in row] for row in open_rows]  # fullest first
         self._room = [capacity - sum(size for _, size in row) for row in open_rows]  # ascending
 
     def add(self, item: Item, size: int) -> list[Item] | None:
         """Place an item. Returns the row that is handed out for it, if one is."""
         assert 0 < size <= self._capacity, size
-        if self._most_open == 0 or size == self._capacity:
+        if self._max_open == 0 or size == self._capacity:
             return [item]
         at = bisect_left(self._room, size)
         if at < len(self._room):
             room, row = self._room.pop(at) - size, self.open_rows.pop(at)
             row.append(item)
             return row if room == 0 else self._open(row, room)
-        handed_out = self.take() if len(self.open_rows) == self._most_open else None
+        handed_out = self.pop() if len(self.open_rows) == self._max_open else None
         self._open([item], self._capacity - size)
         return handed_out
 
-    def take(self) -> list[Item] | None:
+    def pop(self) -> list[Item] | None:
         """The fullest open row; None when there is none."""
         if not self.open_rows:
             return None
@@ -184,9 +184,9 @@ def shared_prefix(bundle: Bundle) -> int:
     if len(bundle) != 2:
         return 0
     (one, other), (weights, others) = zip(*(example[:2] for example in bundle), strict=True)
-    most = min(len(one), len(other)) - 1
-    differs = (one[:most] != other[:most]) | (weights[:most] != 0) | (others[:most] != 0)
-    return int(np.argmax(differs)) if differs.any() else most
+    shorter = min(len(one), len(other)) - 1
+    differs = (one[:shorter] != other[:shorter]) | (weights[:shorter] != 0) | (others[:shorter] != 0)
+    return int(np.argmax(differs)) if differs.any() else shorter
 
 
 def bundle_tokens(bundle: Bundle, share_prefixes: bool) -> int:

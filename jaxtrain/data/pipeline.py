@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 TOTALS = ("examples", "tokens", "slots")  # of the batches handed out; slots: tokens, padding included
 
 _SENT_ROWS = 512  # that all shards of a host together send to worker processes at a time
-_BATCHES_AHEAD = 2
+_PREFETCHED_BATCHES = 2
 
 Snapshots = dict[str, Callable[[], State]]  # of every shard
 
@@ -96,7 +96,7 @@ class TrainStream:
         self._reader, self._mixtures, self._encode = reader, mixtures, encode
         self._data, self._rows_per_shard, self._num_shards = data, rows // num_shards, num_shards
         self._fingerprints = fingerprints(opened)
-        self._snapshots = self._take_snapshots()
+        self._snapshots = self._current_snapshots()
         self._totals = {shard: dict.fromkeys(TOTALS, 0) for shard in self._shards}
         self._producer: _Producer | None = None
         self._counts = True
@@ -116,7 +116,7 @@ class TrainStream:
         """The next batch. Whatever went wrong while it was made is raised here."""
         if not self.has_next():
             raise StopIteration
-        batch, self._snapshots = self._running().take()
+        batch, self._snapshots = self._running().next()
         # Two calls of numpy for all rows: each waits for the threads that read rows.
         examples, tokens = num_examples(batch).tolist(), np.count_nonzero(batch.segment_ids, axis=1).tolist()
         for index, totals in enumerate(self._totals.values()):
@@ -134,7 +134,7 @@ class TrainStream:
         """
         if self._running().has_next():
             return True
-        self._snapshots = self._take_snapshots()
+        self._snapshots = self._current_snapshots()
         return False
 
     @property
@@ -203,7 +203,7 @@ class TrainStream:
             # To send rows to another process costs as much as to encode some, so more are sent at a time.
             self._reader.chunk_rows = max(self._reader.chunk_rows, _SENT_ROWS // len(self._shards))
         threads = max(self._data.workers, 2 * processes)
-        self._reader.chunks_ahead = max(2, -(-2 * threads // len(self._shards)))
+        self._reader.prefetched_chunks = max(2, -(-2 * threads // len(self._shards)))
         return ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def _expect_of_streams(self) -> None:
@@ -225,9 +225,9 @@ class TrainStream:
             rows = [next(stream, None) for stream in streams for _ in range(self._rows_per_shard)]
             if all(row is None for row in rows):
                 return
-            yield stack_rows([row or padding for row in rows]), self._take_snapshots()
+            yield stack_rows([row or padding for row in rows]), self._current_snapshots()
 
-    def _take_snapshots(self) -> Snapshots:
+    def _current_snapshots(self) -> Snapshots:
         return {name: shard.snapshot() for name, shard in self._shards.items()}
 
     @property
@@ -279,7 +279,7 @@ class TrainStream:
         for name, shard in self._shards.items():
             shard.restore({key: state[name][key] for key in ("next", "open")})
             self._totals[name] = dict(state[name]["totals"])
-        self._snapshots = self._take_snapshots()
+        self._snapshots = self._current_snapshots()
 
     def close(self) -> None:
         """Stop the threads and worker processes. The next batch after that is the one that would have come anyway."""
@@ -341,13 +341,13 @@ def eval_batches(
 
 
 class _Producer:
-    """Runs an iterator in a thread, a few elements ahead. An exception reaches `take` in order."""
+    """Runs an iterator in a thread, a few elements ahead. An exception is raised by `next` in order."""
 
     def __init__(self, elements: Iterator[tuple[Batch, Snapshots]], workers: ThreadPoolExecutor):
         self._elements, self._workers = elements, workers
-        self._queue: queue.Queue[Any] = queue.Queue(_BATCHES_AHEAD)
+        self._queue: queue.Queue[Any] = queue.Queue(_PREFETCHED_BATCHES)
         self._stop = threading.Event()
-        self._next: tuple[Batch, Snapshots] | None = None  # looked at and not taken
+        self._next: tuple[Batch, Snapshots] | None = None  # peeked at, not yet returned
         self._end: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="pack", daemon=True)
         self._thread.start()
@@ -383,7 +383,7 @@ class _Producer:
             return False
         raise self._end
 
-    def take(self) -> tuple[Batch, Snapshots]:
+    def next(self) -> tuple[Batch, Snapshots]:
         """The next element, once `has_next` has found one."""
         assert self._next is not None
         element, self._next = self._next, None

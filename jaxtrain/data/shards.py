@@ -40,7 +40,7 @@ COUNTERS = (
 )
 
 _CHUNK = 16  # rows that a worker thread takes at a time
-_CHUNKS_AHEAD = 2  # that a shard asks for
+_PREFETCHED_CHUNKS = 2  # that a shard asks for
 _ROWS_TRIED = 1000  # of a source, for one that makes an example
 _SCAN_ROWS = 1024  # that are under way together when a source is searched
 
@@ -71,7 +71,7 @@ class Reader:
         self.share_prefixes = False  # whether the prompt of a pair is in a row once
         self._data, self._encode = data, encode
         self.pool: EncodePool | None = None  # where rows are encoded by `submit`; None: in its threads
-        self.chunk_rows, self.chunks_ahead = _CHUNK, _CHUNKS_AHEAD  # of a shard
+        self.chunk_rows, self.prefetched_chunks = _CHUNK, _PREFETCHED_CHUNKS  # of a shard
         self._has_more = isinstance(encode, RowEncoder) and type(encode).more_columns is not RowEncoder.more_columns
         self._warned = False
         self.usable: set[int] = set()  # sources of which some row is known to give an example
@@ -124,15 +124,21 @@ class Reader:
         for source, row in places:
             try:
                 columns, events = self.sources[source].read(row)
-                whole = self._with_more(columns, source, row) if self._has_more else columns
-                found.append((columns, events, whole))
+                columns_read = self._with_more(columns, source, row) if self._has_more else columns
+                found.append((columns, events, columns_read))
             except (DataError, StreamEndError) as error:
                 found.append(({}, (), error))
-        rows = [whole for _, _, whole in found if isinstance(whole, dict)]
+        rows = [columns_read for _, _, columns_read in found if isinstance(columns_read, dict)]
         made = iter(encode_rows(self._encode, rows) if self.pool is None else self.pool(rows))
         return [
-            self._result(columns, next(made) if isinstance(whole, dict) else whole, self.sources[source], row, events)
-            for (source, row), (columns, events, whole) in zip(places, found, strict=True)
+            self._result(
+                columns,
+                next(made) if isinstance(columns_read, dict) else columns_read,
+                self.sources[source],
+                row,
+                events,
+            )
+            for (source, row), (columns, events, columns_read) in zip(places, found, strict=True)
         ]
 
     def _with_more(self, columns: Row, number: int, row: int) -> Row:
@@ -211,11 +217,11 @@ class Shard:
     def __init__(self, mixture: Mixture, reader: Reader, data: DataSection):
         self._mixture, self._reader = mixture, reader
         self._length = data.tokens_per_row(reader.bundle_size)
-        self._most_open = data.packing_bins if data.packing else 0
+        self._max_open = data.packing_bins if data.packing else 0
         start = {"counts": list(mixture.start), "piece": 0} | dict.fromkeys(COUNTERS, 0)
         self._restored: State = {"next": start, "open": []}
         self._examples: _Examples | None = None
-        self._packer: BestFit[tuple[_Key, Bundle]] = BestFit(self._length, self._most_open)
+        self._packer: BestFit[tuple[_Key, Bundle]] = BestFit(self._length, self._max_open)
 
     def state(self) -> State:
         """`next`: the row to read next, and the counters; `open`: where the examples in open rows come from."""
@@ -253,13 +259,13 @@ class Shard:
 
     def rows(self, executor: Executor) -> Iterator[Batch]:
         """The rows from here on; examples are read and encoded in `executor`."""
-        self._packer = BestFit(self._length, self._most_open, self._reopened(executor))
+        self._packer = BestFit(self._length, self._max_open, self._reopened(executor))
         self._examples = _Examples(self._mixture, self._reader, executor, self._restored["next"])
         for keyed in self._examples:
             row = self._packer.add(keyed, self._tokens(keyed[1]))
             if row is not None:
                 yield self._row(row)
-        while (row := self._packer.take()) is not None:
+        while (row := self._packer.pop()) is not None:
             yield self._row(row)
 
     def padding(self) -> Batch:
@@ -327,15 +333,17 @@ class _Examples:
 
     def _reads(self) -> Iterator[tuple[Draw, RowExamples]]:
         counts = tuple(self.state["counts"])
-        ahead: deque[tuple[list[Draw], Future[list[RowExamples | DataError]]]] = deque()
+        pending: deque[tuple[list[Draw], Future[list[RowExamples | DataError]]]] = deque()
         while True:
-            while len(ahead) < self._reader.chunks_ahead:
+            while len(pending) < self._reader.prefetched_chunks:
                 chunk: list[Draw] = []
                 while len(chunk) < self._reader.chunk_rows and (draw := self._mixture.draw(counts)) is not None:
                     counts = draw.counts
                     chunk.append(draw)
-                ahead.append((chunk, self._reader.submit(self._executor, [(draw.source, draw.row) for draw in chunk])))
-            chunk, future = ahead.popleft()
+                pending.append(
+                    (chunk, self._reader.submit(self._executor, [(draw.source, draw.row) for draw in chunk]))
+                )
+            chunk, future = pending.popleft()
             if not chunk:
                 return
             for draw, read in zip(chunk, future.result(), strict=True):

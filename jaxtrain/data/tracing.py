@@ -122,14 +122,14 @@ def _traced_template(source: str) -> jinja2.Template:
         else:
             body.insert(at, _note(parent, "open", number))
             body.insert(at + 2, _note(parent, "close", number))
-    environment.filters[_TRACE] = _take_note
+    environment.filters[_TRACE] = _record
     tree.set_environment(environment)
     # The globals as one dict: every rendering copies them, and jinja's own chain of mappings takes long to copy.
     return jinja2.Template.from_code(environment, environment.compile(tree), dict(environment.globals))
 
 
 @jinja2.pass_context
-def _take_note(context: jinja2.runtime.Context, value: Any, kind: str, loop: int) -> None:
+def _record(context: jinja2.runtime.Context, value: Any, kind: str, loop: int) -> None:
     context[_TRACE](kind, loop, value)
 
 

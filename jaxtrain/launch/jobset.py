@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt
 
-from jaxtrain.config.load import whole_text
+from jaxtrain.config.load import merged_text
 from jaxtrain.launch.backend import Backend
 from jaxtrain.launch.exits import STOPPED, USER_ERROR, describe_exit
 from jaxtrain.launch.job import LaunchJob, dns_label
@@ -110,7 +110,7 @@ class JobSetBackend(Backend):
                 ]
             },
             "template": {
-                "metadata": {"annotations": {_CONFIG_KEY: whole_text(job.config)}},
+                "metadata": {"annotations": {_CONFIG_KEY: merged_text(job.config)}},
                 "spec": self._pod(job, name, slices, hosts),
             },
         }

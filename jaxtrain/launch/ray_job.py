@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveFloat
 
-from jaxtrain.config.load import whole_text
+from jaxtrain.config.load import merged_text
 from jaxtrain.launch.backend import Backend
 from jaxtrain.launch.job import LaunchJob, shell_words
 
@@ -106,7 +106,7 @@ def _sent_folder(working_dir: Path | None, config: Path) -> Iterator[Path]:
         yield working_dir
         return
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, config.name).write_text(whole_text(config))
+        Path(folder, config.name).write_text(merged_text(config))
         yield Path(folder)
 
 

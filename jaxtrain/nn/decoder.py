@@ -74,11 +74,11 @@ def _stacked_layers(config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype, lora:
     parts_of: dict[tuple[int, ...], list[str]] = {}
     for part in PARTS:
         parts_of.setdefault(config.layers_of(part), []).append(part)
-    whole, *others = [(stack(layers, parts), parts) for layers, parts in parts_of.items() if layers]
+    first, *others = [(stack(layers, parts), parts) for layers, parts in parts_of.items() if layers]
     for stacked, parts in others:
         for part in parts:
-            setattr(whole[0], part, getattr(stacked, part))
-    return whole[0]
+            setattr(first[0], part, getattr(stacked, part))
+    return first[0]
 
 
 class LayerInput(NamedTuple):
@@ -348,7 +348,7 @@ class Decoder(nnx.Module):
         else:
             logits = jnp.tensordot(hidden, kernel, 1, preferred_element_type=jnp.float32)
         if mesh is not None and mesh.shape["tensor"] > 1:
-            # As the head is sharded: where the logits are needed whole, the compiler may otherwise gather the head.
+            # As the head is sharded: where the logits are needed first, the compiler may otherwise gather the head.
             spec = (*[PartitionSpec.UNCONSTRAINED] * (logits.ndim - 1), "tensor")
             logits = jax.lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec(*spec)))
         if self.config.logit_softcap is not None:

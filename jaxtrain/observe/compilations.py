@@ -10,7 +10,7 @@ import jax
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # also of a program that the persistent cache had
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # the compiler begins then
 _PARTS = ("/jax/core/compile/jaxpr_trace_duration", _LOWERED, _COMPILED)
-_MOST_SPANS = 1000
+_MAX_SPANS = 1000
 _compiling: set[int] = set()  # threads that are in the compiler
 
 
@@ -29,7 +29,7 @@ class Compilations(threading.local):
             self.seconds -= inner[1] - inner[0]
         self._spans.append((start, end))
         self.seconds += end - start
-        del self._spans[:-_MOST_SPANS]
+        del self._spans[:-_MAX_SPANS]
 
 
 COMPILATIONS = Compilations()

@@ -15,7 +15,7 @@ from typing import Any, Self, TextIO
 from jaxtrain.observe.run_files import LOGS
 
 _PRINTED = logging.getLogger("jaxtrain.printed")  # what a run prints: only its log file records it
-_MOST_EARLY = 10_000  # messages before a run begins
+_MAX_EARLY = 10_000  # messages before a run begins
 _NEVER = logging.CRITICAL + 1
 
 
@@ -52,7 +52,7 @@ class RunLog:
     """
 
     def __init__(self) -> None:
-        self._early = MemoryHandler(_MOST_EARLY, flushLevel=_NEVER, flushOnClose=False)
+        self._early = MemoryHandler(_MAX_EARLY, flushLevel=_NEVER, flushOnClose=False)
         self._file: logging.FileHandler | None = None
 
     def __enter__(self) -> Self:

@@ -107,13 +107,13 @@ class Progress:
         values: dict[str, Any] = {**metrics, **({"eta": eta} if (eta := self._eta(now)) else {})}
         parts = {name: form.format(values[name]) for name, form in _FORMATS.items() if name in values}
         title = f"step {step}/{self._steps}"
-        whole = "  ".join([title, *parts.values()])
+        full = "  ".join([title, *parts.values()])
         if self._console.is_terminal:
             room = self._console.width - self._fixed - len(title.removeprefix("step "))
             self._bar.update(self._task, completed=step, shown="  ".join(_fitting(parts, room)))
-            self._record(whole)
+            self._record(full)
         else:
-            self._print("  ".join([title, *_fitting(parts, self._room - len(title) - 2)]), whole)
+            self._print("  ".join([title, *_fitting(parts, self._room - len(title) - 2)]), full)
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
@@ -134,15 +134,15 @@ class Progress:
         facts = [fact for fact in facts if fact[1]]
         width = max((len(name) for name, _ in facts), default=0) + 2
         for name, text in facts:
-            whole = f"{name:<{width}}{text}"
+            full = f"{name:<{width}}{text}"
             lines = textwrap.wrap(
-                whole,
+                full,
                 max(self._room, width + 20),
                 subsequent_indent=" " * width,
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-            self._print("\n".join(lines), whole)
+            self._print("\n".join(lines), full)
 
     def show(self, table: Table) -> None:
         """Print a table above the bar."""
@@ -153,9 +153,9 @@ class Progress:
     def _room(self) -> int:
         return self._console.width - (0 if self._console.is_terminal else len(_clock()) + 1)
 
-    def _print(self, text: str, whole: str) -> None:
-        """`whole` is recorded. Where there is no terminal the lines begin with the time."""
-        self._record(whole)
+    def _print(self, text: str, full: str) -> None:
+        """`full` is recorded. Where there is no terminal the lines begin with the time."""
+        self._record(full)
         if not self._console.is_terminal:
             clock = _clock()
             text = textwrap.indent(text, f"{clock} ", lambda line: True)

@@ -20,8 +20,8 @@ from jaxtrain.observe.history import Series, better, read_series
 from jaxtrain.observe.run_files import FIRST_ROWS, REPORT, TRAJECTORIES, recorded_config, recorded_sources
 from jaxtrain.observe.status import read_status, status_facts
 
-_MOST_POINTS = 600  # of a curve
-_MOST_SAMPLES, _MOST_CHARACTERS = 8, 1500  # of a step, and of a text
+_MAX_POINTS = 600  # of a curve
+_MAX_SAMPLES, _MAX_CHARACTERS = 8, 1500  # of a step, and of a text
 _REFRESH_SECONDS = 60
 _UPDATE_SECONDS, _PART = 60.0, 50.0  # between two reports: at least so long, and so many times as one takes
 
@@ -134,8 +134,8 @@ def _data_facts(config: Mapping[str, Any], series: Mapping[str, Series]) -> list
 
 
 def _thinned(series: Series) -> tuple[list[int], list[float]]:
-    """At most `_MOST_POINTS` points: means of as many equal parts, at their last steps."""
-    size = -(-len(series.steps) // _MOST_POINTS)
+    """At most `_MAX_POINTS` points: means of as many equal parts, at their last steps."""
+    size = -(-len(series.steps) // _MAX_POINTS)
     if size <= 1:
         return series.steps, series.values
     starts = range(0, len(series.steps), size)
@@ -154,7 +154,7 @@ def _samples_of(file: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq  # only of such runs
 
     columns = ["step", "columns", "text", "reward", "rewards", "advantages", "loss_mask", "finish_reason"]
-    rows = pq.read_table(file, columns=columns).slice(0, _MOST_SAMPLES).to_pylist()
+    rows = pq.read_table(file, columns=columns).slice(0, _MAX_SAMPLES).to_pylist()
     return {"step": rows[0]["step"] if rows else 0, "rows": [_sample(row) for row in rows]}
 
 
@@ -181,7 +181,7 @@ def _question(columns: Mapping[str, Any]) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …"
+    return text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + " …"
 
 
 def _finite(value: float | None) -> float | None:

@@ -182,12 +182,12 @@ class Compact(NamedTuple):
         (source,) = jnp.nonzero(weighted, size=size, fill_value=len(weights))
         return Compact(source, jnp.cumsum(weighted) - 1, weighted, -(-jnp.sum(weighted) // chunk))
 
-    def take(self, i: Array, chunk: int, arrays: Any) -> Any:
+    def rows_of_chunk(self, i: Array, chunk: int, arrays: Any) -> Any:
         """The i-th chunk of a tree of arrays [n, ...]; zeros after the last weighted token."""
         source = lax.dynamic_slice(self.source, (i * chunk,), (chunk,))
         return jax.tree.map(lambda x: jnp.asarray(x).at[source].get(mode="fill", fill_value=0), arrays)
 
-    def take_all(self, x: Array) -> Array:
+    def all_rows(self, x: Array) -> Array:
         """[n, ...] -> [M, ...]; zeros after the last weighted token."""
         return jnp.asarray(x).at[self.source].get(mode="fill", fill_value=0)
 

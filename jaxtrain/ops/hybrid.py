@@ -129,9 +129,9 @@ def _by_rank(p: Float[Array, "... A"], q: Float[Array, "... B"]) -> Float[Array,
     """The sum of |p_(i) - q_(i)| over the ranks; 0 where either has no tokens, as in TRL."""
     if not p.shape[-1] or not q.shape[-1]:
         return jnp.zeros(p.shape[:-1])
-    most = max(p.shape[-1], q.shape[-1])
+    width = max(p.shape[-1], q.shape[-1])
     p, q = (
-        jnp.pad(jnp.sort(x, axis=-1, descending=True), [*[(0, 0)] * (x.ndim - 1), (0, most - x.shape[-1])])
+        jnp.pad(jnp.sort(x, axis=-1, descending=True), [*[(0, 0)] * (x.ndim - 1), (0, width - x.shape[-1])])
         for x in (p, q)
     )
     return jnp.abs(p - q).sum(-1)

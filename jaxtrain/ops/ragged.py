@@ -34,7 +34,7 @@ def _backward(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array
     x, kernels, sizes = saved
     d_x = _matmul(g, kernels, sizes, transpose=True)
     forms: dict[str, Callable[..., Array]] = {"tpu": tpu.grouped_outer} if tpu.supports(x.dtype) else {}
-    if _takes_gpu_kernels(x, kernels):
+    if _uses_gpu_kernels(x, kernels):
         forms["cuda"] = gpu.grouped_outer
     d_kernels = lax.platform_dependent(x, g, sizes, cpu=cpu.grouped_outer, default=_ragged_outer, **forms)
     return d_x, d_kernels, None
@@ -52,7 +52,7 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
     forms: dict[str, Callable[..., Array]] = {}
     if tpu.supports(x.dtype):
         forms["tpu"] = functools.partial(tpu.grouped_matmul, transpose=transpose)
-    if _takes_gpu_kernels(x, kernels):
+    if _uses_gpu_kernels(x, kernels):
         forms["cuda"] = functools.partial(gpu.grouped_matmul, transpose=transpose)
     # Resolved at lowering, so a CPU host that compiles for another platform gets the form of that platform.
     return lax.platform_dependent(
@@ -65,7 +65,7 @@ def _matmul(x: Array, kernels: Array, sizes: Array, transpose: bool) -> Array:
     )
 
 
-def _takes_gpu_kernels(x: Array, kernels: Array) -> bool:
+def _uses_gpu_kernels(x: Array, kernels: Array) -> bool:
     if not gpu.supports(x, *kernels.shape[1:]):
         return False
     return described.get() or gpu.kernels_agree(lax.ragged_dot, _ragged_outer)

@@ -283,7 +283,7 @@ def _agree(compact: Compact, g: Scores, expected: Scores) -> Array:
 
     def close(g: Array, expected: Array) -> Array:
         # Also relative to the largest: a small derivative may be the difference of two large terms.
-        error, size = jnp.abs(compact.take_all(g) - expected), jnp.abs(expected)
+        error, size = jnp.abs(compact.all_rows(g) - expected), jnp.abs(expected)
         return jnp.all(error <= _TOLERANCE * jnp.maximum(size, 1e-2 * size.max()))
 
     return functools.reduce(jnp.logical_and, jax.tree.leaves(jax.tree.map(close, g, expected)))
@@ -309,7 +309,7 @@ def _walk(
 
     def body(i: Array, walked: _Walked) -> _Walked:
         stats, d_hidden, d_head, cotangents = walked
-        these = compact.take(i, chunk, rows)
+        these = compact.rows_of_chunk(i, chunk, rows)
         logits = logits_of(plan, heads, these)
         new, p = stats_of(plan, heads, logits)
 
@@ -322,7 +322,7 @@ def _walk(
             scores = jax.tree.map(
                 lambda x: plan.shift_right(compact.put(i, chunk, x)), new.scores(*plan.differentiable)
             )
-            g = compact.take(i, chunk, jax.tree.map(plan.shift_left, derivative(scores)))
+            g = compact.rows_of_chunk(i, chunk, jax.tree.map(plan.shift_left, derivative(scores)))
             cotangents = jax.tree.map(put, cotangents, g)
         if hidden_gradient:
             if plan.joint:
@@ -361,7 +361,7 @@ def _head_gradient(plan: Plan, compact: Compact, rows: TokenRows, heads: Heads, 
     chunk = plan.chunk
 
     def body(i: Array, d_head: Array) -> Array:
-        these, scale = compact.take(i, chunk, (rows, g))
+        these, scale = compact.rows_of_chunk(i, chunk, (rows, g))
         lse = lax.dynamic_slice(logsumexp, (i * chunk,), (chunk,))
         logits = logits_of(plan, heads, these)
         p = jnp.exp(logits.student - lse[:, None])
@@ -378,7 +378,7 @@ def _gradients(
 
     def body(i: Array, carry: tuple) -> tuple:
         d_hidden, d_head = carry
-        these, cotangents = compact.take(i, chunk, (rows, g))
+        these, cotangents = compact.rows_of_chunk(i, chunk, (rows, g))
         known = jax.tree.map(lambda each: lax.dynamic_slice_in_dim(each, i * chunk, chunk), stats)
         logits = logits_of(plan, heads, these)
         d_logits = joint_derivative(plan, heads, logits, known, cotangents).astype(dtype)

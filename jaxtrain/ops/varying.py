@@ -28,6 +28,6 @@ def untyped(kernel: Callable[..., Array], *args: Array) -> Array:
     """
     if not jax.typeof(args[0]).manual_axis_type.varying:
         return kernel(*args)
-    whole = PartitionSpec()
-    nested = jax.shard_map(kernel, in_specs=whole, out_specs=whole, axis_names=set(), check_vma=False)
+    replicated = PartitionSpec()
+    nested = jax.shard_map(kernel, in_specs=replicated, out_specs=replicated, axis_names=set(), check_vma=False)
     return varying_as(nested(*args), args[0])

@@ -56,7 +56,7 @@ def estimate(config: RunConfig, target: Target) -> StateEstimate:
     tx = make_optimizer(config.optimizer, lambda step: 0.0, declared.trained_axes)  # type: ignore[arg-type, return-value]
     moments = jax.eval_shape(tx.init, trained)
     trained_bytes = _bytes(trained, shares)
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trained))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(moments))
     length, rows = config.data.tokens_per_row(bundle_size(config)), _rows(config)
     one = np.ones((1, length), np.int32)
@@ -68,7 +68,7 @@ def estimate(config: RunConfig, target: Target) -> StateEstimate:
         mesh={axis: size for axis, size in sizes.items() if size > 1},
         parameter_bytes=trained_bytes + _bytes(frozen, shares),
         gradient_bytes=trained_bytes,
-        optimizer_bytes=trained_bytes * held / max(whole, 1),
+        optimizer_bytes=trained_bytes * held / max(total, 1),
         tokens=rows * length,
         flops=flops,
         seconds=flops / devices / target.peak if target.peak else None,

@@ -35,7 +35,7 @@ class _Kernel(NamedTuple):
     seconds: float
 
 
-class _Begun(NamedTuple):  # an asynchronous collective
+class _Pending(NamedTuple):  # an asynchronous collective
     kind: str
     axes: str
     devices: int
@@ -72,7 +72,7 @@ class _Walker:
     def walk(self, computation: str, times: float) -> float:
         """Seconds of one run of a computation that runs `times` times."""
         now, network = 0.0, 0.0
-        pending: dict[str, _Begun] = {}
+        pending: dict[str, _Pending] = {}
         for each in self.module.computations[computation]:
             if each.opcode in _FREE:
                 continue
@@ -88,17 +88,17 @@ class _Walker:
                 if each.operands[0] in pending:
                     pending[each.name] = pending[each.operands[0]]
             elif each.opcode.endswith("-done"):
-                if (begun := pending.pop(each.operands[0], None)) is not None:
-                    exposed = max(0.0, begun.start + begun.seconds - now)
+                if (transfer := pending.pop(each.operands[0], None)) is not None:
+                    exposed = max(0.0, transfer.start + transfer.seconds - now)
                     now += exposed
-                    self._record(begun, exposed, times)
+                    self._record(transfer, exposed, times)
             elif (collective := self._collective(each, computation)) is not None:
-                begun = collective._replace(start=max(now, network))
-                network = begun.start + begun.seconds
+                transfer = collective._replace(start=max(now, network))
+                network = transfer.start + transfer.seconds
                 if each.opcode.endswith("-start") and '"is_sync":true' not in each.text:
-                    pending[each.name] = begun
+                    pending[each.name] = transfer
                 else:
-                    self._record(begun, network - now, times)
+                    self._record(transfer, network - now, times)
                     now = network
             elif each.opcode in ("copy-start", "async-start"):
                 inner = each.called("calls")
@@ -118,12 +118,14 @@ class _Walker:
         else:
             self.reading.fusions.append(part)
 
-    def _record(self, begun: _Begun, exposed: float, times: float) -> None:
+    def _record(self, transfer: _Pending, exposed: float, times: float) -> None:
         """A part of its time may be exposed: then it is recorded in two parts, with their shares of the bytes."""
-        for hidden, seconds in ((False, exposed), (True, begun.seconds - exposed)):
+        for hidden, seconds in ((False, exposed), (True, transfer.seconds - exposed)):
             if seconds > 0:
-                size = begun.bytes * min(seconds / begun.seconds, 1.0) * times
-                found = Collective(begun.kind, begun.axes, begun.devices, size, seconds * times, hidden, begun.where)
+                size = transfer.bytes * min(seconds / transfer.seconds, 1.0) * times
+                found = Collective(
+                    transfer.kind, transfer.axes, transfer.devices, size, seconds * times, hidden, transfer.where
+                )
                 self.reading.collectives.append(found)
 
     def _trips(self, each: Instruction) -> int:
@@ -134,7 +136,7 @@ class _Walker:
             raise ValueError(f"the loop at {place} has a number of trips that plan does not know")
         return trips
 
-    def _collective(self, each: Instruction, computation: str) -> _Begun | None:
+    def _collective(self, each: Instruction, computation: str) -> _Pending | None:
         if each.opcode == "async-start":
             inner = each.called("calls") or ""
             wrapped = [one for one in self.module.computations[inner] if one.opcode in _COLLECTIVES]
@@ -148,7 +150,7 @@ class _Walker:
         factors = {"all-gather": devices - 1, "all-reduce": 2 * share, "collective-permute": 1}
         received = given * factors.get(kind, share)
         seconds = received / self.setting.network.links + self.gpu.latency
-        return _Begun(kind, axes, devices, received, seconds, 0.0, self.module.where(each))
+        return _Pending(kind, axes, devices, received, seconds, 0.0, self.module.where(each))
 
     def _operand_bytes(self, each: Instruction, computation: str) -> list[float]:
         return [shape_bytes(self.module.shape(computation, name)) for name in each.operands]

@@ -166,8 +166,8 @@ def engine_params(model: Model) -> Params:
     )
     shapes = jax.eval_shape(model.unstack, stacked)
 
-    def of_layer(leaf: jax.ShapeDtypeStruct, whole: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        named: Any = whole.sharding
+    def of_layer(leaf: jax.ShapeDtypeStruct, stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        named: Any = stacked.sharding
         spec = jax.sharding.PartitionSpec(*named.spec[1:])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(named.mesh, spec))
 

@@ -252,20 +252,20 @@ class _Printer:
         """The text of each token, or of all where tokens hold parts of a character."""
         if self._tokenizer is None:
             return [f"{token} " for token in ids]
-        whole = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         pieces = [self._tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
-        return pieces if "".join(pieces) == whole else [whole]
+        return pieces if "".join(pieces) == text else [text]
 
     def lengths(self, sizes: np.ndarray, what: str) -> None:
         """A histogram."""
         if not len(sizes):
             return
-        low, median, high, most = (int(np.quantile(sizes, q, method="nearest")) for q in (0, 0.5, 0.99, 1))
-        self.line(f"\n{len(sizes):,} {what} of {low} to {most} tokens")
+        low, median, high, largest = (int(np.quantile(sizes, q, method="nearest")) for q in (0, 0.5, 0.99, 1))
+        self.line(f"\n{len(sizes):,} {what} of {low} to {largest} tokens")
         self.line(f"  mean {sizes.mean():.0f}, median {median}, 99% up to {high}")
-        width = -(-(most + 1 - low) // _BARS)
+        width = -(-(largest + 1 - low) // _BARS)
         counts = np.bincount((sizes - low) // width)
-        for start, count in zip(range(low, most + 1, width), counts.tolist(), strict=True):
+        for start, count in zip(range(low, largest + 1, width), counts.tolist(), strict=True):
             bar = "#" * math.ceil(_WIDTH * count / counts.max())
             self.line(f"{start:>8,}-{start + width - 1:<8,} {count:>10,} {bar}")
 

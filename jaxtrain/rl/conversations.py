@@ -291,7 +291,7 @@ class _Responses:
             return sorted(self._all().items()) if idle else []
         if idle and not self._arrived:
             self._collect(POLL_SECONDS)
-        return sorted(self._take().items())
+        return sorted(self._pop_arrived().items())
 
     def _all(self) -> dict[int, _Response]:
         """Those of all environments, when all have responded; for an engine of several processes with the others'."""
@@ -305,11 +305,11 @@ class _Responses:
             if self._settings.interrupted.is_set():
                 raise Interrupted
             self._collect(POLL_SECONDS)
-        return self._take()
+        return self._pop_arrived()
 
-    def _take(self) -> dict[int, _Response]:
-        taken, self._arrived = self._arrived, {}
-        return taken
+    def _pop_arrived(self) -> dict[int, _Response]:
+        arrived, self._arrived = self._arrived, {}
+        return arrived
 
     def _collect(self, wait: float) -> None:
         for number, result in self._calls.results(wait):

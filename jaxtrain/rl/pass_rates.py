@@ -46,5 +46,5 @@ def pass_rates(name: str, rewards: np.ndarray, texts: np.ndarray) -> dict[str, f
 def _majority(rewards: np.ndarray, texts: np.ndarray) -> float:
     """The reward of the most frequent answer, of the first of equally frequent ones."""
     answers: list[Any] = [text.strip() if (number := final_number(text)) is None else number for text in texts]
-    most = Counter(answers).most_common(1)[0][0]
-    return float(rewards[answers.index(most)])
+    majority = Counter(answers).most_common(1)[0][0]
+    return float(rewards[answers.index(majority)])

@@ -176,7 +176,7 @@ class RaySampler(Sampler):
             deadlines = [share.deadline for share in busy.values() if share.prompts or share.ended]
             ready = self._wait([share.stream for share in busy.values()], min(deadlines, default=math.inf))
             for worker, share in list(busy.items()):
-                arrived, end = self._take(share) if share.stream in ready else ([], None)
+                arrived, end = self._receive(share) if share.stream in ready else ([], None)
                 new = [t for t in arrived if t.sample not in finished.get(t.prompt.number, (t.sample,))]
                 for number, sample in [(t.prompt.number, t.sample) for t in new]:
                     finished[number].add(sample)
@@ -301,7 +301,7 @@ class RaySampler(Sampler):
             self._ray.wait([*calls, *starts], timeout=timeout)
         return self._ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
 
-    def _take(self, share: _Share) -> tuple[list[Trajectory], Exception | None]:
+    def _receive(self, share: _Share) -> tuple[list[Trajectory], Exception | None]:
         """The samples that have arrived, and why no more will; None: more may."""
         arrived: list[Trajectory] = []
         while self._ray.wait([share.stream], timeout=0)[0]:

@@ -150,7 +150,7 @@ class RewardPool:
                         for one in waiting.popleft().singles()
                     )
                     continue
-                if (worker := self._take_idle(wait=not busy)) is None:
+                if (worker := self._pop_idle(wait=not busy)) is None:
                     break
                 task = waiting.popleft()
                 worker.send(self._rewards[task.name], task, samples, state)
@@ -180,7 +180,7 @@ class RewardPool:
                 else:
                     yield answer
 
-    def _take_idle(self, *, wait: bool) -> _Worker | None:
+    def _pop_idle(self, *, wait: bool) -> _Worker | None:
         """A worker that no thread uses; None if there is none, also after a short wait for one."""
         with self._returned:
             if wait and not self._idle:

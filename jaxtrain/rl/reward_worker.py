@@ -105,8 +105,8 @@ def _check_arguments(function: Callable, arguments: dict[str, Any], offered: dic
             f"available are {', '.join(map(repr, arguments))}"
         )
     names = {p.name for p in parameters if p.kind in positional}
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return {name: each for name, each in offered.items() if (takes_all or name in names) and name not in arguments}
+    accepts_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return {name: each for name, each in offered.items() if (accepts_all or name in names) and name not in arguments}
 
 
 def _numbers(values: Any) -> list[float | None]:

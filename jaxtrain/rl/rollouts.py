@@ -195,13 +195,13 @@ def common_rows(layouts: Sequence[Sequence[Any]], multiple: int) -> int:
 
 def best_fit_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """The indices in each row, by best-fit decreasing; a length of 0 is in none."""
-    packer: BestFit[int] = BestFit(max_length, most_open=len(lengths))
+    packer: BestFit[int] = BestFit(max_length, max_open=len(lengths))
     layout: list[list[int]] = []
     # Longest first, ties in order: deterministic.
     for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
         full = packer.add(index, lengths[index])
         layout += [full] if full else []
-    while (row := packer.take()) is not None:
+    while (row := packer.pop()) is not None:
         layout.append(row)
     return layout
 

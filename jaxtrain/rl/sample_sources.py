@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import Any, Protocol
 
 from jaxtrain.data.prompts import PromptStream
-from jaxtrain.rl.ahead import AheadSource
+from jaxtrain.rl.async_source import AsyncSource
 from jaxtrain.rl.collect import Collected, Collector
 from jaxtrain.rl.rollouts import Sampler
 from jaxtrain.rl.sampler import EngineSampler
@@ -34,7 +34,7 @@ class OnPolicySource:
     """
 
     def __init__(self, collect: Callable[[], Collected | None], sampler: Sampler, state: Callable[[], Any]):
-        self._collect, self._sampler, self._take_state = collect, sampler, state
+        self._collect, self._sampler, self._read_state = collect, sampler, state
         self._state = state()
 
     def __call__(self, params: Params, number: int) -> Collected | None:
@@ -42,7 +42,7 @@ class OnPolicySource:
         self._sampler.set_params(params, number)
         seconds = time.perf_counter() - start
         collected = self._collect()
-        self._state = self._take_state()  # only after the rollout: an interrupted one is repeated
+        self._state = self._read_state()  # only after the rollout: an interrupted one is repeated
         return collected and collected._replace(metrics={**collected.metrics, "time/sync": seconds})
 
     def state(self) -> Any:
@@ -97,7 +97,7 @@ def make_source(
             f"rl.reward_models on the trainer's {session.mesh.size} devices cannot run during training: use "
             "rl.placement.staleness=0 or train on a single device"
         )
-    source = AheadSource(
+    source = AsyncSource(
         collect, prompts, staleness=section.placement.staleness, updates=section.updates, scorers=section.scorers
     )
     session.enter(closing(source))

@@ -84,7 +84,7 @@ class EngineSampler(Sampler):
         self._pending.append((synced.params, version))
         if self._sampling.acquire(blocking=False):  # else the sampling thread takes them before its next device call
             try:
-                self._take_weights()
+                self._apply_weights()
             finally:
                 self._sampling.release()
 
@@ -122,9 +122,9 @@ class EngineSampler(Sampler):
             self._check()
         elif self._interrupted.is_set():
             raise Interrupted
-        self._take_weights()
+        self._apply_weights()
 
-    def _take_weights(self) -> None:
+    def _apply_weights(self) -> None:
         if self._pending:
             self._engine.set_params(*self._pending.popleft())
 

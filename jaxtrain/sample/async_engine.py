@@ -145,7 +145,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            with closing(self._engine.run(self._take)) as chunks:
+            with closing(self._engine.run(self._admit)) as chunks:
                 for chunk in chunks:
                     deliver, place = self._active[chunk.request]
                     deliver(chunk._replace(request=place))
@@ -158,7 +158,7 @@ class AsyncEngine:
             if self._failure is not None and self._on_failure is not None:
                 self._on_failure(self._failure)
 
-    def _take(self, idle: bool) -> bool:
+    def _admit(self, idle: bool) -> bool:
         """The source of `Engine.run`: handle all pending inbox items; if the engine is `idle`, wait for one first."""
         while idle or not self._inbox.empty():
             item = self._inbox.get()

@@ -14,7 +14,7 @@ from jaxtrain.types import Array
 # The mark of a token in a slot, uint16. Bit 0: it is in the prompt. Bit 1: it must not be generated. The other bits
 # count how often it was generated.
 IN_PROMPT, FORBIDDEN, GENERATED = 1, 2, 4
-MOST_GENERATED = (2**16 - 1) // GENERATED
+MAX_GENERATED = (2**16 - 1) // GENERATED
 
 
 class Tries(NamedTuple):

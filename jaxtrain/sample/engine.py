@@ -303,7 +303,7 @@ class Engine:
         failed: list[Chunk] = []
         running = Counter(sample.number for sample in self._running if sample is not None)
         while self._waiting and len(admitted) < len(free):
-            sample, slot = self._waiting.take(running), free[len(admitted)]
+            sample, slot = self._waiting.pop(running), free[len(admitted)]
             try:
                 sample.write_settings(self._settings, slot)
                 marks = sample.marks(self.model.config.vocab_size) if sample.marked else None

@@ -31,22 +31,22 @@ class Bounds(GroupedMetadata):
     """The numbers that a field may hold, both ends included. In a field's `Annotated`, where pydantic reads it too."""
 
     kind: type[int] | type[float]
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
     def __iter__(self) -> Iterator[BaseMetadata]:
-        yield Ge(self.least)
-        yield Le(self.most)
+        yield Ge(self.minimum)
+        yield Le(self.maximum)
 
     def problem(self, name: str, value: Any) -> str | None:
         """What is wrong with a value, if anything is. A boolean is not a number here."""
         number = numbers.Integral if self.kind is int else numbers.Real
         if not isinstance(value, number) or isinstance(value, bool):
             return f"{name} must be {'int' if self.kind is int else 'a number'}, not {shown(value)}"
-        if value < self.least:
-            return f"{name}={shown(value)} must be at least {self.least:.10g}"
-        if not value <= self.most:  # NaN too
-            return f"{name}={shown(value)} must be at most {self.most:.10g}"
+        if value < self.minimum:
+            return f"{name}={shown(value)} must be at least {self.minimum:.10g}"
+        if not value <= self.maximum:  # NaN too
+            return f"{name}={shown(value)} must be at most {self.maximum:.10g}"
         return None
 
 
@@ -173,7 +173,7 @@ def ids_problem(name: str, ids: Any) -> str | None:
     if isinstance(ids, np.ndarray):
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
             return f"{name} must be a list of token ids, not {ids.dtype} of shape {ids.shape}"
-        outside = ids[(ids < TOKEN_ID.least) | (ids > TOKEN_ID.most)] if ids.size else ids
+        outside = ids[(ids < TOKEN_ID.minimum) | (ids > TOKEN_ID.maximum)] if ids.size else ids
         problem = TOKEN_ID.problem("a token id", int(outside[0])) if outside.size else None
         return problem and f"{name} must be a list of token ids: {problem}"
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
@@ -283,12 +283,12 @@ def check_request(
             f"{ids.size} prompt tokens + max_tokens={params.max_tokens} = {ids.size + params.max_tokens} "
             f"can never fit into max_length={max_length}; max_tokens={max_length - ids.size} would",
         )
-    for field_name, kind, given, most in (
+    for field_name, kind, given, limit in (
         ("stop_ids", "stop_ids", params.stop_ids, STOP_SLOTS),
         ("logit_bias", "biases", params.logit_bias, BIAS_SLOTS),
     ):
-        if len(given) > most:
-            refuse(field_name, f"{len(given)} {kind}, and the engine holds up to {most} a request")
+        if len(given) > limit:
+            refuse(field_name, f"{len(given)} {kind}, and the engine holds up to {limit} a request")
     if 0 < limits.support < min(params.top_k, vocab_size):
         refuse("top_k", f"top_k={params.top_k}, and the engine returns supports of up to {limits.support} tokens")
     if params.alternatives > limits.alternatives:

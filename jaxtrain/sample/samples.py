@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.sample.constraints import FORBIDDEN, GENERATED, IN_PROMPT, MOST_GENERATED
+from jaxtrain.sample.constraints import FORBIDDEN, GENERATED, IN_PROMPT, MAX_GENERATED
 from jaxtrain.sample.filters import SlotSettings, TokenValues
 from jaxtrain.sample.grammar import Matcher
 from jaxtrain.sample.requests import (
@@ -96,7 +96,7 @@ class Sample:
             row[~self.matcher.allowed(vocab_size)] = FORBIDDEN
         row[list(self.prompt)] |= IN_PROMPT
         counts = np.bincount(np.asarray(self.ids, np.int64), minlength=vocab_size)
-        return row | np.minimum(counts, MOST_GENERATED).astype(np.uint16) * np.uint16(GENERATED)
+        return row | np.minimum(counts, MAX_GENERATED).astype(np.uint16) * np.uint16(GENERATED)
 
     def _alternatives(self, values: TokenValues, tokens: int) -> Alternatives | None:
         """The requested number of alternatives of each of the first `tokens` tokens."""

@@ -24,7 +24,7 @@ class Waiting:
         for sample in samples:
             self._samples.setdefault(sample.number, deque()).append(sample)
 
-    def take(self, running: Counter[int]) -> Sample:
+    def pop(self, running: Counter[int]) -> Sample:
         """Remove and return the next sample; `running` samples of each request have a slot."""
         number = min(self._samples, key=running.__getitem__) if self.fair else next(iter(self._samples))
         samples = self._samples[number]

@@ -86,8 +86,8 @@ def make_app(
                 response, chunks = ResponseBuilder(served, call, scores), generated(call)
                 if call.body.stream:
                     return StreamingResponse(response.stream(chunks), media_type="text/event-stream")
-                whole = await _unless_disconnected(http, response.build(chunks))
-                return Response(whole, media_type="application/json")
+                body = await _unless_disconnected(http, response.build(chunks))
+                return Response(body, media_type="application/json")
             except StreamEndedError as error:
                 return refusal_response(RefusedError(504, "timeout_error", str(error)))
             except (FailedError, StoppedError) as error:

@@ -23,12 +23,12 @@ from jaxtrain.serve.schema import (
     Tool,
 )
 from jaxtrain.serve.served import Served
-from jaxtrain.serve.tool_formats import forced_call, tool_format, whole_parser
+from jaxtrain.serve.tool_formats import complete_parser, forced_call, tool_format
 
 _Body = TypeVar("_Body", ChatCall, CompletionCall)
 
 _END_OF_PROMPT = 16  # tokens of a prompt that may open a thought
-_MOST_FAULTS = 100  # of one body: more are not looked at
+_MAX_FAULTS = 100  # of one body: more are not looked at
 
 
 class Call(NamedTuple):
@@ -81,7 +81,7 @@ def read_body(raw: bytes, kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        if error.error_count() > _MOST_FAULTS:
+        if error.error_count() > _MAX_FAULTS:
             raise ValueError(f"the body has {error.error_count()} invalid values") from error
         raise _field_error(error.errors(include_url=False), given) from error
 
@@ -224,8 +224,8 @@ def _check_size(call: Call, max_length: int, limits: Limits) -> None:
 def _parser(served: Served, body: ChatCall, prompt_ids: np.ndarray) -> tuple[Parser, bool]:
     """The parser of the answers, and whether it needs no special tokens in their text."""
     found = tool_format(str(served.tokenizer.chat_template))
-    if whole := whole_parser(found):
-        return whole, False
+    if for_format := complete_parser(found):
+        return for_format, False
     opened = thought_of(_end_of_prompt(served, prompt_ids))
     if not _offered(body):
         return parser(opened, None), body.skip_special_tokens

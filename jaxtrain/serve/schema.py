@@ -27,7 +27,7 @@ from jaxtrain.sample.requests import (
 )
 
 ALTERNATIVES = 20  # the maximum of OpenAI's `top_logprobs`
-_MOST_TOOLS = 128
+_MAX_TOOLS = 128
 
 OTHERWISE = {
     "stop": "it may be one string, too",
@@ -75,7 +75,7 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     return value
 
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": TOKEN_ID.least, "maximum": TOKEN_ID.most}}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": TOKEN_ID.minimum, "maximum": TOKEN_ID.maximum}}
 _TEXT = {"type": "string"}
 _Prompts = Annotated[
     Any,
@@ -176,7 +176,7 @@ class GivenMessage(_Strict):
 
     role: str
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    tool_calls: Annotated[list[MessageToolCall], MaxLen(_MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], MaxLen(_MAX_TOOLS)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The message with its content as one string, because most chat templates support only strings.
@@ -227,7 +227,7 @@ class ChatCall(_Call):
     top_logprobs: Annotated[int, Ge(0), Le(ALTERNATIVES)] | None = Field(
         None, description="answer those of the most probable tokens, too"
     )
-    tools: Annotated[list[Tool], MaxLen(_MOST_TOOLS)] = Field([], description="functions that the model may call")
+    tools: Annotated[list[Tool], MaxLen(_MAX_TOOLS)] = Field([], description="functions that the model may call")
     tool_choice: Literal["none", "auto", "required"] | NamedTool = Field(
         "auto", description="whether it may or must call one, or which one it must call"
     )

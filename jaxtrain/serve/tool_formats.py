@@ -151,7 +151,7 @@ def forced_call(found: ToolFormat | None, tools: Sequence[Tool]) -> str:
     return f"start: {rule}\ncall: %json {json.dumps({'anyOf': calls, **options})}\n"
 
 
-def whole_parser(found: ToolFormat | None) -> Parser | None:
+def complete_parser(found: ToolFormat | None) -> Parser | None:
     """The parser of a format that has its own marks for reasoning, too."""
     return parse_harmony if found is HARMONY else None
 

@@ -15,7 +15,7 @@ from jaxtrain.observe.status import duration_text
 
 log = logging.getLogger(__name__)
 
-_MOST_METRICS = 8
+_MAX_METRICS = 8
 
 
 def warn_of_early_end(step: int, steps: int, metrics: Mapping[str, float], reason: str) -> None:
@@ -62,7 +62,7 @@ def end_facts(
     first = "reward" if config.recipe == "rl" else "loss"
     shown = [name for name in series if name == first or (name.startswith("eval_") and not name.endswith(STD_ERROR))]
     chosen = config.eval.best
-    for name in shown[:_MOST_METRICS]:
+    for name in shown[:_MAX_METRICS]:
         mode = chosen.mode if chosen is not None and chosen.metric == name else better(name)
         values = series[name].values
         error = series.get(name + STD_ERROR)

@@ -16,8 +16,8 @@ from jaxtrain.observe.run_files import FIRST_ROWS
 from jaxtrain.session.record import write_atomically
 from jaxtrain.types import Batch
 
-_MOST_SEGMENTS = 8
-_MOST_TOKENS = 1000  # of a segment
+_MAX_SEGMENTS = 8
+_MAX_TOKENS = 1000  # of a segment
 
 
 def write_first_rows(folder: Path, batch: Batch, tokenizer: Any) -> None:
@@ -26,7 +26,7 @@ def write_first_rows(folder: Path, batch: Batch, tokenizer: Any) -> None:
     Without a tokenizer the text is token ids.
     """
     if jax.process_index() == 0:
-        segments = [list(_runs(*each, tokenizer)) for each in itertools.islice(_segments(batch), _MOST_SEGMENTS)]
+        segments = [list(_runs(*each, tokenizer)) for each in itertools.islice(_segments(batch), _MAX_SEGMENTS)]
         write_atomically(folder / FIRST_ROWS, json.dumps(segments))
 
 
@@ -35,7 +35,7 @@ def _segments(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for tokens, ids, weights in zip(batch.tokens, batch.segment_ids, batch.loss_weights, strict=True):
         for number in range(1, int(np.max(ids)) + 1):
             (places,) = np.nonzero(ids == number)
-            yield np.asarray(tokens)[places[:_MOST_TOKENS]], np.asarray(weights)[places[:_MOST_TOKENS]]
+            yield np.asarray(tokens)[places[:_MAX_TOKENS]], np.asarray(weights)[places[:_MAX_TOKENS]]
 
 
 def _runs(tokens: np.ndarray, weights: np.ndarray, tokenizer: Any) -> Iterator[tuple[str, float]]:

@@ -62,15 +62,15 @@ def cached_rows(
     data, found = session.config.data, {}
     for number, section in enumerate([*data.train_sources, *data.eval_sources]):
         path, started = Path(folder) / f"{number}.parquet", time.perf_counter()
-        whole_origin = json.loads(json.dumps({**origin, **_data_origin(session, section)}))
+        full_origin = json.loads(json.dumps({**origin, **_data_origin(session, section)}))
         computed: Mapping[str, pa.Array] = {}
         if not _exists(path):
             source = Source(section)
             if source.stream is not None:
                 raise ValueError(f"{key}: {section.path} is a stream, whose rows have no number")
             computed = compute(source)
-            _write(path, computed, whole_origin)
-        _check_origin(path, whole_origin, key)
+            _write(path, computed, full_origin)
+        _check_origin(path, full_origin, key)
         if computed:
             numbers = sum(len(column.flatten()) for column in computed.values())
             size, seconds = path.stat().st_size / 1e6, time.perf_counter() - started
@@ -153,13 +153,13 @@ def score_packed(
         session.check()
 
 
-def _packed(items: Iterator[CacheItem], length: int, most_open: int) -> Iterator[list[CacheItem]]:
-    packer: BestFit[CacheItem] = BestFit(length, most_open)
+def _packed(items: Iterator[CacheItem], length: int, max_open: int) -> Iterator[list[CacheItem]]:
+    packer: BestFit[CacheItem] = BestFit(length, max_open)
     for item in items:
         row = packer.add(item, sum(len(example.input_ids) for example in item.examples))
         if row is not None:
             yield row
-    while (row := packer.take()) is not None:
+    while (row := packer.pop()) is not None:
         yield row
 
 

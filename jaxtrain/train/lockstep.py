@@ -39,7 +39,7 @@ class Decision:
         return bool(self._read()[2])
 
     @property
-    def save(self) -> bool:
+    def save_requested(self) -> bool:
         """Whether any process asked for a checkpoint."""
         return bool(self._read()[3])
 
@@ -83,7 +83,7 @@ class Agreement:
 
     def saving(self) -> bool:
         """Whether to save a checkpoint after the current step: the same on all processes."""
-        return self._of_step.save if self._several else self._save_due()
+        return self._of_step.save_requested if self._several else self._save_due()
 
     def signal(self) -> int:
         """The signal because of which `check`, or other code of this process, raised `Interrupted`."""
@@ -157,7 +157,7 @@ class Lockstep(Iterator[Batch]):
             watchdog.waiting = None
 
     def _agreed(self) -> Batch:
-        decision = self._decision or self._look_ahead()
+        decision = self._decision or self._peek_batch()
         if self._error is not None:
             raise self._error
         if decision.failed:
@@ -165,10 +165,10 @@ class Lockstep(Iterator[Batch]):
         if not decision.more:
             raise StopIteration
         batch = next(self._stream) if self._stream.has_next() else self._stream.padding()
-        self._decision = self._look_ahead()
+        self._decision = self._peek_batch()
         return batch
 
-    def _look_ahead(self) -> Decision:
+    def _peek_batch(self) -> Decision:
         more = False
         try:
             more = self._stream.has_next()

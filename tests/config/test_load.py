@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from jaxtrain.config.load import ConfigError, dump_config, load_config, parse_config, whole_text
+from jaxtrain.config.load import ConfigError, dump_config, load_config, merged_text, parse_config
 
 TREE = {"recipe": "sft", "model": {"path": "model"}, "data": {"train": {"path": "a.jsonl"}}}
 RL = TREE | {"recipe": "rl", "rl": {"rewards": [{"function": "exact_answer"}]}}
@@ -77,8 +77,8 @@ def test_null_removes_a_key_of_the_extended_file_that_cannot_be_null(tmp_path):
 def test_the_whole_text_of_a_file_needs_no_other(tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(TREE))
     (tmp_path / "run.yaml").write_text("extends: base.yaml\ntrain: {steps: 2}  # few\n")
-    assert yaml.safe_load(whole_text(tmp_path / "run.yaml")) == TREE | {"train": {"steps": 2}}
-    assert whole_text(tmp_path / "base.yaml") == (tmp_path / "base.yaml").read_text()
+    assert yaml.safe_load(merged_text(tmp_path / "run.yaml")) == TREE | {"train": {"steps": 2}}
+    assert merged_text(tmp_path / "base.yaml") == (tmp_path / "base.yaml").read_text()
 
 
 def test_files_that_extend_each_other_or_nothing_are_named(tmp_path):

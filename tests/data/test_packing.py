@@ -12,10 +12,10 @@ def example(length, weights=None, first=1):
     return Example(np.arange(first, first + length, dtype=np.int32), weights)
 
 
-def pack(lengths, capacity, most_open):
-    packer = BestFit(capacity, most_open)
+def pack(lengths, capacity, max_open):
+    packer = BestFit(capacity, max_open)
     rows = [row for item, length in enumerate(lengths) if (row := packer.add(item, length)) is not None]
-    while (row := packer.take()) is not None:
+    while (row := packer.pop()) is not None:
         rows.append(row)
     return rows
 
@@ -25,19 +25,19 @@ def log_normal(count, capacity):
     return np.clip(lengths, 1, capacity).astype(int).tolist()
 
 
-@pytest.mark.parametrize("most_open", [0, 1, 5, 64])
-def test_every_item_is_packed_once_and_no_row_overflows(most_open):
+@pytest.mark.parametrize("max_open", [0, 1, 5, 64])
+def test_every_item_is_packed_once_and_no_row_overflows(max_open):
     lengths = log_normal(2000, 512)
-    rows = pack(lengths, 512, most_open)
+    rows = pack(lengths, 512, max_open)
     assert sorted(item for row in rows for item in row) == list(range(2000))
     assert max(sum(lengths[item] for item in row) for row in rows) <= 512
-    assert most_open or all(len(row) == 1 for row in rows)
+    assert max_open or all(len(row) == 1 for row in rows)
 
 
-@pytest.mark.parametrize("most_open", [8, 16, 64])
-def test_rows_of_skewed_lengths_are_denser_than_98_percent(most_open):
+@pytest.mark.parametrize("max_open", [8, 16, 64])
+def test_rows_of_skewed_lengths_are_denser_than_98_percent(max_open):
     lengths = log_normal(20_000, 4096)
-    assert sum(lengths) / (4096 * len(pack(lengths, 4096, most_open))) > 0.98
+    assert sum(lengths) / (4096 * len(pack(lengths, 4096, max_open))) > 0.98
 
 
 def test_an_item_goes_where_it_fits_best():
@@ -59,7 +59,7 @@ def test_a_packer_goes_on_from_its_open_rows():
         rows = [row for item in range(cut) if (row := packer.add(item, lengths[item])) is not None]
         resumed = BestFit(256, 8, [[(item, lengths[item]) for item in row] for row in packer.open_rows])
         rows += [row for item in range(cut, 500) if (row := resumed.add(item, lengths[item])) is not None]
-        while (row := resumed.take()) is not None:
+        while (row := resumed.pop()) is not None:
             rows.append(row)
         assert rows == whole
 

@@ -80,7 +80,7 @@ def test_weighted_tokens_move_to_the_front_and_back():
     assert compact.num_chunks == 2 and len(compact.source) == 9
     values = jnp.arange(10.0, 17)
     np.testing.assert_array_equal(compact.take_all(values), [11, 13, 14, 16, 0, 0, 0, 0, 0])
-    second = compact.take(jnp.asarray(1), 3, values)
+    second = compact.rows_of_chunk(jnp.asarray(1), 3, values)
     np.testing.assert_array_equal(second, [16, 0, 0])
     np.testing.assert_array_equal(compact.put(jnp.asarray(0), 3, jnp.asarray([1.0, 2, 3])), [0, 1, 0, 2, 3, 0, 0])
     np.testing.assert_array_equal(compact.expand(compact.take_all(values)), values * (weights != 0))

@@ -49,16 +49,16 @@ def test_workers_sample_the_same_as_one_process_even_if_one_is_killed(sampler, c
 
 
 def test_finished_samples_of_a_lost_worker_are_kept(sampler, monkeypatch):
-    ids, take, kept = sampler.process_ids(), sampler._take, {}
+    ids, receive, kept = sampler.process_ids(), sampler._receive, {}
 
-    def take_and_kill(share):
-        arrived, end = take(share)
+    def receive_and_kill(share):
+        arrived, end = receive(share)
         if not kept and (first := {t.sample: t for t in arrived if t.prompt.number == 0}):
             kept.update(first)
             os.kill(ids[0], signal.SIGKILL)
         return arrived, end
 
-    monkeypatch.setattr(sampler, "_take", take_and_kill)
+    monkeypatch.setattr(sampler, "_receive", receive_and_kill)
     expected = place(COLOCATED, seed=5)[0].sample(PROMPTS, 150)
     groups = sampler.sample(PROMPTS, 150)
     same(groups, expected)
@@ -75,10 +75,10 @@ def in_use(sampler):
 
 
 def test_a_new_worker_may_compile_for_longer_than_its_limit_for_a_sample(sampler, monkeypatch):
-    ids, first, take = in_use(sampler), [], sampler._take
+    ids, first, receive = in_use(sampler), [], sampler._receive
 
     def note(share):
-        arrived, end = take(share)
+        arrived, end = receive(share)
         first.extend([time.monotonic()] if arrived and not first else [])
         return arrived, end
 
@@ -89,7 +89,7 @@ def test_a_new_worker_may_compile_for_longer_than_its_limit_for_a_sample(sampler
     while any(worker.start is not None for worker in sampler._workers):
         sampler._check_starts()
     sampler.metrics()
-    monkeypatch.setattr(sampler, "_take", note)
+    monkeypatch.setattr(sampler, "_receive", note)
     monkeypatch.setattr(sampler, "_seconds", 2.0)
     start = time.monotonic()
     same(sampler.sample(PROMPTS, 3), colocated.sample(PROMPTS, 3))

@@ -15,14 +15,14 @@ HUGE = int("9" * 400)
 @pytest.mark.parametrize("name", BOUNDS)
 def test_a_number_outside_its_bounds_is_refused_by_name(name):
     bounds = BOUNDS[name]
-    for value in (HUGE, -HUGE, 10**5000, math.nan, math.inf, "3", True, [1], 1e300, bounds.least - 1):
+    for value in (HUGE, -HUGE, 10**5000, math.nan, math.inf, "3", True, [1], 1e300, bounds.minimum - 1):
         with pytest.raises(FieldError, match=name) as error:
             SamplingParams(**{name: value})
         assert error.value.field == name and len(str(error.value)) < 200
     if bounds.kind is int:
         with pytest.raises(FieldError, match=f"{name} must be int, not 2.5"):
             SamplingParams(**{name: 2.5})
-    for value in (bounds.least, bounds.most):
+    for value in (bounds.minimum, bounds.maximum):
         assert getattr(SamplingParams(**{name: value}), name) == value
 
 

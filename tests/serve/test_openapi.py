@@ -19,4 +19,7 @@ def test_every_reference_is_defined_and_every_field_described():
 
 def test_bounds_are_those_of_sampling_parameters():
     temperature = openapi()["components"]["schemas"]["ChatCall"]["properties"]["temperature"]
-    assert (temperature["minimum"], temperature["maximum"]) == (BOUNDS["temperature"].least, BOUNDS["temperature"].most)
+    assert (temperature["minimum"], temperature["maximum"]) == (
+        BOUNDS["temperature"].minimum,
+        BOUNDS["temperature"].maximum,
+    )

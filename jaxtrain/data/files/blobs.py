@@ -21,13 +21,13 @@ from jaxtrain.remote import RemoteError, remote_errors, version
 
 SCAN_BYTES = 16 << 20  # read at a time when a whole file is scanned
 _BLOCK = 1 << 19  # of a remote file, in the cache
-_MOST_OPEN = 256  # local files at a time; a process may have about 1000, and a data set more files than that
+_MAX_OPEN = 256  # local files at a time; a process may have about 1000, and a data set more files than that
 _DIGEST_BLOCK, _DIGEST_BLOCKS = 1 << 16, 16
 
 
 def _count_open_files() -> int:
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_OPEN if allowed == resource.RLIM_INFINITY else max(min(_MOST_OPEN, allowed // 4), 1)
+    return _MAX_OPEN if allowed == resource.RLIM_INFINITY else max(min(_MAX_OPEN, allowed // 4), 1)
 
 
 OPEN_FILES = _count_open_files()

@@ -59,7 +59,7 @@ class CompressedBlob:
         self.name, self._stored = stored.name, stored
         self._zstd = stored.name.endswith(".zst")
         self._points: list[_Point] = []
-        self._most_points, self._spacing = max(_POINTS // files, 8), _SPACING
+        self._max_points, self._spacing = max(_POINTS // files, 8), _SPACING
         self._passed = 0  # bytes of content that the first pass has given
         self._number = CACHE.number()
 
@@ -101,7 +101,7 @@ class CompressedBlob:
         while True:
             if not self._points or content - self._points[-1].content >= self._spacing:
                 self._points.append(stream.point(content))
-                if len(self._points) > self._most_points:
+                if len(self._points) > self._max_points:
                     self._points, self._spacing = self._points[::2], self._spacing * 2
             if (data := stream.next()) is None:
                 return

@@ -10,10 +10,10 @@ CACHE_BYTES = 208 << 20  # of all files of the process together
 
 
 class Cache:
-    """The most recently used values, up to `most_bytes` bytes of them. Safe to use from several threads."""
+    """The most recently used values, up to `max_bytes` bytes of them. Safe to use from several threads."""
 
-    def __init__(self, most_bytes: int):
-        self._most, self._bytes = most_bytes, 0
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._bytes = max_bytes, 0
         self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
         self._loading: dict[Hashable, threading.Lock] = {}
@@ -47,11 +47,11 @@ class Cache:
     def put(self, key: Hashable, value: Any, size: int, *, if_room: bool = False) -> None:
         """Hold a value. The least recently used ones are dropped for it, unless it is held only `if_room` is left."""
         with self._lock:
-            if key in self._held or (if_room and self._bytes + size > self._most):
+            if key in self._held or (if_room and self._bytes + size > self._max_bytes):
                 return
             self._held[key] = value, size
             self._bytes += size
-            while self._bytes > self._most and len(self._held) > 1:
+            while self._bytes > self._max_bytes and len(self._held) > 1:
                 self._bytes -= self._held.popitem(last=False)[1][1]
 
 

@@ -82,5 +82,5 @@ def _open_records(blob: LocalBlob, records: int) -> Any:
     from grain.sources import ArrayRecordDataSource
 
     blob.check_unchanged()
-    whole: Any = _AllRecords(blob.name, 0, records, records)
-    return ArrayRecordDataSource([whole])
+    every: Any = _AllRecords(blob.name, 0, records, records)
+    return ArrayRecordDataSource([every])

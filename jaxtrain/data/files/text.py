@@ -21,9 +21,9 @@ from jaxtrain.data.columns import Row
 from jaxtrain.data.files.blobs import Blob, LocalBlob
 from jaxtrain.data.files.errors import DataError
 
-_MOST_STARTS = 1 << 23  # of a file: 64 MiB
+_MAX_STARTS = 1 << 23  # of a file: 64 MiB
 _HEAD_BYTES = 1 << 20  # of the file, if it has so many, from which a header is read
-_MOST_BYTES = 1 << 29  # of a row
+_MAX_BYTES = 1 << 29  # of a row
 _BLOCK_BYTES = 8 << 20
 _BOM = b"\xef\xbb\xbf"
 _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)  # what bytes.strip removes
@@ -78,7 +78,7 @@ class TextRows(ABC):
     @abstractmethod
     def _parse(self, text: bytes, index: int) -> Row: ...
 
-    def _is_whole(self, text: bytes) -> bool:
+    def _is_complete(self, text: bytes) -> bool:
         """Whether a file ends as it must. `text`: from the start of its last row to its end."""
         return True
 
@@ -93,7 +93,7 @@ class TextRows(ABC):
         return starts[0], starts[1] if len(starts) > 1 else stop
 
     def _scan(self, limit: int | None) -> tuple[np.ndarray, int]:
-        kept, data, at, lines, begun, last = [np.zeros(0, np.int64)], b"", 0, 0, False, None
+        kept, data, at, lines, started, last = [np.zeros(0, np.int64)], b"", 0, 0, False, None
 
         def note(final: bool) -> int:
             nonlocal lines, last
@@ -106,31 +106,31 @@ class TextRows(ABC):
             return used
 
         def begin() -> None:
-            nonlocal at, begun, lines, data
-            if not begun:
-                at, begun = self._begin(data), True
+            nonlocal at, started, lines, data
+            if not started:
+                at, started = self._begin(data), True
                 lines, data = data.count(b"\n", 0, at), data[at:]
 
         for block in self._blob.blocks():
             data += block
-            if not begun and len(data) < _HEAD_BYTES:
+            if not started and len(data) < _HEAD_BYTES:
                 continue
             begin()
             used = note(False)
             data, at = data[used:], at + used
-            if len(data) > _MOST_BYTES:
+            if len(data) > _MAX_BYTES:
                 raise DataError(
-                    f"{self._blob.name}: from byte {at} on, {_MOST_BYTES >> 20} MiB make no complete row; is a line "
+                    f"{self._blob.name}: from byte {at} on, {_MAX_BYTES >> 20} MiB make no complete row; is a line "
                     "break, a bracket or a quote missing?"
                 )
-            while sum(map(len, kept)) > _MOST_STARTS:
+            while sum(map(len, kept)) > _MAX_STARTS:
                 kept, self._every = [np.concatenate(kept)[::2]], self._every * 2
             if limit is not None and self._rows > limit:
                 break
         else:
             begin()
             note(True)
-            if last is not None and not self._is_whole(self._blob.read(last, at + len(data))):
+            if last is not None and not self._is_complete(self._blob.read(last, at + len(data))):
                 raise DataError(f"{self._blob.name}: broken JSON: the array is not closed; the file may be cut off")
             at += len(data)
         starts = np.concatenate(kept)
@@ -212,7 +212,7 @@ class JsonArray(JsonLines):
             raise DataError(f"{self.place(index)}: the row must be followed by a comma and the next object, or by `]`")
         return self._checked(row, index)
 
-    def _is_whole(self, text: bytes) -> bool:
+    def _is_complete(self, text: bytes) -> bool:
         return text.rstrip().endswith(b"]")
 
 

@@ -133,7 +133,7 @@ def test_a_csv_value_that_cannot_be_read_is_a_bad_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize("limit", [None, 1, 33, 64, 100])
 def test_few_starts_are_kept_of_many_rows(tmp_path, monkeypatch, name, most, limit):
     """The memory for the index is bounded; the rows between the starts that are kept are found again."""
-    monkeypatch.setattr(text, "_MOST_STARTS", most)
+    monkeypatch.setattr(text, "_MAX_STARTS", most)
     monkeypatch.setattr(text, "_HEAD_BYTES", 40)
     monkeypatch.setattr("jaxtrain.data.files.blobs.SCAN_BYTES", 50)
     rows = [{"a": number, "b": f"text {number}\n"} for number in range(100)]
@@ -155,7 +155,7 @@ def test_few_starts_are_kept_of_many_rows(tmp_path, monkeypatch, name, most, lim
 
 
 def test_a_row_without_end_is_an_error_and_not_a_full_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(text, "_MAX_BYTES", 1000)
     monkeypatch.setattr(text, "_HEAD_BYTES", 40)
     monkeypatch.setattr("jaxtrain.data.files.blobs.SCAN_BYTES", 100)
     (tmp_path / "a.csv").write_text('a,b\n1,2\n3," ' + "4,5\n" * 1000)

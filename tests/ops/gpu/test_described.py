@@ -17,10 +17,10 @@ def test_kernels_are_told_of_hopper_gpus_only_within():
         assert described.get()
         assert cudnn.check_compute_capability("9.0") and not cudnn.check_compute_capability("10.0")
         assert cudnn.is_cuda_compute_capability_equal("9.0")
-        assert ragged._takes_gpu_kernels(x, kernels)
-        assert not ragged._takes_gpu_kernels(x.astype(jnp.float32), kernels)
+        assert ragged._uses_gpu_kernels(x, kernels)
+        assert not ragged._uses_gpu_kernels(x.astype(jnp.float32), kernels)
     assert not described.get() and cudnn.check_compute_capability is asked
-    assert not ragged._takes_gpu_kernels(x, kernels)
+    assert not ragged._uses_gpu_kernels(x, kernels)
 
 
 def test_the_kernel_of_experts_finds_multiprocessors():

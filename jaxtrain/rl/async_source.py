@@ -1,4 +1,4 @@
-"""`AheadSource`: samples of the trainer that threads collect beside the training, group by group."""
+"""`AsyncSource`: samples that threads collect during training, group by group."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jaxtrain.types import Params
 _POLL_SECONDS = 0.2  # interval at which an idle sampler checks whether others want it
 
 
-class AheadSource:
-    """Samples of prompts that are begun while the trainer trains on earlier ones.
+class AsyncSource:
+    """Samples of prompts that are started while the trainer trains on earlier ones.
 
-    A thread samples without a pause: the next prompts are begun while others are under way, as many as `GroupQueue`
-    permits. Other threads score the groups that are finished. The trainer takes a batch as soon as enough groups are
-    finished, in any order. Every token is tagged with the version that sampled it, since weights that arrive are used
-    from the engine's next device call on.
+    One thread samples continuously: it starts new prompts while others are running, as many as `GroupQueue` permits.
+    Other threads score the finished groups. The trainer gets a batch as soon as enough groups are finished, in any
+    order. Every token is tagged with the version that sampled it, since new weights are
+    used from the engine's next device call on.
 
     Each process samples its own prompts and has its own threads, which do not wait for those of other processes; all
     call the source together.
@@ -40,12 +40,12 @@ class AheadSource:
         by `scorers` threads of each process for itself: several score one group each, so that a slow one delays no
         other; a single one scores together what was finished meanwhile.
 
-        Raises ValueError if `staleness` is too small to begin any batch before the one before it has been trained on.
+        Raises ValueError if `staleness` is too small to start a batch before the previous one has been trained on.
         """
         if staleness < updates:
             raise ValueError(
                 f"rl.placement.staleness={staleness}: samples are used for {updates} optimizer steps, so sampling "
-                f"beside the training needs a staleness of at least {updates} (0: on policy)"
+                f"during training needs a staleness of at least {updates} (0: on policy)"
             )
         self._collect, self._sampler, self._scorers = collect, collect.sampler, scorers
         self._queue = GroupQueue(
@@ -53,7 +53,7 @@ class AheadSource:
             prompts.get_state,
             collect.deal.owns,
             prompts=collect.prompts,
-            lead=staleness // updates,
+            max_lag=staleness // updates,
             refills=collect.algorithm.max_refills,
         )
         self._state = prompts.get_state()
@@ -67,7 +67,7 @@ class AheadSource:
         start = time.perf_counter()
         self._sampler.set_params(params, number)
         synced = time.perf_counter()
-        with self._changed:  # only now, so that no prompt that is begun for it gets older weights
+        with self._changed:  # only now, so that no prompt that is started for it gets older weights
             self._queue.next_batch()
             self._changed.notify_all()
         if not self._threads:  # not before the sampler has its first weights
@@ -77,9 +77,9 @@ class AheadSource:
             ]
             for thread in self._threads:
                 thread.start()
-        taken = on_all(self._take)
+        own = on_all(self._wait_for_part)
         times = {"time/sync": synced - start, "time/wait": time.perf_counter() - synced}
-        return self._collected(taken, times)
+        return self._collected(own, times)
 
     def state(self) -> Any:
         return self._state
@@ -93,23 +93,23 @@ class AheadSource:
         for thread in self._threads:
             thread.join()
 
-    def _take(self) -> Taken:
+    def _wait_for_part(self) -> BatchPart:
         """This process's part of the batch, once it is finished."""
         with self._changed:
             while True:
                 if self._error is not None:
                     raise self._error
-                if (taken := self._queue.take()) is not None:
+                if (own := self._queue.next_part()) is not None:
                     self._changed.notify_all()
-                    return taken
+                    return own
                 self._changed.wait()
 
-    def _collected(self, taken: Taken, times: dict[str, float]) -> Collected | None:
+    def _collected(self, own: BatchPart, times: dict[str, float]) -> Collected | None:
         """The batch of all processes. They call it together."""
-        collect, numbers = self._collect, {group.prompt.number: group.useful for group in taken.members}
-        groups = sorted([*taken.members, *taken.replaced], key=lambda group: group.prompt.number)
+        collect, numbers = self._collect, {group.prompt.number: group.useful for group in own.members}
+        groups = sorted([*own.members, *own.replaced], key=lambda group: group.prompt.number)
         seen = collect.deal.share([t for group in groups for t in group.samples])
-        parts = gather_values((numbers, taken.state, taken.used))
+        parts = gather_values((numbers, own.state, own.used))
         low = min((state for _, state, _ in parts), key=_number)
         used = sorted({number for *_, part in parts for number in part if number >= _number(low)})
         self._queue.forget(_number(low))
@@ -125,7 +125,7 @@ class AheadSource:
     def _until_error(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # raised in the trainer's thread, by `_take`
+        except BaseException as error:  # raised in the trainer's thread, by `_wait_for_part`
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
@@ -141,13 +141,13 @@ class AheadSource:
                     self._sampled.put(sorted(group, key=lambda t: t.sample))
 
     def _feed(self, samples: dict[int, list[Trajectory]]) -> Iterator[Sequence[Prompt]]:
-        """The prompts to begin, which get an entry in `samples`, until there are no more or another call waits."""
+        """The prompts to start, which get an entry in `samples`, until there are no more or another call waits."""
         while True:
             with self._changed:
-                prompts = self._queue.begin()
+                prompts = self._queue.start()
                 if not prompts and not samples and not self._closed and not self._queue.exhausted:
                     self._changed.wait(_POLL_SECONDS)
-                    prompts = self._queue.begin()
+                    prompts = self._queue.start()
                 if self._closed:
                     raise Interrupted
                 self._changed.notify_all()  # the last prompts may have been drawn
@@ -189,11 +189,11 @@ class _Group:
         return self.scored is not None and self.scored.useful
 
 
-class Taken(NamedTuple):
+class BatchPart(NamedTuple):
     """A process's part of a batch."""
 
     members: list[_Group]
-    replaced: list[_Group]  # useless groups in whose place other prompts were begun since the batch before
+    replaced: list[_Group]  # useless groups that were replaced by other prompts since the previous batch
     state: dict[str, Any]  # of the prompts, before the first one that is in no batch yet
     used: list[int]  # numbers of prompts of this process in batches, without early ones
 
@@ -204,11 +204,11 @@ class GroupQueue:
     Batch number b, counted from 0, has as many of the process's groups as it owns among the prompts b * `prompts` to
     (b + 1) * `prompts` of the stream, so that all processes have equal shares, but whichever are finished first.
 
-    When batch b is asked for, the weights are as old as those of its first update, and prompts are begun until there
-    are enough for the batches up to b + `ahead`. Those that are begun until the next batch is asked for may be in batch
-    b + `lead` at the latest, whose first update their weights are not too old for. A batch takes the oldest groups that
-    are finished, and waits for others only if one would come too late. Since `ahead` is half of `lead`, rounded up, a
-    group is overtaken by others for as long again as it takes on average. With a `lead` of 1 there is no room for that.
+    When batch b is requested, the weights are those before its first update, and prompts are started until there are
+    enough for the batches up to b + `prefetch`. Prompts started before the next request may be in batch b + `max_lag`
+    at the latest: for its first update their weights are not too old. A batch consists of the oldest finished groups
+    and waits for others only if one of them would be too old for the next batch. `prefetch` is half of `max_lag`, rounded
+    up, so a group may take about twice the average time without delaying a batch; with `max_lag=1` it may not.
 
     Not thread-safe.
     """
@@ -220,7 +220,7 @@ class GroupQueue:
         owns: Callable[[int], bool],
         *,
         prompts: int,
-        lead: int,
+        max_lag: int,
         refills: int,
     ):
         """`draw` returns the next prompt of all processes, None if there is none; `state()` is the state from which
@@ -230,73 +230,73 @@ class GroupQueue:
         """
         self._draw, self._read_state, self._owns = draw, state, owns
         self._prompts, self._refills = prompts, refills
-        self._lead, self._ahead = lead, -(-lead // 2)
-        self._batch = -1  # the newest that was asked for
+        self._max_lag, self._prefetch = max_lag, -(-max_lag // 2)
+        self._batch = -1  # the newest that was requested
         self._positions = self._owned = 0  # prompts drawn, of all processes and of this one
         self._ends: list[int] = []  # of the prompts of this process in each batch
         self._waiting: deque[_Group] = deque()  # drawn
-        self._begun: list[_Group] = []
+        self._started: list[_Group] = []
         self._replaced: list[_Group] = []
-        self._admitted = 0  # groups that were begun, without replaced ones
+        self._admitted = 0  # groups that were started, without replaced ones
         self._used: set[int] = set()
         self._drawn_all = False
 
     @property
     def exhausted(self) -> bool:
-        """Whether no prompt is left to begin."""
+        """Whether no prompt is left to start."""
         return self._drawn_all and not self._waiting
 
     def next_batch(self) -> None:
         """Ask for the next batch."""
         self._batch += 1
 
-    def begin(self) -> list[Prompt]:
-        """The prompts to begin now."""
-        last = self._batch + self._ahead
+    def start(self) -> list[Prompt]:
+        """The prompts to start now."""
+        last = self._batch + self._prefetch
         while len(self._ends) <= last and not self._drawn_all:
             self._draw_next()
-        begun = []
+        started = []
         while self._admitted < self._end(last):
             while not self._waiting and not self._drawn_all:
                 self._draw_next()
             if not self._waiting:
                 break
             group = self._waiting.popleft()
-            group.due = self._batch + self._lead
-            self._begun.append(group)
+            group.due = self._batch + self._max_lag
+            self._started.append(group)
             self._admitted += 1
-            begun.append(group.prompt)
-        return begun
+            started.append(group.prompt)
+        return started
 
     def finish(self, scored: ScoredGroup) -> None:
-        """Take the samples of a prompt that was begun. A useless group is replaced, unless too many were."""
+        """Record the samples of a prompt that was started. A useless group is replaced, unless too many were."""
         number = scored.samples[0].prompt.number
-        group = next(group for group in self._begun if group.prompt.number == number)
+        group = next(group for group in self._started if group.prompt.number == number)
         group.scored = scored
         if not scored.useful and len(self._replaced) < self._refills * self._share(self._batch):
-            self._begun.remove(group)
+            self._started.remove(group)
             self._replaced.append(group)
             self._admitted -= 1
 
-    def take(self) -> Taken | None:
-        """The groups of the batch that was asked for; None if they are not finished."""
+    def next_part(self) -> BatchPart | None:
+        """The groups of the requested batch; None if they are not finished."""
         batch = self._batch
         if len(self._ends) <= batch and not self._drawn_all:
             return None
         share = self._share(batch)
-        expected = min(share, len(self._begun)) if self.exhausted else share
-        members = [group for group in self._begun if group.scored is not None][:share]
-        left = [group for group in self._begun if group not in members]
-        for last in range(batch, batch + self._ahead):  # in later ones there is room for all
+        expected = min(share, len(self._started)) if self.exhausted else share
+        members = [group for group in self._started if group.scored is not None][:share]
+        left = [group for group in self._started if group not in members]
+        for last in range(batch, batch + self._prefetch):  # in later ones there is room for all
             if sum(group.due <= last for group in left) > self._end(last) - self._end(batch):
                 return None
         if len(members) < expected:
             return None
-        replaced, self._replaced, self._begun = self._replaced, [], left
+        replaced, self._replaced, self._started = self._replaced, [], left
         self._used.update(group.prompt.number for group in [*members, *replaced])
         first = next(iter([*left, *self._waiting]), None)
         state = self._read_state() if first is None else first.before
-        return Taken(members, replaced, state, sorted(self._used))
+        return BatchPart(members, replaced, state, sorted(self._used))
 
     def forget(self, number: int) -> None:
         """Forget that prompts before this one are used: no process has one before it left."""

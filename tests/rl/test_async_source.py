@@ -10,8 +10,8 @@ import pytest
 from trajectories import trajectory
 
 from jaxtrain.rl.advantages import group_normalised
-from jaxtrain.rl.ahead import AheadSource, GroupQueue
 from jaxtrain.rl.algorithms import Algorithm
+from jaxtrain.rl.async_source import AsyncSource, GroupQueue
 from jaxtrain.rl.collect import Collector, LengthLimits, ScoredGroup
 from jaxtrain.rl.rollouts import Prompt
 from jaxtrain.train.preemption import Interrupted
@@ -44,7 +44,7 @@ def queue(stream, processes=1, process=0, **settings):
         lambda: next(iter(stream.draw(1)), None),
         stream.get_state,
         lambda number: number % processes == process,
-        **{"prompts": 4, "lead": 2, "refills": 0} | settings,
+        **{"prompts": 4, "max_lag": 2, "refills": 0} | settings,
     )
 
 
@@ -56,24 +56,24 @@ def numbers(groups):
     return [group.prompt.number for group in groups]
 
 
-@pytest.mark.parametrize(("processes", "lead", "seed"), [(1, 1, 0), (1, 3, 1), (3, 2, 2)])
-def test_batches_are_full_and_no_group_is_older_than_the_lead(processes, lead, seed):
+@pytest.mark.parametrize(("processes", "max_lag", "seed"), [(1, 1, 0), (1, 3, 1), (3, 2, 2)])
+def test_batches_are_full_and_no_group_is_older_than_max_lag(processes, max_lag, seed):
     """Groups are finished in a random order, and one in ten takes very long."""
     choose, last = random.Random(seed), 83
     for process in range(processes):
-        groups, begun, trained, batch = queue(Prompts(last), processes, process, lead=lead), {}, [], -1
+        groups, begun, trained, batch = queue(Prompts(last), processes, process, max_lag=max_lag), {}, [], -1
         while True:
             batch += 1
             groups.next_batch()
-            for number in numbers_of(groups.begin()):
+            for number in numbers_of(groups.start()):
                 begun[number] = batch, choose.random() * 10 if choose.random() < 0.1 else choose.random()
-            while (taken := groups.take()) is None:
+            while (taken := groups.next_part()) is None:
                 number = min((n for n in begun if begun[n][1] is not None), key=lambda n: begun[n][1])
                 begun[number] = begun[number][0], None
                 groups.finish(scored(number))
             owned = [n for n in range(4 * batch, min(4 * batch + 4, last)) if n % processes == process]
             assert len(taken.members) == len(owned)
-            assert all(batch - begun[number][0] <= lead for number in numbers(taken.members))
+            assert all(batch - begun[number][0] <= max_lag for number in numbers(taken.members))
             assert numbers(taken.members) == sorted(numbers(taken.members))
             if 4 * batch >= last:
                 break
@@ -87,64 +87,64 @@ def numbers_of(prompts):
 
 
 def test_a_batch_waits_only_for_a_group_that_would_become_too_old():
-    groups = queue(Prompts(), lead=1)
+    groups = queue(Prompts(), max_lag=1)
     groups.next_batch()
-    assert numbers_of(groups.begin()) == list(range(8))
+    assert numbers_of(groups.start()) == list(range(8))
     for number in (7, 2, 5, 3):
-        assert groups.take() is None
+        assert groups.next_part() is None
         groups.finish(scored(number))
-    assert numbers(groups.take().members) == [2, 3, 5, 7]
+    assert numbers(groups.next_part().members) == [2, 3, 5, 7]
     groups.next_batch()
-    assert numbers_of(groups.begin()) == [8, 9, 10, 11]
+    assert numbers_of(groups.start()) == [8, 9, 10, 11]
     for number in (8, 9, 10, 11, 0, 1, 4):
         groups.finish(scored(number))
-        assert groups.take() is None  # number 6 was begun a batch ago
+        assert groups.next_part() is None  # number 6 was begun a batch ago
     groups.finish(scored(6))
-    assert numbers(groups.take().members) == [0, 1, 4, 6]
+    assert numbers(groups.next_part().members) == [0, 1, 4, 6]
 
 
 def test_a_group_is_overtaken_while_it_is_new_enough():
-    groups = queue(Prompts(), lead=4)
+    groups = queue(Prompts(), max_lag=4)
     for batch, first in enumerate((0, 12, 16, 20)):
         groups.next_batch()
-        groups.begin()
+        groups.start()
         for number in range(first, first + (12 if batch == 0 else 4)):
             if number:
                 groups.finish(scored(number))
-        assert 0 not in numbers(groups.take().members)
+        assert 0 not in numbers(groups.next_part().members)
     groups.next_batch()
-    groups.begin()
-    assert groups.take() is None
+    groups.start()
+    assert groups.next_part() is None
     groups.finish(scored(0))
-    assert numbers(groups.take().members)[0] == 0
+    assert numbers(groups.next_part().members)[0] == 0
 
 
 def test_the_state_draws_again_what_is_in_no_batch_yet():
     stream = Prompts(20)
-    groups = queue(stream, lead=1)
+    groups = queue(stream, max_lag=1)
     groups.next_batch()
-    groups.begin()
+    groups.start()
     for number in (0, 3, 4, 7):
         groups.finish(scored(number))
-    taken = groups.take()
+    taken = groups.next_part()
     assert taken.state["prompts"]["number"] == 1 and taken.used == [0, 3, 4, 7]
     rest = Prompts(20, {"prompts": {**taken.state["prompts"], "used": taken.used}})
     assert numbers_of(rest.draw(99)) == [1, 2, 5, 6, *range(8, 20)]
 
 
 def test_useless_groups_are_replaced_as_often_as_refills_permit():
-    groups = queue(Prompts(), lead=1, refills=1)
+    groups = queue(Prompts(), max_lag=1, refills=1)
     groups.next_batch()
-    groups.begin()
+    groups.start()
     for number in range(3):
         groups.finish(scored(number, useful=False))
-    assert numbers_of(groups.begin()) == [8, 9, 10]
+    assert numbers_of(groups.start()) == [8, 9, 10]
     for number in (3, 8):
         groups.finish(scored(number, useful=False))
-    assert numbers_of(groups.begin()) == [11]  # a fifth one is not replaced
+    assert numbers_of(groups.start()) == [11]  # a fifth one is not replaced
     for number in (4, 5, 6, 7):
         groups.finish(scored(number))
-    taken = groups.take()
+    taken = groups.next_part()
     assert numbers(taken.members) == [4, 5, 6, 7] and numbers(taken.replaced) == [0, 1, 2, 3]
 
 
@@ -190,7 +190,7 @@ def source_of(sampler, prompts, scorer=list, *, staleness=2, updates=1, scorers=
         samples=SAMPLES,
         limits=LengthLimits(10),
     )
-    return AheadSource(collect, prompts, staleness=staleness, updates=updates, scorers=scorers)
+    return AsyncSource(collect, prompts, staleness=staleness, updates=updates, scorers=scorers)
 
 
 def wait_until(condition):
@@ -311,4 +311,4 @@ def interrupted():
 def test_a_staleness_below_the_updates_of_a_batch_is_an_error():
     collect = SimpleNamespace()
     with pytest.raises(ValueError, match="samples are used for 4 optimizer steps"):
-        AheadSource(collect, Prompts(), staleness=3, updates=4)
+        AsyncSource(collect, Prompts(), staleness=3, updates=4)
