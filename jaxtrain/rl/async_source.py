@@ -207,8 +207,8 @@ class GroupQueue:
     When batch b is requested, the weights are those before its first update, and prompts are started until there are
     enough for the batches up to b + `prefetch`. Prompts started before the next request may be in batch b + `max_lag`
     at the latest: for its first update their weights are not too old. A batch consists of the oldest finished groups
-    and waits for others only if one of them would be too old for the next batch. `prefetch` is half of `max_lag`, rounded
-    up, so a group may take about twice the average time without delaying a batch; with `max_lag=1` it may not.
+    and waits for others only if one of them would be too old for the next batch. `prefetch` is half of `max_lag`,
+    rounded up: a group may take about twice the average time without delaying a batch, but not with `max_lag=1`.
 
     Not thread-safe.
     """
