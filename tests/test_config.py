@@ -40,6 +40,20 @@ def of_rl(rl=None, **sections):
             "optimizer.name: should be one of adamw, adafactor, muon, or package.module:function, not 'sgd'",
         ),
         (
+            with_section(optimizer={"schedule": "no_module:cosine"}),
+            "optimizer.schedule: module no_module was not found",
+        ),
+        (with_section(optimizer={"name": "optax:lio"}), "optimizer.name: optax has no lio; did you mean lion?"),
+        (
+            with_section(callbacks=[{"every": 1, "function": "json:dump_all"}]),
+            "callbacks.0.function: json has no dump_all",
+        ),
+        (
+            with_section(callbacks=[{"every": 1, "function": "json:decoder"}]),
+            "callbacks.0.function: json:decoder is not a function but module",
+        ),
+        (with_section(data={"train": {"source": "rows.py:rows"}}), "data.train.source: file rows.py was not found"),
+        (
             with_section(data={"train": {"path": "x"}, "overlong": "keep_completion", "loss_on": "all"}),
             "data: overlong=keep_completion cuts prompts, and loss_on=all trains on them",
         ),

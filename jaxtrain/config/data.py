@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE, MayChange
-from jaxtrain.config.python_values import ROWS_PREFIX, Given, plain_rows, rows_path, source_path
+from jaxtrain.config.python_values import ROWS_PREFIX, Importable, plain_rows, rows_path, source_path
 from jaxtrain.config.sections import NonNegativeInt, Section
 
 
@@ -43,7 +43,7 @@ class SourceSection(Section):
     """Of a data set on the hub: the configuration."""
     split: str | None = None
     """Of a data set on the hub: the split, such as train."""
-    source: Given | None = None
+    source: Importable | None = None
     """Instead of `path`: package.module:function, which returns a sequence, a grain data set or an iterable of rows."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of `source`."""

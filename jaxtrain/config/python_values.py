@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, PlainSerializer
 
-from jaxtrain.named import FILE
+from jaxtrain.named import FILE, load_named
 
 ROWS_PREFIX = "rows:"  # before the fingerprint of rows, where a config has the path of a file
 SOURCE_PREFIX = "source:"  # before the import path of a function that gives rows, likewise
@@ -65,6 +65,21 @@ def _named(given: Any) -> Any:
 
 Given = Annotated[Any, AfterValidator(_named), PlainSerializer(import_path)]
 """An import path, or the function or class itself."""
+
+
+def check_importable(given: Any) -> Any:
+    """Return an import path, or the function itself, unchanged. Raises ValueError if it names no function."""
+    try:
+        found = load_named(given, "path")
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("path: ")) from None
+    if not callable(found):
+        raise ValueError(f"{given} is not a function but {type(found).__name__}")
+    return given
+
+
+Importable = Annotated[Given, AfterValidator(check_importable)]
+"""As `Given`, imported when the config is checked."""
 
 
 def _as_list(value: Any) -> Any:

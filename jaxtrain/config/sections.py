@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from jaxtrain.config.marks import IN_HOME, INPUT_PATH, MAY_CHANGE, MayChange
-from jaxtrain.config.python_values import Given
+from jaxtrain.config.python_values import Importable, check_importable
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -87,7 +87,7 @@ def _one_of_or_path(*known: str) -> AfterValidator:
     def check(value: str) -> str:
         if value not in known and ":" not in value:
             raise ValueError(f"should be one of {', '.join(known)}, or package.module:function, not {value!r}")
-        return value
+        return value if value in known else check_importable(value)
 
     return AfterValidator(check)
 
@@ -156,5 +156,5 @@ class MeshSection(Section):
 class CallbackSection(Section):
     every: PositiveInt
     """Steps, and once more after the last one."""
-    function: Given
+    function: Importable
     """package.module:name or file.py:name, or the function itself; it is called with the Session."""

@@ -1,10 +1,14 @@
-"""Sums and means over the segments and bundles of packed rows, for losses of sequences and pairs."""
+"""Values of the segments, bundles and groups of tokens in packed rows.
+
+Segments are sequences, bundles are pairs of them, and groups are tokens of a segment that write the same text as tokens
+of another tokenizer (`data.alignment`).
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
-from jaxtrain.types import Array
+from jaxtrain.types import GROUP_PLACE, TEACHER_SHIFT, Array, Batch, Scores
 
 
 def bundle_sums(values: Float[Array, "B T"], ids: Integer[Array, "B T"]) -> Float[Array, "B {values.shape[1]+1}"]:
@@ -34,3 +38,29 @@ def per_segment(weights: Float[Array, "B T"], segment_ids: Integer[Array, "B T"]
     """The weights divided by their sum over the segment, so that each segment counts once in a weighted mean."""
     sizes = segment_sums(weights, segment_ids)
     return weights / jnp.where(sizes == 0, 1, sizes)
+
+
+def group_probs(scores: Scores, places: Integer[Array, "B T"]) -> Float[Array, "B T K"]:
+    """At the first token of each group, its `top_logps` probabilities in descending order and their rest: K = k + 1.
+
+    They are those of the first token times the probabilities of the further ones, and so sum to the product of these.
+    `places` are those of the tokens within their groups, 1, 2 ...; 0 in no group. 0 at all other tokens.
+    """
+    first = places == 1
+    further = jnp.exp(further_logps(scores.logp, places))[..., None]
+    probs = jnp.exp(scores.top_logps) * further
+    rest = jnp.maximum(further - probs.sum(2, keepdims=True), 0)
+    return jnp.where(first[..., None], jnp.concatenate([probs, rest], 2), 0)
+
+
+def further_logps(logp: Float[Array, "B T"], places: Integer[Array, "B T"]) -> Float[Array, "B T"]:
+    """At every token of a group, the log-probability of the tokens of it after its first one; 0 in no group."""
+    groups = jnp.where(places > 0, jnp.cumsum(places == 1, 1), 0)
+    return segment_sums(jnp.where(places > 1, logp, 0), groups)
+
+
+def to_student(teacher: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T K"]:
+    """The values at the teacher's first tokens of the groups, moved to the student's; 0 elsewhere."""
+    first = batch.signals[GROUP_PLACE] == 1
+    at = jnp.where(first, jnp.arange(first.shape[1]) + batch.signals[TEACHER_SHIFT], 0)
+    return jnp.where(first[..., None], jnp.take_along_axis(teacher, at[..., None], 1), 0)

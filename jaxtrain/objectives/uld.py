@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from jaxtrain.objectives.checked import Checked
 from jaxtrain.objectives.objective import Correct, Entropy, Logp, ScoreRequest, TopLogps, weighted_mean
-from jaxtrain.objectives.segments import segment_sums
-from jaxtrain.types import GROUP_PLACE, TEACHER_PROBS, TEACHER_SHIFT, Array, Batch, Mean, Norm, Scores
+from jaxtrain.objectives.segments import group_probs
+from jaxtrain.types import GROUP_PLACE, TEACHER_PROBS, Array, Batch, Mean, Norm, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,29 +67,3 @@ class ULD(Checked):
             "mean_token_accuracy": weighted_mean(scores.correct, weights),
         }
         return jnp.sum(losses * weights) / jnp.maximum(norm.tokens, 1), metrics
-
-
-def group_probs(scores: Scores, places: Integer[Array, "B T"]) -> Float[Array, "B T K"]:
-    """At the first token of each group, its `top_logps` probabilities in descending order and their rest: K = k + 1.
-
-    They are those of the first token times the probabilities of the further ones, and so sum to the product of these.
-    `places` are those of the tokens within their groups, 1, 2 ...; 0 in no group. 0 at all other tokens.
-    """
-    first = places == 1
-    further = jnp.exp(further_logps(scores.logp, places))[..., None]
-    probs = jnp.exp(scores.top_logps) * further
-    rest = jnp.maximum(further - probs.sum(2, keepdims=True), 0)
-    return jnp.where(first[..., None], jnp.concatenate([probs, rest], 2), 0)
-
-
-def further_logps(logp: Float[Array, "B T"], places: Integer[Array, "B T"]) -> Float[Array, "B T"]:
-    """At every token of a group, the log-probability of the tokens of it after its first one; 0 in no group."""
-    groups = jnp.where(places > 0, jnp.cumsum(places == 1, 1), 0)
-    return segment_sums(jnp.where(places > 1, logp, 0), groups)
-
-
-def to_student(teacher: Float[Array, "B T K"], batch: Batch) -> Float[Array, "B T K"]:
-    """The values at the teacher's first tokens of the groups, moved to the student's; 0 elsewhere."""
-    first = batch.signals[GROUP_PLACE] == 1
-    at = jnp.where(first, jnp.arange(first.shape[1]) + batch.signals[TEACHER_SHIFT], 0)
-    return jnp.where(first[..., None], jnp.take_along_axis(teacher, at[..., None], 1), 0)

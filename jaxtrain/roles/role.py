@@ -18,7 +18,7 @@ from jaxtrain.config import ModelSection, TrainSection
 from jaxtrain.lora import join
 from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import Logp, Objective, TopLogps
-from jaxtrain.objectives.uld import further_logps, group_probs, to_student
+from jaxtrain.objectives.segments import further_logps, group_probs, to_student
 from jaxtrain.observe.compilations import compilations
 from jaxtrain.ops.head_chunks import Head, TopK
 from jaxtrain.ops.hybrid import MatchedHead
@@ -120,8 +120,8 @@ class Role:
         return self._score(("top", k, temperature, vocab_size), batch, top)
 
     def group_probs(self, batch: Batch, k: int) -> Float[jax.Array, "B T K"]:
-        """The signal `teacher_probs` of a batch with `teacher_tokens`: `objectives.uld.group_probs` of this model, at
-        the student's tokens.
+        """The signal `teacher_probs` of a batch with `teacher_tokens`: `objectives.segments.group_probs` of this model,
+        at the student's tokens.
         """
 
         def probs(params: Params, batch: Batch) -> Float[Array, "B T K"]:

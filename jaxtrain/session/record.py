@@ -37,9 +37,19 @@ class SavedRun(NamedTuple):
 
 def parse_model(tree: dict[str, Any], origin: str) -> RunConfig:
     """The sections of a saved config that describe its model. The others, which may name files of the user that are not
-    here, are left out. Raises ConfigError."""
-    needed = ("run", "model", "data", "mesh")
-    return parse_config({"recipe": "sft"} | {section: tree[section] for section in needed}, origin)
+    here, are left out, as are functions that return rows. Raises ConfigError."""
+    needed = {section: tree[section] for section in ("run", "model", "mesh")}
+    return parse_config({"recipe": "sft", **needed, "data": _without_functions(tree["data"])}, origin)
+
+
+def _without_functions(data: Any) -> Any:
+    """A saved section `data` without the keys of functions that return rows; each source still has a `path`."""
+    if isinstance(data, list):
+        return [_without_functions(each) for each in data]
+    if not isinstance(data, dict):
+        return data
+    function = ("source", "args") if data.get("source") is not None else ()
+    return {key: _without_functions(value) for key, value in data.items() if key not in function}
 
 
 def best_step(folder: Path) -> int:

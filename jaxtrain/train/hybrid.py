@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from jaxtrain.nn.model import Model
 from jaxtrain.objectives.objective import TEACHER_FURTHER, TEACHER_HIDDEN, HybridDistance
-from jaxtrain.objectives.uld import further_logps
+from jaxtrain.objectives.segments import further_logps
 from jaxtrain.ops.hybrid import GroupStarts, MatchedHead, hybrid_distances
 from jaxtrain.parallel.sharding import row_shares
 from jaxtrain.types import GROUP_PLACE, Array, Batch, Params

@@ -191,7 +191,7 @@ def test_what_differs_on_resume_is_named_by_its_key(file):
     ]
     assert changed(rl(), rl(sampling={"temperature": 0.5})) == ["sampling.temperature: 1.0 -> 0.5"]
     assert changed(rl(), rl({"algorithm": {"name": "grpo", "max_refills": 2}})) == ["rl.algorithm.max_refills: 0 -> 2"]
-    assert changed(rl(), rl({"slots": 3}, callbacks=[{"every": 3, "function": "a:b"}])) == []
+    assert changed(rl(), rl({"slots": 3}, callbacks=[{"every": 3, "function": "json:dumps"}])) == []
     focal = {"name": f"{file}:Focal", "gamma": 2.0}
     assert changed(sft(objective=focal), sft(objective=focal | {"gamma": 1.0})) == ["objective.gamma: 2.0 -> 1.0"]
     assert changed(sft(), sft(objective=focal))[0] == f'objective.name: "SFT" -> "{file}:Focal"'

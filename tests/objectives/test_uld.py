@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtrain.objectives.uld import ULD, group_probs, to_student
+from jaxtrain.objectives.segments import group_probs, to_student
+from jaxtrain.objectives.uld import ULD
 from jaxtrain.train.step import batch_norm
 from jaxtrain.types import Scores
 

@@ -13,8 +13,8 @@ def test_a_callback_is_loaded_from_a_file_or_a_module(tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("math:nothing", "callbacks.function: math has no nothing"),
-        ("math:pi", "callbacks.function=math:pi is no function but float"),
+        ("math:nothing", "math has no nothing"),
+        ("math:pi", "math:pi is not a function but float"),
     ],
 )
 def test_what_cannot_be_called_is_refused_by_name(function, message):
