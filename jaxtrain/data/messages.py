@@ -12,6 +12,7 @@ from jaxtrain.data.columns import (
     TEMPLATE_COLUMNS,
     Row,
     from_alpaca,
+    left_out_by_map,
     row_format,
 )
 from jaxtrain.data.merging import Turn, merge_turns
@@ -141,7 +142,7 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
     kwargs = _parsed(row.get("chat_template_kwargs") or None, "chat_template_kwargs")
     system = None if row.get("system") == "" else row.get("system")
     if not isinstance(system, str | None):
-        raise ValueError(f"system must be a string, not {type(system).__name__}")
+        raise ValueError(f"system must be a string, not {type(system).__name__}; {left_out_by_map('system')}")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError("chat_template_kwargs must be a mapping")
     for column, value in columns.items():
@@ -176,7 +177,7 @@ def _tools(row: Row) -> list[Any] | None:
             continue
         tools = [_parsed(tool, f"{column}[{at}]") for at, tool in enumerate(value)] if isinstance(value, list) else []
         if not tools or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError(f"{column} must be a list of mappings")
+            raise ValueError(f"{column} must be a list of mappings; {left_out_by_map(column)}")
         found[column] = [_wrapped_schema(tool) for tool in tools]
     if len(found) == 2 and found["tools"] != found["functions"]:
         raise ValueError("the columns 'tools' and 'functions' differ: keep one of them")

@@ -42,6 +42,7 @@ COUNTERS = (
 _CHUNK = 16  # rows that a worker thread takes at a time
 _CHUNKS_AHEAD = 2  # that a shard asks for
 _ROWS_TRIED = 1000  # of a source, for one that makes an example
+_ERRORS_NAMED = 3  # of a source of which no row makes one
 _SCAN_ROWS = 1024  # that are under way together when a source is searched
 
 
@@ -111,13 +112,27 @@ class Reader:
 
     def raise_useless(self, source: int, events: Counter[str]) -> NoReturn:
         """Raise DataError for a source of which no row gives an example. `events` are the counters of all its rows."""
-        counts = ", ".join(f"{name} {events[name]}" for name in COUNTERS)
-        raise DataError(
-            f"{self.sources[source].section.path}: no row gives an example to train on: of {len(self.sources[source])} "
-            f"rows, {counts}. Look at "
-            f"data.max_length={self._data.max_length}, data.overlong={self._data.overlong}, "
-            f"data.on_bad_row={self._data.on_bad_row} and data.loss_on={self._data.loss_on}"
-        )
+        counts, rows = ", ".join(f"{name} {events[name]}" for name in COUNTERS), len(self.sources[source])
+        what = f"{self.sources[source].section.path}: no row gives an example to train on: of {rows} rows, {counts}."
+        if events["bad_rows"] < rows:
+            what += f" Look at data.max_length={self._data.max_length} and data.overlong={self._data.overlong}."
+        if events["bad_rows"]:
+            what += " What is refused first:" + "".join(f"\n  {error}" for error in self._first_errors(source))
+        raise DataError(what)
+
+    def _first_errors(self, source: int) -> list[DataError]:
+        """Of rows of a source that cannot be trained on."""
+        found: list[DataError] = []
+        for row in itertools.islice(self.sources[source].indices(), _ROWS_TRIED):
+            try:
+                self._make(self.sources[source], row)
+            except DataError as error:
+                found.append(error)
+            except StreamEndError:
+                break
+            if len(found) == _ERRORS_NAMED:
+                break
+        return found
 
     def _read(self, places: list[tuple[int, int]]) -> list[RowExamples | DataError]:
         found = []
