@@ -222,7 +222,7 @@ def check_columns(row: Row, kind: str) -> None:
         if isinstance(row.get(column), list):
             raise ValueError(f"the column {column!r} goes with `input_ids`, which this row does not have")
     for column in TEMPLATE_COLUMNS if kind == "text" else ():
-        if not _changes_nothing(column, row.get(column)):
+        if column in row and not _changes_nothing(column, row[column]):
             raise ValueError(
                 f"the column {column!r} is for a chat template, which plain text does not use: remove it, or choose "
                 "the columns with data.train.columns, e.g. {text: text}"
