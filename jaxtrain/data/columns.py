@@ -226,7 +226,7 @@ def check_columns(row: Row, kind: str) -> None:
                 f"the column {column!r} goes with `input_ids`, which this row does not have; {left_out_by_map(column)}"
             )
     for column in TEMPLATE_COLUMNS if kind == "text" else ():
-        if not _changes_nothing(column, row.get(column)):
+        if column in row and not _changes_nothing(column, row[column]):
             raise ValueError(
                 f"the column {column!r} is for a chat template, which plain text does not use: "
                 + left_out_by_map(column)

@@ -156,7 +156,10 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
         for column, value in columns.items()
         for number, message in enumerate(value)
     ]
-    turns = merge_turns(_with_system(turns, system), merge)
+    if system is not None:
+        turns = _with_system(turns, system)
+    if merge:
+        turns = merge_turns(turns, merge)
     return Conversation(
         messages=[turn.message for turn in turns],
         weights=[turn.weight for turn in turns],
@@ -218,10 +221,8 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _with_system(turns: list[Turn], system: str | None) -> list[Turn]:
+def _with_system(turns: list[Turn], system: str) -> list[Turn]:
     """With the words of the column `system` as the first turn, which must not say anything else."""
-    if system is None:
-        return turns
     first = turns[0]
     if first.role not in ("system", "developer"):
         return [Turn(_turn("system", system), None, first.in_prompt, "system"), *turns]

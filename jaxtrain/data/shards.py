@@ -20,10 +20,10 @@ from jaxtrain.data.packing import (
     SignalTypes,
     as_bundle,
     bundle_tokens,
-    check_signals,
     fit,
     make_row,
     signal_types,
+    signals_differ,
 )
 from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
 from jaxtrain.types import Batch, Bundle, Example
@@ -195,7 +195,8 @@ class Reader:
             types = signal_types(item)
             if self.signals is None:
                 self.signals = types
-            check_signals(types, self.signals)
+            if types != self.signals:
+                raise signals_differ(types, self.signals)
             fitted = fit(item, self._data.max_length, self._data.overlong)
             pieces += [as_bundle(piece) for piece in fitted.items]
             if fitted.event is not None:
@@ -271,7 +272,7 @@ class Shard:
         self._packer = BestFit(self._length, self._most_open, self._reopened(executor))
         self._examples = _Examples(self._mixture, self._reader, executor, self._restored["next"])
         for keyed in self._examples:
-            row = self._packer.add(keyed, self._tokens(keyed[1]))
+            row = self._packer.add(keyed, bundle_tokens(keyed[1], self._reader.share_prefixes))
             if row is not None:
                 yield self._row(row)
         while (row := self._packer.take()) is not None:
@@ -284,9 +285,6 @@ class Shard:
     def _row(self, row: list[tuple[_Key, Bundle]]) -> Batch:
         bundles, reader = [bundle for _, bundle in row], self._reader
         return make_row(bundles, self._length, reader.signals, share_prefixes=reader.share_prefixes)
-
-    def _tokens(self, bundle: Bundle) -> int:
-        return bundle_tokens(bundle, self._reader.share_prefixes)
 
     def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Bundle], int]]]:
         """The open rows of the state, read again."""
@@ -303,7 +301,7 @@ class Shard:
         if key.piece >= len(read.items):
             raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
         bundle = read.items[key.piece]
-        return (key, bundle), self._tokens(bundle)
+        return (key, bundle), bundle_tokens(bundle, self._reader.share_prefixes)
 
 
 class _Examples:
