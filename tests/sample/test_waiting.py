@@ -18,7 +18,7 @@ def order(fair, running=()):
         waiting.add(Sample(number, index, request, 0, 0.0, None) for index in range(samples))
     taken = []
     while waiting:
-        sample = waiting.take(counts)
+        sample = waiting.pop(counts)
         counts[sample.number] += 1
         taken.append((sample.number, sample.index))
     return taken
@@ -40,4 +40,4 @@ def test_cancelled_samples_are_not_taken(fair):
     for number in range(2):
         waiting.add([Sample(number, 0, Request([1]), 0, 0.0, None)])
     waiting.cancel([0, 7])
-    assert waiting.take(Counter()).number == 1 and not waiting
+    assert waiting.pop(Counter()).number == 1 and not waiting
