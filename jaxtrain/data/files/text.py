@@ -180,7 +180,7 @@ class JsonLines(TextRows):
         """What writes the rows as lines, of a file whose objects are spread over lines."""
         name = self._blob.name.rpartition("/")[2]
         try:
-            found = json.loads(self._blob.read(0, _MOST_BYTES).removeprefix(_BOM))
+            found = json.loads(self._blob.read(0, _MAX_BYTES).removeprefix(_BOM))
         except ValueError:  # several objects, or cut off
             found = {}
         lists = [
