@@ -79,11 +79,11 @@ def test_weighted_tokens_move_to_the_front_and_back():
     compact = Compact.of(weights, 3)
     assert compact.num_chunks == 2 and len(compact.source) == 9
     values = jnp.arange(10.0, 17)
-    np.testing.assert_array_equal(compact.take_all(values), [11, 13, 14, 16, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(compact.all_rows(values), [11, 13, 14, 16, 0, 0, 0, 0, 0])
     second = compact.rows_of_chunk(jnp.asarray(1), 3, values)
     np.testing.assert_array_equal(second, [16, 0, 0])
     np.testing.assert_array_equal(compact.put(jnp.asarray(0), 3, jnp.asarray([1.0, 2, 3])), [0, 1, 0, 2, 3, 0, 0])
-    np.testing.assert_array_equal(compact.expand(compact.take_all(values)), values * (weights != 0))
+    np.testing.assert_array_equal(compact.expand(compact.all_rows(values)), values * (weights != 0))
 
 
 def test_shifting_by_a_token_and_back():
