@@ -63,7 +63,7 @@ def test_an_optimizer_and_a_schedule_are_named_by_import_path():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"name": "custom_optimizers:lyon"}, "optimizer.name: custom_optimizers has no lyon; did you mean lion"),
+        ({"name": "custom_optimizers:lyon"}, "custom_optimizers has no lyon; did you mean lion"),
         ({"name": "custom_optimizers:no_optimizer"}, "must return an optax.GradientTransformation"),
         ({"schedule": "custom_optimizers:no_schedule"}, "optimizer.schedule=.*must return a function of the step"),
         ({"schedule": "custom_optimizers:vector_schedule"}, "floating-point scalar, not float32"),
