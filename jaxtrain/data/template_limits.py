@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,29 +39,14 @@ _TEXT_OF_VALUES = ("string", "pprint")  # filters
 _UNCHECKED = "_jaxtrain_unchecked_"  # before the name of a filter: that filter without its check
 
 
+@dataclass(eq=False)
 class Budget:
     """What one rendering has used."""
 
-    def __init__(self) -> None:
-        self._steps = self._written = 0
-        self._start: float | None = None
-        self._sizes: dict[int, tuple[Any, int]] = {}  # by the id of a container: the container, which keeps it alive
-
-    def step(self) -> None:
-        """Count a round of a loop or a call of a macro. Raises SecurityError beyond the limits."""
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise SecurityError(f"it loops more than {MAX_STEPS:,} times")
-        if self._steps % _STEPS_PER_CLOCK == 0:
-            now = time.thread_time()
-            self._start = now if self._start is None else self._start
-            if now - self._start > MAX_SECONDS:
-                raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
-
-    def write(self, value: Any) -> None:
-        """Count a value that is written. Raises SecurityError beyond the limit."""
-        self._written += len(value) if isinstance(value, str) else self.size(value)
-        _check_length(self._written)
+    steps: int = 0  # rounds of loops and calls of macros
+    written: int = 0  # characters, also those of blocks and macros
+    start: float | None = None  # by the thread's clock of CPU time, when it was first read
+    sizes: dict[int, tuple[Any, int]] = field(default_factory=dict)  # by id: a container, which is kept alive, and its
 
     def size(self, value: Any) -> int:
         """About how many characters `value` has as text. A list within itself many times is that long, though it takes
@@ -71,12 +57,12 @@ class Budget:
             value = value._Namespace__attrs  # what its repr shows
         if not isinstance(value, Collection):
             return 1
-        if id(value) not in self._sizes:
+        if id(value) not in self.sizes:
             inner: Iterable[Any] = (*value.keys(), *value.values()) if isinstance(value, dict) else value
             found = len(value) + sum(map(self.size, inner))
             _check_length(found)
-            self._sizes[id(value)] = value, found
-        return self._sizes[id(value)][1]
+            self.sizes[id(value)] = value, found
+        return self.sizes[id(value)][1]
 
 
 def limit_environment(environment: SandboxedEnvironment) -> None:
@@ -154,12 +140,23 @@ def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
 
 @jinja2.pass_context
 def _step(context: jinja2.runtime.Context, _: None) -> None:
-    context[BUDGET].step()
+    budget: Budget = context[BUDGET]
+    budget.steps += 1
+    if budget.steps > MAX_STEPS:
+        raise SecurityError(f"it loops more than {MAX_STEPS:,} times")
+    if budget.steps % _STEPS_PER_CLOCK == 0:
+        now = time.thread_time()
+        budget.start = now if budget.start is None else budget.start
+        if now - budget.start > MAX_SECONDS:
+            raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
 
 
 @jinja2.pass_context
 def _written(context: jinja2.runtime.Context, value: Any) -> Any:
-    context[BUDGET].write(value)
+    budget: Budget = context[BUDGET]
+    budget.written += len(value) if isinstance(value, str) else budget.size(value)
+    if budget.written > MAX_LENGTH:
+        _check_length(budget.written)
     return value
 
 
