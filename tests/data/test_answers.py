@@ -179,6 +179,77 @@ def test_a_call_of_a_built_in_tool_ends_a_step():
     check(made("llama3.1"), CHATS["tool result"], expected, kwargs={"builtin_tools": ["add"]})
 
 
+IN_WORDS = [
+    USER,
+    answer('<tool_call>\n{"name": "add"}\n</tool_call>'),
+    {"role": "tool", "content": "seven"},
+    answer("Rome"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "ends"),
+    [
+        ("qwen2.5", "", ("<|im_end|>", "<|im_end|>")),
+        ("llama3.2", "", ("<|eot_id|>", "<|eot_id|>")),
+        ("mistral3", "", ("</s>", "</s>")),
+        ("glm4.5", GLM, ("<|observation|>", "<|user|>")),
+        ("gemma4", "", "!writes nothing for a message of the role 'tool'"),
+    ],
+)
+def test_calls_in_words_are_words(name, before, ends):
+    """As Hermes' data writes them, with results of a tool behind."""
+    texts = [IN_WORDS[1]["content"], "Rome"]
+    cell = ends if isinstance(ends, str) else [before + text + end for text, end in zip(texts, ends, strict=True)]
+    check(made(name), IN_WORDS, cell)
+
+
+@pytest.mark.parametrize("system", [[], CHATS["system"][:1]], ids=["", "system"])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("qwen2.5", ("Paris<|im_end|>", "Rome<|im_end|>")),
+        ("gemma4", ("Paris<turn|>", "Rome<turn|>")),
+        ("glm4.5", (f"{GLM}Paris<|user|>", f"{GLM}Rome<|user|>")),
+        ("gpt-oss", ("<|channel|>final<|message|>Paris<|end|>", "<|channel|>final<|message|>Rome<|return|>")),
+        ("nemotron3", OPENED),
+        ("gemma3", "!refuses the conversation: Conversation roles must alternate"),
+    ],
+)
+def test_the_assistant_may_speak_first(name, ends, system):
+    messages = [*system, answer("Paris"), USER, answer("Rome")]
+    check(made(name), messages, ends if isinstance(ends, str) else list(ends))
+    if not isinstance(ends, str):
+        split = Encoder(made(name), split_turns=True)({"messages": messages})
+        assert len(split.items) == 2
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "gpt-oss"])
+def test_a_completion_behind_a_turn_of_the_assistant_is_a_turn_of_its_own(name):
+    """As TRL renders it: the template's generation prompt stands between the two."""
+    tok = made(name)
+    example = Encoder(tok)({"prompt": [USER, answer("Par")], "completion": [answer("is")]})
+    asked = tok.apply_chat_template([USER, answer("Par")], add_generation_prompt=True, tokenize=False)
+    (run,) = trained(tok, example)
+    assert tok.decode(example.input_ids).startswith(asked + run) and "is<|" in run
+    with pytest.raises(ValueError, match="begins an assistant turn with 'is<turn"):
+        Encoder(made("gemma4"))({"prompt": [USER, answer("Par")], "completion": [answer("is")]})
+
+
+def test_a_header_that_the_prompt_lacks_is_not_trained():
+    """As a template of Gemma 4 writes the turn after the results of a tool."""
+    template = STOCK["gemma4"].template.replace(
+        "{%- if m.role != 'tool' %}", "{%- if m.role == 'tool' %}{% set ns.before = '' %}{% else %}"
+    )
+    tok = made("gemma4")
+    tok.chat_template = template
+    with pytest.raises(
+        ValueError, match=r"messages\[3\]: .* begins this turn with '<\|turn>model\\n' and prompts .* without"
+    ):
+        ChatTokenizer(tok)(CHATS["tool result"])
+    assert trained(tok, ChatTokenizer(tok)(CHATS["tool result"], weights=[0, 1, 0, 0]))
+
+
 def test_several_calls_end_as_one_does():
     tok = made("deepseek-v3")
     twice = ChatTokenizer(tok)([USER, CALLING | {"tool_calls": [CALL, CALL]}])
@@ -222,7 +293,7 @@ def test_marks_do_not_hide_a_thought_behind_a_prompt_with_an_empty_one():
 
 def test_content_that_is_written_behind_the_results_is_refused():
     chat = [USER, CALLING | {"content": "Let me see."}, RESULT, answer("Rome")]
-    with pytest.raises(ValueError, match=r"messages\[1\]: .* writes this turn differently once others follow"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: .* writes the words of this turn behind the results"):
         ChatTokenizer(made("gemma4"))(chat)
 
 
