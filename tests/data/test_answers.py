@@ -224,32 +224,6 @@ def test_the_assistant_may_speak_first(name, ends, system):
         assert len(split.items) == 2
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "gpt-oss"])
-def test_a_completion_behind_a_turn_of_the_assistant_is_a_turn_of_its_own(name):
-    """As TRL renders it: the template's generation prompt stands between the two."""
-    tok = made(name)
-    example = Encoder(tok)({"prompt": [USER, answer("Par")], "completion": [answer("is")]})
-    asked = tok.apply_chat_template([USER, answer("Par")], add_generation_prompt=True, tokenize=False)
-    (run,) = trained(tok, example)
-    assert tok.decode(example.input_ids).startswith(asked + run) and "is<|" in run
-    with pytest.raises(ValueError, match="begins an assistant turn with 'is<turn"):
-        Encoder(made("gemma4"))({"prompt": [USER, answer("Par")], "completion": [answer("is")]})
-
-
-def test_a_header_that_the_prompt_lacks_is_not_trained():
-    """As a template of Gemma 4 writes the turn after the results of a tool."""
-    template = STOCK["gemma4"].template.replace(
-        "{%- if m.role != 'tool' %}", "{%- if m.role == 'tool' %}{% set ns.before = '' %}{% else %}"
-    )
-    tok = made("gemma4")
-    tok.chat_template = template
-    with pytest.raises(
-        ValueError, match=r"messages\[3\]: .* begins this turn with '<\|turn>model\\n' and prompts .* without"
-    ):
-        ChatTokenizer(tok)(CHATS["tool result"])
-    assert trained(tok, ChatTokenizer(tok)(CHATS["tool result"], weights=[0, 1, 0, 0]))
-
-
 def test_several_calls_end_as_one_does():
     tok = made("deepseek-v3")
     twice = ChatTokenizer(tok)([USER, CALLING | {"tool_calls": [CALL, CALL]}])
