@@ -1,4 +1,4 @@
-"""The tokens that end a turn are those that the mask of trained tokens ends with, and a turn begins behind its prompt."""
+"""A turn begins behind its prompt, and the tokens that end it are those that the mask of trained tokens ends with."""
 
 import chat_templates
 import pytest
