@@ -28,8 +28,8 @@ class TeacherSection(Section):
     """Of recipe rl: what the teacher reads in place of the user's last message, or of a plain prompt. {prompt} is
     that text and {NAME} the column NAME of the row; braces are written {{ and }}."""
     aligned: bool = False
-    """Of recipe rl, algorithm on_policy_distillation: the teacher has another tokenizer, and scores the text of samples in
-    its own tokens."""
+    """Of recipe rl, algorithm on_policy_distillation: the teacher has another tokenizer, and scores the text of samples
+    in its own tokens."""
     cache: Annotated[str | None, MAY_CHANGE, IN_HOME] = None
     """A folder for the `top_logps` largest log-probabilities at every token, computed once, without weights later."""
     top_logps: PositiveInt | None = None
