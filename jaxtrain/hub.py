@@ -130,14 +130,46 @@ def missing(name: str, kind: RepoKind, reason: str) -> str:
     """That `name` is not in the cache, why it was not fetched, and the command that downloads it."""
     from huggingface_hub import constants
 
-    repository, revision = split_revision(name)
-    command = f"hf download {repository}" + ("" if kind == "model" else f" --repo-type {kind}")
-    command += f" --revision {revision}" if revision else ""
+    repository, command = split_revision(name)[0], download_command(name, kind)
     return (
         f"{name}: there is no such folder, and the {kind} of that name is not in the cache {constants.HF_HUB_CACHE} "
         f"and could not be fetched from the hub ({reason}). Run `{command}` where there is a network, and bring the "
         f"folder {kind}s--{repository.replace('/', '--')} that it writes into its cache into this one"
     )
+
+
+def download_command(name: str, kind: RepoKind) -> str:
+    """What brings a repository into the cache."""
+    repository, _, revision = name.partition("@")
+    command = f"hf download {repository}" + ("" if kind == "model" else f" --repo-type {kind}")
+    return command + (f" --revision {revision}" if revision else "")
+
+
+def is_offline() -> bool:
+    """Whether the hub must not be asked."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def with_owner(name: str, kind: RepoKind) -> str:
+    """The full name of a repository: the hub knows whose `gsm8k` is. Raises HubError where it cannot say."""
+    from huggingface_hub import HfApi, constants
+
+    if "/" in name.partition("@")[0]:
+        return name
+    short, at, revision = name.partition("@")
+    try:
+        api = HfApi()
+        return (api.model_info if kind == "model" else api.dataset_info)(short).id + at + revision
+    except _client_errors() as error:
+        cached = sorted(path.name for path in Path(constants.HF_HUB_CACHE).glob(f"{kind}s--*--{short}"))
+        names = [each.removeprefix(f"{kind}s--").replace("--", "/") + at + revision for each in cached]
+        held = f"; the cache has {' and '.join(names)}" if names else ""
+        reason = str(error).strip().partition("\n")[0]
+        raise HubError(
+            f"{name}: the hub did not say whose {kind} this is ({reason}): write it as owner/{name}{held}"
+        ) from error
 
 
 def _client_errors() -> tuple[type[Exception], ...]:

@@ -8,6 +8,9 @@ import hashlib
 import json
 import os
 import posixpath
+import re
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,8 +70,37 @@ def remote_errors(url: str, what: str = "read") -> Iterator[None]:
     except RemoteError:
         raise
     except Exception as error:  # each driver raises errors of its own client's, which have no common base
+        if isinstance(error, FileNotFoundError) and not is_missing(error):
+            error = error.__cause__ or error  # what happened, which the HTTP file system calls a missing file
         detail = str(error).strip().splitlines() or [""]
-        raise RemoteError(f"{url}: cannot be {what}: {type(error).__name__}: {detail[0]}") from error
+        if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, *_connection_errors())):
+            what = "reached"
+        reason = f"{url}: cannot be {what}: {type(error).__name__}: {detail[0]}"
+        raise RemoteError(reason + _hub_hint(url)) from error
+
+
+def is_missing(error: FileNotFoundError) -> bool:
+    """Whether a file is not there. The HTTP file system says so too where it could not ask: the cause is then another
+    error.
+    """
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410)
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """Of the clients of fsspec's drivers that are in use."""
+    names = {"aiohttp": "ClientConnectionError", "botocore.exceptions": "EndpointConnectionError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
+
+
+def _hub_hint(url: str) -> str:
+    """How files of the hub are read without a network, where `url` is one of its."""
+    found = re.match(r"hf://(datasets/)?([^/]+/[^/@]+)", url)
+    if found is None:
+        return ""
+    kind, name = (" --repo-type dataset" if found[1] else ""), found[2]
+    named = f"hf:{name}" if found[1] else name
+    return f". Without a network, give it as {named} after `hf download {name}{kind}`"
 
 
 def copied_folder(url: str, patterns: Sequence[str]) -> Path:

@@ -89,6 +89,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-window": ("Qwen3", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     **hf_families.FAMILIES,
 }
+MIXTURES = (  # of which test_mixtures.py compares more
+    *("qwen3-moe", "qwen3-moe-renormalised-window", "qwen3-moe-some-dense", "mixtral", "mixtral-window", "gpt-oss"),
+    *("qwen3-next", "qwen3.5-moe", "olmoe", "glm4-moe", "glm4-moe-groups"),
+    *("deepseek-v3", "moonlight", "gemma4-moe", "qwen2-moe", "qwen2-moe-some-dense"),
+)
+# The last case of each family is the one with windows, where it has them.
+ONE_OF_EACH = tuple({family: case for case, (family, _) in CASES.items()}.values())
 
 
 def hf_config(case: str, **changes: Any) -> transformers.PreTrainedConfig:

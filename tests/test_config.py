@@ -131,6 +131,7 @@ def test_a_dumped_config_reads_back_equal(tmp_path):
         ("chats/*.parquet", "chats"),
         ("chats/", "chats"),
         ("gs://bucket/held_out.json", "held_out"),
+        ("https://host/files/test.jsonl?download=true", "test"),
         ("*.jsonl", "data"),
         ("rows:0123", "rows"),
         *((f"a/test{kind}", "test") for kind in KINDS),

@@ -90,19 +90,24 @@ def generate(
 
 
 @with_field_options(SamplingParams, ServingOptions, without=("n", "slots", "cache_gib"))  # one answer at a time
-def chat(model: AnyModelArgument, **given: Any) -> None:
-    """Chat with a model; exit with Ctrl-D."""
-    from jaxtrain.recipes.generate import chat as converse
+def chat(
+    model: AnyModelArgument,
+    system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
+    **given: Any,
+) -> None:
+    """Chat with a model. On a terminal /help lists commands, Ctrl-C ends an answer and Ctrl-D the conversation."""
+    from jaxtrain.recipes.chat import PlainDisplay, TerminalDisplay
+    from jaxtrain.recipes.chat import chat as converse
     from jaxtrain.serve.served import load_served
     from jaxtrain.session.model_folder import model_folder
 
     params = SamplingParams(**fields_of(SamplingParams, given))
     options = fields_of(ServingOptions, given)
     served = load_served(model_folder(model), slots=1, limits=EngineLimits(_CHUNK_TOKENS), **options)
-    prompt = "> " if sys.stdin.isatty() else ""
-    converse(served, params, lambda: input(prompt), lambda text: print(text, end="", flush=True))
-    if prompt:
-        print()  # Ctrl-D leaves the cursor after the prompt
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    converse(served, params, TerminalDisplay() if terminal else PlainDisplay(), system)
+    if terminal:
+        typer.echo()  # Ctrl-D leaves the cursor after the prompt
 
 
 @with_field_options(ServingOptions)

@@ -51,8 +51,9 @@ class SourceSection(Section):
     """Instead of `path`, in a program: dicts with the columns of a file's row."""
     name: Annotated[str | None, MAY_CHANGE] = None
     """In eval_NAME_loss; default: the file's or folder's."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Our column name -> the file's, e.g. {prompt: question, completion: answer}."""
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    """Our column name -> the file's, e.g. {prompt: question, completion: answer}; {weight: null} does not read the
+    file's column of that name, which has another meaning."""
     weight: PositiveFloat = 1.0
     """Share of the mixture, over the sum of the weights."""
     epochs: PositiveInt | None = None
@@ -93,6 +94,8 @@ def source_name(path: str) -> str:
     """What a source is called by default: its file or folder without suffixes, or the folder above a glob."""
     if path.startswith(ROWS_PREFIX):
         return "rows"
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]
     parts = [part for part in path.split("/") if part and not set(part) & set("*?[")]
     name = re.sub(r"-\d+-of-\d+$", "", parts[-1]) if parts else "data"  # a shard's number, as of ArrayRecord files
     for suffix in (*_PACKED, *_FILES):

@@ -110,7 +110,9 @@ class ChatTokenizer:
         traced = self._template.trace(chat)
         self._left_out.check(traced.text, chat, lambda changed: self._template.trace(changed).text)
         asked = None
-        if thoughts == "prompted" or (loss_on == "assistant" and _is_last_alone(chat, weights)):
+        answered_before = any(message["role"] == "assistant" for message in chat.messages[:-1])
+        # A template may write earlier turns of the assistant otherwise once the last, if it alone is trained, follows.
+        if thoughts == "prompted" or (loss_on == "assistant" and not any(weights[:-1]) and answered_before):
             asked = self._asked_for_last(chat, needed=thoughts == "prompted")
         rewritten = None
         if asked is not None and thoughts == "prompted":
@@ -288,13 +290,6 @@ def _mend(asked: str, reads: Collection[str]) -> str:
     if "enable_thinking" in reads:
         mend += ", or data.chat_template_kwargs={enable_thinking: false}, which puts an empty one into the prompt"
     return f"{mend}, or give a template whose prompt opens none as model.chat_template"
-
-
-def _is_last_alone(chat: Chat, weights: Sequence[float]) -> bool:
-    """Whether the last turn alone is trained, after others of the assistant: a template may write these otherwise once
-    it follows.
-    """
-    return not any(weights[:-1]) and any(message["role"] == "assistant" for message in chat.messages[:-1])
 
 
 def _turn_spans(traced: Trace, weights: Sequence[float]) -> list[tuple[int, int, float]]:

@@ -175,8 +175,8 @@ def row_weight(row: Row) -> float:
         weight = math.nan
     if not 0 <= weight < LARGEST_WEIGHT:
         raise ValueError(
-            f"the column 'weight' is the loss weight of the row, a number that is not negative, and not {value!r:.40}: "
-            "rename or remove a column of another meaning"
+            f"the column 'weight' is the loss weight of the row, a number that is not negative, and not {value!r:.40}; "
+            + left_out_by_map(WEIGHT)
         )
     return weight
 
@@ -208,27 +208,36 @@ def check_columns(row: Row, kind: str) -> None:
     unsupported = UNSUPPORTED_COLUMNS[kind]
     for column, value in row.items():
         if column in unsupported and not _changes_nothing(column, value):
-            raise ValueError(f"the column {column!r} is not supported: {unsupported[column]}")
+            raise ValueError(
+                f"the column {column!r} is not supported: {unsupported[column]}; {left_out_by_map(column)}"
+            )
     if kind == "input_ids":  # tools and template arguments have been rendered already
         for column, value in row.items():
             if _weighs_tokens(column, value):
                 raise ValueError(
                     f"the column {column!r} is not supported: write which tokens are trained as `labels`, "
                     "`completion_mask` or `assistant_masks`, and other weights as `loss_weights`, where t is for "
-                    "input_ids[t]"
+                    f"input_ids[t]; {left_out_by_map(column)}"
                 )
         return
     for column in TOKEN_COLUMNS:
         if isinstance(row.get(column), list):
-            raise ValueError(f"the column {column!r} goes with `input_ids`, which this row does not have")
-    for column in TEMPLATE_COLUMNS if kind == "text" else ():
-        if not _changes_nothing(column, row.get(column)):
             raise ValueError(
-                f"the column {column!r} is for a chat template, which plain text does not use: remove it, or choose "
-                "the columns with data.train.columns, e.g. {text: text}"
+                f"the column {column!r} goes with `input_ids`, which this row does not have; {left_out_by_map(column)}"
+            )
+    for column in TEMPLATE_COLUMNS if kind == "text" else ():
+        if column in row and not _changes_nothing(column, row[column]):
+            raise ValueError(
+                f"the column {column!r} is for a chat template, which plain text does not use: "
+                + left_out_by_map(column)
             )
     if kind == "text" and row_format(row) == "instruction+output" and row.get("history"):
         raise ValueError("the column 'history' needs a chat template: use data.prompt_format=chat")
+
+
+def left_out_by_map(column: str) -> str:
+    """What to do about a column of another meaning, for an error."""
+    return f"data.train.columns={{{column}: null}} leaves out a column of another meaning"
 
 
 def _weighs_tokens(column: str, value: Any) -> bool:

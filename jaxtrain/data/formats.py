@@ -238,7 +238,7 @@ class Encoder(RowEncoder):
         """Report columns and keys of a source that are not read, each once, and that a column weighs its rows."""
         path, columns = source.section.path, source.section.columns
         with self._lock:
-            noted = self._noted.setdefault(path, set(columns.values()))
+            noted = self._noted.setdefault(path, {theirs or ours for ours, theirs in columns.items()})
             new = {*ignored, *source.left_out} - noted
             noted |= new
             weighs = row_weight(row) != 1 and WEIGHT not in columns and WEIGHT not in noted

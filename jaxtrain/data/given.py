@@ -8,6 +8,7 @@ beginning up to where it was, which is exact as long as the function gives the s
 
 import copy
 import hashlib
+import inspect
 import json
 import sys
 import threading
@@ -147,6 +148,12 @@ def given_rows(name: str, path: Any, args: Mapping[str, Any], limit: int | None)
     if not callable(function):
         raise DataError(f"{name} must be a function that returns rows, not {type(function).__name__}")
     make: Callable[..., Any] = function
+    try:
+        inspect.signature(make).bind(**args)
+    except TypeError as error:
+        raise DataError(f"{name} cannot be called with the `args` {dict(args)}: {error}") from None
+    except ValueError:  # one in C that does not show its arguments
+        pass
     found = make(**args)
     if isinstance(found, Sequence) or (hasattr(found, "__getitem__") and hasattr(found, "__len__")):
         if isinstance(found, str | bytes | Mapping):

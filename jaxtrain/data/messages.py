@@ -12,6 +12,7 @@ from jaxtrain.data.columns import (
     TEMPLATE_COLUMNS,
     Row,
     from_alpaca,
+    left_out_by_map,
     row_format,
 )
 from jaxtrain.data.merging import Turn, merge_turns
@@ -141,7 +142,7 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
     kwargs = _parsed(row.get("chat_template_kwargs") or None, "chat_template_kwargs")
     system = None if row.get("system") == "" else row.get("system")
     if not isinstance(system, str | None):
-        raise ValueError(f"system must be a string, not {type(system).__name__}")
+        raise ValueError(f"system must be a string, not {type(system).__name__}; {left_out_by_map('system')}")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError("chat_template_kwargs must be a mapping")
     for column, value in columns.items():
@@ -155,7 +156,10 @@ def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversa
         for column, value in columns.items()
         for number, message in enumerate(value)
     ]
-    turns = merge_turns(_with_system(turns, system), merge)
+    if system is not None:
+        turns = _with_system(turns, system)
+    if merge:
+        turns = merge_turns(turns, merge)
     return Conversation(
         messages=[turn.message for turn in turns],
         weights=[turn.weight for turn in turns],
@@ -176,7 +180,7 @@ def _tools(row: Row) -> list[Any] | None:
             continue
         tools = [_parsed(tool, f"{column}[{at}]") for at, tool in enumerate(value)] if isinstance(value, list) else []
         if not tools or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError(f"{column} must be a list of mappings")
+            raise ValueError(f"{column} must be a list of mappings; {left_out_by_map(column)}")
         found[column] = [_wrapped_schema(tool) for tool in tools]
     if len(found) == 2 and found["tools"] != found["functions"]:
         raise ValueError("the columns 'tools' and 'functions' differ: keep one of them")
@@ -217,10 +221,8 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _with_system(turns: list[Turn], system: str | None) -> list[Turn]:
+def _with_system(turns: list[Turn], system: str) -> list[Turn]:
     """With the words of the column `system` as the first turn, which must not say anything else."""
-    if system is None:
-        return turns
     first = turns[0]
     if first.role not in ("system", "developer"):
         return [Turn(_turn("system", system), None, first.in_prompt, "system"), *turns]

@@ -122,14 +122,14 @@ def signal_types(item: Example | Bundle) -> SignalTypes:
                 raise ValueError(f"{name} has {len(values)} values for {tokens} tokens")
         found.append({name: (values.dtype, values.shape[1:]) for name, values in example.signals.items()})
     for types in found[1:]:
-        check_signals(types, found[0])
+        if types != found[0]:
+            raise signals_differ(types, found[0])
     return found[0]
 
 
-def check_signals(types: SignalTypes, expected: SignalTypes) -> None:
-    """Raises ValueError where an example's signals are not those of the others."""
-    if types != expected:
-        raise ValueError(f"its signals are {_described(types)}, and those of other examples {_described(expected)}")
+def signals_differ(types: SignalTypes, expected: SignalTypes) -> ValueError:
+    """The error for an example whose signals are not those of the others."""
+    return ValueError(f"its signals are {_described(types)}, and those of other examples {_described(expected)}")
 
 
 def _described(types: SignalTypes) -> str:

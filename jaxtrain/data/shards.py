@@ -20,10 +20,10 @@ from jaxtrain.data.packing import (
     SignalTypes,
     as_bundle,
     bundle_tokens,
-    check_signals,
     fit,
     make_row,
     signal_types,
+    signals_differ,
 )
 from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
 from jaxtrain.types import Batch, Bundle, Example
@@ -42,6 +42,7 @@ COUNTERS = (
 _CHUNK = 16  # rows that a worker thread takes at a time
 _CHUNKS_AHEAD = 2  # that a shard asks for
 _ROWS_TRIED = 1000  # of a source, for one that makes an example
+_ERRORS_NAMED = 3  # of a source of which no row makes one
 _SCAN_ROWS = 1024  # that are under way together when a source is searched
 
 
@@ -111,13 +112,27 @@ class Reader:
 
     def raise_useless(self, source: int, events: Counter[str]) -> NoReturn:
         """Raise DataError for a source of which no row gives an example. `events` are the counters of all its rows."""
-        counts = ", ".join(f"{name} {events[name]}" for name in COUNTERS)
-        raise DataError(
-            f"{self.sources[source].section.path}: no row gives an example to train on: of {len(self.sources[source])} "
-            f"rows, {counts}. Look at "
-            f"data.max_length={self._data.max_length}, data.overlong={self._data.overlong}, "
-            f"data.on_bad_row={self._data.on_bad_row} and data.loss_on={self._data.loss_on}"
-        )
+        counts, rows = ", ".join(f"{name} {events[name]}" for name in COUNTERS), len(self.sources[source])
+        what = f"{self.sources[source].section.path}: no row gives an example to train on: of {rows} rows, {counts}."
+        if events["bad_rows"] < rows:
+            what += f" Look at data.max_length={self._data.max_length} and data.overlong={self._data.overlong}."
+        if events["bad_rows"]:
+            what += " What is refused first:" + "".join(f"\n  {error}" for error in self._first_errors(source))
+        raise DataError(what)
+
+    def _first_errors(self, source: int) -> list[DataError]:
+        """Of rows of a source that cannot be trained on."""
+        found: list[DataError] = []
+        for row in itertools.islice(self.sources[source].indices(), _ROWS_TRIED):
+            try:
+                self._make(self.sources[source], row)
+            except DataError as error:
+                found.append(error)
+            except StreamEndError:
+                break
+            if len(found) == _ERRORS_NAMED:
+                break
+        return found
 
     def _read(self, places: list[tuple[int, int]]) -> list[RowExamples | DataError]:
         found = []
@@ -180,7 +195,8 @@ class Reader:
             types = signal_types(item)
             if self.signals is None:
                 self.signals = types
-            check_signals(types, self.signals)
+            if types != self.signals:
+                raise signals_differ(types, self.signals)
             fitted = fit(item, self._data.max_length, self._data.overlong)
             pieces += [as_bundle(piece) for piece in fitted.items]
             if fitted.event is not None:
@@ -256,7 +272,7 @@ class Shard:
         self._packer = BestFit(self._length, self._most_open, self._reopened(executor))
         self._examples = _Examples(self._mixture, self._reader, executor, self._restored["next"])
         for keyed in self._examples:
-            row = self._packer.add(keyed, self._tokens(keyed[1]))
+            row = self._packer.add(keyed, bundle_tokens(keyed[1], self._reader.share_prefixes))
             if row is not None:
                 yield self._row(row)
         while (row := self._packer.take()) is not None:
@@ -269,9 +285,6 @@ class Shard:
     def _row(self, row: list[tuple[_Key, Bundle]]) -> Batch:
         bundles, reader = [bundle for _, bundle in row], self._reader
         return make_row(bundles, self._length, reader.signals, share_prefixes=reader.share_prefixes)
-
-    def _tokens(self, bundle: Bundle) -> int:
-        return bundle_tokens(bundle, self._reader.share_prefixes)
 
     def _reopened(self, executor: Executor) -> list[list[tuple[tuple[_Key, Bundle], int]]]:
         """The open rows of the state, read again."""
@@ -288,7 +301,7 @@ class Shard:
         if key.piece >= len(read.items):
             raise DataError(f"row {key.row} of source {key.source} is not what it was when the data state was saved")
         bundle = read.items[key.piece]
-        return (key, bundle), self._tokens(bundle)
+        return (key, bundle), bundle_tokens(bundle, self._reader.share_prefixes)
 
 
 class _Examples:

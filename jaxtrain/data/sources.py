@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtrain.config import ROWS_PREFIX, SourceSection
 from jaxtrain.config.python_values import SOURCE_PREFIX
 from jaxtrain.data.columns import COLUMNS, RENDERED_COLUMNS, Row, rename_columns
-from jaxtrain.data.files.columnar import ParquetRows
+from jaxtrain.data.files.columnar import ParquetRows, check_types
 from jaxtrain.data.files.errors import DataError as DataError
 from jaxtrain.data.files.errors import suggest
 from jaxtrain.data.files.find import find_files, open_blob, open_rows
@@ -42,6 +42,8 @@ class Source:
         if not keep_columns:
             _check_column_map(section.columns)
         self.section, self._keep_columns = section, keep_columns
+        self._columns = {ours: theirs for ours, theirs in section.columns.items() if theirs is not None}
+        self._unread = section.columns.keys() - self._columns.keys()
         self.left_out: set[str] = set()  # columns that `section.columns` left out of a row
         self._warned = False
         self._files: list[Rows] = []
@@ -76,7 +78,14 @@ class Source:
             left = None if section.limit is None else section.limit - len(self)
             if left == 0:
                 break
-            self._add(name, open_rows(name, left, len(names)))
+            rows = open_rows(name, left, len(names))
+            check_types(name, {ours: rows.types[theirs] for ours, theirs in self._named(rows.types).items()})
+            self._add(name, rows)
+
+    def _named(self, columns: Collection[str]) -> dict[str, str]:
+        """Our name -> the file's, of columns that a file has."""
+        named = {name: name for name in columns if name not in {*self._columns.values(), *self._unread}}
+        return named | {ours: theirs for ours, theirs in self._columns.items() if theirs in columns}
 
     def _add(self, name: str, rows: Rows) -> None:
         self._names.append(name)
@@ -107,13 +116,13 @@ class Source:
         rows, local = self._locate(index)
         row, guessed = rows[local], []
         if rows.types:
-            names = {ours: self.section.columns.get(ours, ours) for ours in RENDERED_COLUMNS}
+            names = {ours: self._columns.get(ours, ours) for ours in RENDERED_COLUMNS}
             tools = None
             for ours, theirs in names.items():
                 if theirs in row:
                     row[theirs] = without_arrow_fillings(row[theirs], rows.types[theirs], tools, guessed)
                     tools = tools or (row[theirs] if ours in ("tools", "functions") else None)
-        missing = [theirs for theirs in self.section.columns.values() if theirs not in row]
+        missing = [theirs for theirs in self._columns.values() if theirs not in row]
         if missing:
             raise DataError(f"{rows.place(local)}: there is no column {missing[0]!r}" + suggest(missing[0], list(row)))
         events = ("nulls_left_out",) if guessed else ()
@@ -122,9 +131,11 @@ class Source:
             warnings.warn(f"{self.section.path}: {left_out_warning(guessed)}", stacklevel=2)
         if not self.section.columns:
             return row, events
+        mapped = self._columns.values()
+        row = {name: value for name, value in row.items() if name not in self._unread or name in mapped}
         if self._keep_columns:
-            return row | {ours: row[theirs] for ours, theirs in self.section.columns.items()}, events
-        renamed = rename_columns(row, self.section.columns)
+            return row | {ours: row[theirs] for ours, theirs in self._columns.items()}, events
+        renamed = rename_columns(row, self._columns)
         self.left_out.update(column for column, value in row.items() if column not in renamed and value is not None)
         return renamed, events
 
@@ -191,9 +202,9 @@ class Source:
         return self._files[file], index - (self._ends[file - 1] if file else 0)
 
 
-def _check_column_map(columns: dict[str, str]) -> None:
-    for ours in columns:
-        if ours not in COLUMNS:
+def _check_column_map(columns: dict[str, str | None]) -> None:
+    for ours, theirs in columns.items():
+        if theirs is not None and ours not in COLUMNS:
             raise DataError(
                 f"columns: {ours!r} is not one of our columns{suggest(ours, list(COLUMNS))}; "
                 "a map is written ours: theirs"

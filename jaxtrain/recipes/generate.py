@@ -1,9 +1,7 @@
-"""Generation with a Hugging Face folder: for a file of prompts, or in a conversation on the terminal."""
+"""Generation with a Hugging Face folder for a file of prompts."""
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 from jaxtrain.config import SourceSection
 from jaxtrain.data.sources import read_rows
 from jaxtrain.observe.progress import Progress
-from jaxtrain.sample.requests import Completion, Request, SamplingParams
+from jaxtrain.sample.requests import Completion, SamplingParams
 from jaxtrain.serve.served import Served
 
 
@@ -42,33 +40,6 @@ def generate_file(served: Served, prompts: str | Path, out: Path, params: Sampli
                 file.write(json.dumps({**rows[written], "completions": completions}, default=_plain) + "\n")
                 written += 1
     return tokens
-
-
-def chat(served: Served, params: SamplingParams, ask: Callable[[], str], say: Callable[[str], None]) -> None:
-    """Run a conversation: `ask` returns the user's message, or raises EOFError; `say` is called with parts of answers.
-
-    Answers are limited by the engine's `max_length`. Raises ValueError when the conversation leaves no room for one.
-    """
-    messages: list[dict[str, str]] = []
-    params = served.ending(params)
-    while True:
-        try:
-            messages.append({"role": "user", "content": ask()})
-        except EOFError:
-            return
-        answer, prompt = "", served.prompt_ids({"messages": messages})
-        room = served.engine.max_length - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"the conversation has {len(prompt)} tokens, and max_length={served.engine.max_length} leaves no room "
-                "for an answer: start a new conversation, or use a larger --max-length"
-            )
-        request = Request(prompt, replace(params, max_tokens=min(params.max_tokens or room, room)))
-        for chunk in served.engine.stream([request]):
-            answer += chunk.text or ""
-            say(chunk.text or "")
-        say("\n")
-        messages.append({"role": "assistant", "content": answer})
 
 
 def _as_json(completion: Completion) -> dict[str, Any]:

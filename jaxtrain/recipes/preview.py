@@ -144,7 +144,8 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
         if config.train.epochs is not None or finite:
             count = stream.count(lengths)
             steps = checked_length(config, count.steps)
-            printer.count("the run", count, batch, length)
+            printer.count("the run" if steps == count.steps else "the data", count, batch, length)
+            printer.shorter(steps, count.steps)
         else:
             stream.end_after(1)
             printer.count("an epoch", stream.count(lengths), batch, length)
@@ -190,13 +191,16 @@ def _preview_rl(config: RunConfig, encode: Encoder, printer: _Printer, rows: int
     printer.warn_of_bad_rows(bad, data.on_bad_row)
     counted = -(-prompts // config.rl.prompts) * config.rl.updates
     what = "the run" if finite or config.train.epochs is not None else "an epoch"
+    if what == "the run" and steps is not None and steps < counted:
+        what = "the data"
     printer.line(f"{what}: {prompts:,} prompts, {counted:,} steps")
     samples = f"{config.rl.prompts} prompts x {config.rl.generations} samples"
     printer.line(f"  {samples} make {config.rl.updates} steps")
     if config.algorithm.max_refills:
         printer.line("dynamic sampling: further prompts are drawn in place of groups that give no signal")
-    elif what == "the run":
+    elif what != "an epoch":
         steps = checked_length(config, counted)
+        printer.shorter(steps, counted)
     if steps is not None:
         printer.line(_schedule(config.optimizer, steps))
 
@@ -289,6 +293,11 @@ class _Printer:
         for start, count in zip(range(low, most + 1, width), counts.tolist(), strict=True):
             bar = "#" * math.ceil(_WIDTH * count / counts.max())
             self.line(f"{start:>8,}-{start + width - 1:<8,} {count:>10,} {bar}")
+
+    def shorter(self, steps: int, counted: int) -> None:
+        """That a run takes fewer steps than its data makes."""
+        if steps < counted:
+            self.line(f"the run: {steps:,} of these {counted:,} steps (train.steps)")
 
     def warn_of_bad_rows(self, bad: int, on_bad_row: str) -> None:
         if bad and on_bad_row == "error":

@@ -104,6 +104,7 @@ def test_a_stream_holds_what_shards_will_read_and_nothing_else():
         (number, {}, "returned int: it must be a sequence"),
         (mapping, {}, "returned dict, and not rows"),
         (generator, {"args": {"count": 0}}, "holds no rows"),
+        (generator, {"args": {"rows": 1}}, r"generator cannot be called with the `args` \{'rows': 1\}: .*'rows'"),
         (generator, {"epochs": 2}, "a stream is read once; for epochs=2"),
         (objects, {}, "row 1 cannot be written as JSON: a value of type object"),
         (odd_rows, {}, "^source:.*:row 3 must be a dict, not str"),

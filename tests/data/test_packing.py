@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from jaxtrain.data.packing import BestFit, check_signals, fit, make_row, signal_types, stack_rows
+from jaxtrain.data.packing import BestFit, fit, make_row, signal_types, stack_rows
 from jaxtrain.types import Example
 
 
@@ -222,7 +222,7 @@ def test_signals_must_fit_their_tokens_and_each_other():
     with pytest.raises(ValueError, match="its signals are none, and those of other examples a int64"):
         signal_types((with_signals(2, a=[1, 2]), example(2)))
     with pytest.raises(ValueError, match=r"a float64\[\], .* a int64\[\]"):
-        check_signals(signal_types(with_signals(1, a=[1.0])), signal_types(with_signals(1, a=[1])))
+        signal_types((with_signals(1, a=[1]), with_signals(1, a=[1.0])))
 
 
 def test_a_row_of_padding_has_the_signals_of_the_others():

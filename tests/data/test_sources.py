@@ -5,10 +5,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from chat_templates import CHATML, tokenizer
 
 from jaxtrain.config import SourceSection
+from jaxtrain.data.formats import Encoder
 from jaxtrain.data.sources import DataError, Source, read_rows
 
+CHAT = [{"role": "user", "content": "What"}, {"role": "assistant", "content": "Paris"}]
 ROWS = [{"text": f"row {number} é\u2028"} for number in range(20)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
@@ -197,3 +200,21 @@ def test_rows_of_a_program_read_as_those_of_a_file_do():
 def test_rows_that_only_their_fingerprint_is_left_of_are_named():
     with pytest.raises(DataError, match="rows:12ab: these rows were given by a program"):
         Source(SourceSection(path="rows:12ab"))
+
+
+def test_a_column_of_another_meaning_is_not_read(tmp_path):
+    row = {"messages": CHAT, "reasoning": "off", "weight": "heavy", "score": 1}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    encode = Encoder(tokenizer(CHATML))
+    unread = {}
+    for column in ("reasoning", "weight"):
+        with pytest.raises(DataError, match=rf"data\.train\.columns={{{column}: null}} leaves out"):
+            Source(SourceSection(path=str(tmp_path / "a.jsonl"), columns=unread)).make(0, encode)
+        unread = unread | {column: None}
+    source = Source(SourceSection(path=str(tmp_path / "a.jsonl"), columns=unread))
+    assert source[0] == {"messages": CHAT, "score": 1} and not source.left_out
+    source.make(0, encode)
+    mapped = Source(SourceSection(path=str(tmp_path / "a.jsonl"), columns={"weight": None, "text": "weight"}))
+    assert mapped[0] == {"text": "heavy"}
+    kept = Source(SourceSection(path=str(tmp_path / "a.jsonl"), columns=unread), keep_columns=True)
+    assert kept[0] == source[0]

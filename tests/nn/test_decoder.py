@@ -47,8 +47,8 @@ def test_packed_rows_equal_the_same_segments_alone(model):
             alone.append([np.pad(leaf, (0, 32 - len(where))) for leaf in leaves])
     unpacked = packed._replace(**dict(zip(packed._fields, map(np.stack, zip(*alone, strict=True)), strict=False)))
 
-    together = np.asarray(score(model, params, packed).logp)
-    apart = np.asarray(score(model, params, unpacked).logp)
+    scored = jax.jit(score, static_argnums=0)
+    together, apart = (np.asarray(scored(model, params, batch).logp) for batch in (packed, unpacked))
     weighted = packed.loss_weights > 0
     np.testing.assert_allclose(together[weighted], apart[unpacked.loss_weights > 0], atol=1e-5)
     assert_close(loss_and_grad(model, params, packed), loss_and_grad(model, params, unpacked))
@@ -67,15 +67,15 @@ def test_layers_without_a_loop_are_the_same():
 def test_cached_decoding_equals_the_whole_row(model, order):
     params = tiny.random_params(model)
     batch = tiny.packed_batch([[20], [20]], 20)
-    whole = model.hidden(params, batch)
-    params = model.unstack(params)
+    whole = jax.jit(model.hidden)(params, batch)
+    params, extend = model.unstack(params), jax.jit(model.extend)
     tokens, positions, segments = batch.tokens, batch.positions, batch.segment_ids
     seen = cache.empty_cache(model.config, 2, 24, model.run.dtype, order)
-    hidden, seen = model.extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], seen)
+    hidden, seen = extend(params, tokens[:, :7], positions[:, :7], segments[:, :7], seen)
     parts = [hidden]
     for t in range(7, 20):
         at = slice(t, t + 1)
-        hidden, seen = model.extend(params, tokens[:, at], positions[:, at], segments[:, at], seen)
+        hidden, seen = extend(params, tokens[:, at], positions[:, at], segments[:, at], seen)
         parts.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 

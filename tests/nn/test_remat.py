@@ -16,33 +16,38 @@ ONE_LAYER = {"num_layers": 1, "pattern": tiny.CONFIG.pattern[:1]}
 REMAT = ["dots", "full", (), (("qkv", "keep"), ("gate", "keep")), (("attention", "keep"), ("up", "offload"))]
 
 
-@pytest.mark.parametrize("remat", REMAT, ids=str)
-def test_remat_changes_nothing(remat):
-    """Bit for bit, operation by operation; compiled, XLA may fuse the operations of a loop in another way."""
-    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
+BATCH = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
+
+
+def gradients(remat):
+    """Losses and gradients of one layer: operation by operation, and compiled."""
     model = tiny.model(tiny.LORA, **ONE_LAYER)
     params = tiny.random_params(model)
-    again = dataclasses.replace(model, run=dataclasses.replace(model.run, remat=remat))
+    model = dataclasses.replace(model, run=dataclasses.replace(model.run, remat=remat))
+    with jax.disable_jit():
+        one_by_one = jax.value_and_grad(lambda params: jnp.sin(model.hidden(params, BATCH)).sum())(params)
+    return one_by_one, jax.jit(jax.value_and_grad(lambda params: score(model, params, BATCH).logp.sum()))(params)
 
-    def one_by_one(model):
-        with jax.disable_jit():
-            return jax.value_and_grad(lambda params: jnp.sin(model.hidden(params, batch)).sum())(params)
 
-    jax.tree.map(np.testing.assert_array_equal, one_by_one(model), one_by_one(again))
+@pytest.fixture(scope="module")
+def without():
+    return gradients("none")
 
-    def compiled(model):
-        return jax.jit(jax.value_and_grad(lambda params: score(model, params, batch).logp.sum()))(params)
 
-    for one, two in zip(jax.tree.leaves(compiled(model)), jax.tree.leaves(compiled(again)), strict=True):
+@pytest.mark.parametrize("remat", REMAT, ids=str)
+def test_remat_changes_nothing(without, remat):
+    """Bit for bit, operation by operation; compiled, XLA may fuse the operations of a loop in another way."""
+    (expected, expected_compiled), (one_by_one, compiled) = without, gradients(remat)
+    jax.tree.map(np.testing.assert_array_equal, expected, one_by_one)
+    for one, two in zip(jax.tree.leaves(expected_compiled), jax.tree.leaves(compiled), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5 * np.abs(one).max())
 
 
 def saved(remat, **changes):
     """How many numbers the layers' loop saves for the backward pass, on the device and on the host."""
-    batch = tiny.packed_batch([[9, 20, 3], [14, 14]], 32)
     model = tiny.model(remat=remat, **changes)
     params = tiny.random_params(model)
-    gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(score(model, params, batch).logp)))(params)
+    gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(score(model, params, BATCH).logp)))(params)
     forward = next(each for each in gradient.eqns if each.primitive.name == "scan")
     stacked = [out.aval for out in forward.outvars[forward.params["num_carry"] :]]
     on_host = [sum(each.size for each in stacked if ("host" in str(each)) == host) for host in (False, True)]

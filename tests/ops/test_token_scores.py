@@ -95,9 +95,15 @@ def test_capped_logits_too(transposed, assumed):
     check_against_naive(transposed, assumed, make_mesh(1, 4, 1, 2) if assumed else None, softcap=3.0)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 1, 2, 2), (1, 2, 2, 2)], ids=str)
-@ASSUMED
-@HEADS
+# Each mesh with each loss, and each of the two with both heads.
+@pytest.mark.parametrize(
+    ("shape", "assumed", "transposed"),
+    [
+        pytest.param(shape, assumed, (row + column) % 2 == 0, id=f"{shape}-{assumed}-{'un' * ((row + column) % 2)}tied")
+        for row, shape in enumerate([(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 1, 2, 2), (1, 2, 2, 2)])
+        for column, assumed in enumerate(["linear", "curved", None])
+    ],
+)
 def test_sharded_equals_single(transposed, assumed, shape):
     check_against_naive(transposed, assumed, make_mesh(*shape))
 

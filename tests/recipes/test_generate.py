@@ -1,4 +1,4 @@
-"""Generation for a file of prompts, and in a conversation."""
+"""Generation for a file of prompts."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from hf_folders import save
 
 from converters.tokenizer import write_byte_tokenizer
-from jaxtrain.recipes.generate import chat, generate_file
+from jaxtrain.recipes.generate import generate_file
 from jaxtrain.sample.requests import EngineLimits, Request, SamplingParams
 from jaxtrain.serve.served import load_served
 
@@ -57,23 +57,3 @@ def test_a_bad_row_is_named_and_nothing_written(served, tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         generate_file(served, tmp_path / "in.jsonl", tmp_path / "out.jsonl", SamplingParams())
     assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_conversation_remembers_what_was_said(served):
-    asked, said = iter(["a", "b"]), []
-
-    def ask():
-        for text in asked:
-            return text
-        raise EOFError
-
-    chat(served, SamplingParams(max_tokens=3, temperature=0), ask, said.append)
-    first = "".join(said).split("\n")[0]
-    assert "".join(said).count("\n") >= 2 and isinstance(first, str)
-
-
-def test_a_conversation_ends_where_there_is_no_room(served):
-    turns, said = iter(["a" * 20] * 9), []
-    with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, and max_length=96"):
-        chat(served, SamplingParams(max_tokens=60, temperature=0), lambda: next(turns), said.append)
-    assert "".join(said).count("\n") >= 1  # answers before it, longer than there is room for

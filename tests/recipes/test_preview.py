@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import commands
@@ -14,6 +15,7 @@ from jaxtrain.config import parse_config
 from jaxtrain.data.formats import Encoder
 from jaxtrain.data.packing import bundle_tokens
 from jaxtrain.data.pairs import answer_encoder
+from jaxtrain.data.sources import DataError
 from jaxtrain.recipes import sft
 from jaxtrain.recipes.preview import preview
 from jaxtrain.session.record import read_metrics
@@ -135,6 +137,28 @@ def test_without_end_an_epoch_is_counted(tree):
     tree["train"] = {"steps": 7, "batch_size": 8}
     text = shown(tree)
     assert "an epoch: 40 rows, 39 examples" in text and "0 at the end, step 7" in text
+
+
+def test_a_run_that_ends_before_its_data_has_one_number_of_steps(tree):
+    tree["data"]["train"]["epochs"] = 3
+    tree["train"] = {"steps": 2, "batch_size": 8}
+    text = shown(tree)
+    assert re.search(
+        r"the data: 120 rows.*\n.*\nthe run: 2 of these \d+ steps \(train\.steps\)\nlearning .* step 2$", text
+    )
+    rl = {"rewards": [{"function": "exact_answer"}], "prompts": 4, "generations": 2, "max_completion_length": 8}
+    text = shown(tree | {"recipe": "rl", "rl": rl, "train": {"steps": 2}})
+    assert "the data: 120 prompts, 30 steps" in text and "the run: 2 of these 30 steps" in text
+
+
+def test_data_of_which_every_row_is_refused_name_the_first_errors(tree, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "a", "completion": ""}\n{"prompt": 1}\n' * 4)
+    with pytest.raises(DataError) as error, pytest.warns(UserWarning, match="skipped"):
+        shown(tree)
+    assert re.search(
+        r"of 8 rows.*\n  .*sums\.jsonl:1: .*\n  .*sums\.jsonl:2: .*\n  .*sums\.jsonl:3: ", str(error.value)
+    )
+    assert "on_bad_row" not in str(error.value)
 
 
 def test_prompts_of_reinforcement_learning(tree):

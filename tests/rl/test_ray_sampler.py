@@ -79,7 +79,9 @@ def test_a_new_worker_may_compile_for_longer_than_its_limit_for_a_sample(sampler
 
     def note(share):
         arrived, end = take(share)
-        first.extend([time.monotonic()] if arrived and not first else [])
+        if arrived and not first:
+            first.append(time.monotonic())
+            monkeypatch.setattr(sampler, "_seconds", 120.0)  # sampling itself is not what is timed
         return arrived, end
 
     for pid in ids:
@@ -90,10 +92,10 @@ def test_a_new_worker_may_compile_for_longer_than_its_limit_for_a_sample(sampler
         sampler._check_starts()
     sampler.metrics()
     monkeypatch.setattr(sampler, "_take", note)
-    monkeypatch.setattr(sampler, "_seconds", 2.0)
-    start = time.monotonic()
+    limit, start = 0.7, time.monotonic()  # tracing alone takes longer, also where compiled programs are cached
+    monkeypatch.setattr(sampler, "_seconds", limit)
     same(sampler.sample(PROMPTS, 3), colocated.sample(PROMPTS, 3))
-    assert first[0] - start > 2.0 and sampler.metrics()["rollout/slow_workers"] == 0
+    assert first[0] - start > limit and sampler.metrics()["rollout/slow_workers"] == 0
 
 
 @pytest.mark.parametrize("receiving", [True, False], ids=["weights", "sampling"])

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.columns import Row
+from jaxtrain.data.columns import FORMATS, Row
 from jaxtrain.data.files.blobs import OPEN_FILES, LocalBlob, StoredBlob, arrow_file
 from jaxtrain.data.files.errors import DataError
 from jaxtrain.data.files.read_cache import CACHE
@@ -211,3 +211,20 @@ def _open_arrow(blob: StoredBlob) -> _OpenArrow:
         file = pa.memory_map(blob.name)
     is_file = blob.read(0, len(_ARROW_FILE)) == _ARROW_FILE
     return _OpenArrow(file, pa.ipc.open_file(file) if is_file else None)
+
+
+def check_types(name: str, types: Mapping[str, pa.DataType]) -> None:
+    """`types` are those of a file's columns, under our names. Raises DataError for bytes where text is read."""
+    kind = next((columns for columns in FORMATS.values() if types.keys() >= set(columns)), ())
+    for column in kind:
+        if _holds_bytes(types[column]):
+            raise DataError(
+                f"{name}: the column {column!r} holds bytes ({types[column]}), and text is needed: write it as "
+                "strings, e.g. with pyarrow's `column.cast(pyarrow.string())`, which decodes UTF-8"
+            )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return binary or pa.types.is_binary_view(kind) or any(map(_holds_bytes, inner))

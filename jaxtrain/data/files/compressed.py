@@ -54,10 +54,10 @@ class _Readable(Protocol):
 class CompressedBlob:
     """The content of a compressed file. `read` returns only bytes that `blocks` has passed over before."""
 
-    def __init__(self, stored: StoredBlob, files: int):
-        """`files`: how many the source has; they share the memory for points."""
+    def __init__(self, stored: StoredBlob, kind: str, files: int):
+        """`kind` ends with one of `SUFFIXES`. `files`: how many the source has; they share the memory for points."""
         self.name, self._stored = stored.name, stored
-        self._zstd = stored.name.endswith(".zst")
+        self.is_zstd = kind.endswith(".zst")
         self._points: list[_Point] = []
         self._most_points, self._spacing = max(_POINTS // files, 8), _SPACING
         self._passed = 0  # bytes of content that the first pass has given
@@ -78,7 +78,7 @@ class CompressedBlob:
         if self._passed:
             yield from (self.read(at, at + _OUTPUT) for at in range(start, self._passed, _OUTPUT))
             return
-        for data in self._first_pass_of_zstd() if self._zstd else self._first_pass_of_gzip():
+        for data in self._first_pass_of_zstd() if self.is_zstd else self._first_pass_of_gzip():
             self._passed += len(data)
             yield data
 
@@ -147,7 +147,7 @@ class _Stream:
     """The content of a compressed file from a point on."""
 
     def __init__(self, blob: CompressedBlob, point: _Point, read: int):
-        self._name, self._zstd, self._file = blob.name, blob.name.endswith(".zst"), point.file
+        self._name, self._zstd, self._file = blob.name, blob.is_zstd, point.file
         self._decoder: Any = point.state.copy() if point.state is not None else None
         self._buffer, self._buffer_start, self._offset, self._read = b"", point.offset, point.offset, read
 

@@ -7,17 +7,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from jaxtrain.data.files.blobs import LocalBlob, RemoteBlob, StoredBlob, data_errors
 from jaxtrain.data.files.columnar import ArrowRows, ParquetRows
 from jaxtrain.data.files.compressed import SUFFIXES, CompressedBlob
 from jaxtrain.data.files.errors import DataError
-from jaxtrain.data.files.hub_datasets import HUB, hub_files, is_hub
+from jaxtrain.data.files.hub_datasets import HUB, METADATA, hub_files, is_hub
 from jaxtrain.data.files.records import ArrayRecordRows
 from jaxtrain.data.files.rows import Rows
 from jaxtrain.data.files.text import Csv, JsonArray, JsonLines, holds_array
-from jaxtrain.remote import RemoteError, filesystem_of, is_url
+from jaxtrain.hub import download_command, is_hub_name, is_offline
+from jaxtrain.remote import RemoteError, filesystem_of, is_missing, is_url
 
 _TEXT = (".jsonl", ".json", ".csv")
 _STORED: dict[str, Callable[[StoredBlob, int | None], Rows]] = {
@@ -46,8 +47,14 @@ def find_files(path: str, *, config: str | None = None, split: str | None = None
 
 def file_format(name: str) -> str | None:
     """Which of `KINDS` a file is by its name. A shard's number may follow: `x.array_record-00000-of-00010`."""
-    name = re.sub(r"-\d+-of-\d+$", "", _without_query(name))
-    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if name.endswith(kind)), None)
+    names = [re.sub(r"-\d+-of-\d+$", "", each) for each in (_without_query(name), *_query_values(name))]
+    kinds = sorted(KINDS, key=len, reverse=True)
+    return next((kind for each in names for kind in kinds if each.endswith(kind)), None)
+
+
+def holds_rows(name: str) -> bool:
+    """Whether a file of a folder or a glob is read: a data file, and none that describes the others."""
+    return file_format(name) is not None and name.rpartition("/")[2] not in METADATA
 
 
 def open_blob(name: str) -> StoredBlob:
@@ -62,7 +69,7 @@ def open_rows(name: str, limit: int | None, files: int) -> Rows:
         return _STORED[kind](stored, limit)
 
     def content() -> Any:
-        return CompressedBlob(stored, files) if kind.endswith(SUFFIXES) else stored
+        return CompressedBlob(stored, kind, files) if kind.endswith(SUFFIXES) else stored
 
     if kind.startswith(".csv"):
         return Csv(content(), limit)
@@ -81,9 +88,9 @@ def _find_local(path: str) -> list[str]:
         # Hidden ones are copies that editors and notebooks leave.
         shown = (file for file in files if not any(part.startswith(".") for part in file.relative_to(where).parts))
         return _data_files(path, sorted(map(str, shown)))
-    found = [file for file in sorted(glob.glob(path, recursive=True)) if file_format(file)]
+    found = [file for file in sorted(glob.glob(path, recursive=True)) if holds_rows(file)]
     if not found:
-        raise DataError(f"{path}: no such file" + _nearest_file(where))
+        raise DataError(f"{path}: no such file" + _nearest_file(where) + _hub_hint(path))
     return found
 
 
@@ -91,11 +98,16 @@ def _find_remote(url: str) -> list[str]:
     filesystem, path = _filesystem(url)
     with data_errors(url):
         if set(_without_query(url)) & set("*?["):
-            found = sorted(file for file in filesystem.glob(path) if file_format(file))
+            found = sorted(file for file in filesystem.glob(path) if holds_rows(file))
+            if not found:
+                _check_reachable(filesystem, re.split(r"[*?\[]", path)[0].rpartition("/")[0] + "/")
         elif file_format(url) is not None:
             found = [path] if _exists(filesystem, path) else []
         else:
-            return _data_files(url, sorted(map(filesystem.unstrip_protocol, filesystem.find(path))))
+            names = sorted(map(filesystem.unstrip_protocol, filesystem.find(path)))
+            if not names:
+                _check_reachable(filesystem, path)
+            return _data_files(url, names)
     if not found:
         raise DataError(f"{url}: no such file")
     return [url] if found == [path] else [filesystem.unstrip_protocol(file) for file in found]
@@ -108,13 +120,29 @@ def _without_query(name: str) -> str:
     return re.sub(r"\?[\w-]+=.*$", "", name) if is_url(name) else name
 
 
+def _query_values(name: str) -> list[str]:
+    """Of a URL: servers of data sets name the file there, as `https://host/download?file=a.jsonl`."""
+    return [value for _, value in parse_qsl(urlsplit(name).query)] if name.startswith(("http://", "https://")) else []
+
+
 def _exists(filesystem: Any, path: str) -> bool:
-    """`exists` of the HTTP file system begins to download the file."""
+    """`exists` of the HTTP file system begins to download the file. Raises what kept the server from being asked."""
     try:
         filesystem.info(path)
-    except FileNotFoundError:
-        return False
+    except FileNotFoundError as error:
+        if is_missing(error):
+            return False
+        raise
     return True
+
+
+def _check_reachable(filesystem: Any, folder: str) -> None:
+    """Listing a folder with all below it hides errors, as of a server that cannot be reached: raises them."""
+    try:
+        filesystem.ls(folder)
+    except FileNotFoundError as error:
+        if not is_missing(error):
+            raise
 
 
 def _data_files(folder: str, names: list[str]) -> list[str]:
@@ -128,7 +156,7 @@ def _data_files(folder: str, names: list[str]) -> list[str]:
             f"{folder}: `datasets` has saved a DatasetDict there: name the folder of one of its splits, as "
             f"{' or '.join(splits)}"
         )
-    found = [name for within, files in by_folder.items() for name in _saved(within, files) if file_format(name)]
+    found = [name for within, files in by_folder.items() for name in _saved(within, files) if holds_rows(name)]
     if not found:
         raise DataError(f"{folder}: the folder holds no data file ({', '.join(KINDS)})")
     return found
@@ -139,7 +167,7 @@ def _saved(folder: str, names: list[str]) -> list[str]:
     The others are the record, and what `map` has cached there."""
     record = f"{folder}/{_SAVED}"
     if record not in names or f"{folder}/dataset_info.json" not in names:
-        return [name for name in names if not name.endswith("/dataset_dict.json")]
+        return names
     blob = open_blob(record)
     try:
         files = json.loads(blob.read(0, blob.size))["_data_files"]
@@ -153,6 +181,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
         return filesystem_of(url)
     except RemoteError as error:
         raise DataError(str(error)) from None
+
+
+def _hub_hint(path: str) -> str:
+    """How a data set of the hub is named, where a path may be the name of one."""
+    if not (is_hub_name(path) or re.fullmatch(r"[\w-]+", path)):
+        return ""
+    hint = f"; a data set of the hub is written {HUB}{path}"
+    if not is_offline() or "/" not in path:
+        return hint
+    return f"{hint}, and read without a network after `{download_command(path, 'dataset')}`"
 
 
 def _nearest_file(path: Path) -> str:

@@ -13,9 +13,11 @@ import yaml
 from fsspec.utils import glob_translate
 
 from jaxtrain.data.files.errors import DataError
-from jaxtrain.hub import HubError, list_files, missing, snapshot
+from jaxtrain.hub import HubError, list_files, missing, snapshot, with_owner
 
 HUB = "hf:"
+# Files that describe a data set, beside its rows: of `datasets`, LLaMA-Factory, the hub and ML Commons.
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json", "croissant.json")
 _README = "README.md"
 _SPLITS = {  # what files of a split have in their names
     "train": ("train", "training"),
@@ -31,9 +33,9 @@ def hub_files(path: str, config: str | None, split: str | None, readable: Callab
 
     Raises DataError where the configuration or the split is not one of the data set's, or has to be named.
     """
-    name = path.removeprefix(HUB)
     try:
-        names = list_files(name, "dataset")
+        name = with_owner(path.removeprefix(HUB), "dataset")
+        names = [file for file in list_files(name, "dataset") if Path(file).name not in METADATA]
         root = snapshot(name, "dataset", [_README]) if _README in names else None
         splits = _splits(path, names, _header(root), config, readable)
         if split is None and splits and "train" not in splits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import textwrap
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -108,6 +109,7 @@ class TextRows(ABC):
         def begin() -> None:
             nonlocal at, begun, lines, data
             if not begun:
+                _check_encoding(self._blob.name, data)
                 at, begun = self._begin(data), True
                 lines, data = data.count(b"\n", 0, at), data[at:]
 
@@ -155,8 +157,38 @@ class JsonLines(TextRows):
         try:
             row = json.loads(text.rstrip())
         except (ValueError, RecursionError) as error:
+            if text.strip() == b"{" or (isinstance(error, json.JSONDecodeError) and self._is_spread(text)):
+                raise DataError(
+                    f"{self.place(index)}: a JSON object over several lines, and a row must be on one: "
+                    f"{self._one_line_each()}"
+                ) from None
             raise self._fault(index, error) from None
         return self._checked(row, index)
+
+    def _is_spread(self, text: bytes) -> bool:
+        """Whether the file begins with an object that its first line `text` does not close."""
+        if not text.lstrip(_BOM).startswith(b"{"):
+            return False
+        head = self._blob.read(0, _HEAD_BYTES)
+        try:
+            _, end = _DECODER.raw_decode(head.removeprefix(_BOM).decode(errors="replace"))
+        except ValueError:
+            return False
+        return head.startswith(text) and end > len(text.decode(errors="replace"))
+
+    def _one_line_each(self) -> str:
+        """What writes the rows as lines, of a file whose objects are spread over lines."""
+        name = self._blob.name.rpartition("/")[2]
+        try:
+            found = json.loads(self._blob.read(0, _MOST_BYTES).removeprefix(_BOM))
+        except ValueError:  # several objects, or cut off
+            found = {}
+        lists = [
+            key for key, value in found.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        what = f".{json.dumps(lists[0])}[]" if len(lists) == 1 else "."
+        inside = f" (the rows seem to be the list under {lists[0]!r})" if len(lists) == 1 else ""
+        return f"`jq -c '{what}' {name} > rows.jsonl` writes it so{inside}"
 
     def _checked(self, row: object, index: int) -> Row:
         if not isinstance(row, dict):
@@ -168,7 +200,10 @@ class JsonLines(TextRows):
         if isinstance(error, json.JSONDecodeError):
             return DataError(f"{place}: broken JSON: {error.msg} at character {error.pos + 1}")
         if isinstance(error, UnicodeDecodeError):
-            return DataError(f"{place}: invalid UTF-8: {error.reason} at byte {error.start + 1}")
+            return DataError(
+                f"{place}: invalid UTF-8: {error.reason} at byte {error.start + 1}; text in another "
+                "encoding is converted by `iconv -f ENCODING -t UTF-8`"
+            )
         if isinstance(error, RecursionError):
             return DataError(f"{place}: brackets are nested too deeply to be read")
         return DataError(
@@ -228,7 +263,10 @@ class Csv(TextRows):
             return 0
         end = int(starts[1]) if len(starts) > 1 else used
         header = data[int(starts[0]) : end].removeprefix(_BOM).decode(errors="replace")
-        self._names = next(csv.reader([header]))
+        try:
+            self._names = next(csv.reader([header]))
+        except csv.Error as error:
+            raise DataError(f"{self._blob.name}: the header cannot be read: {error}{_old_lines(header)}") from None
         doubtful = [name for name in self._names if not name.strip() or _is_number(name) or self._names.count(name) > 1]
         if doubtful:
             raise DataError(
@@ -256,7 +294,8 @@ class Csv(TextRows):
             )
         except pa.ArrowException as error:
             reason = textwrap.shorten(str(error), 300)
-            raise DataError(f"{self.place(index)}: a value that cannot be read: {reason}") from None
+            lines = _old_lines(text.decode(errors="replace"))
+            raise DataError(f"{self.place(index)}: a value that cannot be read: {reason}{lines}") from None
         if table.num_rows != 1:
             raise DataError(
                 f"{self.place(index)}: a field with quotes in it must be quoted, and these quotes doubled (RFC 4180)"
@@ -271,6 +310,21 @@ def holds_array(blob: Blob) -> bool:
     """Whether a JSON file is an array. It starts the first pass over the blob, which cannot make another one."""
     starts = (block.removeprefix(_BOM).lstrip() for block in blob.blocks())
     return next((start[:1] == b"[" for start in starts if start), False)
+
+
+def _check_encoding(name: str, data: bytes) -> None:
+    """Raises DataError for text of two or four bytes a character, which has a mark or a zero at its beginning."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+        raise DataError(
+            f"{name}: the file is UTF-16 or UTF-32 and must be UTF-8: `iconv -f UTF-16 -t UTF-8 FILE > OTHER` converts "
+            "it (add LE or BE to UTF-16 where it begins without a mark)"
+        )
+
+
+def _old_lines(text: str) -> str:
+    """What to do where lines end with a carriage return alone."""
+    found = re.search(r"\r(?![\r\n])", text)
+    return ": lines must end with a line feed, and `tr '\\r' '\\n'` makes them so" if found else ""
 
 
 def _not_blank(data: bytes, ends: np.ndarray) -> np.ndarray:

@@ -109,3 +109,11 @@ def test_pieces_that_are_read_together_are_decoded_in_one_pass(tmp_path, monkeyp
     assert [source[500 + 10 * piece + 3] for piece in (45, 2, 10)] == [ROWS[10 * piece + 3] for piece in (45, 2, 10)]
     assert [source[10 * piece] for piece in (49, 3)] == [ROWS[490], ROWS[30]]
     assert [name[-9:] for name in opened] == ["b.parquet", "a.parquet", "a.parquet"]  # two row groups of the first file
+
+
+def test_columns_of_bytes_are_named_where_text_is_read(tmp_path):
+    table = pa.table({"q": pa.array([b"a"]), "a": ["b"], "image": pa.array([b"c"])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: the column 'prompt' holds bytes \(binary\).*cast"):
+        Source(SourceSection(path=str(tmp_path / "a.parquet"), columns={"prompt": "q", "completion": "a"}))
+    assert len(Source(SourceSection(path=str(tmp_path / "a.parquet"), columns={"text": "a"}))) == 1

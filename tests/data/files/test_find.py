@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import socket
 from functools import partial
 
 import fsspec
@@ -12,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxtrain.data.files.errors import DataError
 from jaxtrain.data.files.find import KINDS, file_format, find_files, open_blob, open_rows
+from jaxtrain.data.files.hub_datasets import METADATA
 
 
 @pytest.fixture
@@ -116,6 +118,7 @@ def test_the_kind_of_a_file_is_its_longest_ending():
     assert [file_format(f"a{kind}") for kind in KINDS] == list(KINDS)
     assert file_format("a.array_record-00003-of-00010") == ".array_record"
     assert file_format("https://host/a.jsonl.gz?download=true") == ".jsonl.gz"
+    assert file_format("https://host/download?file=a.csv&token=1") == ".csv"
     assert file_format("s3://bucket/a.jsonl?versionId=3") == file_format("s3://bucket/?.jsonl") == ".jsonl"
     assert file_format("a.md") is None and file_format("jsonl") is None
 
@@ -193,3 +196,32 @@ def test_there_may_be_more_files_than_a_process_may_open(tmp_path, monkeypatch, 
         assert len(os.listdir("/proc/self/fd")) < 800
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_that_describe_a_data_set_are_not_rows(tmp_path, remote):
+    root = "memory://described" if remote else str(tmp_path)
+    for name in ("a.json", *METADATA, "inner/dataset_info.json"):
+        with fsspec.open(f"{root}/{name}", "wb", auto_mkdir=True) as file:
+            file.write(b"{}")
+    for path in (root, f"{root}/*.json"):
+        assert [name.rpartition("/")[2] for name in find_files(path)] == ["a.json"]
+    assert find_files(f"{root}/{METADATA[0]}") == [f"{root}/{METADATA[0]}"]
+
+
+@pytest.mark.parametrize("path", ["a.jsonl", "folder/", "folder/*.jsonl"])
+def test_a_server_that_cannot_be_reached_is_not_a_missing_file(path):
+    pytest.importorskip("aiohttp")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/{path}"
+        with pytest.raises(DataError, match=r"cannot be reached: Client\w+: Cannot connect"):
+            find_files(url)
+
+
+def test_the_name_of_a_data_set_of_the_hub_is_recognised(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"hub is written hf:org/data, .*`hf download org/data --repo-type dataset`"):
+        find_files("org/data")
+    with pytest.raises(DataError, match=r"give it as hf:org/data after `hf download org/data --repo-type dataset`"):
+        find_files("hf://datasets/org/data/train.jsonl")

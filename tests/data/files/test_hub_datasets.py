@@ -1,11 +1,13 @@
 """Data sets on the hub: which files are a split. The cache is made by hand, and the network is not used."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from jaxtrain.config import SourceSection
 from jaxtrain.data.sources import DataError, Source
+from jaxtrain.hub import with_owner
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 README = """---
@@ -115,3 +117,17 @@ def test_split_and_config_are_for_the_hub_alone(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="`config` and `split` are for data sets on the hub"):
         read(str(tmp_path / "a.jsonl"), split="train")
+
+
+def test_a_name_without_an_owner_is_the_hubs_to_complete(data_set, monkeypatch):
+    data_set("train.jsonl", "dataset_infos.json")
+    with pytest.raises(
+        DataError, match=r"data: the hub did not say whose dataset .* owner/data; the cache has org/data"
+    ):
+        read("hf:data")
+    known = SimpleNamespace(id="org/data")
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi", lambda: SimpleNamespace(dataset_info=lambda name, revision=None: known)
+    )
+    assert with_owner("data@v1", "dataset") == "org/data@v1"
+    assert with_owner("other/data", "dataset") == "other/data"

@@ -74,7 +74,8 @@ def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path):
         ('[{"a": 1}, 5, {"a": 2}]', r"a\.json:1: the row must be followed by a comma"),
         ('[{"a": 1}] x', "the array is not closed"),
         ('[\n{"a": 1},\n{"a" 2}]', r"a\.json:3: broken JSON: Expecting ':' delimiter"),
-        ('{\n "a": [1]\n}', r"a\.json:1: broken JSON"),
+        ('{\n "a": 1\n}', r"a\.json:1: a JSON object over several lines.*`jq -c '\.' a\.json > rows\.jsonl`"),
+        ('{"data": [{\n "a": 1\n}]}', r"a\.json:1: .* several lines.*`jq -c '\.\"data\"\[\]' a\.json.* under 'data'"),
     ],
 )
 def test_what_is_wrong_in_a_json_array_is_named(tmp_path, content, message):
@@ -160,4 +161,19 @@ def test_a_row_without_end_is_an_error_and_not_a_full_memory(tmp_path, monkeypat
     monkeypatch.setattr("jaxtrain.data.files.blobs.SCAN_BYTES", 100)
     (tmp_path / "a.csv").write_text('a,b\n1,2\n3," ' + "4,5\n" * 1000)
     with pytest.raises(DataError, match=r"a\.csv: from byte 8 on, .*make no complete row; is .* a quote missing"):
+        read(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_of_wide_characters_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(("text\nhi\n" if name == "a.csv" else lines([{"text": "hi"}])).encode(encoding))
+    with pytest.raises(DataError, match=rf"{name}: the file is UTF-16 or UTF-32 and must be UTF-8: `iconv"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"a,b\r1,2\r", b"a,b\n1\r,2\n"], ids=["header", "row"])
+def test_carriage_returns_alone_are_named(tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.csv.* cannot be read: .*lines must end with a line feed"):
         read(tmp_path / "a.csv")
