@@ -74,6 +74,7 @@ TEACHER_TOKENS = "teacher_tokens"  # the teacher's token at this place, with the
 GROUP_PLACE = "group_place"  # of the student's token within its group: 1, 2 ...; 0 in no group
 TEACHER_PLACE = "teacher_place"  # of the teacher's token within its group
 TEACHER_SHIFT = "teacher_shift"  # at the student's first token of a group, the places to the teacher's first one
+ALIGNED = (TEACHER_TOKENS, GROUP_PLACE, TEACHER_PLACE, TEACHER_SHIFT)  # what batches have for a teacher of other tokens
 TEACHER_PROBS = "teacher_probs"  # [n, k + 1] float32 at such a token: see `objectives.uld`
 
 _SIGNAL = "signals."  # prefix of the names of signals in `Batch.arrays`

@@ -99,7 +99,7 @@ def rl_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return tree | {name: tree.get(name, {}) | section for name, section in sections.items()}
 
 
-def write_teacher(folder: Path, **changes: int) -> None:
+def write_teacher(folder: Path, **changes: float) -> None:
     """A random Qwen3 model of another family, width and vocabulary size than the student, with the byte tokenizer."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM

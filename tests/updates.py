@@ -5,10 +5,37 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tiny
 
 from jaxtrain.nn.block import Execution
-from jaxtrain.parallel.sharding import RULES, param_specs
+from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
+from jaxtrain.train.state import new_state
+from jaxtrain.train.step import make_step
+
+STUDENT = {"num_layers": 1, "pattern": (tiny.KIND,)}
+
+
+def update(objective, batch, teacher=None, mesh=None, preset="fsdp", microbatches=1):
+    """(the gradient of a student's parameters, the report). `teacher`: its head, if the objective reads it."""
+    model = tiny.model(mesh=mesh, **STUDENT)
+    params = tiny.random_params(tiny.model(**STUDENT))
+    if mesh is not None:
+        params = jax.device_put(params, param_specs(model.axes(), model.abstract(), RULES[preset], mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh))
+    tx = optax.sgd(1.0)
+    step = jax.jit(make_step(model, tx, lambda step: jnp.ones(()), objective, microbatches=microbatches))
+    state, report = step(new_state(params, tx, jax.random.key(0)), {}, batch, teacher)
+    return jax.tree.map(lambda old, new: np.asarray(old - new), params, state.params), jax.device_get(report)
+
+
+def group_places(batch, rng):
+    """The places of weighted tokens within random groups of neighbours; some are in none."""
+    places = np.zeros(batch.tokens.shape, np.int32)
+    for row, at in np.argwhere(batch.loss_weights > 0):
+        goes_on = batch.segment_ids[row, at - 1] == batch.segment_ids[row, at] and rng.random() < 0.5
+        places[row, at] = places[row, at - 1] + 1 if goes_on and places[row, at - 1] else rng.random() < 0.8
+    return places
 
 
 def assert_same(one, other):

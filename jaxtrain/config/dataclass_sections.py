@@ -163,10 +163,13 @@ def resolve_objective(given: Any, recipe: str, preset: Any) -> Any:
         )
     if recipe == "rl":
         policy = isinstance(preset, resolve_name(f"{_OBJECTIVES}:PolicyObjective"))
-        base = "PolicyObjective" if policy else "Distill"  # the algorithm's samples have the signals of no others
-        if not issubclass(cast(type, kind), resolve_name(f"{_OBJECTIVES}:{base}")):
+        # The algorithm's samples have the signals of no others.
+        base: Any = resolve_name(f"{_OBJECTIVES}:PolicyObjective") if policy else type(preset)
+        if not issubclass(cast(type, kind), base):
             needs = "recipe rl" if policy else "the algorithm"
-            raise ValueError(f"objective.name={name} is not a subclass of {_OBJECTIVES}:{base}, which {needs} needs")
+            raise ValueError(
+                f"objective.name={name} is not a subclass of {_OBJECTIVES}:{base.__name__}, which {needs} needs"
+            )
     values = {key: given[key] for key in given if key != "name"}
     made = OBJECTIVE.apply(preset if kind is type(preset) else kind, values)
     if recipe == "rl":

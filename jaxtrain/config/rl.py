@@ -27,7 +27,8 @@ class CriticSection(Section):
 class RLSection(Section):
     algorithm: AlgorithmSection = Field(default="grpo", validate_default=True)
     """grpo dr_grpo dapo gspo rloo reinforce++ cispo sapo vespo gdpo ppo; with a teacher: on_policy_distillation
-    gkd; or a custom file.py:NAME; or a mapping of its name and other numbers: {name: ..., FIELD: VALUE ...}."""
+    gkd gold uld; or a custom file.py:NAME; or a mapping of its name and other numbers: {name: ..., FIELD: VALUE
+    ...}."""
     prompts: PositiveInt = 8
     """Prompts of a step."""
     generations: PositiveInt = 8

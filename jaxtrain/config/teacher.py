@@ -28,7 +28,8 @@ class TeacherSection(Section):
     """Of recipe rl: what the teacher reads in place of the user's last message, or of a plain prompt. {prompt} is
     that text and {NAME} the column NAME of the row; braces are written {{ and }}."""
     aligned: bool = False
-    """Of recipe rl: the teacher has another tokenizer, and scores the text of samples in its own tokens."""
+    """Of recipe rl, algorithm on_policy_distillation: the teacher has another tokenizer, and scores the text of samples
+    in its own tokens."""
     cache: Annotated[str | None, MAY_CHANGE, IN_HOME] = None
     """A folder for the `top_logps` largest log-probabilities at every token, computed once, without weights later."""
     top_logps: PositiveInt | None = None
@@ -85,8 +86,8 @@ def check_teacher(recipe: str, teacher: TeacherSection | None, rl: RLSection | N
         return
     if not algorithm.needs_teacher:
         raise ValueError(
-            f"`teacher` has no effect with rl.algorithm={algorithm.name}: name on_policy_distillation or gkd, or give "
-            "a rl.algorithm.teacher_coefficient"
+            f"`teacher` has no effect with rl.algorithm={algorithm.name}: name on_policy_distillation, gkd, "
+            "gold or uld, or give a rl.algorithm.teacher_coefficient"
         )
     if teacher.cache is not None:
         raise ValueError(
@@ -97,10 +98,10 @@ def check_teacher(recipe: str, teacher: TeacherSection | None, rl: RLSection | N
         raise ValueError(
             f"teacher.devices={teacher.devices} does not go with rl.placement.kind=disjoint: both are the last devices"
         )
-    if teacher.aligned:
+    if teacher.aligned or algorithm.aligns:
         _check_aligned(teacher, rl)
     if teacher.privileged_prompt is not None:
-        if algorithm.advantages is None:
+        if algorithm.advantages is None and not algorithm.aligns:
             raise ValueError(
                 f"teacher.privileged_prompt does not go with rl.algorithm={algorithm.name}, which compares the "
                 "distributions at the tokens that both read: use on_policy_distillation"
@@ -117,12 +118,15 @@ def check_teacher(recipe: str, teacher: TeacherSection | None, rl: RLSection | N
 
 
 def _check_aligned(teacher: TeacherSection, rl: RLSection) -> None:
-    if rl.algorithm.advantages is None:
+    name = f"rl.algorithm={rl.algorithm.name}" if rl.algorithm.aligns else "teacher.aligned"
+    if teacher.aligned and rl.algorithm.aligns:
+        raise ValueError(f"teacher.aligned has no effect with {name}, which aligns the tokens itself: leave it out")
+    if rl.algorithm.advantages is None and not rl.algorithm.aligns:
         raise ValueError(
             f"teacher.aligned does not go with rl.algorithm={rl.algorithm.name}, which compares distributions over the "
-            "same token ids: use on_policy_distillation"
+            "same token ids: use gold, uld or on_policy_distillation"
         )
     if rl.environment is not None:
-        raise ValueError("teacher.aligned does not go with rl.environment, whose turns are between the model's tokens")
+        raise ValueError(f"{name} does not go with rl.environment, whose turns are between the model's tokens")
     if teacher.path is None:
-        raise ValueError("teacher.aligned is for a teacher with another tokenizer: give teacher.path")
+        raise ValueError(f"{name} is for a teacher with another tokenizer: give teacher.path")

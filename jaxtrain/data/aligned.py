@@ -93,20 +93,28 @@ class AlignedEncoder(RowEncoder):
 
     def _joined(self, student: Example, teacher: Example) -> Example:
         groups = self._aligner.examples(student, teacher).within(self._max_length)
-        length = max(len(student.input_ids), len(teacher.input_ids))
-        shift = np.zeros(length, np.int32)
-        shift[groups.student[:, 0]] = groups.teacher[:, 0] - groups.student[:, 0]
-        places = Groups(*(_places(side, length) for side in groups))
-        return Example(
-            _padded(student.input_ids, length),
-            _padded(student.loss_weights, length),
-            {
-                TEACHER_TOKENS: _padded(teacher.input_ids, length),
-                GROUP_PLACE: places.student,
-                TEACHER_PLACE: places.teacher,
-                TEACHER_SHIFT: shift,
-            },
-        )
+        return aligned_example(student, teacher.input_ids, groups)
+
+
+def aligned_example(student: Example, teacher_ids: Array, groups: Groups) -> Example:
+    """The student's tokens and weights, with the signals `types.ALIGNED`: as long as the longer of both tokenisations.
+
+    `teacher_ids` [m]: the whole text in the teacher's tokens. `groups`: their places in both.
+    """
+    length = max(len(student.input_ids), len(teacher_ids))
+    shift = np.zeros(length, np.int32)
+    shift[groups.student[:, 0]] = groups.teacher[:, 0] - groups.student[:, 0]
+    places = Groups(*(_places(side, length) for side in groups))
+    return Example(
+        _padded(student.input_ids, length),
+        _padded(student.loss_weights, length),
+        {
+            TEACHER_TOKENS: _padded(teacher_ids, length),
+            GROUP_PLACE: places.student,
+            TEACHER_PLACE: places.teacher,
+            TEACHER_SHIFT: shift,
+        },
+    )
 
 
 def _examples(made: Example | RowExamples) -> RowExamples:

@@ -23,6 +23,7 @@ from jaxtrain.data.rendering import ANSWER, PROBE, USER, Chat, Template, probe_c
 from jaxtrain.data.thoughts import THOUGHTS, opened_thought
 from jaxtrain.data.tracing import Message, TextSpan, Trace, trace
 
+_NOBODY: Message = {"role": ""}  # before the first message
 _MAX_KINDS = 256  # of conversations of which the beginnings of turns are held
 _Asked = tuple[str, bool, frozenset[str]]  # the role of the message before, whether it may switch thoughts, all roles
 
@@ -47,6 +48,7 @@ class Answers:
         self._eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else None
         self._asked: dict[tuple[str, str, bool], dict[_Asked, str]] = {}
         self._header = lru_cache(maxsize=256)(self._find_header)
+        self._after_user = lru_cache(maxsize=256)(self._find_after_user)
         self._within = lru_cache(maxsize=256)(self._find_within)
 
     def find(self, traced: Trace, chat: Chat, weights: Sequence[float]) -> list[Answer]:
@@ -120,7 +122,7 @@ class Answers:
         """`asked`: known beginnings of turns, by what comes before them; new ones are added. Rendering the prompt of
         every turn would take a time that grows with the square of their number.
         """
-        block, before = blocks.get(number), chat.messages[number - 1]
+        block, before = blocks.get(number), chat.messages[number - 1] if number else _NOBODY
         following, within = chat.messages[number + 1 : number + 2], self._within_of(chat)
         is_last = not following
         results_inside = not is_last and following[0]["role"] == "tool" and number + 1 not in blocks
@@ -129,9 +131,16 @@ class Answers:
         if kind in asked and block is not None and not results_inside and text.startswith(asked[kind], *block):
             start = block[0] + len(asked[kind])
             return Answer(number, start, self.end_of_turn(text, start, block[1], within, is_last=is_last)[0])
-        prompt, unlike = self._template.trace(chat.until(number), prompt=True), ""
+        try:
+            prompt, unlike = self._template.trace(chat.until(number), prompt=True), ""
+        except ValueError:
+            if before["role"] not in ("", "system", "developer") or block is None or results_inside:
+                raise
+            start, unlike = self._opening(text, block, chat, number)
+            return Answer(number, start, self.end_of_turn(text, start, block[1], within, is_last=is_last)[0], unlike)
         if text.startswith(prompt.text):
             start = len(prompt.text)
+            self._check_header(text, start, chat, number)
             if block is not None and start >= block[0]:
                 asked[kind] = text[block[0] : start]
         elif block is not None:
@@ -144,8 +153,35 @@ class Answers:
         end, _ = self.end_of_turn(alone, len(prompt.text), len(alone), within, is_last=is_last)
         turn = alone[len(prompt.text) : end]
         if not (alone.startswith(prompt.text) and text.startswith(turn, start)):
+            if chat.messages[number].get("content") and chat.messages[number].get("tool_calls"):
+                raise ValueError(
+                    f"messages[{number}]: the chat template writes the words of this turn behind the results of its "
+                    "tool calls, which the model does not see when it writes them: leave the words out, or make each "
+                    "turn an example of its own with data.split_turns=true"
+                )
             raise _rewritten(number)
         return Answer(number, start, start + len(turn), unlike)
+
+    def _opening(self, text: str, block: TextSpan, chat: Chat, number: int) -> tuple[int, str]:
+        """As `_behind_header`, of a turn that opens a conversation, where the template has no prompt without a user."""
+        asked = self._after_user(self._template.source(chat.tools), _json(chat.kwargs))
+        header = asked if text.startswith(asked, *block) else self._header_of(chat)
+        if not text.startswith(header, *block):
+            raise _rewritten(number)
+        return block[0] + len(header), _unlike(text, block[0] + len(header), asked) if header != asked else ""
+
+    def _check_header(self, text: str, start: int, chat: Chat, number: int) -> None:
+        """Raises ValueError where the turn begins with a header that the prompt for it lacks."""
+        header = self._after_user(self._template.source(chat.tools), _json(chat.kwargs))
+        if header.strip() and text.startswith(header, start):
+            raise ValueError(
+                f"messages[{number}]: the chat template begins this turn with {header!r} and prompts for it without, "
+                "so the model would have to write that: mark the assistant's part with {% generation %} in a "
+                "model.chat_template, or give the turn a weight of 0"
+            )
+
+    def _header_of(self, chat: Chat) -> str:
+        return self._header(self._template.source(chat.tools), _json(chat.kwargs))
 
     def _marked(self, text: str, span: TextSpan, chat: Chat, number: int) -> Answer:
         """A turn in marks that does not begin as the template prompts for it."""
@@ -173,7 +209,7 @@ class Answers:
         asked = added_by_prompt(prompt, self._template.trace(chat.until(number)).text)
         if text.startswith(asked, start, end):
             return start + len(asked), ""
-        header = self._header(self._template.source(chat.tools), _json(chat.kwargs))
+        header = self._header_of(chat)
         if not text.startswith(header, start, end):
             raise ValueError(
                 f"messages[{number}]: the chat template begins an assistant turn with {text[start : start + 40]!r} but "
@@ -190,8 +226,19 @@ class Answers:
         start, end = full.blocks[1]
         return full.text[start : full.text.index(PROBE, start, end)]
 
+    def _find_after_user(self, source: str, kwargs_json: str) -> str:
+        """What the prompt for an answer to a user has behind the user's words; empty where there is no such prompt."""
+        variables = self._template.variables | json.loads(kwargs_json) | {"tools": None}
+        try:
+            return added_by_prompt(
+                trace(source, [USER], variables | {"add_generation_prompt": True}),
+                trace(source, [USER], variables | {"add_generation_prompt": False}).text,
+            )
+        except ValueError:
+            return ""
+
     def _within_of(self, chat: Chat) -> frozenset[str]:
-        if not any(message.get("tool_calls") for message in chat.messages):
+        if not any(message["role"] == "tool" or message.get("tool_calls") for message in chat.messages):
             return frozenset()
         return self._within(self._template.source(chat.tools), _json(chat.kwargs))
 

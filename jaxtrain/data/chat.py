@@ -158,6 +158,8 @@ class ChatTokenizer:
         Raises ValueError where the template fails, and where it leaves out `tools`, a message's `tool_calls` or what
         messages of another role than the assistant's say.
         """
+        if not messages:
+            raise ValueError("the assistant's turn comes first, so there is nothing to ask the model for it with")
         chat = self._template.chat(messages, tools, template_kwargs)
         text = self._prompt_text(chat)
         self._left_out.check(text, chat, self._prompt_text)
@@ -192,9 +194,9 @@ class ChatTokenizer:
         try:
             return self._template.trace(chat.until(len(chat.messages) - 1), prompt=True)
         except ValueError:
-            if needed:
+            if needed and len(chat.messages) > 1:
                 raise
-            return None  # a template of whole conversations, which has no prompts
+            return None  # a template of whole conversations, which has no prompts, or nothing to prompt with
 
     def _behind_opened_thought(self, traced: Trace, prompt: str, chat: Chat) -> tuple[str, list[Answer]] | None:
         """The text and the last turn where the prompt opens a thought that the template does not write, as the

@@ -54,7 +54,8 @@ class LeftOut:
                         f"messages[{number}]: the chat template writes nothing for a message of the role {role!r}: "
                         "give a template that does as model.chat_template"
                     )
-            self._check_calls(text, chat, number, render)
+            if message.get("tool_calls"):
+                self._check_calls(text, chat, number, render)
 
     def check_turns(self, traced: Trace, chat: Chat, weights: Sequence[float], *, accept: bool) -> bool:
         """Whether the template leaves out thoughts of trained turns because these are not the last.
@@ -143,7 +144,7 @@ class LeftOut:
 
     def _check_calls(self, text: str, chat: Chat, number: int, render: Render) -> None:
         message = chat.messages[number]
-        calls = message.get("tool_calls") or []
+        calls = message["tool_calls"]
         for place, call in enumerate(calls):
             function = call.get("function")
             said = function if isinstance(function, dict) else call

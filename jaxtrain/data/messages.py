@@ -38,7 +38,7 @@ _AFTER = {
     "system": (None,),
     "developer": (None,),
     "user": (None, "system", "developer", "assistant"),
-    "assistant": ("user", "tool"),
+    "assistant": (None, "system", "developer", "user", "tool"),
     "tool": ("assistant", "tool"),
 }
 _NOTHING = (None, "", [], {})
@@ -52,6 +52,7 @@ _UNSUPPORTED_KEYS = {
         ("train_detail", "training_detail", "training", "trainable", "mask", "masked", "loss_mask", "loss_weight"),
         "give the whole message a `weight`",
     ),
+    "tool_responses": "write each as a message of the role tool, between the call and the words after it",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is supported"),
 }
 
@@ -111,7 +112,7 @@ def conversation(row: Row, merge: Collection[str] = ()) -> Conversation:
         found = _read(row, {"prompt": prompt, "completion": completion}, merge)
     else:
         raise ValueError(f"a row of {kind!r} is not a conversation: it needs messages, or prompt and completion")
-    _check_turns(found.messages)
+    _check_turns(found.messages, found.first_trained)
     return found
 
 
@@ -350,16 +351,17 @@ def _tool_call(call: Any, where: str, tools: Any, guessed: list[str] | None) -> 
     return call
 
 
-def _check_turns(messages: list[Message]) -> None:
+def _check_turns(messages: list[Message], first_trained: int) -> None:
+    """Raises ValueError for roles in a wrong order. A completion, from message `first_trained` on, may follow a turn of
+    the assistant in the prompt, as TRL renders it; calls may be in an assistant's words.
+    """
     before = None
     for number, message in enumerate(messages):
         role = message["role"]
-        if before not in _AFTER[role]:
+        if before not in _AFTER[role] and not (before == role == "assistant" and number == first_trained):
             follows = "comes first" if before is None else f"follows {before!r}"
             hint = "; data.merge can join turns" if before == role or role in ("system", "developer") else ""
             raise ValueError(f"messages[{number}]: wrong order of roles: {role!r} {follows}{hint}")
-        if role == "tool" and before == "assistant" and not messages[number - 1].get("tool_calls"):
-            raise ValueError(f"messages[{number}]: a tool answers, but the assistant called none")
         before = role
     if before != "assistant":
         raise ValueError(f"messages[{len(messages) - 1}]: the last turn is the {before}'s; it must be the assistant's")

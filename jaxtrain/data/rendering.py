@@ -96,7 +96,8 @@ class Template:
 
         Raises ValueError for arguments that no template gets.
         """
-        _check_arguments(kwargs or {}, "chat_template_kwargs")
+        if kwargs:
+            _check_arguments(kwargs, "chat_template_kwargs")
         read = [_with_reasoning_names(message) for message in messages]
         if any(message.get("tool_calls") for message in read):
             empty, as_text = self._call_form(self.source(tools))

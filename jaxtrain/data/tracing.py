@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import jinja2
 import jinja2.meta
 from jinja2 import nodes
+from jinja2.sandbox import SandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from jaxtrain.data.template_limits import BUDGET, Budget, limit_environment, limit_tree
 
 Message = dict[str, Any]
 TextSpan = tuple[int, int]  # [start, end) in the characters of the rendered text
@@ -84,7 +87,8 @@ def trace(template: str, messages: list[Message], variables: dict[str, Any]) -> 
         events.append(Event(kind, loop, value, written))
         turns.append(next(reversed(speaking.values()), None))
 
-    context = {"documents": None, "add_generation_prompt": False, **variables, "messages": messages, _TRACE: note}
+    given = {"documents": None, "add_generation_prompt": False, **variables, "messages": messages}
+    context = given | {_TRACE: note, BUDGET: Budget()}
     try:
         for piece in _traced_template(template).generate(context):
             pieces.append(piece)
@@ -102,16 +106,26 @@ def refusal(error: Exception) -> ValueError:
 def variables_read(source: str) -> frozenset[str]:
     """The names that a template reads and does not set itself. Raises ValueError for one with a fault in its syntax."""
     try:
-        environment = _compile_jinja_template(source).environment
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(source)))
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template is faulty: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """That in which apply_chat_template renders, with limits. It is taken from a template that says nothing, since
+    compiling computes what is constant."""
+    environment = _compile_jinja_template("").environment
+    assert isinstance(environment, SandboxedEnvironment)
+    limit_environment(environment)
+    environment.filters[_TRACE] = _record
+    return environment
 
 
 @lru_cache(maxsize=16)
 def _traced_template(source: str) -> jinja2.Template:
     """The template with notes of its loops and generation marks, which write nothing."""
-    environment = _compile_jinja_template(source).environment  # the one that apply_chat_template renders with
+    environment = _environment()
     tree = environment.parse(source)
     for number, parent, body, node in list(_marked_nodes(tree)):
         at = next(place for place, child in enumerate(body) if child is node)
@@ -122,7 +136,7 @@ def _traced_template(source: str) -> jinja2.Template:
         else:
             body.insert(at, _note(parent, "open", number))
             body.insert(at + 2, _note(parent, "close", number))
-    environment.filters[_TRACE] = _record
+    limit_tree(tree)
     tree.set_environment(environment)
     # The globals as one dict: every rendering copies them, and jinja's own chain of mappings takes long to copy.
     return jinja2.Template.from_code(environment, environment.compile(tree), dict(environment.globals))

@@ -14,7 +14,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.nn import sigmoid
 
-from jaxtrain.objectives.objective import Correct, Entropy, Logp, Score, ScoreRequest, weighted_mean
+from jaxtrain.objectives.objective import Correct, Entropy, Logp, Score, ScoreRequest, mean_where, weighted_mean
 from jaxtrain.objectives.segments import bundle_sums, bundles_with
 from jaxtrain.types import LABEL, MISMATCHED, REF_LOGPS, Array, Batch, Mean, Metric, Norm, Scores
 
@@ -97,18 +97,15 @@ class KTO:
         count = jnp.sum(answers)
         sides = {"chosen": good, "rejected": answers & ~good}
 
-        def mean(values: Array, of: Array) -> Mean:
-            return Mean(jnp.sum(jnp.where(of, values, 0)), jnp.sum(of))
-
         margin = jnp.sum(jnp.where(good, reward, jnp.where(answers, -reward, 0)) * share)
         metrics: dict[str, Metric] = {
             "loss": Mean(value * norm.bundles, count),
             "rewards/margins": Mean(margin * norm.bundles, count),
         }
-        metrics |= {f"rewards/{name}": mean(reward, of) for name, of in sides.items()}
-        metrics |= {f"logps/{name}": mean(logp, of) for name, of in sides.items()}
+        metrics |= {f"rewards/{name}": mean_where(of, reward) for name, of in sides.items()}
+        metrics |= {f"logps/{name}": mean_where(of, logp) for name, of in sides.items()}
         if self.mismatched:
-            metrics["kl"] = Mean(jnp.sum(jnp.where(answers, z, 0)), count)
+            metrics["kl"] = mean_where(answers, z)
         metrics["entropy"] = weighted_mean(scores.entropy, weights)
         metrics["mean_token_accuracy"] = weighted_mean(scores.correct, weights)
         return value, metrics

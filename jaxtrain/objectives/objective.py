@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from pydantic import PositiveFloat, PositiveInt
 
 from jaxtrain.types import Array, Batch, Mean, Metric, Norm, Scores
@@ -163,6 +163,11 @@ class Prepared(Protocol):
     """An objective that computes signals itself."""
 
     def prepare(self, score: Score, batch: Batch) -> Mapping[str, Array]: ...
+
+
+def mean_where(counted: Bool[Array, "B S"], values: Shaped[Array, "B S"]) -> Mean:
+    """The metric: the mean of `values`, numbers or truth values, over the places that are counted."""
+    return Mean(jnp.sum(jnp.where(counted, values, 0.0)), jnp.sum(counted))
 
 
 def weighted_mean(values: Shaped[Array, "B T"], weights: Float[Array, "B T"]) -> Mean:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 
-from jaxtrain.objectives.objective import Correct, Entropy, Logp, Score, ScoreRequest, weighted_mean
+from jaxtrain.objectives.objective import Correct, Entropy, Logp, Score, ScoreRequest, mean_where, weighted_mean
 from jaxtrain.objectives.segments import bundle_sums, bundles_with
 from jaxtrain.types import MARGIN, REF_LOGPS, SIGN, Array, Batch, Mean, Metric, Norm, Scores
 
@@ -111,19 +111,15 @@ class PreferenceObjective(ABC):
         if self.nll_weight:
             value = value - self.nll_weight * jnp.sum(scores.logp * batch.signals[_NLL_WEIGHTS])
         count = jnp.sum(pairs)
-
-        def mean(values: Array) -> Mean:
-            return Mean(jnp.sum(jnp.where(pairs, values, 0)), count)
-
         of_chosen, of_rejected = self.rewards(chosen), self.rewards(rejected)
         metrics: dict[str, Metric] = {
             "loss": Mean(value * norm.bundles, count),  # a mean over pairs also of several batches
-            "rewards/chosen": mean(of_chosen),
-            "rewards/rejected": mean(of_rejected),
-            "rewards/accuracies": mean((of_chosen > of_rejected).astype(jnp.float32)),
-            "rewards/margins": mean(of_chosen - of_rejected),
-            "logps/chosen": mean(chosen.logp),
-            "logps/rejected": mean(rejected.logp),
+            "rewards/chosen": mean_where(pairs, of_chosen),
+            "rewards/rejected": mean_where(pairs, of_rejected),
+            "rewards/accuracies": mean_where(pairs, of_chosen > of_rejected),
+            "rewards/margins": mean_where(pairs, of_chosen - of_rejected),
+            "logps/chosen": mean_where(pairs, chosen.logp),
+            "logps/rejected": mean_where(pairs, rejected.logp),
             "entropy": weighted_mean(scores.entropy, weights),
             "mean_token_accuracy": weighted_mean(scores.correct, weights),
         }

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.objectives.objective import Reward, ScoreRequest
+from jaxtrain.objectives.objective import Reward, ScoreRequest, mean_where
 from jaxtrain.objectives.segments import bundle_sums, bundles_with
 from jaxtrain.types import LABEL, MARGIN, SIGN, Array, Batch, Max, Mean, Metric, Min, Norm, Scores
 
@@ -53,14 +53,10 @@ class BradleyTerry:
         losses = -jax.nn.log_sigmoid(logits) + self.center * (chosen + rejected) ** 2
         value = jnp.sum(jnp.where(pairs, losses, 0)) / jnp.maximum(norm.bundles, 1)
         count = jnp.sum(pairs)
-
-        def mean(values: Array) -> Mean:
-            return Mean(jnp.sum(jnp.where(pairs, values, 0)), count)
-
         metrics: dict[str, Metric] = {
             "loss": Mean(value * norm.bundles, count),
-            "accuracy": mean((difference > 0).astype(jnp.float32)),
-            "margin": mean(difference),
+            "accuracy": mean_where(pairs, difference > 0),
+            "margin": mean_where(pairs, difference),
         }
         return value, metrics | _reward_metrics(scores.reward, scored)
 
@@ -101,6 +97,6 @@ class PointwiseReward:
 def _reward_metrics(rewards: Array, scored: Array) -> dict[str, Metric]:
     return {
         "min_reward": Min(jnp.min(jnp.where(scored, rewards, jnp.inf))),
-        "mean_reward": Mean(jnp.sum(jnp.where(scored, rewards, 0)), jnp.sum(scored)),
+        "mean_reward": mean_where(scored, rewards),
         "max_reward": Max(jnp.max(jnp.where(scored, rewards, -jnp.inf))),
     }

@@ -13,18 +13,9 @@ from jaxtrain.parallel.batches import check_batch_size, check_row_length
 from jaxtrain.parallel.sharding import batch_sharding
 from jaxtrain.roles.role import Role, shares_prefixes
 from jaxtrain.session.teacher_cache import DEFAULT_TOP
-from jaxtrain.types import (
-    GROUP_PLACE,
-    LABEL,
-    SIGN,
-    TEACHER_PLACE,
-    TEACHER_SHIFT,
-    TEACHER_TOKENS,
-    Batch,
-)
+from jaxtrain.types import ALIGNED, GROUP_PLACE, LABEL, SIGN, Batch
 
-_INTEGERS = (SIGN, GROUP_PLACE, TEACHER_PLACE, TEACHER_SHIFT, TEACHER_TOKENS, TEACHER_IDS, "versions", "supports")
-_ALIGNED = (TEACHER_TOKENS, GROUP_PLACE, TEACHER_PLACE, TEACHER_SHIFT)
+_INTEGERS = (SIGN, *ALIGNED, TEACHER_IDS, "versions", "supports")
 
 
 def bundle_size(config: RunConfig) -> int:
@@ -42,7 +33,7 @@ def data_batch(config: RunConfig, role: Role, reference: Role | None = None) -> 
     if config.recipe in ("preference", "reward"):
         names = tuple(name for name in config.objective.signals if name in (SIGN, LABEL))
     elif GROUP_PLACE in config.objective.signals:
-        names = _ALIGNED
+        names = ALIGNED
     elif TEACHER_IDS in config.objective.signals:
         names = (TEACHER_IDS, TEACHER_LOGPS)
     length = config.data.tokens_per_row(examples)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtrain.config import RunConfig
 from jaxtrain.lora import split_adapters
 from jaxtrain.nn.model import Model
-from jaxtrain.objectives.objective import TEACHER_HIDDEN
 from jaxtrain.objectives.policy import ENTROPY_COEFFICIENTS
 from jaxtrain.observe.flops import train_flops
 from jaxtrain.parallel.sharding import ROWS, replicated, row_shares, with_shardings
@@ -42,7 +41,7 @@ from jaxtrain.sample.constraints import join_tries
 from jaxtrain.sample.requests import EngineLimits
 from jaxtrain.sample.samples import default_settings
 from jaxtrain.session.roles import RunRoles
-from jaxtrain.types import Batch, Params
+from jaxtrain.types import ALIGNED, Batch, Params
 
 SAMPLING = ("merge", "reshard", "prefill", "decode")
 """The programs of the phase in which an engine gets the weights and samples."""
@@ -75,11 +74,12 @@ def _scoring_programs(roles: RunRoles, policy: TrainedRole) -> tuple[Batch, list
     samples = -(-section.prompts * section.generations // section.minibatches)
     multiple = row_shares(policy.mesh) * config.train.microbatches
     rows, length = common_rows([range(samples)], multiple), config.data.tokens_per_row()
-    if TEACHER_HIDDEN in objective.signals:
-        batch = abstract_batch(policy.mesh, rows, length, {}, left_out=True)
+    if algorithm.advantages is None:
+        signals: dict[str, tuple[int, ...]] = dict.fromkeys(ALIGNED if algorithm.aligns else (), ())
+        batch = abstract_batch(policy.mesh, rows, length, signals, left_out=True)
         program, batch = teacher_program(roles, policy, batch)
         return batch, [program._replace(times=section.updates)], None
-    signals: dict[str, tuple[int, ...]] = {"sampler_logps": (), "versions": ()}
+    signals = {"sampler_logps": (), "versions": ()}
     if config.sampling.filtered and section.support:
         signals[SUPPORTS] = (min(section.support, policy.model.config.vocab_size),)
     batch = partial(abstract_batch, policy.mesh, rows, length, left_out=True)

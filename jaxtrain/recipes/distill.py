@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from jaxtrain.config import RunConfig
-from jaxtrain.objectives.objective import TEACHER_FURTHER
 from jaxtrain.recipes.answers import judged_answers
 from jaxtrain.session.evaluators import held_out_loss
 from jaxtrain.session.reference import policy_devices
 from jaxtrain.session.session import Outcome, Session
-from jaxtrain.session.teacher import HiddenStates, MatchedTeacher, RankedTeacher
+from jaxtrain.session.teacher import batch_teacher
 from jaxtrain.session.teacher_cache import CachedLogps
 from jaxtrain.train.preemption import Preemption
-from jaxtrain.types import TEACHER_PROBS
 
 
 def run(
@@ -37,10 +35,7 @@ def run(
         devices=partial(policy_devices, config.teacher),
     ) as session:
         student = session.trained_role("policy", config.objective)
-        kind = HiddenStates if config.teacher.cache is None else CachedLogps
-        aligned = {TEACHER_PROBS: RankedTeacher, TEACHER_FURTHER: MatchedTeacher}
-        kind = next((aligned[name] for name in config.objective.signals if name in aligned), kind)
-        teacher = kind(session, student)
+        teacher = (batch_teacher if config.teacher.cache is None else CachedLogps)(session, student)
         batches = session.training_data(student, teacher.encode)
         session.evaluator("held_out", held_out_loss(session, student, config.objective, teacher.encode, teacher))
         session.evaluator("answers", judged_answers(session, student, session.encoder(student)))

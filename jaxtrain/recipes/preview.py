@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from converters.import_hf import read_config, read_json_config
-from jaxtrain.config import OptimizerSection, RunConfig, SourceSection
+from jaxtrain.config import MeshSection, OptimizerSection, RunConfig, SourceSection
 from jaxtrain.config.data import source_name
 from jaxtrain.data.encoder import RowEncoder
 from jaxtrain.data.formats import Encoder
@@ -25,8 +26,11 @@ from jaxtrain.data.prompts import PromptStream, question_within
 from jaxtrain.data.sources import DataError, Row, Source, StreamEndError
 from jaxtrain.data.tokens import runs_of_weight
 from jaxtrain.hub import local_folder
+from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.roles.declare import declare
 from jaxtrain.roles.tokenizer import make_tokenizer
 from jaxtrain.session.data import checked_length, warn_of_positions
+from jaxtrain.session.reference import reference_section
 from jaxtrain.types import Example
 
 _BARS, _WIDTH = 10, 40  # of the histogram
@@ -117,7 +121,13 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
         bundle_size=encode.bundle_size,
     )
     if encode.bundle_size == 2:
-        printer.line("lengths and steps: with both copies of a pair's prompt, of which most models compute one")
+        shared = _prompts_once(config)
+        times = "once" if shared else "twice"
+        printer.line(
+            f"lengths and steps: a pair's prompt is in a row {times}, as with this model on {jax.default_backend()}"
+        )
+        if shared:
+            stream.share_prefixes()
     with stream:
         if stream.has_streams:
             printer.stream(config, stream)
@@ -141,6 +151,17 @@ def _preview_examples(config: RunConfig, encode: RowEncoder, printer: _Printer, 
             printer.count("an epoch", stream.count(lengths), batch, length)
     assert steps is not None
     printer.line(_schedule(config.optimizer, steps))
+
+
+def _prompts_once(config: RunConfig) -> bool:
+    """Whether a run on devices like this one has the prompt of a pair in a row once."""
+    readers = [config.model]
+    if config.reference is not None and config.reference.path is not None:
+        readers.append(reference_section(config.model, config.reference.path))
+    mesh = make_mesh(MeshSection(), jax.devices()[:1])
+    elsewhere = {"compiler_options": {}}  # may be for devices that this machine lacks
+    declared = (declare(section.model_copy(update=elsewhere), mesh, config.mesh.preset) for section in readers)
+    return config.mesh.context == 1 and all(each.model.shares_prefixes for each in declared)
 
 
 def _preview_rl(config: RunConfig, encode: Encoder, printer: _Printer, rows: int) -> None:

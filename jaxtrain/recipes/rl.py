@@ -21,11 +21,10 @@ from jaxtrain.rl.rollout_loop import RolloutLoop
 from jaxtrain.rl.run_prompts import prompt_stream
 from jaxtrain.rl.sample_sources import make_source
 from jaxtrain.rl.scoring import RewardScorer
-from jaxtrain.rl.teachers import held_out_teacher, make_teacher, student_devices
+from jaxtrain.rl.teachers import TeacherLogps, held_out_teacher, make_teacher, sample_encoder, student_devices
 from jaxtrain.rl.trajectories import Replay
 from jaxtrain.roles.reference import reference_role
 from jaxtrain.session.session import Outcome, Session
-from jaxtrain.session.teacher import HiddenStates
 from jaxtrain.train.preemption import Preemption
 
 
@@ -70,6 +69,8 @@ def run(
         session.restore(*trained, data=rollouts)
         reference = reference_role(policy) if algorithm.needs_reference else None
         teacher = make_teacher(session, policy) if algorithm.needs_teacher else None
+        add_signals = None if isinstance(teacher, TeacherLogps) else teacher
+        encode_samples = sample_encoder(session, teacher)
 
         deal = Deal.of_run(section.placement.processes_per_engine)
         sampler = make_sampler(session, policy, trained)
@@ -82,7 +83,7 @@ def run(
         if section.rewarded or config.eval.rewards:
             session.evaluator("rewards", eval_rewards(session, policy, encode, held_out, held_out.metrics, sampler))
         if teacher:
-            session.evaluator("teacher", held_out_teacher(session, policy, sampler, teacher))
+            session.evaluator("teacher", held_out_teacher(session, policy, sampler, teacher, encode_samples))
         collect = Collector(
             prompts.draw,
             sampler,
@@ -96,17 +97,15 @@ def run(
         source = Replay(replay) if replay else make_source(session, collect, prompts, trained)
 
         def experience_from(samples: Collected) -> Experience:
-            experience = pack_samples(samples, config, policy.mesh, deal, reward.weights)
-            if isinstance(teacher, HiddenStates):
-                experience.without_signals()  # the objective reads those of the teacher alone
-                return experience
-            score_samples(experience, algorithm, policy, reference, critic, teacher)
-            add_advantages(experience, algorithm, reward.weights, coefficients)
+            experience = pack_samples(samples, config, policy.mesh, deal, reward.weights, encode_samples)
+            if teacher is None or isinstance(teacher, TeacherLogps):
+                score_samples(experience, algorithm, policy, reference, critic, teacher)
+                add_advantages(experience, algorithm, reward.weights, coefficients)
             return experience
 
         counters = (sampler.metrics, reward.metrics)
         for experience in rollouts.experiences(source, policy, experience_from, counters):
             for batch in session.steps(experience):
-                batch = teacher(batch) if isinstance(teacher, HiddenStates) else batch
+                batch = add_signals(batch) if add_signals else batch
                 session.report(policy=policy.update(batch), critic=critic.update(batch) if critic else None)
     return session.outcome

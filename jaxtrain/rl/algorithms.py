@@ -12,6 +12,7 @@ from pydantic import NonNegativeFloat
 from jaxtrain.config.sections import Fraction, NonNegativeInt
 from jaxtrain.objectives.checked import Checked
 from jaxtrain.objectives.distill import Distill
+from jaxtrain.objectives.gold import GOLD
 from jaxtrain.objectives.policies import (
     CISPO,
     DAPO,
@@ -26,6 +27,7 @@ from jaxtrain.objectives.policies import (
     ReinforcePlusPlus,
 )
 from jaxtrain.objectives.policy import PolicyObjective
+from jaxtrain.objectives.uld import ULD
 from jaxtrain.rl.advantages import (
     Estimator,
     Settings,
@@ -36,6 +38,9 @@ from jaxtrain.rl.advantages import (
     leave_one_out,
     separately_normalised,
 )
+from jaxtrain.types import GROUP_PLACE
+
+TeacherObjective = Distill | ULD | GOLD  # compare distributions with a teacher's
 
 # Which of the ready estimators read a number. One of the user's own may read all of them.
 _READERS: dict[str, tuple[Estimator, ...]] = {
@@ -54,7 +59,7 @@ class Algorithm(Checked):
     the objective, in `objective`."""
 
     advantages: Estimator | None  # None: the objective is a divergence from a teacher, which needs none
-    objective: PolicyObjective | Distill = field(default_factory=GRPO)
+    objective: PolicyObjective | TeacherObjective = field(default_factory=GRPO)
     max_refills: NonNegativeInt = 0  # dynamic sampling: how often groups that are all alike are replaced by others
     overlong_filter: bool = False  # samples that were cut off carry no loss
     overlong_cache: Fraction = 0.0  # soft punishment over this last share of max_completion_length; 0: none
@@ -70,11 +75,11 @@ class Algorithm(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.advantages is None) != isinstance(self.objective, Distill):
-            raise ValueError("an objective of the class Distill has no advantages, and every other one needs them")
+        if (self.advantages is None) != isinstance(self.objective, TeacherObjective):
+            raise ValueError("Distill, ULD and GOLD have no advantages, and every other objective needs them")
         if self.critic and self.needs_teacher:
             raise ValueError("critic: its returns do not include the teacher's terms: name an algorithm without one")
-        if isinstance(self.objective, Distill) and self.objective.ce_weight:
+        if isinstance(self.objective, TeacherObjective) and self.objective.ce_weight:
             raise ValueError(
                 f"objective.ce_weight={self.objective.ce_weight} must be 0: the cross-entropy of the student's own "
                 "samples has an expected gradient of 0"
@@ -99,6 +104,11 @@ class Algorithm(Checked):
     @property
     def needs_teacher(self) -> bool:
         return self.advantages is None or self.teacher_coefficient != 0
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the objective compares groups of tokens with a teacher's, which has another tokenizer."""
+        return GROUP_PLACE in self.objective.signals
 
     @property
     def needs_reference(self) -> bool:
@@ -139,4 +149,7 @@ ALGORITHMS = {
     "on_policy_distillation": Algorithm(group_centred, ClippedPolicy(), teacher_coefficient=1.0),
     # Generalised Knowledge Distillation on the student's samples alone, Agarwal et al. 2023 (arXiv:2306.13649)
     "gkd": Algorithm(None, Distill(kind="jsd")),
+    # As gkd, with a teacher of another tokenizer: Patiño et al. 2025, and Boizard et al. 2024 (arXiv:2402.12030)
+    "gold": Algorithm(None, GOLD()),
+    "uld": Algorithm(None, ULD(ce_weight=0.0)),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from jaxtrain.objectives.distill import Distill
 from jaxtrain.objectives.policy import PolicyObjective
+from jaxtrain.rl.algorithms import TeacherObjective
 
 _GAIN, _LARGEST_ERROR = 0.1, 0.2  # of Ziegler et al. 2019, section 2.2
 
@@ -18,8 +18,8 @@ class Coefficients:
     entropy: float
 
     @classmethod
-    def initial(cls, objective: PolicyObjective | Distill) -> Coefficients:
-        if isinstance(objective, Distill):
+    def initial(cls, objective: PolicyObjective | TeacherObjective) -> Coefficients:
+        if isinstance(objective, TeacherObjective):
             return cls(0.0, 0.0)  # which has neither
         return cls(objective.beta, objective.entropy_coefficient)
 

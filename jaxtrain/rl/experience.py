@@ -21,7 +21,7 @@ from jaxtrain.rl.coefficients import Coefficients
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.pending import PendingRows
-from jaxtrain.rl.rollouts import NOT_PACKED, Packed, Trajectory, pack_parts
+from jaxtrain.rl.rollouts import NOT_PACKED, Packed, SampleEncoder, Trajectory, pack_parts
 from jaxtrain.rl.teachers import TeacherLogps
 from jaxtrain.roles.role import Role
 from jaxtrain.types import Batch
@@ -82,10 +82,6 @@ class Experience:
             values for packed in self.minibatches for values in packed.gather(np.asarray(packed.batch.signals[name]))
         ]
 
-    def without_signals(self) -> None:
-        """Drop what only a policy objective reads: its sampler's log-probabilities, versions and supports."""
-        self.minibatches = [packed._replace(batch=packed.batch._replace(signals={})) for packed in self.minibatches]
-
     def of_all(self, values: Sequence[T]) -> list[T]:
         """A value for each trajectory, from those of every process for its own. All processes call it together."""
         return self.deal.merge(self.trajectories, values)
@@ -123,11 +119,13 @@ def pack_samples(
     mesh: jax.sharding.Mesh,
     deal: Deal | None = None,
     weights: Mapping[str, float] | None = None,
+    encode: SampleEncoder | None = None,
 ) -> Experience:
     """Pack the samples into minibatches of rows: contiguous parts, of sizes as equal as possible.
 
     Every process packs its own samples of each part. Samples that have no gradient because their advantage is 0 are
     left out; the metric `frac_advantage_zero` is their share. `weights`: as in `add_advantages`.
+    `encode`: as in `pack_parts`.
     """
     assert config.rl is not None
     deal = deal or Deal.of_run()
@@ -142,7 +140,7 @@ def pack_samples(
     count = len(trajectories)
     bounds = np.linspace(0, count, min(config.rl.minibatches, count) + 1).astype(int)
     parts = [deal.own(trajectories[start:stop]) for start, stop in itertools.pairwise(bounds.tolist())]
-    minibatches = pack_parts(parts, config.data.tokens_per_row(), row_multiple(config, mesh))
+    minibatches = pack_parts(parts, config.data.tokens_per_row(), row_multiple(config, mesh), encode)
     return Experience(
         minibatches, config.rl.updates, samples.trajectories, deal=deal, metrics=metrics, estimates=estimates
     )
@@ -167,6 +165,7 @@ def score_samples(
     With a single update the old policy equals the current one, so its log-probabilities are computed only if the reward
     or the teacher's term needs them.
     """
+    assert isinstance(algorithm.objective, PolicyObjective)
     start = time.perf_counter()
     temperature = algorithm.objective.temperature
     batches = [packed.batch for packed in experience.minibatches]

@@ -7,11 +7,12 @@ later. Everything here is numpy, on the host. As in `Batch`, a per-token value a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxtrain.data.packing import BestFit, make_row, stack_rows
+from jaxtrain.data.packing import BestFit, SignalTypes, make_row, stack_rows
 from jaxtrain.train.agree import gather_values
 from jaxtrain.types import Batch, Example, Params
 
@@ -167,19 +168,24 @@ def pack(trajectories: Sequence[Trajectory], max_length: int, rows: int | None =
     Signals: `sampler_logps`, `versions`, and `supports` if a sample has them. Samplers respect the limit, so a
     trajectory is never longer than a row.
     """
-    layout = _layout(trajectories, max_length)
-    return _packed(trajectories, layout, max_length, rows or len(layout), _support_width(trajectories))
+    encode = PolicySamples(_support_width(trajectories))
+    laid_out = _laid_out(trajectories, max_length, encode)
+    return _packed(laid_out, max_length, rows or len(laid_out.layout), encode.types)
 
 
-def pack_parts(parts: Sequence[Sequence[Trajectory]], max_length: int, multiple: int) -> list[Packed]:
+def pack_parts(
+    parts: Sequence[Sequence[Trajectory]], max_length: int, multiple: int, encode: SampleEncoder | None = None
+) -> list[Packed]:
     """Pack each part separately, all into the same number of rows, a multiple of `multiple`.
 
-    All processes call it together, each with its own samples, and get the same shapes.
+    All processes call it together, each with its own samples, and get the same shapes. `encode`: default, the
+    signals of a policy objective.
     """
-    layouts = [_layout(part, max_length) for part in parts]
-    width = max(gather_values(max(map(_support_width, parts))))
-    rows = common_rows(layouts, multiple)
-    return [_packed(part, layout, max_length, rows, width) for part, layout in zip(parts, layouts, strict=True)]
+    if encode is None:
+        encode = PolicySamples(max(gather_values(max(map(_support_width, parts)))))
+    laid_out = [_laid_out(part, max_length, encode) for part in parts]
+    rows = common_rows([part.layout for part in laid_out], multiple)
+    return [_packed(part, max_length, rows, encode.types) for part in laid_out]
 
 
 def common_rows(layouts: Sequence[Sequence[Any]], multiple: int) -> int:
@@ -206,29 +212,33 @@ def best_fit_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return layout
 
 
-def _layout(trajectories: Sequence[Trajectory], max_length: int) -> list[list[int]]:
-    """The indices of the trajectories in each row, without those that are left out."""
-    too_long = max((t.length for t in trajectories), default=0)
+class _LaidOut(NamedTuple):
+    trajectories: Sequence[Trajectory]
+    examples: list[Example | None]  # None: it is left out
+    layout: list[list[int]]  # the indices of the trajectories in each row
+
+
+def _laid_out(trajectories: Sequence[Trajectory], max_length: int, encode: SampleEncoder) -> _LaidOut:
+    made = iter(encode([t for t in trajectories if not t.left_out]))
+    examples = [None if t.left_out else next(made) for t in trajectories]
+    lengths = [0 if example is None else len(example.input_ids) for example in examples]
+    too_long = max(lengths, default=0)
     assert too_long <= max_length, f"a trajectory of {too_long} tokens does not fit into a row of {max_length}"
-    return best_fit_rows([0 if t.left_out else t.length for t in trajectories], max_length)
+    return _LaidOut(trajectories, examples, best_fit_rows(lengths, max_length))
 
 
-def _packed(
-    trajectories: Sequence[Trajectory], layout: list[list[int]], max_length: int, rows: int, width: int
-) -> Packed:
-    """`width`: of supports; 0: no sample has them."""
+def _packed(laid_out: _LaidOut, max_length: int, rows: int, types: SignalTypes) -> Packed:
+    """`types`: not those of the examples, since a process without samples has the same signals as the others."""
+    trajectories, examples, layout = laid_out
     assert len(layout) <= rows, f"{len(layout)} rows of trajectories and room for {rows}"
-    examples = [_example(t, width) for t in trajectories]
     spans = {i: Span(NOT_PACKED, 0, len(t.completion_ids)) for i, t in enumerate(trajectories)}
     for number, row in enumerate(layout):
         end = 0
         for index in row:
-            start, end = end, end + trajectories[index].length
-            spans[index] = Span(number, start + len(trajectories[index].prompt.ids), end)
-    # Not those of the examples: a process without samples has the same signals as the others.
-    types = {"sampler_logps": (np.dtype(np.float32), ()), "versions": (np.dtype(np.int32), ())}
-    if width:
-        types[SUPPORTS] = (np.dtype(np.int32), (width,))
+            t, example = trajectories[index], examples[index]
+            assert example is not None
+            spans[index] = Span(number, end + len(t.prompt.ids), end + t.length)
+            end += len(example.input_ids)
     padding = [[]] * (rows - len(layout))
     made = [make_row([examples[index] for index in row], max_length, types) for row in [*layout, *padding]]
     left_out = np.zeros((len(made), 3), np.float32)
@@ -248,21 +258,55 @@ def support_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return {"sampling/support_full": float(full.mean())} if len(full) else {}
 
 
-def _example(trajectory: Trajectory, width: int) -> Example:
-    """The example of a trajectory: loss on the model's tokens; signals are 0 on the prompt. `width`: of supports."""
-    prompt = trajectory.prompt.ids
-    signals = {"sampler_logps": trajectory.sampler_logps, "versions": trajectory.versions}
-    if width:
-        signals[SUPPORTS] = _support(trajectory, width)
+class SampleEncoder(Protocol):
+    """Makes the examples of trajectories. They begin with the tokens of prompt and completion; any further ones carry
+    no loss."""
 
-    def with_prompt(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.zeros((len(prompt), *values.shape[1:]), values.dtype), values])
+    @property
+    def types(self) -> SignalTypes:
+        """Of the examples' signals."""
+        ...
 
-    return Example(
-        np.concatenate([prompt, trajectory.completion_ids]).astype(np.int32),
-        with_prompt(trajectory.loss_mask.astype(np.float32)),
-        {name: with_prompt(values) for name, values in signals.items()},
-    )
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Example]: ...
+
+
+class TokensAlone:
+    """A `SampleEncoder`: loss on the model's tokens, and no signals."""
+
+    types: SignalTypes = MappingProxyType({})
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Example]:
+        return [tokens_example(t) for t in trajectories]
+
+
+class PolicySamples:
+    """A `SampleEncoder` for policy objectives. Signals are 0 on the prompt."""
+
+    def __init__(self, width: int):
+        """`width`: of supports; 0: no sample has them."""
+        self._width = width
+        self.types: SignalTypes = {"sampler_logps": (np.dtype(np.float32), ()), "versions": (np.dtype(np.int32), ())}
+        if width:
+            self.types |= {SUPPORTS: (np.dtype(np.int32), (width,))}
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Example]:
+        return [self._example(t) for t in trajectories]
+
+    def _example(self, t: Trajectory) -> Example:
+        signals = {"sampler_logps": t.sampler_logps, "versions": t.versions}
+        if self._width:
+            signals[SUPPORTS] = _support(t, self._width)
+        return tokens_example(t)._replace(signals={name: _with_prompt(t, array) for name, array in signals.items()})
+
+
+def tokens_example(t: Trajectory) -> Example:
+    """Prompt and completion, with loss on the model's tokens."""
+    ids = np.concatenate([t.prompt.ids, t.completion_ids]).astype(np.int32)
+    return Example(ids, _with_prompt(t, t.loss_mask.astype(np.float32)))
+
+
+def _with_prompt(t: Trajectory, values: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros((len(t.prompt.ids), *values.shape[1:]), values.dtype), values])
 
 
 def _support(trajectory: Trajectory, width: int) -> np.ndarray:

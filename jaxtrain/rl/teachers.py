@@ -1,7 +1,7 @@
 """Teachers of samples: on-policy distillation, and self-distillation with a privileged prompt.
 
 The student samples, and a frozen teacher scores the same tokens: by their log-probabilities, which become advantages,
-or by its distributions, which a divergence compares with the student's (`session.teacher.HiddenStates`).
+or by its distributions, which a divergence compares with the student's (`session.teacher.BatchTeacher`).
 """
 
 import itertools
@@ -20,13 +20,31 @@ from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.evaluator import held_out_questions
 from jaxtrain.rl.placement import trainer_devices
 from jaxtrain.rl.privileged import privileged_prompts
-from jaxtrain.rl.rollouts import SUPPORTS, Packed, Prompt, Sampler, Trajectory, pack_parts
-from jaxtrain.rl.translation import Translation, translation
+from jaxtrain.rl.rollouts import (
+    SUPPORTS,
+    Packed,
+    Prompt,
+    SampleEncoder,
+    Sampler,
+    TokensAlone,
+    Trajectory,
+    pack_parts,
+)
+from jaxtrain.rl.translation import AlignedSamples, Translation, as_read, translation
 from jaxtrain.roles.reference import reference_role
 from jaxtrain.roles.role import Role, TrainedRole
+from jaxtrain.sample.requests import SamplingParams
 from jaxtrain.session.reference import policy_devices
 from jaxtrain.session.session import MetricValues, Session
-from jaxtrain.session.teacher import HiddenStates, check_same_ids, teacher_role
+from jaxtrain.session.teacher import (
+    AlignedTeacher,
+    BatchTeacher,
+    HiddenStates,
+    SharedText,
+    batch_teacher,
+    check_same_ids,
+    teacher_role,
+)
 from jaxtrain.train.agree import gather_values
 from jaxtrain.train.evaluate import evaluate, make_eval_step
 
@@ -49,7 +67,7 @@ class TeacherLogps:
         """`read`: gives a prompt as the teacher reads it; default: the student's. `translate`: for a teacher with
         another tokenizer, which needs `read` as well.
         """
-        self._role, self._row_length, self._read, self._translate = role, row_length, read, translate
+        self._role, self._row_length, self.read, self._translate = role, row_length, read, translate
         self.metrics: dict[str, float] = {}  # of the last call
 
     def __call__(
@@ -75,7 +93,7 @@ class TeacherLogps:
             groups = [each.groups for each in translated]
             return self._relative(trajectories, groups, own, self._scored(again, temperature))
         self._check_ids(trajectories)
-        if self._read is not None or any(len(each.batch.tokens) % shares for each in packed):
+        if self.read is not None or any(len(each.batch.tokens) % shares for each in packed):
             packed = self._packed_again(sizes, trajectories, shares)
         return self._scored(packed, temperature)
 
@@ -101,20 +119,11 @@ class TeacherLogps:
         scored = [each.gather(host_rows(self._role.logps(each.batch, temperature))) for each in packed]
         return [values for part in scored for values in part]
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError for a prompt that the teacher cannot read, such as one whose row has no column that the
-        template of the privileged ones names."""
-        if self._read is not None:
-            for prompt in prompts:
-                self._read(prompt)
-
     def _packed_again(self, sizes: Sequence[int], trajectories: Sequence[Trajectory], shares: int) -> list[Packed]:
         """Rows are as long as the student's, or a power of two times that for the sake of longer prompts, so that few
         programs are compiled."""
-        if self._read is not None:
-            prompts = {t.prompt.number: t.prompt for t in trajectories if not t.left_out}  # once for each group
-            read = {number: self._read(prompt) for number, prompt in prompts.items()}
-            trajectories = [t._replace(prompt=read.get(t.prompt.number, t.prompt)) for t in trajectories]
+        if self.read is not None:
+            trajectories = as_read(self.read, trajectories)
         longest = max(gather_values(max((t.length for t in trajectories if not t.left_out), default=0)))
         length = self._row_length
         while length < longest:
@@ -146,15 +155,15 @@ def student_devices(
     return policy_devices(teacher, devices) if teacher is not None and teacher.devices else trainer
 
 
-def make_teacher(session: Session, policy: TrainedRole) -> TeacherLogps | HiddenStates:
+def make_teacher(session: Session, policy: TrainedRole) -> TeacherLogps | BatchTeacher:
     """The teacher of `teacher.path`, loaded, or the model that the run starts from; `policy` is restored.
 
-    Raises ValueError for one with other token ids, or on devices that cannot share the rows of `HiddenStates`.
+    Raises ValueError for one with other token ids, or on devices that cannot share the rows of a `BatchTeacher`.
     """
     config, section = session.config, session.config.teacher
     assert section is not None
     if config.algorithm.advantages is None:
-        teacher = HiddenStates(session, policy)
+        teacher = batch_teacher(session, policy)
         rows, shares = row_shares(policy.mesh) * config.train.microbatches, row_shares(teacher.role.mesh)
         if rows % shares:
             raise ValueError(
@@ -175,18 +184,46 @@ def make_teacher(session: Session, policy: TrainedRole) -> TeacherLogps | Hidden
         role.load()
     length = config.data.tokens_per_row()
     if section.aligned:
-        translate, read = translation(session, role)
+        _check_unfiltered(config.sampling)
+        translate, read = translation(SharedText(session, role), role, section)
         return TeacherLogps(role, length, read, translate)
     return TeacherLogps(role, length, privileged_prompts(session, policy))
 
 
+def _check_unfiltered(sampling: SamplingParams) -> None:
+    for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+        if (value := getattr(sampling, name)) != off:
+            raise ValueError(
+                f"sampling.{name}={value} filters the student's tokens, and with teacher.aligned the teacher has "
+                f"others: leave {name} out"
+            )
+
+
+def sample_encoder(session: Session, teacher: TeacherLogps | BatchTeacher | None) -> SampleEncoder | None:
+    """What the batches of a run hold of its samples; None: the signals of a policy objective."""
+    section = session.config.teacher
+    if isinstance(teacher, HiddenStates):
+        return TokensAlone()
+    if not isinstance(teacher, AlignedTeacher):
+        return None
+    assert section is not None
+    return AlignedSamples(*translation(teacher.tokens, teacher.role, section), session.config.data.max_length)
+
+
 def held_out_teacher(
-    session: Session, policy: TrainedRole, sampler: Sampler, teacher: TeacherLogps | HiddenStates
+    session: Session,
+    policy: TrainedRole,
+    sampler: Sampler,
+    teacher: TeacherLogps | BatchTeacher,
+    encode: SampleEncoder | None,
 ) -> Callable[[], MetricValues] | None:
     """An evaluator on one sample of each of the first `eval.generate` prompts, drawn as those of the training are.
 
     It has `eval_reverse_kl`, the mean of log p - log q over the sampled tokens; or the means of the objective's
-    metrics, such as `eval_divergence`. None without `eval.generate`.
+    metrics, such as `eval_divergence`. None without `eval.generate`. `encode`: of `sample_encoder`.
+
+    Raises ValueError for a prompt that the teacher cannot read, such as one whose row has no column that the template
+    of the privileged ones names.
     """
     config = session.config
     assert config.rl is not None
@@ -194,17 +231,19 @@ def held_out_teacher(
     prompts = held_out_questions(session, session.encoder(policy), limit)
     if not prompts:
         return None
-    if isinstance(teacher, TeacherLogps):
-        teacher.check(prompts)
+    read = getattr(teacher if isinstance(teacher, TeacherLogps) else encode, "read", None)
+    if read is not None:
+        for prompt in prompts:
+            read(prompt)
     eval_step = jax.jit(make_eval_step(policy.model, config.objective))
     deal = Deal.of_run(config.rl.placement.processes_per_engine)
 
     def evaluate_samples() -> MetricValues:
         sampler.set_params(*policy.snapshot())
         trajectories = deal.sample(sampler, prompts, 1)
-        (packed,) = pack_parts([trajectories], config.data.tokens_per_row(), local_row_shares(policy.mesh))
-        if isinstance(teacher, HiddenStates):
-            batch = teacher(policy.place(packed.batch._replace(signals={})))
+        (packed,) = pack_parts([trajectories], config.data.tokens_per_row(), local_row_shares(policy.mesh), encode)
+        if not isinstance(teacher, TeacherLogps):
+            batch = teacher(policy.place(packed.batch))
 
             def step(params, frozen, batch):
                 return eval_step(params, frozen, batch, policy.teacher_head)

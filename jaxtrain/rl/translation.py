@@ -1,20 +1,22 @@
-"""Samples in the tokens of a teacher with another tokenizer, for on-policy distillation by its log-probabilities."""
+"""Samples in the tokens of a teacher with another tokenizer, for on-policy distillation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxtrain.data.aligned import teacher_encoder
+from jaxtrain.config import TeacherSection
+from jaxtrain.data.aligned import aligned_example
 from jaxtrain.data.alignment import Aligner, Groups
 from jaxtrain.data.encoder import RowEncoder
+from jaxtrain.data.packing import SignalTypes
 from jaxtrain.data.tokens import encode, without_limits
 from jaxtrain.data.turn_ends import turn_end_ids
 from jaxtrain.rl.privileged import PrivilegedPrompts
-from jaxtrain.rl.rollouts import Prompt, Trajectory
+from jaxtrain.rl.rollouts import Prompt, Trajectory, tokens_example
 from jaxtrain.roles.role import Role
-from jaxtrain.session.session import Session
-from jaxtrain.session.teacher import needed_tokenizers
+from jaxtrain.session.teacher import SharedText
+from jaxtrain.types import ALIGNED, Example
 
 
 class Translated(NamedTuple):
@@ -56,22 +58,42 @@ class TeacherPrompts:
         return prompt._replace(ids=ids.astype(np.int32))
 
 
-def translation(session: Session, role: Role) -> tuple[Translation, Callable[[Prompt], Prompt]]:
-    """Of the samples, and of their prompts, for the teacher of a run with `teacher.aligned`.
+class AlignedSamples:
+    """A `SampleEncoder` for `ULD` and `GOLD`: the examples that recipe distill makes of rows with the samples' texts.
 
-    Raises ValueError for tokenizers that cannot be aligned, and for filtered sampling, whose distributions the teacher
-    does not have.
+    What the teacher reads is cut to `max_length` tokens; a group that the cut goes through is left out.
     """
-    config, section = session.config, session.config.teacher
-    assert section is not None
-    for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
-        if (value := getattr(config.sampling, name)) != off:
-            raise ValueError(
-                f"sampling.{name}={value} filters the student's tokens, and with teacher.aligned the teacher has "
-                f"others: leave {name} out"
-            )
-    encoder = teacher_encoder(role.tokenizer, config.data, vocab_size=role.model.config.vocab_size)
-    read: Callable[[Prompt], Prompt] = TeacherPrompts(encoder)
+
+    types: SignalTypes = dict.fromkeys(ALIGNED, (np.dtype(np.int32), ()))
+
+    def __init__(self, translate: Translation, read: Callable[[Prompt], Prompt], max_length: int):
+        """`read`: gives a prompt as the teacher reads it."""
+        self._translate, self.read, self._max_length = translate, read, max_length
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> list[Example]:
+        pairs = zip(trajectories, as_read(self.read, trajectories), strict=True)
+        return [self._example(t, self._translate(reading)) for t, reading in pairs]
+
+    def _example(self, t: Trajectory, translated: Translated) -> Example:
+        starts = len(t.prompt.ids), len(translated.trajectory.prompt.ids)
+        groups = Groups(*(side + start for side, start in zip(translated.groups, starts, strict=True)))
+        teacher_ids = tokens_example(translated.trajectory).input_ids[: self._max_length]
+        return aligned_example(tokens_example(t), teacher_ids, groups.within(self._max_length))
+
+
+def as_read(read: Callable[[Prompt], Prompt], trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The trajectories with the prompts that a teacher reads, each made once for its group; those that are left out
+    keep theirs."""
+    prompts = {t.prompt.number: t.prompt for t in trajectories if not t.left_out}
+    made = {number: read(prompt) for number, prompt in prompts.items()}
+    return [t._replace(prompt=made.get(t.prompt.number, t.prompt)) for t in trajectories]
+
+
+def translation(
+    text: SharedText, teacher: Role, section: TeacherSection
+) -> tuple[Translation, Callable[[Prompt], Prompt]]:
+    """Of the samples, and of their prompts, for a teacher with another tokenizer."""
+    read: Callable[[Prompt], Prompt] = TeacherPrompts(text.encode)
     if section.privileged_prompt is not None:
-        read = PrivilegedPrompts(section.privileged_prompt, encoder)
-    return Translation(Aligner(*needed_tokenizers(session, role)), role), read
+        read = PrivilegedPrompts(section.privileged_prompt, text.encode)
+    return Translation(text.aligner, teacher), read

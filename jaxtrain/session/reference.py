@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain.config import ReferenceSection, TeacherSection
+from jaxtrain.config import ModelSection, ReferenceSection, TeacherSection
 from jaxtrain.data.pipeline import TrainStream
 from jaxtrain.parallel.batches import move_batch
 from jaxtrain.roles.reference import reference_role
@@ -82,11 +82,14 @@ def load_reference(session: Session, policy: TrainedRole) -> Role:
     return role
 
 
+def reference_section(policy: ModelSection, path: str) -> ModelSection:
+    """The reference at `path`, with what of the policy's section does not belong to its checkpoint."""
+    other = dict.fromkeys(("config", "tokenizer", "add_tokens", "lora", "quantize"))
+    return policy.model_copy(update={**other, "path": path})
+
+
 def other_reference(roles: RunRoles, policy: TrainedRole) -> Role:
     """A reference that has its own parameters, declared and not loaded."""
     section = roles.config.reference or ReferenceSection()
-    model = policy.section
-    if section.path is not None:
-        other = dict.fromkeys(("config", "tokenizer", "add_tokens", "lora", "quantize"))
-        model = model.model_copy(update={**other, "path": section.path})
+    model = policy.section if section.path is None else reference_section(policy.section, section.path)
     return roles.role("reference", model, roles.frozen_mesh(section.devices) if section.devices else policy.mesh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -45,6 +45,20 @@ class HiddenStates:
         return batch._replace(signals={**batch.signals, TEACHER_HIDDEN: hidden})
 
 
+class SharedText:
+    """What student and teacher have in common if their tokenizers differ: `tokenizers` of both, an `aligner` of their
+    tokens, and the teacher's encoder, `encode`."""
+
+    def __init__(self, session: Session, teacher: Role):
+        """Raises ValueError where a tokenizer is missing, and for tokenizers that cannot be aligned."""
+        self.tokenizers = mine, other = session.tokenizer, teacher.tokenizer
+        for key, tokenizer in (("model.tokenizer", mine), ("teacher.path", other)):
+            if tokenizer is None:
+                raise ValueError(f"{key}: there is no tokenizer, by which student and teacher are aligned")
+        self.encode = teacher_encoder(other, session.config.data, vocab_size=teacher.model.config.vocab_size)
+        self.aligner = Aligner(mine, other)
+
+
 class AlignedTeacher:
     """A teacher with another tokenizer, whose tokens are a signal of the batch.
 
@@ -54,12 +68,16 @@ class AlignedTeacher:
 
     def __init__(self, session: Session, student: TrainedRole):
         """Raises ValueError for tokenizers that cannot be aligned."""
-        self._student, data = student, session.config.data
+        self._session, self._student = session, student
         self.role = teacher_role(session)
-        self._tokenizers = mine, other = needed_tokenizers(session, self.role)
+        self.tokens = SharedText(session, self.role)
         self._sizes = [role.model.config.vocab_size for role in (student, self.role)]
-        teacher = teacher_encoder(other, data, vocab_size=self._sizes[1])
-        self.encode = AlignedEncoder(session.encoder(student), teacher, Aligner(mine, other), data)
+
+    @cached_property
+    def encode(self) -> AlignedEncoder:
+        """Of rows. Raises ValueError for a `data.overlong` that cuts the tokens of both at different places."""
+        student, data = self._session.encoder(self._student), self._session.config.data
+        return AlignedEncoder(student, self.tokens.encode, self.tokens.aligner, data)
 
     def load(self) -> None:
         """Read the teacher's weights."""
@@ -91,7 +109,7 @@ class MatchedTeacher(AlignedTeacher):
         """Raises ValueError also where no token is in both vocabularies."""
         super().__init__(session, student)
         self._preset = session.config.mesh.preset
-        mine, other = (tokenizer.get_vocab() for tokenizer in self._tokenizers)
+        mine, other = (tokenizer.get_vocab() for tokenizer in self.tokens.tokenizers)
         self._ids = match_vocabularies(mine, other, *self._sizes)
         if not len(self._ids.student):
             raise ValueError("no token is in both vocabularies, which GOLD compares: use objective.name=ULD")
@@ -110,6 +128,17 @@ class MatchedTeacher(AlignedTeacher):
         return batch._replace(signals={**batch.signals, **moved})
 
 
+BatchTeacher = HiddenStates | RankedTeacher | MatchedTeacher
+"""Adds what an objective compares the student with to placed batches; it is loaded separately."""
+
+
+def batch_teacher(session: Session, student: TrainedRole) -> BatchTeacher:
+    """The one that gives the signals of the run's objective, declared. Raises ValueError as its class does."""
+    aligned = {TEACHER_PROBS: RankedTeacher, TEACHER_FURTHER: MatchedTeacher}
+    kinds = (aligned[name] for name in session.config.objective.signals if name in aligned)
+    return next(kinds, HiddenStates)(session, student)
+
+
 def teacher_role(roles: RunRoles) -> Role:
     """The model of `teacher.path`, declared and not loaded, on its own devices if it has any."""
     section = roles.config.teacher
@@ -125,15 +154,6 @@ def teacher_role(roles: RunRoles) -> Role:
     return roles.role("teacher", model, roles.frozen_mesh(section.devices) if section.devices else None)
 
 
-def needed_tokenizers(session: Session, teacher: Role) -> tuple[Any, Any]:
-    """The student's and the teacher's. Raises ValueError where one is missing."""
-    mine, other = session.tokenizer, teacher.tokenizer
-    for key, tokenizer in (("model.tokenizer", mine), ("teacher.path", other)):
-        if tokenizer is None:
-            raise ValueError(f"{key}: there is no tokenizer, by which student and teacher are aligned")
-    return mine, other
-
-
 def check_same_ids(session: Session, student: TrainedRole, teacher: Role) -> None:
     """Raise ValueError unless a token id means the same to both; the vocabularies may be padded differently."""
     sizes = [role.model.config.vocab_size for role in (student, teacher)]
@@ -147,7 +167,7 @@ def check_same_ids(session: Session, student: TrainedRole, teacher: Role) -> Non
         raise ValueError(
             f"teacher.path={teacher.section.path} has another tokenizer than the student: {len(differing)} entries "
             f"differ, such as {differing[0]}. A divergence needs equal token ids; recipe distill needs none "
-            "with objective.name=ULD or GOLD, and recipe rl with teacher.aligned=true"
+            "with objective.name=ULD or GOLD, and recipe rl with teacher.aligned=true or rl.algorithm=gold or uld"
         )
     if len(mine) > min(sizes):
         raise ValueError(f"the tokenizer has {len(mine)} tokens, and one of the models has only {min(sizes)}")

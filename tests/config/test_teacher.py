@@ -58,6 +58,8 @@ def test_keys_that_do_not_fit_together_are_refused(keys, message):
             "`teacher` has no effect with rl.algorithm=grpo",
         ),
         ({"path": "x", "aligned": True}, {"algorithm": "gkd"}, "teacher.aligned does not go with rl.algorithm=gkd"),
+        ({"path": "x", "aligned": True}, {"algorithm": "gold"}, "teacher.aligned has no effect with rl.algorithm=gold"),
+        ({"privileged_prompt": "{prompt}"}, {"algorithm": "uld"}, "rl.algorithm=uld is for a teacher with another"),
         ({"privileged_prompt": "{prompt}", "aligned": True}, {}, "give teacher.path"),
         ({"path": "x", "cache": "y"}, {}, "teacher.cache is for the rows of data.train"),
         ({}, {}, "give teacher.path, or teacher.privileged_prompt for self-distillation"),

@@ -179,6 +179,51 @@ def test_a_call_of_a_built_in_tool_ends_a_step():
     check(made("llama3.1"), CHATS["tool result"], expected, kwargs={"builtin_tools": ["add"]})
 
 
+IN_WORDS = [
+    USER,
+    answer('<tool_call>\n{"name": "add"}\n</tool_call>'),
+    {"role": "tool", "content": "seven"},
+    answer("Rome"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "ends"),
+    [
+        ("qwen2.5", "", ("<|im_end|>", "<|im_end|>")),
+        ("llama3.2", "", ("<|eot_id|>", "<|eot_id|>")),
+        ("mistral3", "", ("</s>", "</s>")),
+        ("glm4.5", GLM, ("<|observation|>", "<|user|>")),
+        ("gemma4", "", "!writes nothing for a message of the role 'tool'"),
+    ],
+)
+def test_calls_in_words_are_words(name, before, ends):
+    """As Hermes' data writes them, with results of a tool behind."""
+    texts = [IN_WORDS[1]["content"], "Rome"]
+    cell = ends if isinstance(ends, str) else [before + text + end for text, end in zip(texts, ends, strict=True)]
+    check(made(name), IN_WORDS, cell)
+
+
+@pytest.mark.parametrize("system", [[], CHATS["system"][:1]], ids=["", "system"])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("qwen2.5", ("Paris<|im_end|>", "Rome<|im_end|>")),
+        ("gemma4", ("Paris<turn|>", "Rome<turn|>")),
+        ("glm4.5", (f"{GLM}Paris<|user|>", f"{GLM}Rome<|user|>")),
+        ("gpt-oss", ("<|channel|>final<|message|>Paris<|end|>", "<|channel|>final<|message|>Rome<|return|>")),
+        ("nemotron3", OPENED),
+        ("gemma3", "!refuses the conversation: Conversation roles must alternate"),
+    ],
+)
+def test_the_assistant_may_speak_first(name, ends, system):
+    messages = [*system, answer("Paris"), USER, answer("Rome")]
+    check(made(name), messages, ends if isinstance(ends, str) else list(ends))
+    if not isinstance(ends, str):
+        split = Encoder(made(name), split_turns=True)({"messages": messages})
+        assert len(split.items) == 2
+
+
 def test_several_calls_end_as_one_does():
     tok = made("deepseek-v3")
     twice = ChatTokenizer(tok)([USER, CALLING | {"tool_calls": [CALL, CALL]}])
@@ -222,7 +267,7 @@ def test_marks_do_not_hide_a_thought_behind_a_prompt_with_an_empty_one():
 
 def test_content_that_is_written_behind_the_results_is_refused():
     chat = [USER, CALLING | {"content": "Let me see."}, RESULT, answer("Rome")]
-    with pytest.raises(ValueError, match=r"messages\[1\]: .* writes this turn differently once others follow"):
+    with pytest.raises(ValueError, match=r"messages\[1\]: .* writes the words of this turn behind the results"):
         ChatTokenizer(made("gemma4"))(chat)
 
 

@@ -126,11 +126,16 @@ def test_tools_and_template_arguments_reach_the_template(as_json):
         ({"messages": ["hello"]}, r"messages\[0\] must be a mapping"),
         ({"messages": [{"role": "User", "content": "x"}]}, r"messages\[0\]: unknown role 'User'; known: .*user"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown role 'robot'"),
-        ({"messages": CHAT[::-1]}, r"messages\[0\]: wrong order of roles: 'assistant' comes first"),
+        ({"messages": CHAT[::-1]}, r"messages\[1\]: the last turn is the user's"),
         ({"messages": [*CHAT, CHAT[1]]}, r"messages\[2\]: wrong order of roles: 'assistant' follows 'assistant'"),
         ({"messages": [CHAT[0], *CHAT]}, r"messages\[1\]: wrong order of roles: 'user' follows 'user'"),
         ({"messages": [*CHAT, {"role": "system", "content": "x"}]}, r"messages\[2\]: wrong order.*'system' follows"),
-        ({"messages": [*CHAT, {"role": "tool", "content": "x"}, CHAT[1]]}, r"messages\[2\]: .* assistant called none"),
+        ({"messages": [CHAT[0], {"role": "tool", "content": "x"}, CHAT[1]]}, r"messages\[1\]: .*'tool' follows 'user'"),
+        ({"prompt": CHAT, "completion": [CHAT[1]] * 2}, r"messages\[3\]: wrong order.*'assistant' follows 'assistant'"),
+        (
+            {"messages": [CHAT[0], CHAT[1] | {"tool_responses": [{"name": "f", "response": "x"}]}]},
+            "tool_responses is not supported: write each as a message of the role tool",
+        ),
         ({"messages": CHAT[:1]}, r"messages\[0\]: the last turn is the user's; it must be the assistant's"),
         (
             {"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]},

@@ -1,9 +1,11 @@
-"""The tokens that end a turn are those that the mask of trained tokens ends with."""
+"""A turn begins behind its prompt, and the tokens that end it are those that the mask of trained tokens ends with."""
 
 import chat_templates
 import pytest
-from stock_templates import STOCK
+from stock_templates import STOCK, made, trained
 
+from jaxtrain.data.chat import ChatTokenizer
+from jaxtrain.data.formats import Encoder
 from jaxtrain.data.turn_ends import closing_ids, turn_end_ids
 
 CASES = {
@@ -81,3 +83,40 @@ def test_a_conversation_ends_with_its_closing(name):
 
 def test_nothing_closes_a_text_without_a_template():
     assert closing_ids(chat_templates.tokenizer(None)) == []
+
+
+USER = {"role": "user", "content": "What?"}
+PAR, IS = ({"role": "assistant", "content": word} for word in ("Par", "is"))
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+RESULTS = [
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "seven"},
+    IS,
+]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "gpt-oss"])
+def test_a_completion_behind_a_turn_of_the_assistant_is_a_turn_of_its_own(name):
+    """As TRL renders it: the template's generation prompt stands between the two."""
+    tok = made(name)
+    example = Encoder(tok)({"prompt": [USER, PAR], "completion": [IS]})
+    asked = tok.apply_chat_template([USER, PAR], add_generation_prompt=True, tokenize=False)
+    (run,) = trained(tok, example)
+    assert tok.decode(example.input_ids).startswith(asked + run) and "is<|" in run
+    with pytest.raises(ValueError, match="begins an assistant turn with 'is<turn"):
+        Encoder(made("gemma4"))({"prompt": [USER, PAR], "completion": [IS]})
+
+
+def test_a_header_that_the_prompt_lacks_is_not_trained():
+    """As a template of Gemma 4 writes the turn after the results of a tool."""
+    template = STOCK["gemma4"].template.replace(
+        "{%- if m.role != 'tool' %}", "{%- if m.role == 'tool' %}{% set ns.before = '' %}{% else %}"
+    )
+    tok = made("gemma4")
+    tok.chat_template = template
+    with pytest.raises(
+        ValueError, match=r"messages\[3\]: .* begins this turn with '<\|turn>model\\n' and prompts .* without"
+    ):
+        ChatTokenizer(tok)(RESULTS)
+    assert trained(tok, ChatTokenizer(tok)(RESULTS, weights=[0, 1, 0, 0]))

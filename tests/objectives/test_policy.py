@@ -26,7 +26,9 @@ CORRECTIONS = [None, Correction("token"), Correction("token", "mask"), Correctio
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "gkd"])  # whose objective is `Distill`
+@pytest.mark.parametrize(
+    "name", [name for name, row in ALGORITHMS.items() if row.advantages]
+)  # the others are divergences
 def test_a_loss_says_rightly_whether_a_token_sees_its_own_log_probability_alone(problem, name, correction):
     """On policy, where the old policy is the present one, and off."""
     batch, _, _ = problem

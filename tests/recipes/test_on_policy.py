@@ -30,13 +30,15 @@ def place(tmp_path_factory):
     return folder
 
 
-def write_learnable(folder, vocab_size):
-    """A teacher that favours some tokens in every context, which is soon learned."""
-    write_teacher(folder, tie_word_embeddings=False, vocab_size=vocab_size)
+def write_learnable(folder, vocab_size, favours=None):
+    """A model that favours some tokens in every context, which is soon learned. `favours` [vocab_size]: how much."""
+    scale = {} if favours is None else {"initializer_range": 0.02}
+    write_teacher(folder, tie_word_embeddings=False, vocab_size=vocab_size, **scale)
     file = folder / "model.safetensors"
     weights = load_file(file)
     weights["model.embed_tokens.weight"][:, 0] = 3
-    weights["lm_head.weight"][:, 0] = np.random.default_rng(0).normal(0, 0.4, vocab_size)
+    random = np.random.default_rng(0).normal(0, 0.4, vocab_size)
+    weights["lm_head.weight"][:, 0] = random if favours is None else favours
     save_file(weights, file, {"format": "pt"})
 
 
@@ -157,6 +159,53 @@ def test_a_teacher_with_another_tokenizer_scores_the_text_of_samples(place, tmp_
     config["sampling"] = {"top_k": 8}
     with pytest.raises(ValueError, match=r"sampling.top_k=8 filters the student's tokens"):
         train(config, tmp_path / "filtered")
+
+
+def test_golds_loss_is_that_of_recipe_distill_on_rows_with_the_samples_texts(place, tmp_path):
+    """The teacher's tokens are pieces of several bytes; the student samples words of letters that end."""
+    write_learnable(tmp_path / "teacher", len(pieces()))
+    save_tokenizer(pieces(), tmp_path / "teacher")
+    tokenizer = write_byte_tokenizer(tmp_path / "student")
+    favours = np.full(len(tokenizer), -3.0, np.float32)
+    favours[tokenizer("abcdefghijklmnop")["input_ids"]] = 0
+    favours[tokenizer.eos_token_id] = 0.2
+    write_learnable(tmp_path / "student", len(tokenizer), favours)
+    config = tree(
+        place,
+        "gold",
+        steps=8,
+        model={"path": str(tmp_path / "student"), "config": None},
+        teacher={"path": str(tmp_path / "teacher")},
+        eval={"every": 4, "generate": 8},
+        optimizer={"learning_rate": 0.005, "schedule": "constant"},
+        checkpoint={"every": 7},  # between the two updates on the same samples
+    )
+    config["data"]["max_length"], config["rl"]["max_completion_length"] = 112, 64
+    whole = train(config, tmp_path / "whole")
+    held_out = losses(whole, "eval_hybrid")
+    assert len(held_out) == 2 and losses(whole, "aligned").min() > 0.9 and held_out[1] < held_out[0], held_out
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "8")
+    assert train(config, tmp_path / "killed") == whole
+    mesh = [f"mesh={json.dumps(FOUR_DEVICES)}", "train.microbatches=2", "teacher.devices=4"]
+    assert replay(tmp_path / "whole", tmp_path / "replay", mesh).steps == 8
+    np.testing.assert_allclose(losses(logged(tmp_path / "replay")), losses(whole), rtol=2e-4)
+
+    samples = read_step(tmp_path / "whole", 1)
+    assert {t.finish_reason for t in samples} == {"stop"}
+    samples = samples[: len(samples) // 2]  # of the first update
+    file = tmp_path / "rows.jsonl"
+    rows = ({"messages": [*t.prompt.columns["prompt"], {"role": "assistant", "content": t.text}]} for t in samples)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    distill = {name: value for name, value in config.items() if name not in ("rl", "eval", "checkpoint")} | {
+        "recipe": "distill",
+        "objective": "GOLD",
+        "data": {"train": {"path": str(file)}, "max_length": 112, "packing": False},
+        "train": {"steps": 1, "batch_size": len(samples)},
+    }
+    (expected,) = train(distill, tmp_path / "distill")
+    for name in ("loss", "hybrid", "matched", "aligned", "entropy"):
+        assert whole[0][name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ import fsspec
 import pytest
 from rich.console import Console
 
-from converters.tokenizer import write_byte_tokenizer
+from converters.tokenizer import load_tokenizer, write_byte_tokenizer
 from jaxtrain.config import parse_config
+from jaxtrain.data.formats import Encoder
+from jaxtrain.data.packing import bundle_tokens
+from jaxtrain.data.pairs import answer_encoder
 from jaxtrain.data.sources import DataError
 from jaxtrain.recipes import sft
 from jaxtrain.recipes.preview import preview
@@ -94,6 +97,17 @@ def test_a_row_that_makes_no_example_is_shown(tree, tmp_path):
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     tree |= {"recipe": "preference", "train": {"steps": 1, "batch_size": 8}}
     assert "sums.jsonl:1: no example: equal pairs\n" in shown(tree)
+
+
+@pytest.mark.parametrize(("mesh", "times"), [({}, "once"), ({"context": 2}, "twice")])
+def test_a_pairs_prompt_counts_as_often_as_it_is_packed(tree, tmp_path, mesh, times):
+    pairs = [{"prompt": f"{n}?", "chosen": str(n), "rejected": "no"} for n in range(10, 18)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tree |= {"recipe": "preference", "train": {"epochs": 1, "batch_size": 8}, "mesh": mesh}
+    encode = answer_encoder(parse_config(tree), Encoder(load_tokenizer(tmp_path / "model")))
+    tokens = sum(bundle_tokens(encode(pair), times == "once") for pair in pairs)
+    text = shown(tree)
+    assert f"a pair's prompt is in a row {times}" in text and f"8 examples, {tokens:,} tokens" in text
 
 
 def test_weights_other_than_one_are_shown(tree, tmp_path):

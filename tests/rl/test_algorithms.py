@@ -6,6 +6,8 @@ import pytest
 
 from jaxtrain.config import ConfigError, load_config, parse_config
 from jaxtrain.objectives.distill import Distill
+from jaxtrain.objectives.gold import GOLD
+from jaxtrain.objectives.uld import ULD
 from jaxtrain.rl.algorithms import ALGORITHMS
 
 CORRECTION = {"level": "token", "mode": "truncate", "cap": 2.0, "floor": 0.0}
@@ -98,13 +100,17 @@ PRESETS = {
         "teacher_coefficient": 1.0,
     },
 }
-DISTILLING = ("on_policy_distillation", "gkd")
+DIVERGENCES = ("gkd", "gold", "uld")
 
 
 def config(algorithm="grpo", objective=None, sampling=None, **rl):
     name = algorithm["name"] if isinstance(algorithm, dict) and "name" in algorithm else algorithm
-    teacher = {"teacher": {"path": "teacher"}} if name in DISTILLING or "teacher_coefficient" in algorithm else {}
-    rewards = {} if name == "gkd" else {"rewards": [{"function": "exact_answer"}]}
+    teacher = (
+        {"teacher": {"path": "teacher"}}
+        if name in (*DIVERGENCES, "on_policy_distillation") or "teacher_coefficient" in algorithm
+        else {}
+    )
+    rewards = {} if name in DIVERGENCES else {"rewards": [{"function": "exact_answer"}]}
     return parse_config(
         {
             "recipe": "rl",
@@ -127,7 +133,7 @@ def resolved(algorithm):
 
 
 def test_every_preset_is_in_the_table():
-    assert {*PRESETS, "gkd"} == ALGORITHMS.keys()
+    assert {*PRESETS, *DIVERGENCES} == ALGORITHMS.keys()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -144,6 +150,16 @@ def test_gkd_is_a_divergence_from_the_teacher_with_a_temperature_of_its_own():
     assert algorithm.objective == Distill(kind="reverse_kl", temperature=2.0) and algorithm.needs_teacher
     assert config("gkd").algorithm.objective == Distill(kind="jsd", beta=0.5)
     assert not algorithm.needs_reference and not algorithm.kl_in_reward
+
+
+def test_a_teacher_of_other_tokens_has_the_objectives_of_recipe_distill_without_its_cross_entropy():
+    assert config("gold", {"beta": 0.2}).algorithm.objective == GOLD(beta=0.2)
+    assert config("uld").algorithm.objective == ULD(ce_weight=0)
+    assert config("uld").algorithm.aligns and not config("gkd").algorithm.aligns
+    with pytest.raises(ConfigError, match=r"ce_weight=0.5 must be 0: the cross-entropy of the student's own"):
+        config("gold", {"ce_weight": 0.5})
+    with pytest.raises(ConfigError, match=r"Distill is not a subclass of jaxtrain.objectives:GOLD"):
+        config("gold", {"name": "Distill"})
 
 
 def test_a_teachers_term_can_be_added_to_any_algorithm_without_a_critic():

@@ -179,7 +179,7 @@ def test_rollouts_whose_rewards_are_all_lost_end_the_run():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_single_sample_of_a_prompt_is_refused_where_advantages_need_others(name):
     check_generations(ALGORITHMS[name], 2)
-    if name in ("reinforce++", "ppo", "gkd"):
+    if name in ("reinforce++", "ppo", "gkd", "gold", "uld"):
         check_generations(ALGORITHMS[name], 1)
         with pytest.raises(ValueError, match=r"rl\.algorithm\.max_refills=1"):
             check_generations(replace(ALGORITHMS[name], max_refills=1), 1)

@@ -16,7 +16,7 @@ from jaxtrain.rl.coefficients import Coefficients
 from jaxtrain.rl.collect import Collected
 from jaxtrain.rl.dealing import Deal
 from jaxtrain.rl.experience import Experience, add_advantages, pack_samples, score_samples
-from jaxtrain.rl.rollouts import NOT_PACKED
+from jaxtrain.rl.rollouts import NOT_PACKED, TokensAlone
 from jaxtrain.train.step import batch_norm
 
 SAMPLES = [
@@ -26,7 +26,7 @@ SAMPLES = [
 ]
 
 
-def packed(minibatches=3, iterations=1, samples=SAMPLES, algorithm="grpo", **model):
+def packed(minibatches=3, iterations=1, samples=SAMPLES, algorithm="grpo", encode=None, **model):
     tree = {
         "recipe": "rl",
         "model": {"path": "base", **model},
@@ -42,7 +42,7 @@ def packed(minibatches=3, iterations=1, samples=SAMPLES, algorithm="grpo", **mod
         },
     }
     mesh = make_mesh(MeshSection())
-    return pack_samples(Collected(list(samples), {}, 3), parse_config(tree, "test"), mesh)
+    return pack_samples(Collected(list(samples), {}, 3), parse_config(tree, "test"), mesh, encode=encode)
 
 
 def arrays(batches):
@@ -185,8 +185,7 @@ def test_the_teachers_terms_are_added_to_the_advantages_of_the_rewards():
 
 
 def test_a_divergence_reads_no_signals_of_the_samples():
-    experience = packed(2)
-    experience.without_signals()
+    experience = packed(2, encode=TokensAlone())
     assert [dict(part.batch.signals) for part in experience.minibatches] == [{}, {}]
 
 

@@ -6,11 +6,13 @@ import tiny
 from aligned_tokenizers import characters, pieces
 from trajectories import trajectory
 
-from jaxtrain.config import ModelSection
+from jaxtrain.config import DataSection, ModelSection, SourceSection
+from jaxtrain.data.aligned import AlignedEncoder
 from jaxtrain.data.alignment import Aligner
-from jaxtrain.rl.rollouts import pack_parts
+from jaxtrain.data.formats import Encoder
+from jaxtrain.rl.rollouts import Prompt, pack_parts
 from jaxtrain.rl.teachers import TeacherLogps
-from jaxtrain.rl.translation import Translation
+from jaxtrain.rl.translation import AlignedSamples, TeacherPrompts, Translation
 from jaxtrain.roles.declare import Declaration
 from jaxtrain.roles.role import Role
 from jaxtrain.types import Batch
@@ -73,6 +75,37 @@ def test_equal_tokenizers_give_the_teachers_own(teacher):
     found = TeacherLogps(teacher, 64, read, translation)(packed, samples, 1.0, own)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_examples_of_samples_are_those_of_rows_with_their_texts(student, teacher):
+    """Recipe distill's encoder makes them of the rows; a cut goes through the longer of two."""
+    data = DataSection(train=[SourceSection(path="unused")], max_length=40, prompt_format="plain")
+    encode = Encoder.configured(student, data, vocab_size=len(student))
+    theirs = Encoder.configured(teacher.tokenizer, data, vocab_size=len(teacher.tokenizer))
+    aligner = Aligner(student, teacher.tokenizer)
+    rows = [{"prompt": "Where is it?", "completion": text} for text in ("Paris.", "caf\u00e9 \u20ac12")]
+    expected = [AlignedEncoder(encode, theirs, aligner, data)(row).items[0] for row in rows]
+    samples = []
+    for number, (row, example) in enumerate(zip(rows, expected, strict=True)):
+        prompt = Prompt(number, *encode.question(row))
+        completion = encode(row).input_ids[len(prompt.ids) :]
+        t = trajectory(3, len(completion), number=number)
+        samples.append(t._replace(prompt=prompt, completion_ids=completion))
+        assert example.signals["group_place"].max() > 0
+    read = TeacherPrompts(theirs)
+    found = AlignedSamples(Translation(aligner, teacher), read, data.max_length)(samples)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        np.testing.assert_array_equal(one.loss_weights, other.loss_weights)
+        assert one.signals.keys() == other.signals.keys()
+        for name, values in one.signals.items():
+            np.testing.assert_array_equal(values, other.signals[name], err_msg=name)
+    (packed,) = pack_parts([samples], 80, 2, AlignedSamples(Translation(aligner, teacher), read, 80))
+    for t, ids, places in zip(
+        samples, packed.gather(packed.batch.tokens), packed.gather(packed.batch.signals["group_place"]), strict=True
+    ):
+        np.testing.assert_array_equal(ids, t.completion_ids)
+        assert places[-1] > 0
 
 
 def test_bytes_that_are_no_text_are_in_no_group(student, teacher):

@@ -3,22 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from divergences import formula
-from updates import assert_same
+from updates import STUDENT, assert_same, update
 
 from jaxtrain.config import MeshSection
 from jaxtrain.objectives.distill import Distill
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.parallel.sharding import RULES, batch_sharding, param_specs
-from jaxtrain.train.state import new_state
-from jaxtrain.train.step import make_step
 from jaxtrain.types import Batch
 
 LENGTHS = [[9, 11, 3], [14, 9], [23], [5, 5, 5], [1, 20], [16, 8], [2, 2, 2, 2], [24]]
-STUDENT = {"num_layers": 1, "pattern": (tiny.KIND,)}
 TEACHER = {"hidden_size": 32, "num_layers": 2, "pattern": (tiny.KIND,) * 2, "tied": False, "vocab_multiple": 8}
 MIXED = Distill(kind="jsd", beta=0.3, temperature=1.5, ce_weight=0.4)
 
@@ -31,18 +27,6 @@ def with_teacher(batch, mesh=None, preset="fsdp"):
         params = jax.device_put(params, param_specs(teacher.axes(), teacher.abstract(), RULES[preset], mesh))
     hidden = jax.jit(teacher.hidden)(params, batch)
     return batch._replace(signals={"teacher_hidden": hidden}), teacher.head(params)
-
-
-def update(objective, batch, head, mesh=None, preset="fsdp", microbatches=1):
-    """(the gradient of the student's parameters, the report)."""
-    model = tiny.model(mesh=mesh, **STUDENT)
-    params = tiny.random_params(tiny.model(**STUDENT))
-    if mesh is not None:
-        params = jax.device_put(params, param_specs(model.axes(), model.abstract(), RULES[preset], mesh))
-    tx = optax.sgd(1.0)
-    step = jax.jit(make_step(model, tx, lambda step: jnp.ones(()), objective, microbatches=microbatches))
-    state, report = step(new_state(params, tx, jax.random.key(0)), {}, batch, head)
-    return jax.tree.map(lambda old, new: np.asarray(old - new), params, state.params), jax.device_get(report)
 
 
 @pytest.fixture(scope="module")
