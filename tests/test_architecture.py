@@ -169,12 +169,12 @@ def test_the_data_pipeline_imports_without_jax():
     assert done.returncode == 0, done.stderr
 
 
-# Modules of one recipe alone. `objectives.distill` belongs to two: recipe rl distils from a teacher too.
+# Modules of one recipe alone. The objectives of distillation belong to two: recipe rl distils from a teacher too.
 MODULES_OF = {
     "sft": {"jaxtrain.recipes.sft"},
     "preference": {"jaxtrain.recipes.preference", "jaxtrain.objectives.preference", "jaxtrain.objectives.kto"},
     "reward": {"jaxtrain.recipes.reward", "jaxtrain.objectives.reward"},
-    "distill": {"jaxtrain.recipes.distill", "jaxtrain.objectives.uld", "jaxtrain.objectives.gold"},
+    "distill": {"jaxtrain.recipes.distill"},
     "rl": {"jaxtrain.recipes.rl", "jaxtrain.rl", "jaxtrain.objectives.policies", "jaxtrain.objectives.policy"},
 }
 
