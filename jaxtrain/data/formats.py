@@ -47,7 +47,7 @@ from jaxtrain.data.encoder import NESTING_BOUNDED, EvalPrompt, RowEncoder
 from jaxtrain.data.fingerprints import tokenizer_fingerprint
 from jaxtrain.data.messages import KNOWN_KEYS, Conversation, conversation, keys_of_messages, messages_in, question
 from jaxtrain.data.nulls import left_out_warning
-from jaxtrain.data.packing import Example, RowExamples, last_trained
+from jaxtrain.data.packing import Example, RowExamples, last_trained, weighed
 from jaxtrain.data.sources import Source
 from jaxtrain.data.token_ids import from_token_ids
 from jaxtrain.data.tokens import TokenLocator, locate_plain, token_weights
@@ -156,9 +156,9 @@ class Encoder(RowEncoder):
                 raise ValueError(f"{error}; {hint}") from error
         if WEIGHT in row and (weight := row_weight(row)) != 1:
             if isinstance(made, RowExamples):
-                made = made._replace(items=[_weighed(example, weight) for example in made.items])
+                made = made._replace(items=[weighed(example, weight) for example in made.items])
             else:
-                made = _weighed(made, weight)
+                made = weighed(made, weight)
         for example in made.items if isinstance(made, RowExamples) else [made]:
             if self._vocab_size is not None and example.input_ids.max(initial=0) >= self._vocab_size:
                 raise ValueError(
@@ -210,7 +210,11 @@ class Encoder(RowEncoder):
             row = row | {"prompt": messages_in(row["prompt"]) or row["prompt"]}
             asked = question(row, self._merge)
             self._unread(asked)
-            return self._chat.prompt(asked.messages, tools=asked.tools, template_kwargs=asked.template_kwargs), row
+            given: dict[str, Any] = {"tools": asked.tools, "template_kwargs": asked.template_kwargs}
+            if keys := keys_of_messages({"prompt": row["prompt"]}) - KNOWN_KEYS:
+                for name in sorted(self._chat.unread_keys(asked.messages, keys, self._warned, **given)):
+                    self._warn(f"the chat template does not read {name} of prompts, so it changes nothing", about=name)
+            return self._chat.prompt(asked.messages, **given), row
 
     def note_ignored(self, row: Row, source: Source) -> None:
         """Report what is not read of a source, of which `row` is one, each once: columns, and keys of messages that
@@ -380,14 +384,6 @@ class Encoder(RowEncoder):
 def _with_prompt(row: Row) -> Row:
     """A row of instruction and output with the columns that it stands for."""
     return from_alpaca(row) if row_format(row) == "instruction+output" else row
-
-
-def _weighed(example: Example, weight: float) -> Example:
-    with np.errstate(over="ignore"):
-        weights = example.loss_weights * np.float32(weight)
-    if not np.isfinite(weights).all():
-        raise ValueError(f"the column 'weight' ({weight:g}) and the weights of its messages or tokens are too large")
-    return example._replace(loss_weights=weights)
 
 
 def _string(row: Row, column: str) -> str:

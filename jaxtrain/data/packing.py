@@ -86,6 +86,15 @@ def last_trained(example: Example) -> Example:
     return example._replace(loss_weights=weights)
 
 
+def weighed(example: Example, weight: float) -> Example:
+    """The example with its loss weights times that of its row. Raises ValueError where they are too large."""
+    with np.errstate(over="ignore"):
+        weights = example.loss_weights * np.float32(weight)
+    if not np.isfinite(weights).all():
+        raise ValueError(f"the column 'weight' ({weight:g}) and the weights of its messages or tokens are too large")
+    return example._replace(loss_weights=weights)
+
+
 def trained_spans(weights: Array) -> list[tuple[int, int]]:
     """The places [start, stop) of each run of tokens with a weight."""
     edges = np.flatnonzero(np.diff((np.asarray(weights) > 0).astype(np.int8), prepend=0, append=0))

@@ -302,6 +302,15 @@ def test_a_question_of_other_formats(row, answer):
     assert columns["prompt"] in ("What", CHAT[:1])
 
 
+def test_keys_of_a_questions_messages_that_are_not_read_are_reported_once():
+    tok, encode = chat_encoder()
+    row = {"prompt": [CHAT[0] | {"name": "Ann", "weight": 1.0}]}
+    with pytest.warns(UserWarning, match=r"does not read messages\[\]\.name \(user\) of prompts") as caught:
+        for _ in range(2):
+            assert tok.decode(encode.question(row)[0]) == TURNS.partition("Paris")[0]
+    assert len(caught) == 1
+
+
 def test_a_template_without_a_system_role_names_what_to_do():
     tok = tokenizer(GEMMA, bos_token="<bos>")
     row = {"messages": CHAT, "system": "You are"}
