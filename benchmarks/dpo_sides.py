@@ -10,7 +10,7 @@ import sys
 import tempfile
 
 import numpy as np
-from sft_sides import LEARNING_RATE, LLAMA, MAX_GRAD_NORM, VOCAB, Clock
+from sft_sides import LEARNING_RATE, LLAMA, MAX_GRAD_NORM, TRL_ARGUMENTS, VOCAB, Clock, tunix_config
 
 PAIRS, PROMPT, ANSWER = 8, 128, 128
 LENGTH, BETA = PROMPT + ANSWER, 0.1
@@ -116,17 +116,9 @@ def trl(clock: Clock) -> None:
         arguments = DPOConfig(
             output_dir=folder,
             per_device_train_batch_size=PAIRS,
-            max_steps=10**6,
             max_length=LENGTH,
             beta=BETA,
-            learning_rate=LEARNING_RATE,
-            max_grad_norm=MAX_GRAD_NORM,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **TRL_ARGUMENTS,
         )
         model = LlamaForCausalLM.from_pretrained(f"{folder}/model", dtype="float32", attn_implementation="sdpa")
         reference = LlamaForCausalLM.from_pretrained(f"{folder}/model", dtype="float32", attn_implementation="sdpa")
@@ -148,21 +140,10 @@ def tunix(clock: Clock) -> None:
     import jax
     import optax
     from flax import nnx
-    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.models.llama3.model import Llama3
     from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig, TrainingInput
 
-    config = ModelConfig(
-        num_layers=LLAMA["num_hidden_layers"],
-        vocab_size=VOCAB,
-        embed_dim=LLAMA["hidden_size"],
-        hidden_dim=LLAMA["intermediate_size"],
-        num_heads=LLAMA["num_attention_heads"],
-        head_dim=LLAMA["head_dim"],
-        num_kv_heads=LLAMA["num_key_value_heads"],
-        rope_theta=10_000,
-        norm_eps=LLAMA["rms_norm_eps"],
-        weight_tying=True,
-    )
+    config = tunix_config()
     prompts, chosen, rejected = pairs()
     ones = np.ones_like(prompts), np.ones_like(chosen), np.ones_like(rejected)
 

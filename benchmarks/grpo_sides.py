@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 
 import numpy as np
-from sft_sides import LEARNING_RATE, LLAMA, MAX_GRAD_NORM, VOCAB, Clock
+from sft_sides import LEARNING_RATE, LLAMA, MAX_GRAD_NORM, TRL_ARGUMENTS, VOCAB, Clock, tunix_config
 
 PROMPTS, SAMPLES, PROMPT, NEW = 8, 4, 64, 64
 EOS = 0  # forbidden if a side supports that; otherwise one token of 32000
@@ -132,17 +132,9 @@ def trl(clock: Clock) -> None:
             num_generations=SAMPLES,
             max_completion_length=NEW,
             generation_kwargs={"min_new_tokens": NEW, "eos_token_id": EOS},
-            max_steps=10**6,
-            learning_rate=LEARNING_RATE,
-            max_grad_norm=MAX_GRAD_NORM,
             beta=0.0,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             logging_steps=10**6,
+            **TRL_ARGUMENTS,
         )
         texts = tokenizer.batch_decode(prompt_ids().tolist())
         GRPOTrainer(
@@ -159,23 +151,12 @@ def tunix(clock: Clock) -> None:
     import jax
     import optax
     from flax import nnx
-    from tunix.models.llama3.model import Llama3, ModelConfig
+    from tunix.models.llama3.model import Llama3
     from tunix.rl import rl_cluster
     from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
     from tunix.rl.rollout.base_rollout import RolloutConfig
 
-    config = ModelConfig(
-        num_layers=LLAMA["num_hidden_layers"],
-        vocab_size=VOCAB,
-        embed_dim=LLAMA["hidden_size"],
-        hidden_dim=LLAMA["intermediate_size"],
-        num_heads=LLAMA["num_attention_heads"],
-        head_dim=LLAMA["head_dim"],
-        num_kv_heads=LLAMA["num_key_value_heads"],
-        rope_theta=10_000,
-        norm_eps=LLAMA["rms_norm_eps"],
-        weight_tying=True,
-    )
+    config = tunix_config()
     tokenizer = words()
     texts = tokenizer.batch_decode(prompt_ids().tolist())
 

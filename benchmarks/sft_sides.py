@@ -10,6 +10,7 @@ import resource
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,19 @@ class Clock:
     @staticmethod
     def say(**values: float) -> None:
         print(MARK + json.dumps(values), flush=True)
+
+
+TRL_ARGUMENTS: dict[str, Any] = {  # of every trainer
+    "max_steps": 10**6,
+    "learning_rate": LEARNING_RATE,
+    "max_grad_norm": MAX_GRAD_NORM,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 def token_ids() -> np.ndarray:
@@ -123,29 +137,18 @@ def trl(clock: Clock) -> None:
         arguments = SFTConfig(
             output_dir=folder,
             per_device_train_batch_size=ROWS,
-            max_steps=10**6,
             max_length=LENGTH,
-            learning_rate=LEARNING_RATE,
-            max_grad_norm=MAX_GRAD_NORM,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **TRL_ARGUMENTS,
         )
         data = Dataset.from_dict({"input_ids": token_ids().tolist()})
         SFTTrainer(_llama(), arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Rounds()]).train()
 
 
-def tunix(clock: Clock) -> None:
-    import jax
-    import optax
-    from flax import nnx
-    from tunix.models.llama3.model import Llama3, ModelConfig
-    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+def tunix_config():
+    """The benchmark's model in Tunix."""
+    from tunix.models.llama3.model import ModelConfig
 
-    config = ModelConfig(
+    return ModelConfig(
         num_layers=LLAMA["num_hidden_layers"],
         vocab_size=VOCAB,
         embed_dim=LLAMA["hidden_size"],
@@ -157,6 +160,16 @@ def tunix(clock: Clock) -> None:
         norm_eps=LLAMA["rms_norm_eps"],
         weight_tying=True,
     )
+
+
+def tunix(clock: Clock) -> None:
+    import jax
+    import optax
+    from flax import nnx
+    from tunix.models.llama3.model import Llama3
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+    config = tunix_config()
     causal = np.tril(np.ones((LENGTH, LENGTH), bool))[None].repeat(ROWS, 0)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
 
