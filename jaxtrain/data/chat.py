@@ -252,7 +252,7 @@ class ChatTokenizer:
                 raise ValueError(
                     f"messages[{answer.message}]: the chat template prompts for this turn with {answer.unlike!r} and "
                     "writes it otherwise, so what is trained would not be what the model must write: "
-                    + _mend(answer.unlike, self.reads)
+                    + _advice(answer.unlike, self.reads)
                     + ("" if split else f"; {CHOICES}")
                 )
         return any(answer.unlike for answer in answers)
@@ -283,15 +283,15 @@ class ChatTokenizer:
         return tuple(found)
 
 
-def _mend(asked: str, reads: Collection[str]) -> str:
+def _advice(asked: str, reads: Collection[str]) -> str:
     """What to do about a turn that cannot follow its prompt `asked`, under a template that reads these arguments."""
     begin = opened_thought(asked)
     if not begin:
         return "the prompt holds an empty thought and the turn has one: remove its thought, or let the prompt open one"
-    mend = f"the prompt opens a thought with {begin} that this turn does not have: give the turn one"
+    advice = f"the prompt opens a thought with {begin} that this turn does not have: give the turn one"
     if "enable_thinking" in reads:
-        mend += ", or data.chat_template_kwargs={enable_thinking: false}, which puts an empty one into the prompt"
-    return f"{mend}, or give a template whose prompt opens none as model.chat_template"
+        advice += ", or data.chat_template_kwargs={enable_thinking: false}, which puts an empty one into the prompt"
+    return f"{advice}, or give a template whose prompt opens none as model.chat_template"
 
 
 def _turn_spans(traced: Trace, weights: Sequence[float]) -> list[tuple[int, int, float]]:

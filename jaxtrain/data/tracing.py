@@ -113,8 +113,10 @@ def variables_read(source: str) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    """That in which apply_chat_template renders, with limits. It is taken from a template that says nothing, since
-    compiling computes what is constant."""
+    """The environment of `apply_chat_template`, with limits.
+
+    It is made for an empty template, because compiling one already computes its constant expressions.
+    """
     environment = _compile_jinja_template("").environment
     assert isinstance(environment, SandboxedEnvironment)
     limit_environment(environment)

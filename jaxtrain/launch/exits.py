@@ -1,4 +1,4 @@
-"""What the exit code of `jaxtrain train` says: whether a restart may mend the failure."""
+"""What the exit code of `jaxtrain train` says: whether a restart may help."""
 
 import signal
 

@@ -69,7 +69,7 @@ class GatedDeltaNet(nnx.Module):
         """The output, and the state after the tokens of each row that are not padding (segment 0).
 
         Without a cache, every segment starts from a state of zeros. With one, the tokens continue the rows of the
-        cache, and a token at position 0 starts a row anew.
+        cache, and a token at position 0 starts a row with zeros.
         """
         before = cache or RecurrentState.empty(self.sizes, len(x), x.dtype)
         real = inputs.segment_ids != 0
