@@ -57,7 +57,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def version(info: Mapping[str, Any], *, times: bool = False) -> dict[str, str]:
-    """What the server's description of a file says of its version; with `times`, also of when it was written."""
+    """The version of a file from the server's description; with `times`, also of when it was written."""
     marks = (*_VERSIONS, *_TIMES) if times else _VERSIONS
     return {mark: str(info[mark]) for mark in marks if info.get(mark)}
 

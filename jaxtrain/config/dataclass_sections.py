@@ -25,7 +25,7 @@ class FieldsOf:
 
     `set_elsewhere`: the fields that are no keys, and the error for a user who sets one.
     `only_of`: the class whose subclasses `set_elsewhere` is about; default: all.
-    `has_name`: whether the section has a key `name` besides, which says which dataclass.
+    `has_name`: whether the section has a key `name` besides, which selects the dataclass.
     """
 
     path: str

@@ -71,14 +71,14 @@ class RLSection(Section):
 
     @property
     def rewarded(self) -> bool:
-        """Whether anything but a teacher says what a sample is worth."""
+        """Whether samples have rewards from anything but a teacher."""
         return bool(self.rewards or self.reward_models or self.environment)
 
     @model_validator(mode="after")
     def _fits_together(self) -> RLSection:
         algorithm = self.algorithm
         if not self.rewarded and not algorithm.needs_teacher:
-            raise ValueError("nothing says what a sample is worth: give `rewards`, `reward_models` or an `environment`")
+            raise ValueError("samples have no reward: give `rewards`, `reward_models` or an `environment`")
         if not self.rewarded and algorithm.max_refills:
             raise ValueError(
                 f"algorithm.max_refills={algorithm.max_refills}: dynamic sampling replaces groups whose rewards are "

@@ -28,7 +28,7 @@ from jaxtrain.config.sections import (
 from jaxtrain.config.teacher import TeacherSection, check_teacher
 from jaxtrain.types import GROUP_PLACE
 
-_PRESETS = {  # the objective of each recipe, unless `objective.name` says so
+_PRESETS = {  # the objective of each recipe, unless `objective.name` is set
     "sft": "jaxtrain.objectives:SFT",
     "preference": "jaxtrain.objectives:DPO",
     "reward": "jaxtrain.objectives:BradleyTerry",
@@ -242,11 +242,11 @@ class RunConfig(Section):
         return replace(self.rl.algorithm, objective=self.objective)
 
     def check_length(self) -> None:
-        """Raise ValueError where nothing says how long the run is, which a config that only describes may leave out."""
+        """Raise ValueError where the length of the run is not given, as a config that is not run may leave it."""
         endless = [source.path for source in self.data.train_sources if source.epochs is None]
         if self.train.steps is None and self.train.epochs is None and endless:
             raise ValueError(
-                "give train.steps or train.epochs: nothing says how long the run is, since data.train "
+                "give train.steps or train.epochs: the length of the run is unknown, since data.train "
                 f"({endless[0]}) is read over and over"
             )
 

@@ -6,7 +6,7 @@
       - {name: sft, recipe: sft, data: ..., train: ...}
       - {name: dpo, recipe: preference, data: ..., train: ...}
 
-Keys beside `stages` apply to every stage, unless the stage says otherwise. A stage's folder is `run.dir/NAME`; its
+Keys beside `stages` apply to every stage, unless the stage overrides them. A stage's folder is `run.dir/NAME`; its
 model is `run.dir/NAME/export`, which the next stage reads: `model.path` and the other keys that an export settles,
 beside `stages` or in an override of all stages, are of the first stage alone.
 """

@@ -94,7 +94,7 @@ class ChatTokenizer:
         `loss_on="all"` they apply to whole turns of any role, and text outside of turns weighs 1.
 
         Templates leave out the thoughts of earlier turns. Where such a turn is trained, or is part of the prompt for
-        one that is, `thoughts="check"` is an error and `"accept"` says so in the result. A last turn that is trained
+        one that is, `thoughts="check"` is an error and `"accept"` reports it in the result. A last turn that is trained
         alone follows the prompt for it; with `"prompted"` also where the template does not write the thought that its
         prompt opens.
 

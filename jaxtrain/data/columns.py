@@ -48,7 +48,7 @@ _OTHER_WEIGHTS = {
     **dict.fromkeys(("loss_weight", "sample_weight", "example_weight", "loss_scale"), _ROW_WEIGHT),
     **dict.fromkeys(
         ("mask", "masks", "loss_mask", "train_mask", "mask_history"),
-        "which turns of a conversation are trained is said by a `weight` in each message; data.loss_on=last trains the "
+        "which turns of a conversation are trained is set by a `weight` in each message; data.loss_on=last trains the "
         "last one alone",
     ),
 }
@@ -108,7 +108,7 @@ RENDERED_COLUMNS = (*TEMPLATE_COLUMNS, "messages", "conversations", "prompt", "c
 
 
 def rename_columns(row: Row, columns: dict[str, str]) -> Row:
-    """`row` under our names. A map also says which kind of example is meant where a row could be several.
+    """`row` under our names. A map also selects the kind of example where a row could be several.
 
     Columns of the other kinds and columns without a known meaning are then left out.
     """
@@ -182,7 +182,7 @@ def row_weight(row: Row) -> float:
 
 
 def reference_answer(row: Row) -> Any:
-    """What verl's `reward_model` or Alpaca's `output` says is right; None where the row has an `answer`, or neither."""
+    """The answer in verl's `reward_model` or Alpaca's `output`; None where the row has an `answer`, or neither."""
     if row.get("answer") is not None:
         return None
     verl = row.get("reward_model")

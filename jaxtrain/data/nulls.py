@@ -125,7 +125,7 @@ def _arguments(value: Any, schema: Any, guessed: list[str], kind: pa.DataType | 
 
 
 def _origin(key: str, schema: Any, kind: pa.DataType | None) -> Literal["written", "filling", "guess"]:
-    """Where a null of an argument comes from; "guess" where nothing says so, and it is taken for a filling."""
+    """Where a null of an argument comes from; "guess" where there is no evidence and it is taken for a filling."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if isinstance(properties, dict):
         if properties.get(key) is None:

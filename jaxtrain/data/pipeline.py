@@ -313,7 +313,7 @@ def _report_order(sources: Sequence[Source], data: DataSection) -> None:
         )
     for source in sources if data.shuffle else ():
         if source.stream is not None:
-            log.info("%s: a stream is read in its own order, whatever data.shuffle says", source.section.path)
+            log.info("%s: a stream is read in its own order; data.shuffle has no effect on it", source.section.path)
 
 
 def _open_rows(state: State) -> int:

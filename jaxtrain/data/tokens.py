@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def without_limits(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The `tokenizers.Tokenizer` inside, set not to pad or cut whatever its file says: packing does both."""
+    """The `tokenizers.Tokenizer` inside, with padding and truncation turned off, since packing does both."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
@@ -89,7 +89,7 @@ class TokenLocator:
 
 
 def by_offsets(text: str, encoding: Any) -> LocatedTokens:
-    """The tokens where the tokenizer says they are. Added ones, without a place, follow the last."""
+    """The tokens at the offsets of the tokenizer. Added ones, without a place, follow the last."""
     starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     starts = np.maximum.accumulate(starts)
     return LocatedTokens(np.array(encoding.ids, np.int32), starts, np.maximum(ends, starts), text)

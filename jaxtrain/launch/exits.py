@@ -1,4 +1,4 @@
-"""What the exit code of `jaxtrain train` says: whether a restart may help."""
+"""The meaning of exit codes of `jaxtrain train`: whether a restart may help."""
 
 import signal
 

@@ -78,7 +78,7 @@ class PolicyObjective(Checked, ABC):
     correction: Correction | None = BY_TOKEN  # of the gap between the sampler's and the trainer's probabilities
     max_completion_length: PositiveInt = 1  # the divisor of `dr_grpo`
     temperature: PositiveFloat = 1.0  # that the samples were drawn at
-    # Whether the derivative of `surrogate` is 0 where the advantage is. A class with its own surrogate says so itself.
+    # Whether the derivative of `surrogate` is 0 where the advantage is. A class with its own surrogate sets it.
     proportional: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:

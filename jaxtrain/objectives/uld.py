@@ -35,7 +35,7 @@ class ULD(Checked):
     """
 
     divergence_weight: PositiveFloat = 1.0
-    ce_weight: NonNegativeFloat = 1.0  # without it nothing but the continuations within groups says which token it is
+    ce_weight: NonNegativeFloat = 1.0  # without it only the continuations within groups tell which token it is
     top_k: PositiveInt = 128
 
     @property

@@ -89,7 +89,7 @@ def local_shards(mesh: Mesh, rows: int, shards: int) -> range:
 def place_batch(batch: Batch, mesh: Mesh, rows: int | None = None) -> Batch:
     """Put this host's rows onto its devices; the result is the global batch of `rows` (default: of all hosts' rows).
 
-    `batch` holds the rows of `local_rows`, or all of them where `rows` says so.
+    `batch` holds the rows of `local_rows`, or all of them, depending on `rows`.
     """
     sharding = batch_sharding(mesh)
     if rows is None:

@@ -29,7 +29,7 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
 
 
 def engine_mesh(section: MeshSection, devices: Sequence[Any]) -> Mesh:
-    """A sampler's mesh: split over "tensor" and "expert" as `section` says, as far as the number of devices permits."""
+    """A sampler's mesh: split over "tensor" and "expert" as in `section`, as far as the number of devices permits."""
     sizes, remaining = {}, len(devices)
     for axis in ("tensor", "expert"):
         wanted = getattr(section, axis)

@@ -49,7 +49,7 @@ class JobFailure(NamedTuple):
 class _Connection:
     def __init__(self, to: socket.socket) -> None:
         self.socket, self.unread = to, b""
-        self.process = -1  # until it has said its name
+        self.process = -1  # until it has sent its number
         self.host = "an unknown host"
         self.here = True  # False once it needs no other process any more
         self.busy = False

@@ -90,7 +90,7 @@ def _compile(lowered: jax.stages.Lowered, platform: str) -> Compiled:
         return Compiled("", time.perf_counter() - start, refused=int(float(found[1]) * _UNITS[found[2]]))
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None, "the compiler says nothing of its program"
+    assert memory is not None and text is not None, "the compiler gives no analysis of its program"
     return Compiled(
         text,
         seconds,

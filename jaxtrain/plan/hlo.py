@@ -51,7 +51,7 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate. Of what it cannot estimate it says an absurd number."""
+        """The compiler's estimate. For an operation that it cannot estimate this is an absurd number."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found[1]) if found and int(found[1]) < 1e15 else None
 

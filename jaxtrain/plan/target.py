@@ -174,7 +174,7 @@ def _gpu_devices(target: Target, gpu: Gpu) -> Sequence[Any]:
 
 def _cpu_devices(count: int) -> Sequence[Any]:
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX has made its devices before; the check below says so
+        with contextlib.suppress(RuntimeError):  # JAX has initialized its devices already; the check below reports it
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:

@@ -213,7 +213,7 @@ class _Printer:
         self._console.print(Text(text))
 
     def stream(self, config: RunConfig, stream: TrainStream | PromptStream[Any]) -> None:
-        """What is known of a run on a stream. Raises ValueError where nothing says how long it is."""
+        """What is known of a run on a stream. Raises ValueError where its length is not given."""
         stream.check_length(config.train.steps)
         assert config.train.steps is not None
         self.line("lengths, density and epochs are not known in advance: a source is a stream")

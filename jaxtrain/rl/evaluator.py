@@ -66,7 +66,7 @@ def eval_rewards(
 
     converses = sampler is not None and config.rl is not None and config.rl.environment is not None
     if converses and config.eval.greedy:
-        raise ValueError("eval.greedy: conversations with an environment are sampled as `sampling` says")
+        raise ValueError("eval.greedy: conversations with an environment always use `sampling`")
 
     def own_answers(*, greedy: bool) -> list[Trajectory]:
         if converses:

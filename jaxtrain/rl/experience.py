@@ -232,7 +232,7 @@ def add_advantages(
 
 
 def _outcomes(trajectories: Sequence[Trajectory], weights: Mapping[str, float] | None) -> Outcomes:
-    """What rewards and environments said of the trajectories; `weights` of the parts of a reward."""
+    """The results of rewards and environments for the trajectories; `weights` of the parts of a reward."""
     zeros = [np.zeros(len(t.completion_ids)) for t in trajectories]
     names = sorted({name for t in trajectories for name in t.rewards})
     return Outcomes(

@@ -41,7 +41,7 @@ class WorkerSpec:
     mesh: MeshSection = MeshSection()  # noqa: RUF009 - immutable. Of the trainer; see `on_devices`
 
     def on_devices(self, devices: Sequence[Any]) -> WorkerSpec:
-        """With the model on these devices, over several of which it is split as `mesh` says, where that fits."""
+        """With the model on these devices, over which it is split by `mesh` where the sizes permit."""
         mesh = None if len(devices) == 1 else engine_mesh(self.mesh, devices)
         return replace(self, model=rollout_model(self.model, mesh))
 

@@ -59,7 +59,7 @@ class Declaration(NamedTuple):
 
     @property
     def frozen(self) -> Params:
-        """The part of `target` that is not trained, quantised if the section says so."""
+        """The part of `target` that is not trained, quantised if the section asks for it."""
         if not self.model.base_frozen:
             return {}
         base = self.model.split(self.target)[1]

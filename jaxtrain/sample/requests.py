@@ -125,9 +125,9 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             self._refuse("logit_bias", BIAS.problem(f"logit_bias of token {token}", bias))
         if self.trie is not None and self.min_tokens:
-            self._refuse("min_tokens", "a trie says where a sample ends, so min_tokens must be 0")
+            self._refuse("min_tokens", "a trie defines where a sample ends, so min_tokens must be 0")
         if self.grammar is not None and self.min_tokens:
-            self._refuse("min_tokens", "a grammar says where a sample may end, so min_tokens must be 0")
+            self._refuse("min_tokens", "a grammar defines where a sample may end, so min_tokens must be 0")
         object.__setattr__(self, "stop", tuple(self.stop))  # so that equal parameters compare equal
         if not isinstance(self.trie, Trie | None):
             self._refuse("trie", f"trie must be a Trie, not {shown(self.trie)}")

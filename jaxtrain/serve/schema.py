@@ -34,7 +34,7 @@ OTHERWISE = {
     "top_k": "-1 keeps all, too",
     "stop_ids": "vLLM's name is stop_token_ids",
     "alternatives": "OpenAI's names are logprobs and top_logprobs",
-    "logprobs": "OpenAI's logprobs says whether they are answered; the engine always computes them",
+    "logprobs": "OpenAI's logprobs decides whether they are returned; the engine always computes them",
     "logit_bias": "its keys are text in JSON",
     "allowed_ids": "no API has it",
     "trie": "no API has it",

@@ -65,7 +65,7 @@ def run_length(config: RunConfig, stream: TrainStream, encode: Callable[[Any], A
     """The steps of the run: `train.steps`, or as many as the data makes, counted.
 
     Every host counts the batches of all hosts. Raises ValueError where the data ends before `train.steps`, and where
-    neither says how long the run is.
+    neither gives the length of the run.
     """
     if not stream.finite:
         stream.check_length(config.train.steps)

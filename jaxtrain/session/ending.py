@@ -1,4 +1,4 @@
-"""What a run says after its last step: what was trained, its metrics, where they are, and what to do next."""
+"""What a run prints after its last step: what was trained, its metrics, where they are, and what to do next."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def end_facts(
             + speed,
         )
     ]
-    # The loss of a policy gradient says nothing of how good the policy is.
+    # The loss of a policy gradient does not measure how good the policy is.
     first = "reward" if config.recipe == "rl" else "loss"
     shown = [name for name in series if name == first or (name.startswith("eval_") and not name.endswith(STD_ERROR))]
     chosen = config.eval.best

@@ -113,7 +113,7 @@ class RunFolder:
             )
 
     def finished(self, step: int, steps: int, pending: bool) -> bool:
-        """Whether nothing is left to do after `step`, the newest checkpoint's; says so if it is.
+        """Whether nothing is left to do after `step`, the newest checkpoint's; prints it if so.
 
         `steps`: of the whole run. `pending`: whether an evaluation or a callback was missing when it was saved.
         """
@@ -164,7 +164,7 @@ class RunFolder:
     def finish(self, of_steps: int, early_end: str = "the data was exhausted") -> None:
         """The run of `of_steps` steps has ended by itself, after the step of its newest checkpoint.
 
-        `early_end` says why, if that is not the last one. Nothing is done if the run did not start.
+        `early_end` is the reason, if that is not the last one. Nothing is done if the run did not start.
         """
         steps = checkpoint_steps(self.path)
         if self._started and self._lock is not None and steps:

@@ -249,7 +249,7 @@ class Session(RunRoles):
         self._profile = stack.enter_context(StepProfile(self.folder.path, config.log.profile, self.window.wait))
         self._page = ReportPage(self.folder.path) if first else None
         if self._page is not None:
-            stack.callback(self._page.write)  # after the last heartbeat, which says how the run ended
+            stack.callback(self._page.write)  # after the last heartbeat, which records how the run ended
         stack.enter_context(self._monitor.running(self.step, self.num_steps))
         run_once((each for each in self._repeatable.values() if each.due(self.step)), self.step)  # after a signal
 
@@ -282,7 +282,7 @@ class Session(RunRoles):
             self._after_step(batch, time.perf_counter() - started)
 
     def sampling(self) -> AbstractContextManager[None]:
-        """A context in which samples are drawn, or waited for: the progress says so."""
+        """A context in which samples are drawn, or waited for: the progress shows it."""
         return self._monitor.wall.sampling()
 
     def report(self, **reports: StepReport | None) -> None:

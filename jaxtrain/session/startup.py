@@ -1,4 +1,4 @@
-"""What a run says before its first step: what is loaded, what is trained, on what, and where."""
+"""What a run prints before its first step: what is loaded, what is trained, on what, and where."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Job:
         if peers is None:
             return
         if _may_be_of_another(error) and peers.failed.wait(_BLAMED_WITHIN):
-            threading.Event().wait()  # until `peers` ends the process: this error says nothing about the cause
+            threading.Event().wait()  # until `peers` ends the process: this error does not name the cause
         if isinstance(error, Interrupted):
             number = self.preemption.requested
             peers.error(stop_message(number), exit_code(number))

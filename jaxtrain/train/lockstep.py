@@ -161,7 +161,7 @@ class Lockstep(Iterator[Batch]):
         if self._error is not None:
             raise self._error
         if decision.failed:
-            raise PeerError("another process cannot go on with its data: its own output says why")
+            raise PeerError("another process cannot go on with its data: see its own output for the reason")
         if not decision.more:
             raise StopIteration
         batch = next(self._stream) if self._stream.has_next() else self._stream.padding()

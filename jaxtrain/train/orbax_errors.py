@@ -32,6 +32,6 @@ def is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def still_runs(error: Exception) -> bool:
-    """Whether the error of a response says that the save is not done. The TimeoutErrors of orbax's barriers have a
+    """Whether the error of a response means that the save is not done. The TimeoutErrors of orbax's barriers have a
     text."""
     return isinstance(error, TimeoutError) and not error.args

@@ -91,7 +91,7 @@ def score(
 
 
 def token_values(model: Model, params: Params, batch: Batch) -> Float[Array, "B T"]:
-    """What a scalar head says of the state before every weighted token: float32 [B, T], 0 elsewhere."""
+    """The output of a scalar head for the state before every weighted token: float32 [B, T], 0 elsewhere."""
     return scores_of(model, params, model.hidden(params, batch), batch, (Value(),)).value
 
 

@@ -13,7 +13,7 @@ def section(**keys):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"rewards": []}, "nothing says what a sample is worth"),
+        ({"rewards": []}, "samples have no reward"),
         ({"rewards": REWARDS * 2}, "two rewards are named 'exact_answer'"),
         ({"reward_models": [{"path": "a", "name": "exact_answer"}]}, "two rewards are named 'exact_answer'"),
         ({"prompts": 6, "minibatches": 4}, "prompts=6 is not a multiple of minibatches=4"),

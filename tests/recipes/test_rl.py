@@ -163,7 +163,7 @@ def test_lora_dropout_is_refused(place, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rewards": []}, "nothing says what a sample is worth"),
+        ({"rewards": []}, "samples have no reward"),
         ({"max_completion_length": 48}, "leaves no room for a prompt"),
         ({"max_completion_length": 40}, "the prompt has .* tokens"),
         ({"algorithm": "grppo"}, "did you mean grpo"),

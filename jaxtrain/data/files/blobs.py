@@ -131,7 +131,7 @@ class RemoteBlob:
         return _blocks(self, start)
 
     def digest(self) -> str:
-        """Of what the server says of the file's version, and where it says nothing, of its first and last bytes."""
+        """Of the file's version as the server reports it; without one, of the file's first and last bytes."""
         found = version(self._info)
         return hashlib.sha256(repr((self.size, found)).encode()).hexdigest()[:16] if found else _digest(self, 2)
 

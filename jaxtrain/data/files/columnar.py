@@ -141,7 +141,7 @@ class ParquetRows(ColumnarRows):
         return file.iter_batches(rows, row_groups=[group])
 
     def _growth(self) -> float:
-        """How many times larger rows are when decoded than the file's metadata says, which counts a text of a
+        """How many times larger rows are when decoded than in the file's metadata, which counts a text of a
         dictionary once however often it occurs. Estimated from the first rows of the file."""
         first = self._metadata.row_group(0) if self._metadata.num_row_groups else None
         columns = [first.column(number) for number in range(first.num_columns)] if first and first.num_rows else []

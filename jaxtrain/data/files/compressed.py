@@ -3,7 +3,7 @@
 - gzip: a point is the start of a member, or a copy of zlib's state (about 40 KiB) in the middle of one.
 - zstd: a point is the start of a frame, since the decoder's state cannot be copied. A frame that is long, such as the
   only one that `zstd FILE` writes, is compressed again, in short frames, into an unnamed temporary file, one for all
-  files, which is about as large as the originals and which the system removes with the process. The log says so.
+  files, which is about as large as the originals and which the system removes with the process. This is logged.
 
 What was decompressed between two points is held in the cache.
 """

@@ -1,6 +1,6 @@
 """Data sets on the Hugging Face hub: which of a repository's files are a split, downloaded into the hub's cache.
 
-A repository says it in the header of its README (`configs`, with `data_files`), as `datasets` reads it; otherwise
+A repository declares it in the header of its README (`configs`, with `data_files`), as `datasets` reads it; otherwise
 the names of files or folders contain the name of the split, below a folder named after the configuration.
 """
 
@@ -75,7 +75,7 @@ def _splits(
         files = [file for file in files if file.startswith(f"{folder}/")]
     if len({Path(file).suffix for file in files}) > 1:
         raise DataError(
-            f"{path}: holds several kinds of files and says nothing of them: name one kind, as "
+            f"{path}: holds several kinds of files and does not declare which are its data: name one kind, as "
             f"hf://datasets/{path.removeprefix(HUB)}/**/*{Path(files[0]).suffix}"
         )
     splits = {

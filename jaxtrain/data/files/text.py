@@ -33,7 +33,7 @@ _STRUCTURE = np.isin(np.arange(256), list(b'{}[]"'))
 
 
 class TextRows(ABC):
-    """Rows of a text file. A subclass says where rows start and how one is parsed."""
+    """Rows of a text file. A subclass defines where rows start and how one is parsed."""
 
     types: Mapping[str, pa.DataType] = {}  # JSON and CSV have no nested columns that Arrow would fill
 

@@ -37,7 +37,7 @@ class HeadShapes(NamedTuple):
 def agrees_with_xla(shapes: HeadShapes) -> bool:
     """Whether outputs and gradients of cuDNN's attention are those of XLA's on this process's first device.
 
-    It takes some seconds. Where it does not, a warning says why.
+    It takes some seconds. Otherwise a warning gives the reason.
     """
     if shapes.softcap is not None:
         log.warning("cuDNN attention has no softcap: attention runs in XLA, which is several times slower")
