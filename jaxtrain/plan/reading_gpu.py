@@ -1,8 +1,8 @@
 """What a compiled program for NVIDIA GPUs does and how long that would take: a roofline of its kernels.
 
-XLA has no time estimates for GPUs. The time of a kernel is that of a launch and the longer of those of its FLOPs and its
-bytes, at the shares of `prices.Gpu`. Collectives run, one by one, during the kernels that the schedule puts between their
-start and their end.
+XLA has no time estimates for GPUs. The time of a kernel is that of a launch plus the longer of those of its FLOPs and
+of its bytes, at the shares of `prices.Gpu`. Collectives run, one by one, during the kernels that the schedule puts
+between their start and their end.
 """
 
 from __future__ import annotations

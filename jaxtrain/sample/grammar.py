@@ -1,7 +1,7 @@
 """Grammars that a sample follows: JSON schemas, regular expressions and Lark grammars, by the package llguidance.
 
-A matcher of each sample computes on the host which tokens may come next. Therefore a device call generates only one token
-while a sample with a grammar runs.
+A matcher of each sample computes on the host which tokens may come next. Therefore a device call generates only one
+token while a sample with a grammar runs.
 """
 
 from __future__ import annotations

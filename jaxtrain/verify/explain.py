@@ -1,8 +1,8 @@
 """Explains a mismatch: computes what could have been done instead, and names what reproduces either side.
 
 The inputs of attention and of the experts agree when the mismatch lies after them. A short numpy implementation then
-computes their outputs, with the config's values and with one change at a time. The variant that equals our values and the
-one that equals those of transformers show what each of them does.
+computes their outputs, with the config's values and with one change at a time. The variant that equals our values and
+the one that equals those of transformers show what each of them does.
 """
 
 import itertools
