@@ -197,7 +197,12 @@ def ignored_columns(row: Row) -> list[str]:
     known = _KNOWN_COLUMNS[kind]
     if kind == "messages" and row.get("messages") is None:
         known = known | {"conversations"}
-    return [column for column, value in row.items() if column not in known and not _changes_nothing(column, value)]
+    other = [name for name in _NOT_TRAINED if row.get(name) not in (None, "", []) and _truth(row[name]) is None]
+    return [
+        column
+        for column, value in row.items()
+        if column in other or not (column in known or _changes_nothing(column, value))
+    ]
 
 
 def check_columns(row: Row, kind: str) -> None:
@@ -247,7 +252,12 @@ def _weighs_tokens(column: str, value: Any) -> bool:
     """
     if not isinstance(value, list) or not value or column in (*TOKEN_COLUMNS, "special_tokens_mask"):
         return False
-    return any(name in column.lower() for name in ("mask", "weight", "loss", "label", "target"))
+    return any(name in column.lower() for name in ("mask", "weight", "loss", "label", "target", "train"))
+
+
+def _truth(value: Any) -> bool | None:
+    """What a flag says, also one that is text, as in CSV; None for a value that is no flag."""
+    return {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}.get(str(value).lower())
 
 
 def _changes_nothing(column: str, value: Any) -> bool:
@@ -256,8 +266,8 @@ def _changes_nothing(column: str, value: Any) -> bool:
         return value == list(range(len(value)))
     if column == "token_type_ids" and isinstance(value, list):
         return not any(value)
-    if column in _NOT_TRAINED:  # other numbers have another meaning
-        return value is None or value != 0
+    if column in _NOT_TRAINED and not isinstance(value, list):
+        return _truth(value) is not False
     if column == "train_on_inputs" and value is False:
         return True
     return value is None or value == "" or value == [] or value == {}

@@ -5,7 +5,8 @@ A part whose words occur in the rendered text is assumed to be written, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxtrain.data.rendering import PROBE, Chat, Template
@@ -14,6 +15,7 @@ from jaxtrain.data.tracing import Message, Trace
 
 Render = Callable[[Chat], str]
 
+_PARTS = ("content", "reasoning_content", "tool_calls")  # of a message
 _ENDS = [[end] for _, end in THOUGHTS]
 
 CHOICES = (
@@ -48,7 +50,7 @@ class LeftOut:
                 changed = chat.with_message(number, message | {"content": PROBE})
                 # Of neighbours with one role a template may write only the first, or the last.
                 beside = [each["role"] for each in chat.messages[max(number - 1, 0) : number + 2]]
-                key = ("role", number == 0, *beside) if said in text else None
+                key = ("role", number == 0, bool(chat.tools), _arguments(chat), *beside) if said in text else None
                 if not self._is_written(key, text, render, [changed]):
                     raise ValueError(
                         f"messages[{number}]: the chat template writes nothing for a message of the role {role!r}: "
@@ -63,7 +65,7 @@ class LeftOut:
         Raises ValueError for them unless they are accepted, and in any case for thoughts that it writes in no turn and
         for other content that it leaves out.
         """
-        text, blocks, left_out = traced.text, traced.blocks, False
+        text, left_out = traced.text, False
         for number, message in enumerate(chat.messages):
             if message["role"] != "assistant":
                 continue
@@ -71,7 +73,7 @@ class LeftOut:
                 left_out |= self._check_context(traced, chat, weights, number, accept=accept)
                 continue
             for part, words, changed in _parts(message):
-                written = number in blocks and words in text[slice(*blocks[number])]
+                written = _is_in(traced, number, words, changed)
                 key = (part, self._template.source(chat.tools), *_kind(chat, number)) if written else None
                 if self._is_written(key, text, self._render, [chat.with_message(number, changed)]):
                     continue
@@ -111,7 +113,7 @@ class LeftOut:
             return False
         asked = chat.until(later)
         for part, words, changed in _parts(chat.messages[number]):
-            written = number in traced.blocks and words in traced.text[slice(*traced.blocks[number])]
+            written = _is_in(traced, number, words, changed)
             key = ("context", part, self._template.source(chat.tools), *_kind(chat, number)) if written else None
             if self._is_written(key, traced.text, self._render, [chat.with_message(number, changed)]):
                 continue
@@ -187,9 +189,30 @@ class LeftOut:
 
 def _kind(chat: Chat, number: int) -> tuple[Any, ...]:
     """What a template's choice of the parts of a turn may depend on."""
-    message, following = chat.messages[number], [message["role"] for message in chat.messages[number + 1 :]]
-    has = [bool(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
-    return *has, *following[:1], "user" in following
+    following = [(message["role"], bool(message.get("tool_calls"))) for message in chat.messages[number + 1 :]]
+    has = [bool(chat.messages[number].get(part)) for part in _PARTS]
+    return *has, bool(chat.tools), _arguments(chat), *following[:1], frozenset(following)
+
+
+def _arguments(chat: Chat) -> str:
+    return json.dumps(chat.kwargs, sort_keys=True) if chat.kwargs else ""
+
+
+def _is_in(traced: Trace, number: int, words: str, others: Message) -> bool:
+    """Whether words of message `number` occur in what is written for it more often than in its `others`."""
+    if number not in traced.blocks:
+        return False
+    return traced.text[slice(*traced.blocks[number])].count(words) > sum(
+        _occurrences(others.get(part), words) for part in _PARTS
+    )
+
+
+def _occurrences(value: Any, words: str) -> int:
+    """Of words in the texts within a value."""
+    if isinstance(value, str):
+        return value.count(words)
+    inner: Iterable[Any] = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+    return sum(_occurrences(each, words) for each in inner) if isinstance(value, dict | list) else 0
 
 
 def _changed_keys(message: Message, keys: Collection[str]) -> Iterator[tuple[str, list[Message]]]:

@@ -94,6 +94,8 @@ CHAT_ROW = {"prompt": "q", "completion": "a"}
         (CHAT_ROW | {"documents": [{"text": "x"}]}, "prompt+completion"),
         ({"messages": CHAT, "train": False}, "messages"),
         ({"text": "x", "loss": 0}, "text"),
+        *((CHAT_ROW | {"train": flag}, "prompt+completion") for flag in ("0", "False", [0, 1])),  # text, as of CSV
+        ({"input_ids": [1, 2], "is_trained": [0, 1]}, "input_ids"),
         ({"messages": CHAT, "train_on_inputs": True}, "messages"),
         ({"input_ids": [1, 2], "prompt_length": 1}, "input_ids"),
     ],
@@ -140,6 +142,7 @@ def test_alpacas_columns_are_a_prompt_and_a_completion():
         ({"messages": CHAT, "conversations": CHAT}, ["conversations"]),
         ({"prompt": "a", "completion": "b", "label": False, "chosen": "c"}, ["label", "chosen"]),
         ({"instruction": "a", "input": "i", "output": "b", "text": "c"}, ["text"]),
+        ({"text": "x", "train": "true", "loss": 0.7}, ["loss"]),
         ({"input_ids": [1, 2], "position_ids": [0, 1], "special_tokens_mask": [1, 0]}, ["special_tokens_mask"]),
     ],
 )

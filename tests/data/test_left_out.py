@@ -98,6 +98,18 @@ def test_words_that_occur_elsewhere_do_not_hide_what_is_left_out():
         ChatTokenizer(tokenizer(silent))([USER, {"role": "assistant", "content": "What?"}])
 
 
+def test_a_thought_that_other_rows_show_is_missed_where_its_words_occur_in_the_same_turn():
+    """GPT-OSS writes the thought of a call unless an answer follows. Arguments, or a template argument, decide too."""
+    chat, thought = made("gpt-oss"), {"reasoning_content": "add"}
+    chat([USER, calling("add", reasoning_content="I wonder"), RESULT, calling("add", reasoning_content="I wonder")])
+    with pytest.raises(ValueError, match=r"messages\[1\]: .* thoughts of earlier turns"):
+        chat([USER, calling("add", **thought), RESULT, PARIS])
+    chat, talk = made("nemotron3"), [USER, PARIS | {"reasoning_content": "Paris"}, USER, THOUGHTFUL]
+    chat(talk, template_kwargs={"truncate_history_thinking": False})
+    with pytest.raises(ValueError, match=r"messages\[1\]: .* thoughts of earlier turns"):
+        chat(talk)
+
+
 @pytest.mark.parametrize(
     "content", ["<think>a</think>so<think>c</think>Paris", "Sure. <think>hm</think>Paris"], ids=["two", "not at first"]
 )

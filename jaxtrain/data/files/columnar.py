@@ -35,7 +35,10 @@ class ColumnarRows(ABC):
     block_bytes: int
 
     def __init__(self, blob: StoredBlob, schema: pa.Schema, counts: list[int], limit: int | None):
-        """`counts`: the rows of each piece."""
+        """`counts`: the rows of each piece. Raises DataError for a column that is there twice."""
+        twice = [name for number, name in enumerate(schema.names) if name in schema.names[:number]]
+        if twice:
+            raise DataError(f"{blob.name}: there are several columns {twice[0]!r}, of which a row can hold one")
         self._blob, self._number = blob, CACHE.number()
         self.types = {field.name: field.type for field in schema}
         ends = np.cumsum(counts, dtype=np.int64)

@@ -3,8 +3,10 @@
 import difflib
 import glob
 import json
+import logging
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -20,6 +22,8 @@ from jaxtrain.data.files.text import Csv, JsonArray, JsonLines, holds_array
 from jaxtrain.hub import download_command, is_hub_name, is_offline
 from jaxtrain.remote import RemoteError, filesystem_of, is_missing, is_url
 
+log = logging.getLogger(__name__)
+
 _TEXT = (".jsonl", ".json", ".csv")
 _STORED: dict[str, Callable[[StoredBlob, int | None], Rows]] = {
     ".parquet": ParquetRows,
@@ -27,6 +31,9 @@ _STORED: dict[str, Callable[[StoredBlob, int | None], Rows]] = {
     ".feather": ArrowRows,
     ".array_record": ArrayRecordRows,
 }
+_ABOUT = ("README", "LICENSE", "CHANGELOG")  # files that are no data
+_NAMED = 5  # files in a warning
+_SHARD = re.compile(r"-(\d+)-of-(\d+)")
 _SAVED = "state.json"  # beside the files that `datasets.save_to_disk` writes
 KINDS = (*_TEXT, *(text + packed for text in _TEXT for packed in SUFFIXES), *_STORED)
 
@@ -47,7 +54,7 @@ def find_files(path: str, *, config: str | None = None, split: str | None = None
 
 def file_format(name: str) -> str | None:
     """Which of `KINDS` a file is by its name. A shard's number may follow: `x.array_record-00000-of-00010`."""
-    names = [re.sub(r"-\d+-of-\d+$", "", each) for each in (_without_query(name), *_query_values(name))]
+    names = [re.sub(_SHARD.pattern + "$", "", each) for each in (_without_query(name), *_query_values(name))]
     kinds = sorted(KINDS, key=len, reverse=True)
     return next((kind for each in names for kind in kinds if each.endswith(kind)), None)
 
@@ -88,9 +95,11 @@ def _find_local(path: str) -> list[str]:
         # Hidden ones are copies that editors and notebooks leave.
         shown = (file for file in files if not any(part.startswith(".") for part in file.relative_to(where).parts))
         return _data_files(path, sorted(map(str, shown)))
-    found = [file for file in sorted(glob.glob(path, recursive=True)) if holds_rows(file)]
+    matched = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    found = [file for file in matched if holds_rows(file)]
     if not found:
         raise DataError(f"{path}: no such file" + _nearest_file(where) + _hub_hint(path))
+    _warn_of_other_files(path, tuple(matched), tuple(found))
     return found
 
 
@@ -98,9 +107,11 @@ def _find_remote(url: str) -> list[str]:
     filesystem, path = _filesystem(url)
     with data_errors(url):
         if set(_without_query(url)) & set("*?["):
-            found = sorted(file for file in filesystem.glob(path) if holds_rows(file))
+            matched = sorted(filesystem.glob(path))
+            found = [file for file in matched if holds_rows(file)]
             if not found:
                 _check_reachable(filesystem, re.split(r"[*?\[]", path)[0].rpartition("/")[0] + "/")
+            _warn_of_other_files(url, tuple(matched), tuple(found))
         elif file_format(url) is not None:
             found = [path] if _exists(filesystem, path) else []
         else:
@@ -159,7 +170,26 @@ def _data_files(folder: str, names: list[str]) -> list[str]:
     found = [name for within, files in by_folder.items() for name in _saved(within, files) if holds_rows(name)]
     if not found:
         raise DataError(f"{folder}: the folder holds no data file ({', '.join(KINDS)})")
+    _warn_of_other_files(folder, tuple(names), tuple(found))
     return found
+
+
+@cache  # once
+def _warn_of_other_files(path: str, names: tuple[str, ...], read: tuple[str, ...]) -> None:
+    """Warn of files `names` of a folder or a glob that are of another kind than those `read`, and of missing shards."""
+    others = [name for name in names if file_format(name) is None]
+    others = [name for name in others if Path(name).suffix and not Path(name).name.upper().startswith(_ABOUT)]
+    if others:
+        more = ", ..." if len(others) > _NAMED else ""
+        shown = ", ".join(Path(name).name for name in others[:_NAMED])
+        log.warning("%s: %d files of an unknown kind are not read: %s%s", path, len(others), shown, more)
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for name in read:
+        if shard := _SHARD.search(name):
+            numbers.setdefault((name[: shard.start()], int(shard[2])), set()).add(int(shard[1]))
+    for (name, shards), found in numbers.items():
+        if len(found) < shards:
+            log.warning("%s: %d of the %d shards of %s are missing", path, shards - len(found), shards, Path(name).name)
 
 
 def _saved(folder: str, names: list[str]) -> list[str]:

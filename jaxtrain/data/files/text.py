@@ -167,7 +167,7 @@ class JsonLines(TextRows):
 
     def _is_spread(self, text: bytes) -> bool:
         """Whether the file begins with an object that its first line `text` does not close."""
-        if not text.lstrip(_BOM).startswith(b"{"):
+        if not text.lstrip(_BOM).startswith(b"{") or not text.endswith(b"\n"):
             return False
         head = self._blob.read(0, _HEAD_BYTES)
         try:

@@ -111,6 +111,18 @@ def test_pieces_that_are_read_together_are_decoded_in_one_pass(tmp_path, monkeyp
     assert [name[-9:] for name in opened] == ["b.parquet", "a.parquet", "a.parquet"]  # two row groups of the first file
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_column_that_is_there_twice_is_named(tmp_path, name):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=f"{name}: there are several columns 'text'"):
+        Source(SourceSection(path=str(tmp_path / name)))
+
+
 def test_columns_of_bytes_are_named_where_text_is_read(tmp_path):
     table = pa.table({"q": pa.array([b"a"]), "a": ["b"], "image": pa.array([b"c"])})
     pq.write_table(table, tmp_path / "a.parquet")

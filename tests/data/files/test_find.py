@@ -209,6 +209,20 @@ def test_files_that_describe_a_data_set_are_not_rows(tmp_path, remote):
     assert find_files(f"{root}/{METADATA[0]}") == [f"{root}/{METADATA[0]}"]
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_is_not_read_of_a_folder_is_named(tmp_path, caplog, remote):
+    root = "memory://others" if remote else str(tmp_path)
+    for name in ("a.jsonl", "b.jsonl.bz2", "c.NDJSON", "README.md", "LICENSE", METADATA[0], "d-00001-of-00003.csv"):
+        with fsspec.open(f"{root}/{name}", "wb", auto_mkdir=True) as file:
+            file.write(b"{}")
+    for path in (root, f"{root}/*"):
+        caplog.clear()
+        find_files(path)
+        other, missing = caplog.messages
+        assert other.endswith("2 files of an unknown kind are not read: b.jsonl.bz2, c.NDJSON")
+        assert missing.endswith("2 of the 3 shards of d are missing")
+
+
 @pytest.mark.parametrize("path", ["a.jsonl", "folder/", "folder/*.jsonl"])
 def test_a_server_that_cannot_be_reached_is_not_a_missing_file(path):
     pytest.importorskip("aiohttp")

@@ -74,6 +74,7 @@ def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path):
         ('[{"a": 1}, 5, {"a": 2}]', r"a\.json:1: the row must be followed by a comma"),
         ('[{"a": 1}] x', "the array is not closed"),
         ('[\n{"a": 1},\n{"a" 2}]', r"a\.json:3: broken JSON: Expecting ':' delimiter"),
+        ('{"a": 1}\n{"a"', r"a\.json:2: broken JSON"),  # a row that was cut off, and begins as the first does
         ('{\n "a": 1\n}', r"a\.json:1: a JSON object over several lines.*`jq -c '\.' a\.json > rows\.jsonl`"),
         ('{"data": [{\n "a": 1\n}]}', r"a\.json:1: .* several lines.*`jq -c '\.\"data\"\[\]' a\.json.* under 'data'"),
     ],
