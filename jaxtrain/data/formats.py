@@ -304,7 +304,8 @@ class Encoder(RowEncoder):
         events = tuple(name for name in _WARNINGS if any(getattr(chat, name) for chat in chats))
         for name in events:
             self._warn(f"{_WARNINGS[name]}; such rows are counted as {name}")
-        events += self._unread(talk)
+        if talk.template_kwargs or talk.nulls_left_out:
+            events += self._unread(talk)
         return examples[0] if len(examples) == 1 and not events else RowExamples(examples, events)
 
     def _unread(self, talk: Conversation) -> tuple[str, ...]:

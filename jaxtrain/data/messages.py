@@ -139,8 +139,9 @@ def messages_in(prompt: Any) -> list[Any] | None:
 
 
 def _read(row: Row, columns: dict[str, Any], merge: Collection[str]) -> Conversation:
-    tools = _tools(row)
-    kwargs = _parsed(row.get("chat_template_kwargs") or None, "chat_template_kwargs")
+    tools = _tools(row) if row.get("tools") or row.get("functions") else None
+    kwargs = row.get("chat_template_kwargs") or None
+    kwargs = kwargs and _parsed(kwargs, "chat_template_kwargs")
     system = None if row.get("system") == "" else row.get("system")
     if not isinstance(system, str | None):
         raise ValueError(f"system must be a string, not {type(system).__name__}; {left_out_by_map('system')}")
