@@ -252,7 +252,8 @@ def _weighs_tokens(column: str, value: Any) -> bool:
     """
     if not isinstance(value, list) or not value or column in (*TOKEN_COLUMNS, "special_tokens_mask"):
         return False
-    return any(name in column.lower() for name in ("mask", "weight", "loss", "label", "target", "train"))
+    name = f"_{column.lower()}"
+    return any(part in name for part in ("mask", "weight", "loss", "label", "target", "_train"))  # no "constraints"
 
 
 def _truth(value: Any) -> bool | None:

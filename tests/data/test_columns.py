@@ -106,6 +106,7 @@ def test_columns_of_other_tools_that_would_change_what_is_trained_are_refused(ro
 
 
 def test_columns_of_other_tools_that_say_what_is_done_anyway():
+    check_columns({"input_ids": [1, 2], "constraints": [0, 1]}, "input_ids")
     check_columns({"messages": CHAT, "train": True, "loss": 2.5, "train_on_inputs": False}, "messages")
     check_columns({"instruction": "q", "input": "i", "history": [["q", "a"]], "output": "a"}, "instruction+output")
 
@@ -144,6 +145,7 @@ def test_alpacas_columns_are_a_prompt_and_a_completion():
         ({"instruction": "a", "input": "i", "output": "b", "text": "c"}, ["text"]),
         ({"text": "x", "train": "true", "loss": 0.7}, ["loss"]),
         ({"input_ids": [1, 2], "position_ids": [0, 1], "special_tokens_mask": [1, 0]}, ["special_tokens_mask"]),
+        ({"input_ids": [1, 2], "constraints": [0, 1]}, ["constraints"]),
     ],
 )
 def test_columns_that_are_not_read_are_listed(row, names):
