@@ -69,13 +69,15 @@ class Conversation(NamedTuple):
         """The loss weight of each message under `data.loss_on`. Raises ValueError for one that would be ignored."""
         if loss_on == "all":
             return [1.0 if weight is None else weight for weight in self.weights]
-        answers = [n for n in range(self.first_trained, len(self.messages)) if self.messages[n]["role"] == "assistant"]
-        answers = answers[-1:] if loss_on == "last" else answers
+        all_answers = [
+            n for n in range(self.first_trained, len(self.messages)) if self.messages[n]["role"] == "assistant"
+        ]
+        answers = all_answers[-1:] if loss_on == "last" else all_answers
         trained = [0.0] * len(self.messages)
         for number, weight in enumerate(self.weights):
             if number in answers:
                 trained[number] = 1.0 if weight is None else weight
-            elif weight:
+            elif weight and not (weight == 1 and number in all_answers):  # 1 is what every answer has
                 what = "the prompt" if number < self.first_trained else f"the {self.messages[number]['role']}"
                 raise ValueError(
                     f"messages[{number}]: weight {weight:g} on a turn of {what}, which data.loss_on={loss_on} does not "

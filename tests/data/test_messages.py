@@ -101,8 +101,11 @@ def test_every_name_of_a_weight_takes_fractions(key, value, weight):
 def test_loss_on_last_trains_the_last_answer_alone():
     assert conversation({"messages": CHAT + CHAT}).trained("last") == [0, 0, 0, 1]
     assert conversation({"messages": [*CHAT, CHAT[0], CHAT[1] | {"weight": 0.5}]}).trained("last") == [0, 0, 0, 0.5]
-    with pytest.raises(ValueError, match=r"messages\[1\]: weight 1 .*data\.loss_on=last does not train"):
-        conversation({"messages": [CHAT[0], CHAT[1] | {"weight": 1}, *CHAT]}).trained("last")
+    assert conversation({"messages": [CHAT[0], CHAT[1] | {"weight": 1}, *CHAT]}).trained("last") == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"messages\[1\]: weight 0.5 .*data\.loss_on=last does not train"):
+        conversation({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}, *CHAT]}).trained("last")
+    with pytest.raises(ValueError, match=r"messages\[0\]: weight 1 .*data\.loss_on=last does not train"):
+        conversation({"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}).trained("last")
 
 
 CALL = {"name": "f", "arguments": {"a": 1}}
