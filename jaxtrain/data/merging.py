@@ -48,7 +48,7 @@ def _joined(first: Turn, second: Turn) -> Turn:
     reason = None
     if first.in_prompt != second.in_prompt:
         reason = "one is in the prompt and the other in the completion"
-    elif (1 if first.weight is None else first.weight) != (1 if second.weight is None else second.weight):
+    elif _weights_differ(first, second):
         reason = "their weights differ"
     elif one.get("tool_calls") and other.get("content"):
         reason = "it has words after tool calls"
@@ -66,6 +66,14 @@ def _joined(first: Turn, second: Turn) -> Turn:
     message = one | other | {"content": "\n\n".join(contents) if contents else None}
     weight = second.weight if first.weight is None else first.weight
     return Turn(message | {"tool_calls": calls} if calls else message, weight, first.in_prompt, first.where)
+
+
+def _weights_differ(first: Turn, second: Turn) -> bool:
+    """No weight means 1 for the assistant's turns. Other turns without one take that of the turn they are joined to."""
+    weights = {turn.weight for turn in (first, second)}
+    if "assistant" in (first.role, second.role):
+        return len({1 if weight is None else weight for weight in weights}) > 1
+    return len(weights - {None}) > 1
 
 
 def _said(message: Message) -> Message:

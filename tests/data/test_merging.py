@@ -40,6 +40,8 @@ def test_words_thoughts_and_calls_are_kept_in_their_order():
     assert joined.weight == 0.5
     (joined,) = merge_turns([joined, turn("assistant", None, tool_calls=[2], weight=0.5)], ["turns"])
     assert joined.message["tool_calls"] == [1, 2]
+    (joined,) = merge_turns([turn("system", "a"), turn("user", "b", weight=0)], ["system"])  # SlimOrca's
+    assert joined.weight == 0
     results = [turn("tool", "r"), turn("tool", "s")]
     assert merge_turns(results, ["turns"]) == results
 
@@ -48,6 +50,7 @@ def test_words_thoughts_and_calls_are_kept_in_their_order():
     ("first", "second", "reason"),
     [
         (turn("assistant", "a", weight=0), turn("assistant", "b"), "their weights differ"),
+        (turn("user", "a", weight=1), turn("user", "b", weight=0), "their weights differ"),
         (turn("user", "a", in_prompt=True), turn("user", "b"), "one is in the prompt"),
         (turn("assistant", None, tool_calls=[1]), turn("assistant", "b"), "words after tool calls"),
         (turn("assistant", "a"), turn("assistant", "b", thinking="t"), "reasoning after words"),
