@@ -27,6 +27,7 @@ _HEAD_BYTES = 1 << 20  # of the file, if it has so many, from which a header is 
 _MAX_BYTES = 1 << 29  # of a row
 _BLOCK_BYTES = 8 << 20
 _BOM = b"\xef\xbb\xbf"
+_COMPRESSED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}  # by how such files begin
 _WHITESPACE = np.frombuffer(b" \t\r\n\v\f", np.uint8)  # what bytes.strip removes
 _OPENING = np.isin(np.arange(256), list(b"{["))
 _STRUCTURE = np.isin(np.arange(256), list(b'{}[]"'))
@@ -313,7 +314,11 @@ def holds_array(blob: Blob) -> bool:
 
 
 def _check_encoding(name: str, data: bytes) -> None:
-    """Raises DataError for text of two or four bytes a character, which has a mark or a zero at its beginning."""
+    """Raises DataError for a compressed file without the suffix of one, and for text of two or four bytes a character,
+    which has a mark or a zero at its beginning."""
+    for mark, suffix in _COMPRESSED.items():
+        if data.startswith(mark):
+            raise DataError(f"{name}: the file is compressed: give it a name that ends with {suffix}")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
         raise DataError(
             f"{name}: the file is UTF-16 or UTF-32 and must be UTF-8: `iconv -f UTF-16 -t UTF-8 FILE > OTHER` converts "

@@ -178,3 +178,10 @@ def test_carriage_returns_alone_are_named(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.csv.* cannot be read: .*lines must end with a line feed"):
         read(tmp_path / "a.csv")
+
+
+def test_a_compressed_file_without_its_suffix_is_named(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with pytest.raises(DataError, match=r"rows\.jsonl: the file is compressed: give it a name that ends with \.gz"):
+        source(file)
