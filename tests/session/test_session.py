@@ -257,19 +257,6 @@ def test_a_resumed_run_finds_its_callbacks_by_name(tmp_path):
     assert calls == [("old", 2), ("new", 4), ("old", 4)]
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("jaxtrain.types:Nothing", "callbacks.function: jaxtrain.types has no Nothing"),
-        ("jaxtrain.session.record:CONFIG", "callbacks.function=.*:CONFIG is no function but str"),
-    ],
-)
-def test_a_callback_that_cannot_be_called_is_named_before_anything_is_trained(tmp_path, function, message):
-    tree = config_tree(config(tmp_path)) | {"callbacks": [{"every": 1, "function": function}]}
-    with pytest.raises(ValueError, match=message), Session.open(parse_config(tree)):
-        pass
-
-
 def test_frozen_weights_are_not_donated(tmp_path):
     run = config(tmp_path, steps=2)
     run = run.model_copy(update={"model": run.model.model_copy(update={"lora": LORA})})
