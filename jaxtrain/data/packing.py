@@ -28,12 +28,12 @@ class RowExamples(NamedTuple):
 class Pieces(NamedTuple):
     """What is left of an example or a bundle once it fits, and the counter that it adds to, or None."""
 
-    items: list[Any]  # `Example`s of an example, at shorter one `Bundle` of a bundle
+    items: list[Any]  # `Example`s of an example, at most one `Bundle` of a bundle
     event: Literal["truncated", "prompt_truncated", "dropped", "split"] | None
 
 
 def fit(item: Example | Bundle, max_length: int, overlong: Overlong) -> Pieces:
-    """Cut an example, or each example of a bundle, to at shorter `max_length` tokens.
+    """Cut an example, or each example of a bundle, to at most `max_length` tokens.
 
     A piece without loss weight (the assistant's turns are beyond the cut) is left out: it would cost a forward pass and
     train nothing. An example of which nothing is left counts as dropped. A bundle stays whole: if nothing is left of

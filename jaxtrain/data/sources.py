@@ -131,8 +131,9 @@ class Source:
             warnings.warn(f"{self.section.path}: {left_out_warning(guessed)}", stacklevel=2)
         if not self.section.columns:
             return row, events
-        mapped = self._columns.values()
-        row = {name: value for name, value in row.items() if name not in self._unread or name in mapped}
+        if self._unread:
+            mapped = self._columns.values()
+            row = {name: value for name, value in row.items() if name not in self._unread or name in mapped}
         if self._keep_columns:
             return row | {ours: row[theirs] for ours, theirs in self._columns.items()}, events
         renamed = rename_columns(row, self._columns)

@@ -155,7 +155,7 @@ def _step(context: jinja2.runtime.Context, _: None) -> None:
 def _written(context: jinja2.runtime.Context, value: Any) -> Any:
     budget: Budget = context[BUDGET]
     budget.written += len(value) if isinstance(value, str) else budget.size(value)
-    if budget.written > MAX_LENGTH:
+    if budget.written > MAX_LENGTH:  # a call of the check for everything that is written would take long
         _check_length(budget.written)
     return value
 
